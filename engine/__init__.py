@@ -1,0 +1,1 @@
+"""Manta's library: from raw data to a live endpoint."""

@@ -1,0 +1,459 @@
+"""Every option of Manta, declared once: its type, its default, its unit and where the default comes from.
+
+Hydra composes a raw config against these dataclasses (`conf/` states only what differs from them); `resolve` turns it
+into frozen, typed, checked objects. Past `resolve` nobody sees a DictConfig or a string key.
+
+This module imports neither torch nor Ray, so that a mistake is told within a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from engine.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Declare one option: its default, what it means (with its unit), and the values that it may take."""
+    metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Frozen:
+    """A dataclass base whose instances `resolve` closes against change (OmegaConf cannot merge into frozen ones)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_closed"):
+            raise dataclasses.FrozenInstanceError(f"cannot change {name}: derive a new config with `replace`")
+        object.__setattr__(self, name, value)
+
+
+@dataclass
+class DataConfig(Frozen):
+    """Where examples come from and how they become shards on disk."""
+
+    name: str = option("files", "short name of the prepared data; part of its folder's name")
+    source: str = option(
+        "files",
+        "reader: files (your own), python_stdlib (the running Python's standard library), "
+        "python_functions (its function bodies, labelled with their package)",
+        choices=("files", "python_stdlib", "python_functions"),
+    )
+    path: Optional[str] = option(None, "source=files: file, folder or glob ('dir/*.jsonl') of the training examples")
+    validation_path: Optional[str] = option(None, "source=files: the same for validation; else data.validation_fraction")
+    test_path: Optional[str] = option(None, "source=files: the same for the held-out test; else data.test_fraction")
+    format: str = option(
+        "auto", "source=files: auto goes by the file's ending", choices=("auto", "text", "jsonl", "parquet", "arrow")
+    )
+    text_column: str = option("text", "column with the text")
+    label_column: Optional[str] = option(None, "column with the label; needed by objective=classification")
+    validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
+    test_fraction: float = option(0.05, "share of the files (or rows) held out for the final test", least=0, most=0.5)
+    max_documents: Optional[int] = option(None, "read at most so many documents (None: all)", least=1)
+    sequence_length: int = option(256, "tokens in one training sample", least=2)
+    tokenizer: Optional[str] = option(None, "folder of a Hugging Face tokenizer; None trains a byte-level BPE")
+    vocab_size: int = option(4096, "tokens in the vocabulary of the BPE that is trained", least=300, most=65536)
+    shard_tokens: int = option(2**22, "tokens in one Arrow shard, about", least=1024)
+    packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
+
+
+@dataclass
+class ModelConfig(Frozen):
+    """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
+
+    type: str = option("llama", "transformers model type: llama, gpt2, bert, ...")
+    hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
+    num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
+    num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
+    num_key_value_heads: Optional[int] = option(None, "key/value heads (grouped-query attention)", least=1)
+    intermediate_size: Optional[int] = option(None, "width of the MLP", least=1)
+    max_position_embeddings: Optional[int] = option(None, "longest sequence, in tokens", least=1)
+    tie_word_embeddings: Optional[bool] = option(None, "share input and output embeddings")
+    vocab_size: Optional[int] = option(None, "None: the tokenizer's", least=2)
+    options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
+    attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass
+class ObjectiveConfig(Frozen):
+    """What is learnt. One file in engine/objectives/ each."""
+
+    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, classification")
+    frozen_layers: int = option(0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0)
+    num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
+
+
+@dataclass
+class OptimConfig(Frozen):
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    weight_decay: float = option(0.1, "decoupled weight decay, on matrices only (Brown et al. 2020)", least=0)
+    beta1: float = option(0.9, "decay of the first moment", least=0, most=0.9999)
+    beta2: float = option(0.95, "decay of the second moment (Brown et al. 2020)", least=0, most=0.99999)
+    eps: float = option(1e-8, "term added to the denominator", above=0)
+    clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
+
+
+@dataclass
+class ScheduleConfig(Frozen):
+    """Learning rate over steps: linear warm-up to optim.lr, then `kind` down to min_ratio of it."""
+
+    kind: str = option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_steps: Optional[int] = option(None, "steps; None: warmup_fraction of total_steps", least=0)
+    warmup_fraction: float = option(0.1, "share of total_steps", least=0, most=1)
+    total_steps: Optional[int] = option(None, "steps over which the rate falls; None: train.max_steps", least=1)
+    min_ratio: float = option(0.1, "final rate / peak rate", least=0, most=1)
+
+
+@dataclass
+class ZeroConfig(Frozen):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054)."""
+
+    stage: int = option(2, "0 nothing, 1 optimizer, 2 + gradients, 3 + weights are sharded over the workers", least=0, most=3)
+    offload_optimizer: str = option("none", "where the optimizer's state is kept", choices=("none", "cpu"))
+    offload_param: str = option("none", "stage 3: where the weights are kept", choices=("none", "cpu"))
+
+
+@dataclass
+class TrainConfig(Frozen):
+    """The step loop."""
+
+    workers: int = option(1, "Ray Train workers: processes, one for each GPU (or share of the CPU cores)", least=1)
+    gpus_per_worker: Optional[float] = option(None, "GPUs a worker; None: 1 where the cluster has GPUs, else 0", least=0)
+    cpus_per_worker: Optional[float] = option(None, "cores a worker; None: the cluster's cores / workers", least=0)
+    max_steps: int = option(100, "optimizer steps in all", least=1)
+    global_batch: int = option(32, "samples in one step, over all workers", least=1)
+    micro_batch: Optional[int] = option(
+        None, "samples in one forward; None: the most that divides up to 16 a worker's share", least=1
+    )
+    precision: str = option(
+        "auto", "auto: bf16 where the processor has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
+    )
+    compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
+    keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
+    evaluate_every: Optional[int] = option(None, "steps between validations; None: at the end only", least=1)
+    evaluate_batches: Optional[int] = option(16, "micro-batches in a validation; None: the whole split", least=1)
+    max_failures: int = option(3, "restarts of the worker group after a lost worker; -1: no end", least=-1)
+
+
+@dataclass
+class SweepConfig(Frozen):
+    """Ray Tune over any declared key."""
+
+    space: dict[str, Any] = option({}, "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} | {grid: [...]}")
+    trials: int = option(8, "samples drawn from the space (times the grid's size)", least=1)
+    concurrent: Optional[int] = option(None, "trials at a time; None: as the cluster has room for", least=1)
+    scheduler: str = option("asha", "early stopping (Li et al. 2020, https://arxiv.org/abs/1810.05934)", choices=("asha", "none"))
+    grace_steps: Optional[int] = option(None, "asha: steps before a trial may be stopped; None: max_steps / 9", least=1)
+    reduction: int = option(3, "asha: one in so many goes on at each rung", least=2)
+    metric: Optional[str] = option(None, "validation metric; None: the objective's own")
+    mode: Optional[str] = option(None, "min or max; None: the objective's own", choices=("min", "max"))
+
+
+@dataclass
+class EvaluateConfig(Frozen):
+    """Metrics on held-out data."""
+
+    split: str = option("test", "split to measure on", choices=("train", "validation", "test"))
+    batch: int = option(32, "samples in one forward", least=1)
+    confidence: float = option(0.95, "of the bootstrap intervals", above=0, most=0.999)
+    resamples: int = option(2000, "bootstrap resamples (Efron & Tibshirani 1993)", least=100)
+    against: Optional[str] = option(None, "a second bundle: paired comparison on the same examples")
+
+
+@dataclass
+class ServeConfig(Frozen):
+    """The endpoint."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
+    port: int = option(8000, "TCP port", least=1, most=65535)
+    min_replicas: int = option(1, "replicas a bundle, at least", least=1)
+    max_replicas: int = option(2, "replicas a bundle, at most", least=1)
+    target_ongoing_requests: int = option(8, "requests in flight a replica that the autoscaler aims at", least=1)
+    cpus_per_replica: float = option(0.5, "cores a replica", least=0)
+    gpus_per_replica: float = option(0.0, "GPUs a replica", least=0)
+    max_batch: int = option(16, "requests in one forward", least=1)
+    batch_wait_s: float = option(0.005, "seconds that a request waits for others to share its forward", least=0)
+    max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
+    max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
+    max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
+    detach: bool = option(False, "leave the endpoint up and return (a cluster started with `manta cluster up` is needed)")
+
+
+@dataclass
+class ClusterConfig(Frozen):
+    """Where a job runs."""
+
+    address: str = option("local", "local: a Ray of this job's own; auto: the cluster of `manta cluster up`; or ray://host:port, host:port")
+    cpus: Optional[int] = option(None, "address=local: cores to use; None: all", least=1)
+    dashboard: bool = option(False, "address=local: start Ray's dashboard (loopback only)")
+
+
+@dataclass
+class TrackingConfig(Frozen):
+    """MLflow."""
+
+    uri: Optional[str] = option(None, "MLflow server; None: an SQLite file, <runs_dir>/mlflow.db")
+    experiment: str = option("manta", "MLflow experiment")
+    enabled: bool = option(True, "log runs to MLflow (metrics.jsonl is written in any case)")
+    alias: str = option("champion", "registry alias that `deploy` looks up and the demo sets")
+
+
+@dataclass
+class DemoConfig(Frozen):
+    """The whole life of a model in one job."""
+
+    keep: bool = option(False, "leave the endpoint up at the end, until Ctrl-C")
+
+
+@dataclass
+class Config(Frozen):
+    """One job, whole."""
+
+    job: str = option("pretrain", "the job that this config is for")
+    name: str = option("run", "the run's name: its folder is <runs_dir>/<name>")
+    runs_dir: str = option("runs", "where runs are kept")
+    seed: int = option(0, "seeds initialization, order and sampling", least=0)
+    resume: bool = option(False, "go on with the run of that name although the config has changed")
+    bundle: Optional[str] = option(
+        None, "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder"
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder."""
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the learning-rate schedule."""
+        return self.schedule.total_steps or self.train.max_steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        if self.schedule.warmup_steps is not None:
+            return self.schedule.warmup_steps
+        return round(self.schedule.warmup_fraction * self.total_steps)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one forward of one worker: what was asked for, else the most, up to 16, of a worker's share."""
+        share = math.ceil(self.train.global_batch / self.train.workers)
+        return min(self.train.micro_batch or 16, share)
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's store."""
+        return self.tracking.uri or f"sqlite:///{Path(self.runs_dir).absolute()}/mlflow.db"
+
+
+# Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
+# config's identity, so changing one never makes another run of it.
+LAYOUT = (
+    "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate",
+    "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
+    "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.evaluate_every", "train.evaluate_batches", "train.max_failures",
+)  # fmt: skip
+
+
+def declared(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yield (dotted key, field, type) of every option, groups unfolded."""
+    hints = get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from declared(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + f.name, f, hints[f.name]
+
+
+def type_name(hint: Any) -> str:
+    """Name a declared type in plain words: 'integer', 'number', 'text', 'true or false', 'mapping'."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return type_name(next(a for a in get_args(hint) if a is not type(None)))
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+    return words.get(get_origin(hint) or hint, str(hint))
+
+
+def get(config: Any, key: str) -> Any:
+    """Return the value at a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def close(config: T) -> T:
+    """Close a config and its groups against change."""
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if isinstance(value, Frozen):
+            close(value)
+    object.__setattr__(config, "_closed", True)
+    return config
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """Return a copy with some dotted keys changed, written with `__` for the dot: `replace(c, train__workers=2)`."""
+    return with_values(config, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def with_values(config: Config, values: dict[str, Any]) -> Config:
+    """Return a checked, closed copy with the values at these dotted keys."""
+    tree = to_dict(config)
+    known = [key for key, _, _ in declared()]
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{key} is not an option{nearest(key, known)}")
+        node = tree
+        *groups, last = key.split(".")
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    return from_dict(tree)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as plain nested dicts."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Build, check and close a config from nested dicts (missing keys take their defaults)."""
+    groups = get_type_hints(Config)
+    parts = {
+        key: groups[key](**value) if dataclasses.is_dataclass(groups[key]) else value for key, value in tree.items()
+    }
+    config = close(Config(**parts))
+    check(config)
+    return config
+
+
+def fingerprint(config: Config, ignoring: tuple[str, ...] = LAYOUT) -> str:
+    """Return the SHA-256 (hex) of all that decides what is computed: the config without the LAYOUT keys."""
+    return hashlib.sha256(json.dumps(identity(config, ignoring), sort_keys=True).encode()).hexdigest()
+
+
+def identity(config: Config, ignoring: tuple[str, ...] = LAYOUT) -> dict[str, Any]:
+    """Return {dotted key: value} of all that decides what is computed."""
+    return {
+        key: get(config, key)
+        for key, _, _ in declared()
+        if not any(key == skip or key.startswith(skip + ".") for skip in ignoring)
+    }
+
+
+def resolve(raw: Any) -> Config:
+    """Turn a composed DictConfig into a checked, frozen Config. Raises UserError with the key and the fix."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(raw)
+    assert isinstance(config, Config)
+    check(config)
+    return close(config)
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a value out of its range or a contradiction between two."""
+    for key, f, hint in declared():
+        value = get(config, key)
+        if value is None:
+            continue
+        choices, least, above, most = (f.metadata.get(k) for k in ("choices", "least", "above", "most"))
+        if choices and value not in choices:
+            raise UserError(f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number")
+        if least is not None and value < least:
+            raise UserError(f"{key}={value} is too small: use {least} or more")
+        if above is not None and value <= above:
+            raise UserError(f"{key}={value} is too small: use more than {above}")
+        if most is not None and value > most:
+            raise UserError(f"{key}={value} is too large: use {most} or less")
+    _check_contradictions(config)
+
+
+def _check_contradictions(c: Config) -> None:
+    train, model = c.train, c.model
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
+        raise UserError(f"name='{c.name}' cannot name a folder: use letters, digits, '.', '_' and '-' only")
+    if train.micro_batch and train.micro_batch > train.global_batch:
+        raise UserError(
+            f"train.micro_batch {train.micro_batch} is more than train.global_batch {train.global_batch}: "
+            f"use train.micro_batch={train.global_batch} or less"
+        )
+    if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"sequence length {c.data.sequence_length:,} is over the model's {model.max_position_embeddings:,} positions: "
+            f"use data.sequence_length={model.max_position_embeddings}"
+        )
+    if model.hidden_size and model.num_attention_heads and model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size {model.hidden_size} cannot be divided among model.num_attention_heads "
+            f"{model.num_attention_heads}: use a multiple of {model.num_attention_heads}"
+        )
+    if model.num_key_value_heads and model.num_attention_heads and model.num_attention_heads % model.num_key_value_heads:
+        raise UserError(
+            f"model.num_attention_heads {model.num_attention_heads} is no multiple of model.num_key_value_heads "
+            f"{model.num_key_value_heads}: use a divisor of {model.num_attention_heads}"
+        )
+    if c.zero.offload_param != "none" and c.zero.stage != 3:
+        raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")
+    if c.zero.offload_optimizer != "none" and c.zero.stage == 0:
+        raise UserError("zero.offload_optimizer needs zero.stage=1 or more, not 0")
+    if c.warmup_steps > c.total_steps:
+        raise UserError(
+            f"schedule.warmup_steps {c.warmup_steps} is more than the schedule's {c.total_steps} steps: "
+            f"use schedule.warmup_steps={c.total_steps} or less"
+        )
+    if c.schedule.total_steps and train.max_steps > c.schedule.total_steps:
+        raise UserError(
+            f"train.max_steps {train.max_steps} is more than schedule.total_steps {c.schedule.total_steps}: "
+            f"use schedule.total_steps={train.max_steps} or more"
+        )
+    if c.data.validation_fraction + c.data.test_fraction >= 0.9:
+        raise UserError("data.validation_fraction and data.test_fraction leave nothing to train on: use less than 0.9 in all")
+    if c.serve.max_replicas < c.serve.min_replicas:
+        raise UserError(
+            f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "
+            f"use serve.max_replicas={c.serve.min_replicas} or more"
+        )
+    if c.objective.name == "classification" and c.data.source == "files" and c.data.path and not c.data.label_column:
+        raise UserError("objective=classification needs labels: say which column has them with data.label_column=...")

@@ -1,0 +1,16 @@
+"""The one exception for a mistake that the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One clear sentence that says what is wrong and what to do; a job ends with it and exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint like `; did you mean 'optim.lr'?` for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
