@@ -142,7 +142,7 @@ class TrainConfig(Frozen):
 
     workers: int = option(1, "Ray Train workers: processes, one for each GPU (or share of the CPU cores)", least=1)
     gpus_per_worker: Optional[float] = option(None, "GPUs a worker; None: 1 where the cluster has GPUs, else 0", least=0)
-    cpus_per_worker: Optional[float] = option(None, "cores a worker; None: the cluster's cores / workers", least=0)
+    cpus_per_worker: Optional[float] = option(None, "cores a worker; None: the cluster's cores / workers, at least 0.5", above=0)
     max_steps: int = option(100, "optimizer steps in all", least=1)
     global_batch: int = option(32, "samples in one step, over all workers", least=1)
     micro_batch: Optional[int] = option(
@@ -156,7 +156,7 @@ class TrainConfig(Frozen):
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
     evaluate_every: Optional[int] = option(None, "steps between validations; None: at the end only", least=1)
-    evaluate_batches: Optional[int] = option(16, "micro-batches in a validation; None: the whole split", least=1)
+    evaluate_samples: Optional[int] = option(256, "samples in a validation; None: the whole split", least=1)
     max_failures: int = option(3, "restarts of the worker group after a lost worker; -1: no end", least=-1)
 
 
@@ -291,7 +291,7 @@ LAYOUT = (
     "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.evaluate_every", "train.evaluate_batches", "train.max_failures",
+    "train.evaluate_every", "train.evaluate_samples", "train.max_failures",
 )  # fmt: skip
 
 
@@ -303,6 +303,14 @@ def declared(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, datac
             yield from declared(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             yield prefix + f.name, f, hints[f.name]
+
+
+def config_groups() -> list[tuple[str, list[str]]]:
+    """Return (group, names of its YAML files) of conf/."""
+    from importlib.resources import files
+
+    folders = sorted((f for f in files("conf").iterdir() if f.is_dir() and f.name[0] not in "_."), key=lambda f: f.name)
+    return [(f.name, sorted(y.name[:-5] for y in f.iterdir() if y.name.endswith(".yaml"))) for f in folders]
 
 
 def type_name(hint: Any) -> str:

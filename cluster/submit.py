@@ -1,0 +1,131 @@
+"""`manta submit JOB key=value ...`: pack the project, run a job on a cluster, follow it, end with its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import jobs, state
+from cluster.environment import worker_environment
+from cluster.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+JOBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "deploy", "plan", "demo")
+PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "runs_dir")
+NAMES_OR_PATHS = ("bundle", "evaluate.against")  # a run's name, or a folder
+LEFT_OUT = (
+    ".git", ".venv", "venv", "runs", "outputs", "multirun", "mlruns", "tests", "build", "dist", "__pycache__",
+    "*.egg-info", ".pytest_cache", ".mypy_cache", ".ruff_cache",
+)  # fmt: skip
+
+
+def checkout(start: Path) -> Path | None:
+    """Return the source tree of Manta that `start` lies in, or None (Manta is then installed on the cluster)."""
+    for folder in (start, *start.parents):
+        project = folder / "pyproject.toml"
+        if project.is_file() and tomllib.loads(project.read_text()).get("project", {}).get("name") == "manta-train":
+            return folder
+    return None
+
+
+def absolute(overrides: list[str], folder: Path) -> list[str]:
+    """Return the overrides with relative paths made absolute, for a job on this machine but in another folder."""
+    fixed = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        name = key.lstrip("+")
+        bare = value.strip("'\"")
+        is_path = name in PATHS or (name in NAMES_OR_PATHS and (folder / bare).exists())
+        if equals and is_path and bare not in ("", "null") and "://" not in bare and not Path(bare).is_absolute():
+            override = f"{key}={quoted(str(folder / Path(bare).expanduser()))}"
+        fixed.append(override)
+    if not any(o.partition("=")[0].lstrip("+") == "runs_dir" for o in fixed):
+        fixed.append(f"runs_dir={quoted(str(folder / 'runs'))}")
+    return fixed
+
+
+def quoted(value: str) -> str:
+    """Return a value as Hydra's grammar wants it: in quotes if it has more than letters, digits and plain signs."""
+    if re.fullmatch(r"[\w./*?:+-]+", value):
+        return value
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def submit(client: JobSubmissionClient, job: str, overrides: list[str], folder: Path, on_this_machine: bool) -> str:
+    """Submit a job with the project that `folder` lies in; returns its id."""
+    if on_this_machine:
+        overrides = absolute(overrides, folder)
+    if not any(o.startswith("cluster.address=") for o in overrides):
+        overrides = [*overrides, "cluster.address=auto"]
+    python = sys.executable if on_this_machine else "python"
+    environment: dict[str, Any] = {"env_vars": {**worker_environment(), "PYTHONUNBUFFERED": "1"}}
+    if not on_this_machine:
+        environment["env_vars"].pop("DS_ACCELERATOR", None)  # its nodes may have GPUs that this machine hasn't
+    source = checkout(folder) or checkout(Path(__file__).resolve().parent)
+    if source:
+        environment |= {"working_dir": str(source), "excludes": list(LEFT_OUT)}
+    return client.submit_job(
+        entrypoint=shlex.join([python, "-m", f"jobs.{job}", *overrides]),
+        runtime_env=environment,
+        metadata={"command": shlex.join([job, *overrides])},
+    )
+
+
+def watch(client: JobSubmissionClient, job: str) -> int:
+    """Follow a job to its end and return its exit code; Ctrl-C asks whether to detach from it or to stop it."""
+    try:
+        jobs.follow(client, job)
+        return jobs.wait_end(client, job)
+    except KeyboardInterrupt:
+        if sys.stdin.isatty() and asks_to_detach():
+            print(f"\n{job} goes on: manta jobs logs {job} --follow")
+            return 0
+        print(f"\nstopping {job}", flush=True)
+        jobs.stop(client, job)
+        return 130
+
+
+def asks_to_detach() -> bool:
+    """Ask what Ctrl-C means. A second Ctrl-C, or the end of the input, means stop."""
+    try:
+        return input("\n[d]etach and let the job go on, or [s]top it? ").strip().lower().startswith("d")
+    except (KeyboardInterrupt, EOFError):
+        return False
+
+
+def main(argv: list[str]) -> int:
+    """Run `manta submit ...`; returns the job's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="manta submit",
+        description="Run a job on a cluster, follow its log, and end with its exit code.",
+        epilog="Paths among the overrides are taken from this folder, and runs are kept in ./runs, "
+        "when the cluster is that of `manta cluster up`. On another, give paths that its nodes see.",
+    )
+    parser.add_argument("job", choices=JOBS, help="the job")
+    parser.add_argument("overrides", nargs="*", help="options, as for the job itself: train.max_steps=200 name=mine")
+    parser.add_argument("--address", help="dashboard of the cluster, http://host:8265 (default: the local cluster's)")
+    parser.add_argument(
+        "--token-path", help="file with the cluster's token (default: $RAY_AUTH_TOKEN, or the local one's)"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="print the job's id and return")
+    options = parser.parse_intermixed_args(argv)
+    for override in options.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ClusterError(f"'{override}' is not of the form key=value: write for example train.max_steps=200")
+    client = jobs.client_of(options.address, options.token_path)
+    cluster = state.load()
+    here = options.address is None or (cluster is not None and options.address.rstrip("/") == cluster.dashboard)
+    job = submit(client, options.job, options.overrides, Path.cwd(), here)
+    if options.no_wait:
+        print(job)
+        return 0
+    print(f"submitted {job}", flush=True)
+    return watch(client, job)

@@ -1,0 +1,101 @@
+"""What a prepared folder holds and where it came from: counts, hashes, tokenizer, labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+
+FILE, SOURCES = "manifest.json", "sources.jsonl"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of one prepared folder, read from and written to its manifest.json."""
+
+    name: str
+    kind: str  # "text": documents end with eos_id and are packed; "labelled": rows with a label
+    sources: dict[str, Any]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line a source in that file
+    licence: str
+    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    closing_tokens: int  # special tokens that end each row of labelled data (BERT's [SEP]: 1)
+    labels: list[str]  # sorted; a row's label is an index of it
+    splits: dict[
+        str, dict[str, Any]
+    ]  # split -> {"shards": [{file, rows, tokens, bytes, sha256}], "documents", "tokens"}
+    skipped: dict[str, int]  # reason -> documents left out
+    config: dict[str, Any]  # the DataConfig
+    seed: int
+    hash: str = field(default="")  # SHA-256 over the shards' hashes, the tokenizer's and the labels
+
+    def __post_init__(self) -> None:
+        if not self.hash:
+            object.__setattr__(self, "hash", self.content_hash())
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 (hex) of all that a training run sees: shards, tokenizer, labels."""
+        shards = {name: [shard["sha256"] for shard in split["shards"]] for name, split in sorted(self.splits.items())}
+        content = {"shards": shards, "tokenizer": self.tokenizer, "labels": self.labels}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write it as manifest.json."""
+        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Manifest:
+        """Read it and check that each shard is there in its full size. Raises UserError that names the first that isn't."""
+        folder = Path(folder)
+        if not (folder / FILE).is_file():
+            raise UserError(f"{folder} holds no prepared data (no {FILE}): make it with `manta prepare`")
+        try:
+            manifest = cls(**json.loads((folder / FILE).read_text("utf-8")))
+        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder / FILE} is damaged: delete {folder} and run `manta prepare` again") from error
+        for shard in manifest.shards():
+            path = folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                found = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
+                raise UserError(f"{path} is {found}: delete {folder} and run `manta prepare` again")
+        return manifest
+
+    def shards(self) -> list[dict[str, Any]]:
+        """Return the shards of all splits."""
+        return [shard for split in self.splits.values() for shard in split["shards"]]
+
+    def read_sources(self, folder: Path) -> list[dict[str, Any]]:
+        """Return each input file: path, sha256, bytes, documents by split."""
+        return [json.loads(line) for line in (folder / self.sources["file"]).read_text("utf-8").splitlines()]
+
+
+def verify(folder: Path | str) -> Manifest:
+    """Check every hash of a prepared folder. Raises UserError that names the first file that was changed."""
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
+    expected |= {"tokenizer/tokenizer.json": manifest.tokenizer, SOURCES: manifest.sources["sha256"]}
+    for name, digest in expected.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise UserError(
+                f"{folder / name} was changed since it was prepared: delete {folder} and run `manta prepare` again"
+            )
+    if manifest.hash != manifest.content_hash():
+        raise UserError(
+            f"{folder / FILE} was changed since it was prepared: delete {folder} and run `manta prepare` again"
+        )
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,94 @@
+"""Which samples form step s: a pure function of (size, seed, global batch, s), with no state but the step.
+
+Each epoch is a keyed permutation of the samples (a Feistel network with cycle walking: Black & Rogaway 2002, "Ciphers
+with Arbitrary Finite Domains"), so that step 1,000,000 costs what step 1 costs and nothing of the data's size is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.errors import UserError
+
+ROUNDS = 8
+U64 = np.uint64
+WRAP = 2**64
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Mix 64-bit integers (Steele, Lea & Flood 2014; constants of https://prng.di.unimi.it/splitmix64.c)."""
+    with np.errstate(over="ignore"):
+        z = values.astype(U64) + U64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> U64(27))) * U64(0x94D049BB133111EB)
+        return z ^ (z >> U64(31))
+
+
+def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Map positions in [0, size) one to one onto [0, size), keyed by seed and epoch."""
+    half = U64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    low = (U64(1) << half) - U64(1)
+    key = splitmix64(splitmix64(np.array([seed % WRAP], U64)) ^ np.array([epoch % WRAP], U64))
+    keys = splitmix64(key ^ np.arange(1, ROUNDS + 1, dtype=U64))
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & low
+        for k in keys:
+            left, right = right, left ^ (splitmix64(right ^ k) & low)
+        return (left << half) | right
+
+    out = network(positions.astype(U64))
+    while (outside := out >= U64(size)).any():  # its domain is less than 8 times the size: few walks
+        out[outside] = network(out[outside])
+    return out.astype(np.int64)
+
+
+class Order:
+    """The data order: epoch after epoch, each sample once in each, a global batch a step (batches may span two epochs)."""
+
+    def __init__(self, size: int, global_batch: int, seed: int) -> None:
+        """Raise UserError where there are fewer samples than one batch."""
+        if size < global_batch:
+            raise UserError(
+                f"the data has {size:,} samples, fewer than one batch of {global_batch:,}: "
+                f"use train.global_batch={max(size, 1)} or less, a smaller data.sequence_length, or more data"
+            )
+        self.size, self.global_batch, self.seed = size, global_batch, seed
+
+    def samples(self, step: int) -> np.ndarray:
+        """Return the sample indices of a step: int64 [global_batch]."""
+        epoch, start = divmod(step * self.global_batch, self.size)
+        positions = start + np.arange(self.global_batch, dtype=np.int64)
+        here = positions < self.size
+        return np.concatenate(
+            [
+                permute(positions[here], self.size, self.seed, epoch),
+                permute(positions[~here] - self.size, self.size, self.seed, epoch + 1),
+            ]
+        )
+
+
+def ids_hash(ids: np.ndarray) -> int:
+    """Return the sum modulo 2**64 of splitmix64 of each id, as a signed int64.
+
+    A sum has no order: ranks add up theirs in any layout (`add_hashes`, or an all-reduce SUM of int64 tensors, which
+    wraps alike) and get the hash of the whole. After k epochs it must be k times `ids_hash(arange(size))` modulo 2**64;
+    a sample left out or seen twice changes it, but for a chance of 2**-64.
+    """
+    return _signed(int(splitmix64(np.asarray(ids)).sum(dtype=U64)))
+
+
+def add_hashes(hashes: Iterable[int]) -> int:
+    """Add hashes with wrap-around, as int64 tensors do."""
+    return _signed(sum(hashes))
+
+
+def hash_hex(value: int) -> str:
+    """Return a hash as 16 hexadecimal digits."""
+    return f"{value % WRAP:016x}"
+
+
+def _signed(value: int) -> int:
+    return (value + WRAP // 2) % WRAP - WRAP // 2

@@ -1,0 +1,139 @@
+"""Tokens on disk: Arrow IPC files that are memory-mapped, so that opening a split reads none of them."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data.manifest import Manifest
+from engine.errors import UserError
+
+
+class ShardWriter:
+    """Collect the documents of one split and write them as shards of about `shard_tokens` tokens."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int, labelled: bool = False) -> None:
+        self.folder, self.split, self.shard_tokens, self.labelled = folder, split, shard_tokens, labelled
+        self.dtype = np.uint32 if vocab_size > 65535 else np.uint16
+        self.shards: list[dict[str, Any]] = []
+        self._held: list[np.ndarray] = []
+        self._labels: list[int] = []
+        self._tokens = 0
+
+    def add(self, tokens: np.ndarray, label: int = 0) -> None:
+        """Add one document: integers [length]."""
+        self._held.append(tokens.astype(self.dtype))
+        self._labels.append(label)
+        self._tokens += len(tokens)
+        if self._tokens >= self.shard_tokens:
+            self._write()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Write what is held and return the shards: file, rows, tokens, bytes, sha256."""
+        if self._held:
+            self._write()
+        return self.shards
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        offsets = np.zeros(len(self._held) + 1, np.int32)
+        np.cumsum([len(tokens) for tokens in self._held], out=offsets[1:])
+        columns = {"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._held)))}
+        if self.labelled:
+            columns["label"] = pa.array(np.array(self._labels, np.int32))
+        batch = pa.record_batch(columns)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        content = sink.getvalue()
+        name = f"{self.split}-{len(self.shards):05d}.arrow"
+        (self.folder / name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        self.shards.append(
+            {"file": name, "rows": len(self._held), "tokens": self._tokens, "bytes": content.size, "sha256": digest}
+        )
+        self._held, self._labels, self._tokens = [], [], 0
+
+
+class Split:
+    """The documents of one split, in order, over all its shards. Cheap to open and to pickle; shards open when touched."""
+
+    def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
+        shards = manifest.splits[name]["shards"]
+        self.folder, self.name, self.manifest = Path(folder), name, manifest
+        self.rows: int = sum(shard["rows"] for shard in shards)
+        self.tokens: int = sum(shard["tokens"] for shard in shards)
+        self._files = [shard["file"] for shard in shards]
+        self._first_row = np.cumsum([0, *(shard["rows"] for shard in shards)])
+        self._first_token = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str, name: str) -> Split:
+        """Open "train", "validation" or "test" of a prepared folder. Raises UserError where it has no such split."""
+        manifest = Manifest.load(Path(folder))
+        if not manifest.splits.get(name, {}).get("shards"):
+            raise UserError(
+                f"{folder} has no {name} documents: prepare it with data.{name}_path=... or data.{name}_fraction above 0"
+            )
+        return cls(Path(folder), name, manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Split, (self.folder, self.name, self.manifest)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def document(self, i: int) -> np.ndarray:
+        """Return the tokens of document i, [length], read-only and without a copy."""
+        shard, row = self._find(self._first_row, i, self.rows)
+        values, offsets, _ = self._shard(shard)
+        return values[offsets[row] : offsets[row + 1]]
+
+    def label(self, i: int) -> int:
+        """Return the label of document i, an index of the manifest's labels."""
+        shard, row = self._find(self._first_row, i, self.rows)
+        return int(self._shard(shard)[2][row])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document: int64 [rows]."""
+        return np.concatenate([np.diff(self._shard(i)[1]) for i in range(len(self._files))]).astype(np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Label of each document: int32 [rows]."""
+        return np.concatenate([self._shard(i)[2] for i in range(len(self._files))])
+
+    def stream(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) of all documents laid end to end; without a copy inside one shard."""
+        if not 0 <= start < stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
+        first, last = np.searchsorted(self._first_token, [start, stop - 1], side="right") - 1
+        pieces = [
+            self._shard(shard)[0][max(0, start - self._first_token[shard]) : stop - self._first_token[shard]]
+            for shard in range(first, last + 1)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _find(self, starts: np.ndarray, i: int, size: int) -> tuple[int, int]:
+        if not 0 <= i < size:
+            raise IndexError(f"document {i} of {size}")
+        shard = int(np.searchsorted(starts, i, side="right")) - 1
+        return shard, i - int(starts[shard])
+
+    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (tokens, offsets, labels) of one shard, mapped into memory."""
+        if shard not in self._open:
+            import pyarrow as pa
+
+            batch = pa.ipc.open_file(pa.memory_map(str(self.folder / self._files[shard]))).get_batch(0)
+            lists = batch.column("tokens")
+            labels = batch.column("label").to_numpy() if "label" in batch.schema.names else np.empty(0, np.int32)
+            self._open[shard] = lists.values.to_numpy(), lists.offsets.to_numpy(), labels
+        return self._open[shard]

@@ -1,0 +1,222 @@
+"""A real corpus on every machine: the source of the running Python's standard library.
+
+Two readers share one split by file: `modules` (whole files) and `functions` (function bodies, labelled with their
+package). A file that is held out is held out in both.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import keyword
+import os
+import re
+import statistics
+import sysconfig
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from engine.config import DataConfig
+from engine.data.corpus import Document, evenly, split_of
+from engine.data.files import File
+from engine.errors import UserError
+
+LICENCE = "PSF-2.0"
+SHORTEST_FUNCTION = 4  # lines, after masking
+MASK = "_"
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+WORD = re.compile(r"[^\W\d]\w*")
+PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+KEPT_WORDS = frozenset(keyword.kwlist) | frozenset(dir(builtins))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def root() -> Path:
+    """Return the folder of the running Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def paths() -> list[Path]:
+    """Return its source files, sorted, without tests and third-party packages. Raises UserError where there are none."""
+    found = []
+    for folder, below, names in os.walk(root()):
+        below[:] = [name for name in below if name not in SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not found:
+        raise UserError(f"this Python has no source of its standard library in {root()}: use data=files data.path=...")
+    return sorted(found)
+
+
+def files() -> list[File]:
+    """Return the same files as inputs, named by their path below the library."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    local, listed = LocalFileSystem(), [(path, path.stat()) for path in paths()]
+    return [
+        File(str(path), path.relative_to(root()).as_posix(), None, facts.st_size, str(facts.st_mtime), local)
+        for path, facts in listed
+    ]
+
+
+def modules(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
+    """Yield each source file as one document."""
+    for name, text in _sources(counts):
+        yield Document(text, split_of(f"python:{name}", seed, config), name)
+
+
+def functions(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
+    """Yield functions and methods (not those nested in them), labelled with their top-level package.
+
+    The packages are the `data.packages` folders of two modules or more that have most functions of four lines or more.
+    Removed from each function, so that it does not say where it is from:
+
+    - docstrings, import statements (`pass` stands for them) and decorators, its own and those of nested functions;
+    - its own name, wherever it occurs in it;
+    - every word (of code, strings and comments alike) with the name of one of the chosen packages or of one of their
+      modules in it, case and underscores ignored; a name of less than four letters only where it is a whole part of
+      the word (`re_flags`, `reFlags`). Python's keywords and builtins stay.
+
+    `_` stands for each removed word. The words are the same whatever the function's own package is, so a mask says
+    nothing either. Whoever is left with less than four lines is dropped. Raises UserError for less than two packages.
+    """
+    found: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # package -> (file, own name, text)
+    module_names: dict[str, set[str]] = defaultdict(set)
+    trained: set[str] = set()
+    for name, text in _sources(counts, packages_only=True):
+        package = name.split("/")[0]
+        module_names[package].add(Path(name).stem)
+        try:
+            here = [(name, own, body) for own, body in _function_texts(text)]
+        except (SyntaxError, ValueError, RecursionError):
+            counts["not valid Python"] += 1
+            continue
+        found[package] += here
+        if here and split_of(f"python:{name}", seed, config) == "train":
+            trained.add(package)
+
+    sizes = {package: len(bodies) for package, bodies in found.items() if len(module_names[package]) > 1}
+    ranked = sorted(trained.intersection(sizes), key=lambda package: (-sizes[package], package))
+    chosen = ranked[: config.packages]
+    if len(chosen) < 2:
+        raise UserError(
+            f"this Python's standard library ({root()}) has functions of {len(chosen)} packages, too few to tell apart: "
+            "install its full source or use data=files data.path=..."
+        )
+    given_away = gives_away(set(chosen).union(*(module_names[package] for package in chosen)))
+    for package in sorted(chosen):
+        for name, own, body in found[package]:
+            text = _masked(body, own, given_away)
+            if text.count("\n") + 1 < SHORTEST_FUNCTION:
+                counts[f"function of less than {SHORTEST_FUNCTION} lines"] += 1
+            else:
+                yield Document(text, split_of(f"python:{name}", seed, config), name, package)
+
+
+def balanced(found: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
+    """Keep at most one and a half times the median package's number of functions of each, spread evenly over its files."""
+    by_label: dict[str | None, list[Document]] = defaultdict(list)
+    for document in found:
+        by_label[document.label].append(document)
+    most = int(1.5 * statistics.median(len(group) for group in by_label.values())) if by_label else 0
+    for group in by_label.values():
+        counts["over its package's share"] += max(0, len(group) - most)
+        yield from (group[i] for i in evenly(len(group), most))
+
+
+def gives_away(names: Iterable[str]) -> Callable[[str], bool]:
+    """Return a test of a word: does it contain one of these package or module names? (See `functions` for the rule.)"""
+    plain = {_plain(name) for name in names if not name.startswith("__")} - {""}
+    inside = re.compile("|".join(sorted(map(re.escape, (name for name in plain if len(name) >= 4)))) or r"(?!)")
+    known: dict[str, bool] = {}
+
+    def test(word: str) -> bool:
+        if word not in known:
+            parts = {part.lower() for part in PART.findall(word)} | {_plain(word)}
+            known[word] = word not in KEPT_WORDS and bool(parts & plain or inside.search(_plain(word)))
+        return known[word]
+
+    return test
+
+
+def _masked(text: str, own: str, given_away: Callable[[str], bool]) -> str:
+    return WORD.sub(lambda word: MASK if word[0] == own or given_away(word[0]) else word[0], text)
+
+
+def _plain(word: str) -> str:
+    return word.replace("_", "").lower()
+
+
+def _sources(counts: Counter[str], packages_only: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (path relative to the library, text) of each file."""
+    folder = root()
+    for path in paths():
+        name = path.relative_to(folder).as_posix()
+        if packages_only and "/" not in name:
+            continue
+        try:
+            yield name, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            counts["not UTF-8"] += 1
+
+
+def _function_texts(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (own name, text without docstrings, imports and decorators) of each outermost function of a module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    content = source.encode()
+    starts = [0]
+    for line in content.split(b"\n"):
+        starts.append(starts[-1] + len(line) + 1)
+
+    def place(node: ast.stmt | ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    for function in _outermost(tree):
+        if (function.end_lineno or 0) - function.lineno + 1 < SHORTEST_FUNCTION:
+            continue
+        start, end = place(function)
+        pieces, last = [], start
+        for cut_start, cut_end, instead in sorted(_cuts(function, content, place)):
+            pieces += [content[last:cut_start], instead]
+            last = cut_end
+        text = b"".join([*pieces, content[last:end]]).decode()
+        yield function.name, _flush_left(text, function.col_offset)
+
+
+def _outermost(node: ast.AST) -> Iterator[Function]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Function):
+            yield child
+        elif isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            yield from _outermost(child)
+
+
+def _cuts(
+    function: Function, content: bytes, place: Callable[[ast.stmt | ast.expr], tuple[int, int]]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (start, end, replacement), in bytes, of every docstring, import and inner decorator."""
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield *place(node), b"pass"
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            first = node.body[0]
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                yield *place(first), b"" if len(node.body) > 1 else b"pass"
+            for decorator in node.decorator_list if node is not function else ():
+                start, end = place(decorator)
+                yield content.rindex(b"@", 0, start), end, b""
+
+
+def _flush_left(text: str, indent: int) -> str:
+    """Drop blank lines and the function's own indentation."""
+    first, *rest = (line.rstrip() for line in text.split("\n"))
+    return "\n".join([first, *(line if line[:indent].strip() else line[indent:] for line in rest if line)])

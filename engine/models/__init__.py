@@ -1,0 +1,1 @@
+"""A model config becomes a transformers module."""

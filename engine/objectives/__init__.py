@@ -1,0 +1,1 @@
+"""One file an objective; `contract.py` says what each must do."""

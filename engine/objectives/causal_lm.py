@@ -1,0 +1,90 @@
+"""Predict the next token (Radford et al. 2019). Shapes: B batch, L length, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.data.packing import Blocks
+from engine.data.shards import Split
+from engine.objectives import contract
+from engine.objectives.contract import Batch, Loss, Scores, pad_rows
+
+
+class Objective(contract.Objective):
+    """Blocks of `sequence_length` tokens out of the documents laid end to end; every token is a target once."""
+
+    auto_class = "AutoModelForCausalLM"
+    metric = "loss"
+    mode = "min"
+
+    def samples(self, split: Split) -> Blocks:
+        """Cut the split's stream into blocks."""
+        return Blocks(split, self.sequence_length)
+
+    def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Tokenize a text, at most sequence_length + 1 tokens of it."""
+        ids = self.tokenizer(example["text"])["input_ids"][: self.sequence_length + 1]
+        return {"tokens": np.asarray(ids, dtype=np.int64)}
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """Shift: the target of a position is the next token."""
+        tokens_BM, _ = pad_rows([sample["tokens"] for sample in samples], pad_id=-100)
+        inputs_BL, targets_BL = tokens_BM[:, :-1], tokens_BM[:, 1:].contiguous()
+        count = int((targets_BL >= 0).sum())
+        return Batch({"input_ids": inputs_BL.clamp(min=0)}, targets_BL, count=count, tokens=count)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Sum the cross-entropy, in nats, over the tokens."""
+        logits_BLV = model(**batch.inputs, use_cache=False).logits
+        total = F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return Loss(total, batch.count)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        """Give each example's summed negative log-likelihood in nats and its tokens."""
+        logits_BLV = model(**batch.inputs, use_cache=False).logits.float()
+        nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), batch.targets, ignore_index=-100, reduction="none")
+        return {
+            "nll": nll_BL.sum(1).double().cpu().numpy(),
+            "tokens": (batch.targets >= 0).sum(1).cpu().numpy(),
+        }
+
+    def summarize(self, scores: Scores) -> dict[str, float]:
+        """Give the loss in nats a token and the perplexity, its exponential."""
+        loss = float(scores["nll"].sum() / scores["tokens"].sum())
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Continue each {"prompt", "max_tokens"} greedily, alone, so that company cannot change an answer."""
+        return [self._complete(model, request) for request in requests]
+
+    def _complete(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
+        prompt = self._prompt(request["prompt"], next(model.parameters()).device)
+        output = model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.get("max_tokens", 16),
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        new = output[0, prompt.shape[1] :].tolist()
+        return {"text": self.tokenizer.decode(new, skip_special_tokens=True), "tokens": new}
+
+    def _prompt(self, prompt: str | list[int], device: torch.device) -> Tensor:
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        return torch.tensor([ids or [self.tokenizer.eos_token_id]], device=device)
+
+    def golden_requests(self, split: Split) -> list[dict[str, Any]]:
+        """Take the first tokens of three documents."""
+        starts = [split.document(i)[:12].tolist() for i in range(min(3, split.rows))]
+        return [{"prompt": ids, "max_tokens": 8} for ids in starts if ids]

@@ -1,0 +1,231 @@
+"""Layout-free checkpoints: pieces of fp32 master weights and moments with their offsets, and a manifest put in place last.
+
+    checkpoints/step-00000200/
+        rank-00000-of-00002.safetensors   flat pieces, keyed kind:name:start
+        rank-00000-of-00002.json          the file's size, SHA-256 and the parameters' shapes
+        manifest.json                     the train state and all files; renamed into place last
+
+A folder without a manifest is no checkpoint. Each rank writes its own file in a thread of its own; the step waits only
+for the copy to host memory. Loading takes what a rank needs from whichever files hold it, at any world size and stage.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from engine.errors import UserError
+from engine.train.state import TrainState
+from engine.train.zero import Fragment
+
+MANIFEST = "manifest.json"
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint that is torn or was changed; the message names the file."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
+    return folder / f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, latest first."""
+    return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), reverse=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+class CheckpointWriter:
+    """Saves one rank's part of each checkpoint while training goes on."""
+
+    def __init__(self, folder: Path, rank: int, world: int, keep: int, wait_s: float = 600) -> None:
+        """Write under `folder`, keep the latest `keep`; rank 0 waits `wait_s` seconds for the others' parts."""
+        self.folder, self.rank, self.world, self.keep, self.wait_s = folder, rank, world, keep, wait_s
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, fragments: Iterable[Fragment], state: TrainState, about: dict[str, Any]) -> None:
+        """Copy the fragments to host memory and write them behind the caller's back."""
+        self.finish()
+        shapes: dict[str, list[int]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for fragment in fragments:
+            shapes[fragment.name] = list(fragment.shape)
+            for kind, tensor in fragment.tensors.items():
+                tensors[f"{kind}:{fragment.name}:{fragment.start}"] = tensor.detach().to("cpu", copy=True)
+        self._thread = threading.Thread(target=self._write, args=(tensors, shapes, state, about), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the save under way is in place. Raises UserError if it failed (a full disk, say)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(f"the checkpoint could not be written to {self.folder}: {error}; the one before it is whole")
+
+    def _write(
+        self, tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], state: TrainState, about: dict[str, Any]
+    ) -> None:
+        target = step_folder(self.folder, state.step)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            file = target / f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
+            part = file.with_suffix(".part")
+            save_file(tensors, part)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            part.rename(file)
+            write_json(
+                file.with_suffix(".json"),
+                {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file), "shapes": shapes},
+            )
+            if self.rank == 0:
+                self._commit(target, state, about)
+        except Exception as error:  # told by `finish`, in the caller's thread
+            self._error = error
+
+    def _commit(self, target: Path, state: TrainState, about: dict[str, Any]) -> None:
+        deadline = time.monotonic() + self.wait_s
+        pattern = f"rank-*-of-{self.world:05d}.json"
+        while len(parts := sorted(target.glob(pattern))) < self.world:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"only {len(parts)} of {self.world} ranks wrote their part within {self.wait_s:.0f} s")
+            time.sleep(0.02)
+        shapes: dict[str, list[int]] = {}
+        files = []
+        for path in parts:
+            part = json.loads(path.read_text())
+            shapes |= part.pop("shapes")
+            files.append(part)
+        write_json(
+            target / MANIFEST,
+            {"format": 1, "state": asdict(state), "about": about, "shapes": shapes, "files": files},
+        )
+        for old in step_folders(self.folder)[self.keep :]:
+            (old / MANIFEST).unlink()  # first, so that no half of it looks whole
+            shutil.rmtree(old)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a flat piece of a parameter lies."""
+
+    start: int
+    numel: int
+    file: Path
+    key: str
+
+
+class Checkpoint:
+    """A complete checkpoint, read piece by piece."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder. Raises BrokenCheckpoint, naming the file, for a manifest that can't be read."""
+        self.folder = folder
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            self.state = TrainState(**manifest["state"])
+            self.about: dict[str, Any] = manifest["about"]
+            self.shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+            self.files: list[dict[str, Any]] = manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenCheckpoint(f"{folder / MANIFEST} cannot be read ({error})") from error
+        self._pieces: dict[tuple[str, str], list[Piece]] | None = None
+
+    def verify(self, rank: int = 0, world: int = 1) -> None:
+        """Check this rank's share of the files. Raises BrokenCheckpoint that names the file."""
+        for entry in self.files[rank::world]:
+            path = self.folder / entry["file"]
+            if not path.is_file():
+                raise BrokenCheckpoint(f"{path} is missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}")
+            if sha256(path) != entry["sha256"]:
+                raise BrokenCheckpoint(f"{path} was changed: its SHA-256 is not the recorded one")
+
+    def copy(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
+        """Fill the flat tensor `into` with elements start... of a parameter's weight or moment."""
+        end = start + into.numel()
+        pieces = self._index()[kind, name]
+        first = max(0, bisect.bisect_right([p.start for p in pieces], start) - 1)
+        filled = 0
+        for piece in pieces[first:]:
+            low, high = max(start, piece.start), min(end, piece.start + piece.numel)
+            if low >= high:
+                break
+            with safe_open(piece.file, framework="pt") as file:
+                into[low - start : high - start].copy_(file.get_slice(piece.key)[low - piece.start : high - piece.start])
+            filled += high - low
+        if filled != into.numel():
+            raise BrokenCheckpoint(f"{self.folder} lacks {into.numel() - filled:,} elements of {kind} {name}")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return every parameter whole, in fp32."""
+        full = {}
+        for name, shape in self.shapes.items():
+            flat = torch.empty(int(torch.Size(shape).numel()))
+            self.copy("weight", name, 0, flat)
+            full[name] = flat.view(shape)
+        return full
+
+    def load(self, fragments: Iterable[Fragment]) -> None:
+        """Overwrite live fragments. Raises UserError where the model isn't the one that was saved."""
+        for fragment in fragments:
+            if self.shapes.get(fragment.name) != fragment.shape:
+                raise UserError(
+                    f"{self.folder} holds another model ({fragment.name} is {self.shapes.get(fragment.name)} there, "
+                    f"{fragment.shape} here): use another name, or the model's former options"
+                )
+            for kind, tensor in fragment.tensors.items():
+                self.copy(kind, fragment.name, fragment.start, tensor)
+
+    def _index(self) -> dict[tuple[str, str], list[Piece]]:
+        if self._pieces is None:
+            pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+            for entry in self.files:
+                path = self.folder / entry["file"]
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                            kind, rest = key.split(":", 1)
+                            name, start = rest.rsplit(":", 1)
+                            numel = file.get_slice(key).get_shape()[0]
+                            pieces[kind, name].append(Piece(int(start), numel, path, key))
+                except (OSError, SafetensorError) as error:
+                    raise BrokenCheckpoint(f"{path} cannot be read ({error})") from error
+            for found in pieces.values():
+                found.sort(key=lambda piece: piece.start)
+            self._pieces = pieces
+        return self._pieces

@@ -1,0 +1,225 @@
+"""Start a training job on Ray Train, show how it goes, and hand back what it left. Ray is up already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import Config
+from engine.data.order import Order
+from engine.data.prepare import prepare
+from engine.data.shards import Split
+from engine.errors import UserError
+from engine.progress import Bar, console
+from engine.train.run_folder import MetricsTail, RunFolder, Status, now
+from engine.train.worker import Job
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left."""
+
+    run: RunFolder
+    last: dict[str, Any]  # the last line of metrics.jsonl
+
+
+def make_job(config: Config) -> Job:
+    """Find the start bundle, prepare the data with its tokenizer, and check that they go together."""
+    start = None
+    if config.bundle:
+        from engine.bundles.find import find_bundle
+
+        start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri)
+    tokenizer = start or (Path(config.data.tokenizer) if config.data.tokenizer else None)
+    with Bar("prepare", total=1) as bar:
+        data = prepare(config, tokenizer, lambda text, done, total: bar.update(0, f"{text} {done:,}/{total:,}"))
+        bar.update(1, str(data))
+    job = Job(config, data.absolute(), start)
+    check_job(job)
+    return job
+
+
+def check_job(job: Job) -> None:
+    """Raise UserError for a job that its data or its start bundle rules out, before a worker starts."""
+    objective = job.objective()
+    objective.model_options()
+    Order(len(objective.samples(Split.open(job.data, "train"))), job.config.train.global_batch, job.config.seed)
+    if job.start:
+        from transformers import AutoConfig
+
+        positions = getattr(AutoConfig.from_pretrained(job.start), "max_position_embeddings", None)
+        if positions and job.config.data.sequence_length > positions:
+            raise UserError(
+                f"sequence length {job.config.data.sequence_length:,} is over the {positions:,} positions of "
+                f"{job.start.name}: use data.sequence_length={positions}"
+            )
+
+
+def train(config: Config) -> Outcome:
+    """Run a training job to its end, or go on with it where it was. Raises UserError with the reason of a failure."""
+    run = RunFolder.claim(config)
+    done = run.status()
+    if done and done.state == "finished" and done.step >= config.train.max_steps and run.bundle.exists():
+        console.print(f"run '{config.name}' is finished already: {run.bundle}")
+        return Outcome(run, list(run.metrics())[-1])
+    job = make_job(config)
+    status = Status(
+        config.job, "running", max_steps=config.train.max_steps, pid=os.getpid(), updated=now(),
+        parent=str(job.start) if job.start else None, data=str(job.data),
+    )  # fmt: skip
+    run.write_status(status)
+    watch = Watch(run, config, status)
+    try:
+        with watch:
+            run_workers(job, run)
+    except BaseException as error:
+        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
+        raise
+    run.write_status(replace(watch.status, state="finished", updated=now()))
+    return Outcome(run, list(run.metrics())[-1])
+
+
+def run_workers(job: Job, run: RunFolder) -> None:
+    """Run the job's worker group through Ray Train until it ends."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    for name in ("ray.train", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    resources = worker_resources(job.config, ray.cluster_resources())
+    failed = run.logs / "failed.txt"
+    failed.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        ray_train_worker,
+        train_loop_config=job.to_dict() | {"driver_path": sys.path},
+        torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=job.config.train.workers, use_gpu=bool(resources.get("GPU")), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{job.config.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str((run.logs / "ray_train").absolute()),
+            failure_config=FailureConfig(max_failures=job.config.train.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise UserError(
+            f"training failed ({str(error).strip().splitlines()[-1][:300]}): see {run.logs}/worker-0.log"
+        ) from error
+    if failed.exists():
+        raise UserError(failed.read_text())
+
+
+def worker_resources(config: Config, cluster: dict[str, float]) -> dict[str, float]:
+    """Return a worker's share of the cluster. Raises UserError where the workers cannot fit."""
+    train, cpus, gpus = config.train, cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    gpu = train.gpus_per_worker if train.gpus_per_worker is not None else float(gpus > 0)
+    cpu = train.cpus_per_worker or max(0.5, int(100 * cpus / train.workers) / 100)
+    for kind, each, there in (("cores", cpu, cpus), ("GPUs", gpu, gpus)):
+        if each * train.workers > there + 1e-6:
+            fits = int(there / each)
+            raise UserError(
+                f"{train.workers} workers x {each:g} {kind} are asked, the cluster has {there:g} {kind}: "
+                + (f"use train.workers={fits} or less" if fits else "use train.gpus_per_worker=0 or another cluster.address")
+            )
+    return {"CPU": cpu} | ({"GPU": gpu} if gpu else {})
+
+
+def ray_train_worker(spec: dict[str, Any]) -> None:
+    """Be one rank under Ray Train: take its place in the group and work."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    job = Job.from_dict(spec)
+    run = RunFolder(job.config.run_dir)
+    with (run.logs / f"worker-{rank}.log").open("a") as log:  # the chatter of all libraries in this process
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    import torch
+
+    from engine.train.group import Group
+    from engine.train.worker import work
+
+    if torch.cuda.is_available() is False:
+        torch.set_num_threads(max(1, round(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    try:
+        work(job, Group(rank, context.get_world_size(), ray.train.torch.get_device()))
+    except UserError as error:  # no restart would mend it
+        (run.logs / "failed.txt").write_text(str(error))
+
+
+class Watch:
+    """Follows metrics.jsonl while the workers write it: the bar, the status, MLflow."""
+
+    def __init__(self, run: RunFolder, config: Config, status: Status) -> None:
+        """Follow `run`; the status starts as `status`."""
+        self.run, self.config, self.status = run, config, status
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        """Begin to follow."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Show what is left and close the MLflow run."""
+        self._ending = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        tracked = None
+        tail, shown = MetricsTail(self.run.metrics_file), 0
+        with Bar(self.config.job, total=self.config.train.max_steps) as bar:
+            while True:
+                ending = self._stop.wait(0.2)
+                lines = [line for line in tail.lines() if line["step"] > shown]
+                if lines:
+                    shown = lines[-1]["step"]
+                    self._show(bar, lines[-1])
+                    if self.config.tracking.enabled:
+                        with suppress_tracking_errors():
+                            if tracked is None:
+                                from engine.train.tracking import TrackedRun
+
+                                tracked = TrackedRun(self.config)
+                            tracked.log(lines, int(time.time() * 1000))
+                if ending:
+                    break
+        if tracked:
+            with suppress_tracking_errors():
+                tracked.end(self._ending)
+
+    def _show(self, bar: Bar, line: dict[str, Any]) -> None:
+        validation = next((f"  {k} {v:.4f}" for k, v in line.items() if k.startswith("validation_")), "")
+        bar.update(line["step"], f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s{validation}")
+        self.status = replace(self.status, step=line["step"], loss=line["loss"], updated=now())
+        self.run.write_status(self.status)
+
+
+class suppress_tracking_errors:  # noqa: N801 - reads as a statement
+    """Tell of a tracking server that fails, and go on: metrics.jsonl has everything."""
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        """Say once a failure what went wrong."""
+        if error is not None and isinstance(error, Exception):
+            console.print(f"warning: MLflow did not take the metrics ({str(error).splitlines()[0][:200]}); metrics.jsonl has them")
+            return True
+        return False

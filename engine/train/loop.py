@@ -1,0 +1,145 @@
+"""The one step loop: pre-training, fine-tuning and a sweep's trial. No Ray and no Hydra in it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import Config
+from engine.data.order import Order, hash_hex, ids_hash
+from engine.errors import UserError
+from engine.objectives.contract import Batch, Objective, join_scores
+from engine.train.checkpoint import CheckpointWriter
+from engine.train.group import Group
+from engine.train.schedule import learning_rate
+from engine.train.state import TrainState
+from engine.train.zero import Sharded
+
+Metrics = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One rank's view of a training run."""
+
+    config: Config
+    group: Group
+    objective: Objective
+    model: Sharded
+    samples: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]]
+    order: Order
+    writer: CheckpointWriter
+    about: dict[str, Any]  # what a checkpoint's manifest says of the run
+    log: Callable[[Metrics], None]
+    flops_per_token: float
+    peak_flops: float  # measured, of all workers together, in FLOP/s
+    state: TrainState = field(default_factory=TrainState)
+    saved_step: int = -1
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of this moment, unless there is one."""
+        if self.saved_step != self.state.step:
+            self.writer.save(self.model.fragments(self.group.rank), self.state, self.about)
+            self.saved_step = self.state.step
+
+
+def fit(run: Run) -> None:
+    """Train from the run's state to its last step."""
+    train = run.config.train
+    run.model.train()
+    while run.state.step < train.max_steps:
+        metrics = train_step(run)
+        step, last = run.state.step, run.state.step == train.max_steps
+        if last or (train.evaluate_every and step % train.evaluate_every == 0):
+            metrics |= {f"validation_{name}": value for name, value in validate(run).items()}
+        if last or step % train.checkpoint_every == 0:
+            run.save()
+        run.log(metrics)
+    run.writer.finish()
+
+
+def train_step(run: Run) -> Metrics:
+    """Take one optimizer step over the global batch and return what to log of it."""
+    start = time.perf_counter()
+    step = run.state.step
+    ids = run.order.samples(step)
+    batches, seen = collate_share(run, ids)
+
+    # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
+    count, tokens, new_hash = run.group.sum_integers(
+        sum(batch.count for batch, weight in batches if weight),
+        sum(batch.tokens for batch, weight in batches if weight),
+        ids_hash(seen),
+    )
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.group.device)
+    for batch, weight in batches:
+        loss = run.objective.loss(run.model, batch)  # type: ignore[arg-type]
+        run.model.backward(loss.sum * (weight / count))
+        loss_sum += loss.sum.detach() * weight
+    rate = learning_rate(run.config, step)
+    grad_norm = run.model.step(rate)
+    loss_value = float(run.group.sum(loss_sum)) / count
+
+    if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"the loss is {loss_value} and the gradient norm {grad_norm} at step {step + 1}: use a lower optim.lr than "
+            f"{run.config.optim.lr:g}, or look at that step's data"
+        )
+    run.state = run.state.after(len(ids), tokens, new_hash)
+    seconds = time.perf_counter() - start
+    return {
+        "step": run.state.step,
+        "loss": loss_value,
+        "tokens": run.state.tokens,
+        "lr": rate,
+        "grad_norm": grad_norm,
+        "tokens_per_s": tokens / seconds,
+        "mfu": tokens * run.flops_per_token / seconds / run.peak_flops,
+        "samples_hash": hash_hex(run.state.samples_hash),
+        "seconds": seconds,
+    }
+
+
+def collate_share(run: Run, ids: np.ndarray) -> tuple[list[tuple[Batch, float]], np.ndarray]:
+    """Return this rank's micro-batches of a step, each with its weight (1, or 0), and the ids in them.
+
+    Every rank makes equally many passes, as ZeRO asks; one that is short of samples takes part with weight 0.
+    """
+    micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
+    batches: list[tuple[Batch, float]] = []
+    seen = []
+    for first in range(0, len(ids), micro * world):
+        mine = ids[first + rank * micro : first + (rank + 1) * micro]
+        shown = mine if len(mine) else ids[:1]
+        batch = run.objective.collate([run.samples[i] for i in shown]).to(run.group.device)
+        batches.append((batch, float(len(mine) > 0)))
+        seen.append(mine)
+    return batches, np.concatenate(seen)
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """Return the objective's metrics on the validation split, the same for any number of ranks."""
+    if not len(run.validation):
+        return {}
+    micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
+    ids = np.arange(len(run.validation))[: run.config.train.evaluate_samples]
+    run.model.train(False)
+    parts = []
+    for first in range(0, len(ids), micro * world):
+        mine = ids[first + rank * micro : first + (rank + 1) * micro]
+        batch = run.objective.collate([run.validation[i] for i in (mine if len(mine) else ids[:1])])
+        scores = run.objective.score(run.model, batch.to(run.group.device))  # type: ignore[arg-type]
+        if len(mine):
+            parts.append(scores)
+    run.model.train()
+    # A rank without a single sample of its own (more ranks than samples) has nothing to add.
+    gathered = run.group.gather(join_scores(parts) if parts else {})
+    return run.objective.summarize(join_scores(scores for scores in gathered if scores))

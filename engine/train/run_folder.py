@@ -1,0 +1,179 @@
+"""A run's folder: its config, its metrics, its state, and whether this command may go on in it.
+
+    runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config import Config, declared, identity, to_dict
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `manta runs` tells of a run."""
+
+    job: str
+    state: str  # running, finished, failed, stopped
+    step: int = 0
+    max_steps: int = 0
+    loss: float | None = None
+    updated: float = 0.0  # seconds since 1970
+    pid: int = 0
+    parent: str | None = None  # the bundle that it started from
+    data: str | None = None
+    message: str = ""
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; nothing is made."""
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.bundle = path / "bundle"
+        self.logs = path / "logs"
+
+    @classmethod
+    def claim(cls, config: Config) -> RunFolder:
+        """Make or re-enter the folder of a run. Raises UserError, with the differences, if it holds another one."""
+        run = cls(config.run_dir)
+        try:
+            run.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run.path} cannot be made ({error.strerror}): use another runs_dir or name") from error
+        if run.config_file.exists():
+            run._refuse_another(config)
+            status = run.status()
+            if status and status.state == "running" and status.pid != os.getpid() and _is_alive(status.pid):
+                raise UserError(f"run '{config.name}' is under way (process {status.pid}): wait for it, or use another name")
+        part = run.config_file.with_suffix(".part")
+        part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        part.rename(run.config_file)
+        return run
+
+    def _refuse_another(self, config: Config) -> None:
+        if config.resume:
+            return
+        before, now = _identity_of(yaml.safe_load(self.config_file.read_text())), identity(config)
+        differences = [
+            f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+        ]
+        if differences:
+            raise UserError(
+                f"run '{config.name}' exists with another config ({'; '.join(differences)}): "
+                f"use another name=..., or resume=true to go on with the new one"
+            )
+
+    def write_status(self, status: Status) -> None:
+        """Write status.json whole."""
+        part = self.path / "status.part"
+        part.write_text(json.dumps(asdict(status)))
+        part.rename(self.path / "status.json")
+
+    def status(self) -> Status | None:
+        """Return the last status, if there is one."""
+        file = self.path / "status.json"
+        return Status(**json.loads(file.read_text())) if file.exists() else None
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the logged lines; one that a kill left half is passed over."""
+        if not self.metrics_file.exists():
+            return
+        with self.metrics_file.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+
+class MetricsLog:
+    """Appends a line a step to metrics.jsonl."""
+
+    def __init__(self, run: RunFolder, step: int) -> None:
+        """Open the file for the steps after `step`; lines of later steps, from before a kill, are taken out."""
+        kept = [line for line in run.metrics() if line["step"] <= step]
+        part = run.metrics_file.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.rename(run.metrics_file)
+        self._file = run.metrics_file.open("a", buffering=1)
+
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(metrics) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MetricsTail:
+    """Reads a growing metrics.jsonl piece by piece; starts over when a restarted run has put a new file in place."""
+
+    def __init__(self, file: Path) -> None:
+        """Follow `file`, which need not be there yet."""
+        self._file, self._inode, self._offset = file, -1, 0
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines that are whole and new since the last call."""
+        if not self._file.exists():
+            return []
+        with self._file.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._offset = inode, 0
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def list_runs(runs_dir: Path) -> list[tuple[str, Status]]:
+    """Return (name, status) of each run, the latest first; one whose process is gone is `stopped`."""
+    found = []
+    for file in runs_dir.glob("*/status.json"):
+        status = Status(**json.loads(file.read_text()))
+        if status.state == "running" and not _is_alive(status.pid):
+            status = Status(**{**asdict(status), "state": "stopped"})
+        found.append((file.parent.name, status))
+    return sorted(found, key=lambda item: -item[1].updated)
+
+
+def now() -> float:
+    """Return the seconds since 1970."""
+    return time.time()
+
+
+def _identity_of(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    known = {key for key, _, _ in declared()}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        full = prefix + key
+        if full not in known and isinstance(value, dict):
+            flat |= _identity_of(value, f"{full}.")
+        else:
+            flat[full] = value
+    return flat
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid > 0

@@ -1,0 +1,20 @@
+"""The learning rate of a step, a pure function."""
+
+from __future__ import annotations
+
+import math
+
+from engine.config import Config
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the rate of step `step` (from 0): linear warm-up to optim.lr, then down to min_ratio of it.
+
+    Cosine: Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983.
+    """
+    warmup, total, peak = config.warmup_steps, config.total_steps, config.optim.lr
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule.kind]
+    return peak * (config.schedule.min_ratio + (1 - config.schedule.min_ratio) * shape)

@@ -1,0 +1,198 @@
+"""What one training process does: set up, resume or begin, fit, and leave a bundle. Ray-free."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.bundles.bundle import Bundle, write_bundle
+from engine.config import Config, fingerprint, from_dict, to_dict
+from engine.data.manifest import Manifest
+from engine.data.order import Order
+from engine.data.shards import Split
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+from engine.models.build import build, freeze_layers, load
+from engine.models.size import flops_per_token
+from engine.objectives.contract import Objective, objective_class
+from engine.train import hardware
+from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
+from engine.train.group import Group
+from engine.train.loop import Metrics, Run, fit
+from engine.train.run_folder import MetricsLog, RunFolder
+from engine.train.state import TrainState
+from engine.train.zero import Sharded
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job: a config with its model and objective, a data order, a start state."""
+
+    config: Config
+    data: Path  # folder of the prepared data
+    start: Path | None = None  # folder of the bundle to start from; None: fresh weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for the way to another process."""
+        return {"config": to_dict(self.config), "data": str(self.data), "start": self.start and str(self.start)}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Job:
+        """Read what `to_dict` wrote."""
+        return cls(from_dict(tree["config"]), Path(tree["data"]), tree["start"] and Path(tree["start"]))
+
+    def objective(self) -> Objective:
+        """Return the task, with the data's tokenizer and labels."""
+        labels = Manifest.load(self.data).labels
+        tokenizer = load_tokenizer(self.data / "tokenizer")
+        options = self.config.objective
+        return objective_class(options.name)(options, tokenizer, self.config.data.sequence_length, labels)
+
+
+def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
+    """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
+
+    `listen` hears rank 0's metrics of each step. The process group must be up where there are several ranks.
+    """
+    config, folder = job.config, RunFolder(job.config.run_dir)
+    precision = hardware.precision(config.train)
+    objective = job.objective()
+    samples = objective.samples(Split.open(job.data, "train"))
+    order = Order(len(samples), config.train.global_batch, config.seed)
+
+    # The order: resume, else start from the bundle, else initialize.
+    checkpoint = find_checkpoint(folder, group)
+    model = make_model(job, objective)
+    if checkpoint:
+        fill(model, checkpoint)
+    freeze_layers(model, config.objective.frozen_layers)
+    flops = flops_per_token(model, model.config, config.data.sequence_length)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.train.compile:
+        model.compile()
+    sharded = Sharded(model.to(group.device), config, group.world, precision)
+    sharded.ensure_moments(checkpoint.state.step if checkpoint else 0)
+    if checkpoint:
+        checkpoint.load(sharded.fragments(group.rank, owned=False))
+    group.barrier()
+
+    state = checkpoint.state if checkpoint else TrainState()
+    log = MetricsLog(folder, state.step) if group.rank == 0 else None
+    last: Metrics = {}
+
+    def heard(metrics: Metrics) -> None:
+        last.update(metrics)
+        if log:
+            log(metrics)
+            if listen:
+                listen(metrics)
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    run = Run(
+        config=config,
+        group=group,
+        objective=objective,
+        model=sharded,
+        samples=samples,
+        validation=objective.samples(Split.open(job.data, "validation")),
+        order=order,
+        writer=CheckpointWriter(folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints),
+        about={"config": fingerprint(config), "data": Manifest.load(job.data).hash},
+        log=heard,
+        flops_per_token=flops,
+        peak_flops=hardware.matmul_peak(group.device, dtype) * group.world,
+        state=state,
+        saved_step=state.step if checkpoint else -1,
+    )
+    try:
+        fit(run)
+    finally:
+        if log:
+            log.close()
+    if group.rank == 0 and last:
+        export(job, objective, step_folder(folder.checkpoints, config.train.max_steps), dtype, last)
+    group.barrier()
+    return last
+
+
+def find_checkpoint(folder: RunFolder, group: Group) -> Checkpoint | None:
+    """Return the latest checkpoint that is whole, by all ranks' word; never pass over all of them in silence."""
+    if group.rank == 0:
+        for path in folder.checkpoints.glob("step-*"):
+            if path not in step_folders(folder.checkpoints):
+                shutil.rmtree(path)  # begun and never finished
+    group.barrier()
+    faults = []
+    for path in step_folders(folder.checkpoints):
+        try:
+            checkpoint = Checkpoint(path)
+            checkpoint.verify(group.rank, group.world)
+            fault = ""
+        except BrokenCheckpoint as error:
+            fault = str(error)
+        if sum(group.sum_integers(int(bool(fault)))) == 0:
+            return checkpoint
+        faults.append(fault or f"{path}: another rank found a fault")
+        print(f"warning: {faults[-1]}; the checkpoint before it is used", flush=True)
+    if faults:
+        raise UserError(f"no checkpoint of {folder.path} is whole ({faults[0]}): mend it, or use another name=... to start afresh")
+    return None
+
+
+def make_model(job: Job, objective: Objective) -> Any:
+    """Make the start state: the bundle's weights, else fresh ones from the seed."""
+    config, options = job.config, objective.model_options()
+    if job.start:
+        return load(job.start, objective.auto_class, options, config.model.attention, config.seed)
+    return build(config.model, objective.tokenizer, objective.auto_class, options, config.seed)
+
+
+@torch.no_grad()
+def fill(model: Any, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into a whole fp32 model. Raises UserError where it is another model's."""
+    weights = checkpoint.weights()
+    for name, parameter in model.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise UserError(
+                f"{checkpoint.folder} holds another model ({name} differs): use another name=..., or the model's former options"
+            )
+        parameter.copy_(weights[name])
+
+
+def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, last: Metrics) -> Bundle:
+    """Write the run's bundle from its last checkpoint, whatever layout wrote that."""
+    model = make_model(job, objective)
+    fill(model, Checkpoint(checkpoint))
+    manifest = Manifest.load(job.data)
+    split = "validation" if manifest.splits["validation"].documents else "train"
+    return write_bundle(
+        job.config.run_dir / "bundle",
+        model=model,
+        tokenizer=objective.tokenizer,
+        objective=objective,
+        name=job.config.name,
+        golden_requests=objective.golden_requests(Split.open(job.data, split)),
+        parent=Bundle.open(job.start).hash if job.start else None,
+        data={"folder": str(job.data), "hash": manifest.hash},
+        config_hash=fingerprint(job.config),
+        run={"name": job.config.name, "step": last["step"], "samples_hash": last["samples_hash"]},
+        evaluation={name: value for name, value in last.items() if name.startswith("validation_")},
+        dtype=dtype,
+    )
+
+
+def local_group() -> Group:
+    """Return the group of a job in a single process, with the process group that DeepSpeed asks for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return Group(0, 1, device)

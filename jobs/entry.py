@@ -1,0 +1,160 @@
+"""From a command line to a checked config and a function; a mistake ends in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.environment import quiet_environment
+from cluster.errors import ClusterError
+from engine.config import Config, config_groups, declared, get, replace, resolve, type_name
+from engine.errors import UserError, nearest
+
+Function = Callable[[Config], object]
+
+# Manta keeps a run's files in runs/<name> itself, so Hydra makes no folder and no log of its own.
+HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=.",
+         "hydra.sweep.dir=.", "hydra.sweep.subdir=.")  # fmt: skip
+
+
+def start(job: str, function: Function, argv: Sequence[str] | None = None) -> int:
+    """Run `function` on the config that `argv` asks of job `job`; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    quiet_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kind kill ends like Ctrl-C
+    try:
+        if {"-h", "--help"} & set(words):
+            print_help(job)
+            return 0
+        overrides = [word for word in words if not word.startswith("-")]
+        if any(word in words for word in ("-c", "--cfg", "--info", "-p", "--package", "--resolve", "--hydra-help")):
+            _hydra(job, lambda config: None, words)
+            return 0
+        if "-m" in words or "--multirun" in words:
+            compose(job, [_first_choice(override) for override in overrides])
+            _hydra(job, function, words)
+            return 0
+        unknown = [word for word in words if word.startswith("-")]
+        if unknown:
+            raise UserError(f"{unknown[0]} is no flag of manta {job}: see manta {job} --help")
+        function(compose(job, overrides))
+        return 0
+    except (UserError, ClusterError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        log = Path("manta-error.log")
+        log.write_text(traceback.format_exc())
+        print(f"error: {type(error).__name__}: {str(error)[:300]} (traceback in {log}; --debug shows it here)", file=sys.stderr)
+        return 1
+
+
+def compose(job: str, overrides: Sequence[str]) -> Config:
+    """Compose and check the config of a job. Raises UserError that names the key and the nearest right one."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    _store_schema()
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            raw = hydra_compose(job, list(overrides))
+            return resolve(raw)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_sentence(error, overrides)) from error
+
+
+def _store_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def _hydra(job: str, function: Function, words: Sequence[str]) -> None:
+    """Leave --cfg, --multirun and the like to Hydra; a run of a multirun is named <name>-<number>."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    _store_schema()
+
+    def task(raw: Any) -> None:
+        config = resolve(raw)
+        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+            config = replace(config, name=f"{config.name}-{HydraConfig.get().job.num}")
+        function(config)
+
+    sys.argv = [f"manta {job}", *words, *HYDRA]
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name=job)(task)()
+
+
+def _first_choice(override: str) -> str:
+    """Turn a sweep like `optim.lr=1,2` into its first value, so that it can be checked before any run starts."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override() or parsed.is_hydra_override():
+        return override
+    return f"{parsed.key_or_group}={next(iter(parsed.sweep_string_iterator()))}"
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """Say in one sentence what Hydra or OmegaConf found wrong."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = f"{error}\n{cause}"
+    known = {key: hint for key, _, hint in declared()}
+    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
+        full = re.search(r"full_key: (\S+)", text)
+        key = found.group(1) or (full.group(1) if full else found.group(2) or found.group(3))
+        return f"{key} is not an option{nearest(key, known)}"
+    if found := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return f"{found.group(1)}={found.group(2)} is not one of {', '.join(options)}{nearest(found.group(2), options)}"
+    if found := re.search(r"In '[^']+': Could not find '([^']+)'", text):
+        return f"{found.group(1)} is not there"
+    key = next(iter(re.findall(r"full_key: (\S+)", text)), "")
+    if key in known and (found := re.search(r"[Vv]alue '(.*?)'", text)):
+        return f"{key}={found.group(1)} is not {type_name(known[key])}"
+    if not key:
+        for override in overrides:
+            if override.split("=")[0] in text and "=" in override:
+                return f"{override} cannot be understood: {text.strip().splitlines()[0]}"
+    return f"{key + ': ' if key else ''}{text.strip().splitlines()[0]}"
+
+
+def print_help(job: str) -> None:
+    """Print what a job is for, its groups and every option with its default."""
+    import importlib
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    module = importlib.import_module(f"jobs.{job}")
+    console.print(f"[bold]manta {job}[/] [group=NAME] [key=value] [--cfg job] [-m] [--debug]\n\n{module.__doc__}")
+    console.print("Groups (group=NAME picks a file of conf/):")
+    for group, names in config_groups():
+        console.print(f"  {group}: {', '.join(names)}", highlight=False)
+    defaults = compose(job, [])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", show_header=False)
+    for key, f, _hint in declared():
+        table.add_row(f"{key}={'' if get(defaults, key) is None else get(defaults, key)}", f.metadata["help"])
+    console.print("\nOptions, with this job's defaults:")
+    console.print(table)
+    console.print(f"\n-m runs every combination of comma-separated values: manta {job} -m optim.lr=1e-3,1e-4")

@@ -1,0 +1,27 @@
+"""Train a model from fresh weights on raw text: prepared data, Ray Train workers, DeepSpeed ZeRO, a bundle at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from engine.config import Config
+from jobs.entry import start
+
+
+def pretrain(config: Config) -> None:
+    """Train, and say where the bundle is."""
+    from cluster.session import connect_for
+    from engine.train.launch import train
+
+    with connect_for(config.cluster, config.run_dir):
+        train(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the command line asks for."""
+    return start("pretrain", pretrain, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

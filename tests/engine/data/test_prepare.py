@@ -1,0 +1,208 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import Config, replace
+from engine.data.manifest import Manifest, verify
+from engine.data.prepare import prepare
+from engine.data.shards import ShardWriter, Split
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+
+SCRIPT = """
+import os, signal, sys
+from engine.config import Config, replace
+from engine.data.prepare import prepare
+def say(stage, done, total):
+    if stage == sys.argv[3]: os.kill(os.getpid(), signal.SIGKILL)
+config = replace(Config(), runs_dir=sys.argv[1], data__path=sys.argv[2], data__vocab_size=300)
+print(prepare(config, progress=say))
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"Text number {i}: " + f"what it says is {i * i}. " * 20)
+    return tmp_path / "in"
+
+
+def start(tmp_path: Path, corpus: Path, die_at: str = "never") -> "subprocess.Popen[str]":
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "runs"), str(corpus), die_at]
+    return subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE)
+
+
+def test_the_shards_hold_the_documents(configured: Callable[..., Config], corpus: Path) -> None:
+    stages: list[tuple[str, int, int]] = []
+    folder = prepare(
+        configured(path=str(corpus), vocab_size=300, shard_tokens=2048), progress=lambda *s: stages.append(s)
+    )
+    manifest, tokenizer = verify(folder), load_tokenizer(folder / "tokenizer")
+    texts = {path.read_text() for path in corpus.iterdir()}
+    found = []
+    for name in manifest.splits:
+        split = Split.open(folder, name)
+        for i in range(split.rows):
+            ids = split.document(i)
+            assert ids[-1] == manifest.eos_id == 0
+            found.append(tokenizer.decode(ids[:-1]))
+        assert np.array_equal(
+            split.stream(0, split.tokens), np.concatenate([split.document(i) for i in range(split.rows)])
+        )
+    assert len(found) == 40
+    assert set(found) == texts
+    assert len(manifest.splits["train"]["shards"]) > 1
+    assert manifest.vocab_size == 300
+    sources = manifest.read_sources(folder)
+    assert len(sources) == manifest.sources["files"] == 40
+    assert sum(source["bytes"] for source in sources) == sum(len(text.encode()) for text in texts)
+    assert stages[-1] == ("tokenize", 40, 40)
+    assert {stage for stage, _, _ in stages} == {"read", "tokenizer", "tokenize"}
+
+
+def test_the_folder_is_named_by_its_content(configured: Callable[..., Config], corpus: Path) -> None:
+    config = configured(path=str(corpus), vocab_size=300)
+    folder = prepare(config)
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert prepare(replace(config, data__sequence_length=32)) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    others = {prepare(replace(config, seed=1)), prepare(replace(config, data__vocab_size=310))}
+    assert len({folder, *others}) == 3
+    (corpus / "0.txt").write_text("It says something else now.")
+    changed = prepare(config)
+    assert changed != folder
+    assert Manifest.load(changed).hash != Manifest.load(folder).hash
+
+
+def test_the_same_input_gives_the_same_bytes(configured: Callable[..., Config], corpus: Path, tmp_path: Path) -> None:
+    config = configured(path=str(corpus), vocab_size=300)
+    first, second = prepare(config), prepare(replace(config, runs_dir=str(tmp_path / "elsewhere")))
+    assert Manifest.load(first).hash == Manifest.load(second).hash
+    assert first.name == second.name
+
+
+def test_a_corpus_too_large_for_memory_gives_the_same_bytes(
+    configured: Callable[..., Config], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (corpus / "copy.txt").write_text((corpus / "3.txt").read_text())
+    config = configured(path=str(corpus), vocab_size=300)
+    held = Manifest.load(prepare(config))
+    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
+    streamed = Manifest.load(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere"))))
+    assert streamed.hash == held.hash
+    assert streamed.skipped == held.skipped == {"duplicate": 1}
+
+
+def test_a_folder_that_is_not_whole_is_made_again(configured: Callable[..., Config], corpus: Path) -> None:
+    config = configured(path=str(corpus), vocab_size=300)
+    folder = prepare(config)
+    digest = Manifest.load(folder).hash
+    (folder / "train-00000.arrow").unlink()
+    assert prepare(config) == folder
+    assert verify(folder).hash == digest
+
+
+def test_a_tokenizer_of_ones_own_is_kept(configured: Callable[..., Config], corpus: Path) -> None:
+    first = prepare(configured(path=str(corpus), vocab_size=300))
+    config = configured(path=str(corpus), vocab_size=4096)
+    by_argument, by_option = (
+        prepare(config, first / "tokenizer"),
+        prepare(replace(config, data__tokenizer=str(first / "tokenizer"))),
+    )
+    assert by_argument == by_option != first
+    assert Manifest.load(by_argument).vocab_size == 300
+    assert Manifest.load(by_argument).hash == Manifest.load(first).hash
+
+
+def test_the_bpe_learns_from_training_documents_only(configured: Callable[..., Config], tmp_path: Path) -> None:
+    for name, word in [("train", "seen"), ("test", "heldout")]:
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{word * 5} {i}"}}\n' for i in range(50)))
+    config = configured(path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), vocab_size=300)
+    vocabulary = load_tokenizer(prepare(config) / "tokenizer").get_vocab()
+    assert "seen" in vocabulary
+    assert not {"he", "ld", "out", "held"} & set(vocabulary)
+
+
+def test_a_test_label_unknown_to_training_is_left_out(configured: Callable[..., Config], tmp_path: Path) -> None:
+    rows = [f'{{"text": "t{i}", "label": "{label}"}}\n' for i, label in enumerate(["10", "9"] * 20)]
+    (tmp_path / "train.jsonl").write_text("".join(rows))
+    (tmp_path / "test.jsonl").write_text('{"text": "x", "label": "9"}\n{"text": "y", "label": "11"}\n')
+    config = configured(
+        path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), label_column="label", vocab_size=300
+    )
+    folder = prepare(config)
+    manifest = Manifest.load(folder)
+    assert manifest.labels == ["9", "10"]  # numbers by value
+    assert manifest.skipped == {"label that is not in the training data": 1}
+    test = Split.open(folder, "test")
+    assert (test.rows, test.label(0)) == (1, 0)
+    assert load_tokenizer(folder / "tokenizer").decode(test.document(0)) == "x"
+
+
+def test_packages_are_prepared_with_labels(configured: Callable[..., Config]) -> None:
+    folder = prepare(configured(source="python_functions", max_documents=400, vocab_size=512))
+    manifest, split = Manifest.load(folder), Split.open(folder, "train")
+    assert len(manifest.labels) >= 12
+    assert manifest.labels == sorted(manifest.labels)
+    assert manifest.licence == "PSF-2.0"
+    assert set(split.labels.tolist()) == set(range(len(manifest.labels)))
+    assert sum(s["documents"] for s in manifest.splits.values()) == 400
+    assert load_tokenizer(folder / "tokenizer").decode(split.document(0)).startswith(("def _(", "async def _("))
+
+
+@pytest.mark.parametrize("stage", ["read", "tokenizer", "tokenize"])
+def test_a_kill_leaves_nothing_half(
+    stage: str, tmp_path: Path, corpus: Path, configured: Callable[..., Config]
+) -> None:
+    process = start(tmp_path, corpus, die_at=stage)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not list((tmp_path / "runs" / "data").glob("files-*"))
+    folder = prepare(configured(path=str(corpus), vocab_size=300))
+    verify(folder)
+    assert [p.name for p in folder.parent.iterdir() if not p.name.endswith(".lock")] == [folder.name]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path, corpus: Path, configured: Callable[..., Config]) -> None:
+    def say(stage: str, done: int, total: int) -> None:
+        if stage == "tokenize":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(configured(path=str(corpus), vocab_size=300), progress=say)
+    assert [p.suffix for p in (tmp_path / "runs" / "data").iterdir()] == [".lock"]
+
+
+def test_two_at_once_make_one(tmp_path: Path, corpus: Path) -> None:
+    processes = [start(tmp_path, corpus) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == outputs[1]
+    verify(outputs[0])
+
+
+def test_a_full_disk_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Path, configured: Callable[..., Config]
+) -> None:
+    def full(self: ShardWriter) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ShardWriter, "_write", full)
+    with pytest.raises(UserError, match=r"the disk of .* is full .*set runs_dir to another disk"):
+        prepare(configured(path=str(corpus), vocab_size=300))
+    assert [p.suffix for p in (tmp_path / "runs" / "data").iterdir()] == [".lock"]
+
+
+def test_runs_dir_that_is_a_file(tmp_path: Path, corpus: Path, configured: Callable[..., Config]) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UserError, match="set runs_dir to a folder of yours"):
+        prepare(configured(path=str(corpus), vocab_size=300))
