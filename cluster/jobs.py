@@ -33,7 +33,6 @@ def client_of(address: str | None, token_path: str | None) -> JobSubmissionClien
     Raises ClusterError if nothing answers there or the token is refused.
     """
     quiet_environment()
-    logging.getLogger("ray").setLevel(logging.WARNING)
     cluster = state.load()
     if address is None:
         if cluster is None:
@@ -54,6 +53,7 @@ def client_of(address: str | None, token_path: str | None) -> JobSubmissionClien
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     # Ray adds a token of its own choice to a request without this header: it is always given, empty for "none"
     headers = {"Authorization": f"Bearer {token}" if token else ""}
     try:

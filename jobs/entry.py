@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None) -> in
         log.write_text(traceback.format_exc())
         print(f"error: {type(error).__name__}: {str(error)[:300]} (traceback in {log}; --debug shows it here)", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Be connected to the config's Ray; its logs are found in the run's folder."""
+    from cluster.session import connect
+
+    where = config.cluster
+    with connect(where.address, where.cpus, where.dashboard, config.run_dir / "logs"):
+        yield
 
 
 def compose(job: str, overrides: Sequence[str]) -> Config:

@@ -1,4 +1,4 @@
-"""Train a model from fresh weights on raw text: prepared data, Ray Train workers, DeepSpeed ZeRO, a bundle at the end."""
+"""Train a model from fresh weights on raw text: Ray Train workers, DeepSpeed ZeRO, a bundle at the end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import start
+from jobs.entry import ray_session, start
 
 
 def pretrain(config: Config) -> None:
     """Train, and say where the bundle is."""
-    from cluster.session import connect_for
     from engine.train.launch import train
 
-    with connect_for(config.cluster, config.run_dir):
+    with ray_session(config):
         train(config)
 
 

@@ -80,7 +80,7 @@ def train(config: Config) -> Outcome:
         with watch:
             run_workers(job, run)
     except BaseException as error:
-        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
         raise
     run.write_status(replace(watch.status, state="finished", updated=now()))

@@ -19,5 +19,5 @@ class TrainState:
     def after(self, samples: int, tokens: int, ids_hash: int) -> TrainState:
         """Return the state one step on."""
         return TrainState(
-            self.step + 1, self.samples + samples, self.tokens + tokens, add_hashes(self.samples_hash, ids_hash)
+            self.step + 1, self.samples + samples, self.tokens + tokens, add_hashes([self.samples_hash, ids_hash])
         )

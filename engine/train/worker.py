@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config, fingerprint, from_dict, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
@@ -63,7 +62,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
     precision = hardware.precision(config.train)
-    objective = job.objective()
+    objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
     order = Order(len(samples), config.train.global_batch, config.seed)
 
@@ -102,10 +101,10 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         objective=objective,
         model=sharded,
         samples=samples,
-        validation=objective.samples(Split.open(job.data, "validation")),
+        validation=objective.samples(Split.open(job.data, "validation")) if "validation" in manifest.splits else [],
         order=order,
         writer=CheckpointWriter(folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints),
-        about={"config": fingerprint(config), "data": Manifest.load(job.data).hash},
+        about={"config": fingerprint(config), "data": manifest.hash},
         log=heard,
         flops_per_token=flops,
         peak_flops=hardware.matmul_peak(group.device, dtype) * group.world,
@@ -167,13 +166,15 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
         parameter.copy_(weights[name])
 
 
-def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, last: Metrics) -> Bundle:
+def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, last: Metrics) -> None:
     """Write the run's bundle from its last checkpoint, whatever layout wrote that."""
+    from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
+
     model = make_model(job, objective)
     fill(model, Checkpoint(checkpoint))
     manifest = Manifest.load(job.data)
-    split = "validation" if manifest.splits["validation"].documents else "train"
-    return write_bundle(
+    split = "validation" if "validation" in manifest.splits else "train"
+    write_bundle(
         job.config.run_dir / "bundle",
         model=model,
         tokenizer=objective.tokenizer,

@@ -1,0 +1,26 @@
+"""Go on from a bundle (bundle=...) with another objective or other data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from engine.config import Config
+from jobs.entry import ray_session, start
+
+
+def finetune(config: Config) -> None:
+    """Train, and say where the bundle is."""
+    from engine.train.launch import train
+
+    with ray_session(config):
+        train(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the command line asks for."""
+    return start("finetune", finetune, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

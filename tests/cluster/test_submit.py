@@ -1,0 +1,39 @@
+"""What is submitted: the project, the paths, the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ClusterError
+from cluster.submit import absolute, checkout, main, quoted
+
+
+def test_relative_paths_become_absolute(tmp_path):
+    (tmp_path / "mine").mkdir()
+    given = ["data.path=dir/*.jsonl", "bundle=mine", "+data.test_path=/t", "optim.lr=0.1", "runs_dir=s3://b/r"]
+    expected = [f"data.path={tmp_path}/dir/*.jsonl", f"bundle={tmp_path}/mine", "+data.test_path=/t", "optim.lr=0.1"]
+    assert absolute(given, tmp_path) == [*expected, "runs_dir=s3://b/r"]
+
+
+def test_a_bundle_by_name_and_a_null_stay(tmp_path):
+    assert absolute(["bundle=demo", "data.path=null", "runs_dir=/r"], tmp_path) == [
+        "bundle=demo",
+        "data.path=null",
+        "runs_dir=/r",
+    ]
+
+
+def test_values_with_spaces_are_quoted_for_hydra(tmp_path):
+    assert absolute(["data.path='a b.txt'"], Path("/x"))[0] == "data.path='/x/a b.txt'"
+    assert quoted("/x/it's") == "'/x/it\\'s'"
+
+
+def test_checkout_is_found_from_below():
+    root = Path(__file__).parents[2]
+    assert checkout(Path(__file__).parent) == root
+    assert checkout(Path("/")) is None
+
+
+def test_an_override_without_equals_is_refused():
+    with pytest.raises(ClusterError, match="'steps' is not of the form key=value"):
+        main(["pretrain", "steps"])
