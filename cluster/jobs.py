@@ -53,7 +53,8 @@ def client_of(address: str | None, token_path: str | None) -> JobSubmissionClien
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # these set a level of their own when imported
     # Ray adds a token of its own choice to a request without this header: it is always given, empty for "none"
     headers = {"Authorization": f"Bearer {token}" if token else ""}
     try:

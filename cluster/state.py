@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import secrets
+import sys
 import tempfile
 from pathlib import Path
 
@@ -103,6 +104,11 @@ def use_token(path: Path | str) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(path))
+    if "ray" in sys.modules:  # it has read the environment already: let it read it again
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def load() -> State | None:

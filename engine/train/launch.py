@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config
+from engine.config import Config, with_values
 from engine.data.order import Order
 from engine.data.prepare import prepare
 from engine.data.shards import Split
@@ -41,7 +41,8 @@ def make_job(config: Config) -> Job:
     with Bar("prepare", total=1) as bar:
         data = prepare(config, tokenizer, lambda text, done, total: bar.update(0, f"{text} {done:,}/{total:,}"))
         bar.update(1, str(data))
-    job = Job(config, data.absolute(), start)
+    anywhere = with_values(config, {"runs_dir": str(Path(config.runs_dir).absolute())})  # workers run in folders of Ray's
+    job = Job(anywhere, data.absolute(), start and start.absolute())
     check_job(job)
     return job
 
