@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Sessio
     folder = Path(tempfile.mkdtemp(prefix="manta-"))  # short: a socket's path may have 107 bytes
     ray_here = state.State(mark=folder.name, address="", dashboard="", token_path="", temp_dir=str(folder), nodes=1)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # after Ray's own last words
+
+    def clean_up() -> None:
+        end(state.processes(ray_here), own_end_s=0.0, patience_s=0.5)
+        keep_logs(folder, log_dir)
+
     watch: Watch | None = None
     try:
         import ray
@@ -91,15 +96,15 @@ def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Sessio
         logs = Path(info["session_dir"]) / "logs"
         link(logs, log_dir)
         core = [state.member(p) for p in state.processes(ray_here) if p.name() in state.CORE]
-        watch = Watch(core, "Ray was killed: start the job again, with resume=true if it has checkpoints")
+        watch = Watch(core, "Ray was killed: start the job again, with resume=true if it has checkpoints", clean_up)
         with watch.raising():
             yield session_of(info["gcs_address"], logs)
     finally:
-        lost = watch is not None and watch.lost
         started = state.processes(ray_here)
+        lost = watch is not None and watch.lost
         leave(lost)
-        end([*started, *state.processes(ray_here)], **({"own_end_s": 0.0, "patience_s": 0.5} if lost else {}))
-        keep_logs(folder, log_dir)
+        end(started, own_end_s=0.0 if lost else 1.0, patience_s=0.5 if lost else 3.0)
+        clean_up()
 
 
 @contextlib.contextmanager
@@ -192,9 +197,9 @@ def require(cpus: float, gpus: float, what: str) -> None:
 class Watch(threading.Thread):
     """Looks after Ray's core processes; a driver of a dead Ray would hang for a minute (GCS) or for ever (raylet)."""
 
-    def __init__(self, members: list[state.Member], message: str) -> None:
+    def __init__(self, members: list[state.Member], message: str, clean_up: Callable[[], None] | None = None) -> None:
         super().__init__(name="ray-watch", daemon=True)
-        self.members, self.message = members, message
+        self.members, self.message, self.clean_up = members, message, clean_up
         self.lost = False
         self.closed = threading.Event()
 
@@ -207,6 +212,8 @@ class Watch(threading.Thread):
             _thread.interrupt_main()
             if not self.closed.wait(GIVE_UP_S):
                 os.write(2, f"{self.message}\n".encode())
+                if self.clean_up:
+                    self.clean_up()
                 os._exit(2)
             return
 

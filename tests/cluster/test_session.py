@@ -21,9 +21,9 @@ from cluster.errors import ClusterError
 from cluster.session import connect, require
 
 @ray.remote
-def work():
+def work(seconds):
     import cluster.ports  # the workers find the project too
-    time.sleep(float(sys.argv[2]))
+    time.sleep(seconds)
 
 try:
     with connect("local", 2, False, Path(sys.argv[1])) as session:
@@ -34,7 +34,7 @@ try:
             except ClusterError as error:
                 print(error, flush=True)
         print("working", flush=True)
-        ray.get(work.remote())
+        ray.get(work.remote(float(sys.argv[2])))
         print("done", flush=True)
 except ClusterError as error:
     print("error:", error, flush=True)
@@ -80,6 +80,8 @@ def job(tmp_path, request):
         kin = job.kin()
         assert {"gcs_server", "raylet"} <= {p.name() for p in kin}
         job.started = kin
+        raylet = next(p for p in kin if p.name() == "raylet")
+        job.folder = Path(next(a for a in raylet.cmdline() if "--raylet_socket_name=" in a).split("=")[1]).parents[2]
         yield job
     finally:
         for process in [*kin, psutil.Process(job.process.pid)] if job.process.poll() is None else kin:
@@ -99,6 +101,7 @@ def test_a_job_ends_well(job, tmp_path):
     assert "the job asks for 1 GPU, the cluster has 0" in job.output
     assert len(job.output.splitlines()) == 5, job.output  # and not a word from Ray
     assert (tmp_path / "logs/ray/raylet.out").is_file()
+    assert not job.folder.exists()
     assert (tmp_path / "home/token").stat().st_mode & 0o777 == 0o600
     assert gone(job.started)
 
@@ -122,9 +125,11 @@ def test_a_killed_ray_is_told_within_ten_seconds(job, name):
     next(p for p in job.started if p.name() == name).kill()
     assert job.finish() == 2
     assert time.monotonic() - killed < 10
-    assert "error: Ray was killed" in job.output
+    assert "Ray was killed: start the job again" in job.output
     assert "Traceback" not in job.output
+    assert "state-dump" not in job.output
     assert gone(job.started)
+    assert not job.folder.exists()
 
 
 def listened(processes: list[psutil.Process]) -> set[str]:

@@ -1,0 +1,228 @@
+"""A bundle: a Hugging Face folder plus `manta.json`, which says where the model came from and how to know it again.
+
+The folder loads with plain `transformers.from_pretrained`, with nothing of Manta installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config import ObjectiveConfig
+from engine.errors import UserError
+from engine.objectives.contract import Objective, objective_class
+
+MANIFEST = "manta.json"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of a replayed probability: other kernels round otherwise
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle knows of itself."""
+
+    name: str
+    objective: dict[str, Any]  # ObjectiveConfig
+    labels: list[str]
+    sequence_length: int  # tokens
+    parent: str | None  # hash of the bundle that it was trained from
+    data: dict[str, str] | None  # folder and hash of the prepared data
+    config_hash: str | None
+    run: dict[str, Any] | None  # name, step, samples_hash
+    evaluation: dict[str, Any]
+    golden: list[dict[str, Any]]  # [{"request", "output"}], replayed before a replica takes traffic
+    files: dict[str, str]  # file -> SHA-256
+    versions: dict[str, str]
+    licence: str = "not stated"
+    created: str = ""
+    format: int = 1
+    hash: str = field(default="")  # SHA-256 over all other fields
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 (hex) of everything else in the manifest, the files' hashes among it."""
+        content = asdict(replace(self, hash=""))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model folder, of ours or of Hugging Face."""
+
+    folder: Path
+    manifest: Manifest | None  # None: a plain Hugging Face folder
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Bundle:
+        """Open a folder. Raises UserError where it holds no model, or a manifest that can't be read."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no model (no config.json): give a bundle's or a Hugging Face model's folder")
+        file = folder / MANIFEST
+        if not file.exists():
+            return cls(folder, None)
+        try:
+            return cls(folder, Manifest(**json.loads(file.read_text())))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error}): restore it, or write the bundle again") from error
+
+    @property
+    def managed(self) -> bool:
+        """Whether this is a bundle of ours, with a manifest."""
+        return self.manifest is not None
+
+    @property
+    def hash(self) -> str:
+        """The manifest's hash; of a plain folder, the hash of its files."""
+        if self.manifest:
+            return self.manifest.hash
+        return hashlib.sha256(json.dumps(_file_hashes(self.folder), sort_keys=True).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Check every file. Raises UserError that names the one that was changed, is missing or came in addition."""
+        if not self.manifest:
+            return
+        if self.manifest.hash != self.manifest.content_hash():
+            raise UserError(f"{self.folder / MANIFEST} was changed since the bundle was written: refused")
+        now = _file_hashes(self.folder)
+        for name, expected in self.manifest.files.items():
+            if name not in now:
+                raise UserError(f"{self.folder / name} is missing: the bundle is refused")
+            if now[name] != expected:
+                raise UserError(f"{self.folder / name} was changed since the bundle was written: refused")
+        if added := sorted(set(now) - set(self.manifest.files)):
+            raise UserError(f"{self.folder / added[0]} was added since the bundle was written: refused")
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer; one without a padding token pads with its end of text."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def objective(self) -> Objective:
+        """Return the task that the model was trained for; of a plain folder, what its architecture is for."""
+        if self.manifest:
+            options = ObjectiveConfig(**self.manifest.objective)
+            labels, length = self.manifest.labels, self.manifest.sequence_length
+        else:
+            config = json.loads((self.folder / "config.json").read_text())
+            architecture = next(iter(config.get("architectures") or []), "")
+            names = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForSequenceClassification": "classification"}
+            name = next((task for ending, task in names.items() if architecture.endswith(ending)), None)
+            if name is None:
+                raise UserError(f"{self.folder} is a {architecture or 'model without a head'}: fine-tune it first (manta finetune bundle=...)")
+            options, length = ObjectiveConfig(name=name), int(config.get("max_position_embeddings") or 512)
+            labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+        return objective_class(options.name)(options, self.tokenizer(), length, labels)
+
+    def model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the model for inference, in its own precision or in `dtype`."""
+        import transformers
+
+        kind = getattr(transformers, self.objective().auto_class)
+        loaded: nn.Module = kind.from_pretrained(
+            self.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
+        return loaded.eval()
+
+    def replay(self, model: nn.Module) -> None:
+        """Ask the golden requests again. Raises UserError for the first answer that is not the recorded one."""
+        if not self.manifest:
+            return
+        requests = [golden["request"] for golden in self.manifest.golden]
+        outputs = self.objective().predict(model, requests) if requests else []
+        dtype = next(model.parameters()).dtype
+        for golden, output in zip(self.manifest.golden, outputs, strict=True):
+            if not _alike(golden["output"], output, TOLERANCE[dtype]):
+                raise UserError(
+                    f"{self.folder} does not answer as recorded: {golden['request']} gives {output}, not {golden['output']}"
+                )
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    model: nn.Module,
+    tokenizer: Any,
+    objective: Objective,
+    name: str,
+    golden_requests: list[dict[str, Any]],
+    parent: str | None = None,
+    data: dict[str, str] | None = None,
+    config_hash: str | None = None,
+    run: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
+    licence: str = "not stated",
+    dtype: torch.dtype = torch.float32,
+) -> Bundle:
+    """Write a bundle in `dtype` and record what it answers to `golden_requests`; it is renamed into place last."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model = model.to(dtype).eval()
+    model.save_pretrained(part)  # type: ignore[operator]
+    tokenizer.save_pretrained(part)
+    golden = [
+        {"request": request, "output": output}
+        for request, output in zip(golden_requests, objective.predict(model, golden_requests), strict=True)
+    ]
+    manifest = Manifest(
+        name=name,
+        objective=asdict(objective.options),
+        labels=objective.labels,
+        sequence_length=objective.sequence_length,
+        parent=parent,
+        data=data,
+        config_hash=config_hash,
+        run=run,
+        evaluation=evaluation or {},
+        golden=golden,
+        files=_file_hashes(part),
+        versions={package: _version(package) for package in ("manta-train", "torch", "transformers")},
+        licence=licence,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    manifest = replace(manifest, hash=manifest.content_hash())
+    (part / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return Bundle(folder, manifest)
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as file:
+                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _alike(recorded: Any, answer: Any, tolerance: float) -> bool:
+    """Compare two outputs: numbers within the tolerance, all else exactly."""
+    if isinstance(recorded, dict) and isinstance(answer, dict):
+        return recorded.keys() == answer.keys() and all(_alike(recorded[k], answer[k], tolerance) for k in recorded)
+    if isinstance(recorded, float) and isinstance(answer, (int, float)):
+        return abs(recorded - answer) <= tolerance
+    return bool(recorded == answer)

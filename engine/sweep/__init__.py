@@ -1,0 +1,1 @@
+"""Search spaces from the config, through Ray Tune, to the best bundle."""
