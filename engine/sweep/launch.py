@@ -22,7 +22,7 @@ from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, Status, now
 from engine.train.worker import Job
 
-STARTED = "tune"  # Ray Tune's folder under the run's
+DRIVER_CPUS = 0.02  # cores of a trial that only drives a worker group; Tune refuses none at all
 
 
 @dataclass
@@ -103,16 +103,15 @@ def run_trials(
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    cluster = ray.cluster_resources()
+    slots, share = trial_share(config, ray.cluster_resources())
     alone = config.train.workers == 1
-    share = worker_resources(config, cluster)
-    if alone and config.train.cpus_per_worker is None and not share.get("GPU"):
-        slots = config.sweep.concurrent or min(config.sweep.trials, int(cluster.get("CPU", 1)))
-        share = {"CPU": max(0.5, cluster.get("CPU", 1) / slots)}
-    resources = share if alone else {"CPU": 0.01}
-    room = min(int(cluster[kind] / (each * config.train.workers)) for kind, each in share.items())
+    if not alone:  # the trial itself drives its worker group with a sliver of a core
+        cores = {"train.cpus_per_worker": share["CPU"] - DRIVER_CPUS / config.train.workers}
+        job = Job(with_values(job.config, cores), job.data, job.start)
+    resources = share if alone else {"CPU": DRIVER_CPUS}
     found: dict[str, Trial] = {}
 
     class Show(Callback):
@@ -154,7 +153,7 @@ def run_trials(
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, spec=job.to_dict(), metric=metric), tune.PlacementGroupFactory([resources])
     )
-    folder = (run.path / STARTED).absolute()
+    folder = (run.path / "tune").absolute()
     run_config = RunConfig(
         name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[Show()], failure_config=FailureConfig(0)
     )
@@ -166,7 +165,7 @@ def run_trials(
         run_config=run_config,
         tune_config=tune.TuneConfig(
             metric=metric, mode=mode, num_samples=config.sweep.trials, scheduler=scheduler, reuse_actors=alone,
-            max_concurrent_trials=min(config.sweep.concurrent or room, room), search_alg=seeded_search(config.seed),
+            search_alg=BasicVariantGenerator(max_concurrent=slots, random_state=config.seed),
         ),
     )  # fmt: skip
     with Bar("sweep", total=config.sweep.trials) as bar:
@@ -174,11 +173,18 @@ def run_trials(
     return list(found.values())
 
 
-def seeded_search(seed: int) -> Any:
-    """Return Tune's own sampler, grid and random, with a seed."""
-    from ray.tune.search.basic_variant import BasicVariantGenerator
+def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[str, float]]:
+    """Return how many trials run at a time and the resources of each worker of theirs.
 
-    return BasicVariantGenerator(random_state=seed)
+    A trial gets what its workers ask for; where they ask for nothing, the trials share the cores, one core each or more.
+    """
+    train, cpus = config.train, cluster.get("CPU", 1.0)
+    asked = worker_resources(config, cluster)
+    if train.cpus_per_worker is None and not asked.get("GPU"):
+        slots = config.sweep.concurrent or max(1, int(cpus / train.workers))
+        return min(slots, config.sweep.trials), {"CPU": int(100 * max(0.5, cpus / slots / train.workers)) / 100}
+    fits = min(int(cluster[kind] / (each * train.workers) + 1e-6) for kind, each in asked.items() if each)
+    return min(config.sweep.concurrent or fits, fits), asked
 
 
 def keep_best(run: RunFolder, best: Trial) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 from engine.config import with_values
-from engine.errors import UserError
 from engine.train.launch import run_workers
 from engine.train.run_folder import MetricsTail, RunFolder
 from engine.train.worker import Job, local_group, work
@@ -31,16 +29,42 @@ def run_trial(params: dict[str, Any], spec: dict[str, Any], metric: str) -> None
         if f"validation_{metric}" in line:
             tune.report({"step": line["step"], metric: line[f"validation_{metric}"], "loss": line["loss"]})
 
-    if job.config.train.workers == 1:
-        work(job, local_group(), listen=report)
-        return
-    group = threading.Thread(target=run_workers, args=(job, run), daemon=True)
-    group.start()
-    tail = MetricsTail(run.metrics_file)
-    while group.is_alive() or (run.path / "bundle").exists():
-        group.join(0.2)
-        for line in tail.lines():
+    def report_but_last(line: dict[str, Any]) -> None:
+        if line["step"] < job.config.train.max_steps:  # Tune ends the trial at its last report: the bundle comes first
             report(line)
-        if not group.is_alive():
-            return
-    raise UserError(f"the workers of {name} ended without a bundle: see {Path(run.logs)}")
+
+    if job.config.train.workers == 1:
+        report(work(job, local_group(), listen=report_but_last))
+        return
+    group = WorkerGroup(job, run)
+    tail = MetricsTail(run.metrics_file)
+    last: dict[str, Any] = {}
+    while not group.ended(wait_s=0.2):
+        for last in tail.lines():
+            report_but_last(last)
+    for last in tail.lines():
+        report_but_last(last)
+    report(last)
+
+
+class WorkerGroup:
+    """A trial's own worker group, run from a thread so that the trial can report meanwhile."""
+
+    def __init__(self, job: Job, run: RunFolder) -> None:
+        """Start it."""
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(job, run), daemon=True)
+        self._thread.start()
+
+    def _run(self, job: Job, run: RunFolder) -> None:
+        try:
+            run_workers(job, run)
+        except Exception as error:  # raised by `ended`, in the trial's thread
+            self._error = error
+
+    def ended(self, wait_s: float) -> bool:
+        """Wait at most `wait_s` seconds for the end. Raises what ended it."""
+        self._thread.join(wait_s)
+        if self._error:
+            raise self._error
+        return not self._thread.is_alive()
