@@ -228,6 +228,9 @@ class DemoConfig(Frozen):
     """The whole life of a model in one job."""
 
     keep: bool = option(False, "leave the endpoint up at the end, until Ctrl-C")
+    pretrain: list[str] = option([], "overrides of the demo's `manta pretrain`")
+    sweep: list[str] = option([], "overrides of the demo's `manta sweep`")
+    evaluate: list[str] = option([], "overrides of the demo's `manta evaluate`")
 
 
 @dataclass
@@ -317,7 +320,7 @@ def type_name(hint: Any) -> str:
     """Name a declared type in plain words: 'integer', 'number', 'text', 'true or false', 'mapping'."""
     if get_origin(hint) in (Union, types.UnionType):
         return type_name(next(a for a in get_args(hint) if a is not type(None)))
-    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping", list: "a list"}
     return words.get(get_origin(hint) or hint, str(hint))
 
 

@@ -1,20 +1,183 @@
-"""The whole life of a model: prepare, pretrain, sweep, evaluate, deploy, report."""
+"""The whole life of a model: prepare, pretrain, sweep, evaluate, deploy, and a report of all of it."""
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from engine.config import Config
-from jobs.entry import ray_session, start
+from engine.config import Config, replace, with_values
+from jobs.entry import compose, ray_session, start
 
 
 def demo(config: Config) -> None:
-    """Run every stage, and show the results."""
-    from jobs.life import live
+    """Run every stage, each as the command of its name would, and show what came of it."""
+    from rich.table import Table
 
+    from engine.bundles.bundle import Bundle
+    from engine.bundles.registry import promote, register
+    from engine.evaluate.bootstrap import compare
+    from engine.evaluate.evaluate import evaluate_bundle
+    from engine.evaluate.facts import machine_facts, version_facts
+    from engine.evaluate.report import write_report
+    from engine.progress import console
+    from engine.serve.deploy import deploy
+    from engine.sweep.launch import sweep, trial_folder
+    from engine.train.launch import make_job, train
+    from engine.train.run_folder import RunFolder
+
+    stages = Stages(console)
+    shared = [f"runs_dir={Path(config.runs_dir).absolute()}", f"seed={config.seed}"]
+    pretraining = compose("pretrain", [*config.demo.pretrain, *shared, f"name={config.name}-pretrain"])
+    with stages("prepare"):
+        make_job(pretraining)
+    with stages("pretrain"), ray_session(pretraining):
+        pretrained = train(pretraining)
+
+    sweeping = compose("sweep", [*config.demo.sweep, *shared, f"name={config.name}", f"bundle={pretrained.run.bundle}"])
+    # The winner's training once more, from fresh weights: nothing is frozen, since fresh weights must be trained.
+    with ray_session(sweeping):
+        with stages("sweep"):
+            swept = sweep(sweeping)
+        from_scratch = with_values(
+            sweeping,
+            {**swept.best.params, "job": "finetune", "name": f"{config.name}-scratch", "bundle": None,
+             "objective.frozen_layers": 0, "data.tokenizer": str(pretrained.run.bundle), "train.workers": 1,
+             "train.checkpoint_every": sweeping.train.max_steps},
+        )  # fmt: skip
+        with stages("scratch"):
+            scratch = train(from_scratch)
+
+    winner = RunFolder(sweeping.run_dir).bundle
+    with stages("evaluate"):
+        measuring = compose("evaluate", [*config.demo.evaluate, *shared])
+        on_functions = with_values(sweeping, {f"evaluate.{k}": v for k, v in vars(measuring.evaluate).items() if k[0] != "_"})
+        tuned = evaluate_bundle(winner, on_functions)
+        plain = evaluate_bundle(scratch.run.bundle, on_functions)
+        language = evaluate_bundle(pretrained.run.bundle, replace(pretraining, evaluate__resamples=measuring.evaluate.resamples))
+        paid = compare(
+            Bundle.open(winner).objective(), tuned.scores, plain.scores,
+            confidence=measuring.evaluate.confidence, resamples=measuring.evaluate.resamples, seed=config.seed,
+        )  # fmt: skip
+
+    bundles = {config.name: winner, f"{config.name}-pretrain": pretrained.run.bundle}
     with ray_session(config):
-        live(config)
+        with stages("deploy"):
+            for name, folder in bundles.items():
+                version = register(Bundle.open(folder), name, config.tracking_uri)
+                if name == config.name:
+                    promote(version, config.tracking.alias, config.tracking_uri)
+            endpoint = deploy(config, bundles)
+            requests = ask(endpoint.url, config.name)
+        facts: dict[str, Any] = {
+            "name": config.name,
+            "seconds": stages.seconds | {"total": sum(stages.seconds.values())},
+            "accuracy": {
+                "finetuned": tuned.metrics["accuracy"].to_dict(),
+                "scratch": plain.metrics["accuracy"].to_dict(),
+                "majority": tuned.majority.to_dict() if tuned.majority else None,
+            },
+            "perplexity": language.metrics["perplexity"].to_dict(),
+            "pretraining_paid": {
+                "verdict": paid.verdict, "difference": paid.difference, "low": paid.low, "high": paid.high,
+            },
+            "trials": [
+                {"name": t.name, "config": t.params, "steps": t.steps, "accuracy": t.value,
+                 "stopped_early": t.state == "stopped early", "state": t.state, "curve": t.curve,
+                 "folder": str(trial_folder(RunFolder(sweeping.run_dir), t))}
+                for t in swept.trials
+            ],
+            "endpoint": {"url": endpoint.url, "requests": requests},
+            "hashes": {
+                "data (text)": tree_hash(pretrained.run.bundle), "data (functions)": tree_hash(winner),
+                **{f"bundle {name}": Bundle.open(folder).hash for name, folder in bundles.items()},
+            },
+            "versions": version_facts(),
+            "machine": machine_facts(),
+        }  # fmt: skip
+        home = sweeping.run_dir
+        (home / "summary.json").write_text(json.dumps(facts, indent=1))
+        page = write_report(home, facts | {"curves": {"pretrain": list(pretrained.run.metrics())}})
+
+        table = Table("stage", "seconds", title=f"{config.name}: from raw text to an endpoint", title_justify="left")
+        for stage, seconds in facts["seconds"].items():
+            table.add_row(stage, f"{seconds:.1f}")
+        console.print(table)
+        for name, value in facts["accuracy"].items():
+            console.print(f"accuracy {name:<10} {value['value']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]", markup=False)
+        console.print(f"pre-training {'paid' if paid.verdict == 'better' else 'did not pay'} ({paid.verdict} than from scratch)")
+        console.print(f"report   {page}\nsummary  {home / 'summary.json'}\n")
+        for request in requests:
+            console.print(request["curl"])
+        if config.demo.keep:
+            console.print(f"\nthe endpoint is up at {endpoint.url} until Ctrl-C")
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        else:
+            console.print("\nthe endpoint is down again: `make demo KEEP=1` leaves it up")
+        endpoint.stop()
+
+
+class Stages:
+    """Names the stages as they come, and times them."""
+
+    def __init__(self, console: Any) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage."""
+        self.console.rule(f"[bold]{len(self.seconds) + 1}. {stage}", align="left")
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - began
+
+
+def tree_hash(bundle: Path) -> str:
+    """Return the hash of the data that a bundle was trained on."""
+    from engine.bundles.bundle import Bundle
+
+    manifest = Bundle.open(bundle).manifest
+    assert manifest is not None
+    assert manifest.data is not None
+    return manifest.data["hash"]
+
+
+def ask(url: str, name: str) -> list[dict[str, Any]]:
+    """Ask the endpoint three things over HTTP: a classification, a completion, a streamed completion."""
+    import httpx
+
+    code = "def get(self, url, timeout=None):\n    request = self.open(url)\n    return request.read()\n"
+    prompt = {"model": f"{name}-pretrain", "prompt": "import os\n\ndef ", "max_tokens": 24}
+    answers = []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for what, path, body in (
+            ("classification", "/v1/classify", {"model": name, "input": code}),
+            ("completion", "/v1/completions", prompt),
+            ("streamed completion", "/v1/completions", prompt | {"stream": True}),
+        ):
+            began = time.perf_counter()
+            response = client.post(path, json=body)
+            response.raise_for_status()
+            seconds = time.perf_counter() - began
+            if body.get("stream"):
+                events = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+                answer = "".join(json.loads(event)["choices"][0]["text"] for event in events if '"choices": []' not in event)
+            elif what == "classification":
+                answer = response.json()["data"][0]["label"]
+            else:
+                answer = response.json()["choices"][0]["text"]
+            quoted = json.dumps(body).replace("'", "'\\''")
+            answers.append({
+                "what": what, "request": body, "answer": answer, "milliseconds": 1000 * seconds,
+                "curl": f"curl {url}{path} -H 'Content-Type: application/json' -d '{quoted}'",
+            })  # fmt: skip
+    return answers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
