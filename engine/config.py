@@ -61,7 +61,9 @@ class DataConfig(Frozen):
         choices=("files", "python_stdlib", "python_functions"),
     )
     path: Optional[str] = option(None, "source=files: file, folder or glob ('dir/*.jsonl') of the training examples")
-    validation_path: Optional[str] = option(None, "source=files: the same for validation; else data.validation_fraction")
+    validation_path: Optional[str] = option(
+        None, "source=files: the same for validation; else data.validation_fraction"
+    )
     test_path: Optional[str] = option(None, "source=files: the same for the held-out test; else data.test_fraction")
     format: str = option(
         "auto", "source=files: auto goes by the file's ending", choices=("auto", "text", "jsonl", "parquet", "arrow")
@@ -100,7 +102,9 @@ class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
     name: str = option("causal_lm", "file in engine/objectives/: causal_lm, classification")
-    frozen_layers: int = option(0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0)
+    frozen_layers: int = option(
+        0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
+    )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
 
@@ -131,7 +135,9 @@ class ScheduleConfig(Frozen):
 class ZeroConfig(Frozen):
     """DeepSpeed ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054)."""
 
-    stage: int = option(2, "0 nothing, 1 optimizer, 2 + gradients, 3 + weights are sharded over the workers", least=0, most=3)
+    stage: int = option(
+        2, "0 nothing, 1 optimizer, 2 + gradients, 3 + weights are sharded over the workers", least=0, most=3
+    )
     offload_optimizer: str = option("none", "where the optimizer's state is kept", choices=("none", "cpu"))
     offload_param: str = option("none", "stage 3: where the weights are kept", choices=("none", "cpu"))
 
@@ -141,8 +147,12 @@ class TrainConfig(Frozen):
     """The step loop."""
 
     workers: int = option(1, "Ray Train workers: processes, one for each GPU (or share of the CPU cores)", least=1)
-    gpus_per_worker: Optional[float] = option(None, "GPUs a worker; None: 1 where the cluster has GPUs, else 0", least=0)
-    cpus_per_worker: Optional[float] = option(None, "cores a worker; None: the cluster's cores / workers, at least 0.5", above=0)
+    gpus_per_worker: Optional[float] = option(
+        None, "GPUs a worker; None: 1 where the cluster has GPUs, else 0", least=0
+    )
+    cpus_per_worker: Optional[float] = option(
+        None, "cores a worker; None: the cluster's cores / workers, at least 0.5", above=0
+    )
     max_steps: int = option(100, "optimizer steps in all", least=1)
     global_batch: int = option(32, "samples in one step, over all workers", least=1)
     micro_batch: Optional[int] = option(
@@ -164,10 +174,14 @@ class TrainConfig(Frozen):
 class SweepConfig(Frozen):
     """Ray Tune over any declared key."""
 
-    space: dict[str, Any] = option({}, "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} | {grid: [...]}")
+    space: dict[str, Any] = option(
+        {}, "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} | {grid: [...]}"
+    )
     trials: int = option(8, "samples drawn from the space (times the grid's size)", least=1)
     concurrent: Optional[int] = option(None, "trials at a time; None: as the cluster has room for", least=1)
-    scheduler: str = option("asha", "early stopping (Li et al. 2020, https://arxiv.org/abs/1810.05934)", choices=("asha", "none"))
+    scheduler: str = option(
+        "asha", "early stopping (Li et al. 2020, https://arxiv.org/abs/1810.05934)", choices=("asha", "none")
+    )
     grace_steps: Optional[int] = option(None, "asha: steps before a trial may be stopped; None: max_steps / 9", least=1)
     reduction: int = option(3, "asha: one in so many goes on at each rung", least=2)
     metric: Optional[str] = option(None, "validation metric; None: the objective's own")
@@ -201,14 +215,19 @@ class ServeConfig(Frozen):
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
-    detach: bool = option(False, "leave the endpoint up and return (a cluster started with `manta cluster up` is needed)")
+    detach: bool = option(
+        False, "leave the endpoint up and return (a cluster started with `manta cluster up` is needed)"
+    )
 
 
 @dataclass
 class ClusterConfig(Frozen):
     """Where a job runs."""
 
-    address: str = option("local", "local: a Ray of this job's own; auto: the cluster of `manta cluster up`; or ray://host:port, host:port")
+    address: str = option(
+        "local",
+        "local: a Ray of this job's own; auto: the cluster of `manta cluster up`; or ray://host:port, host:port",
+    )
     cpus: Optional[int] = option(None, "address=local: cores to use; None: all", least=1)
     dashboard: bool = option(False, "address=local: start Ray's dashboard (loopback only)")
 
@@ -243,7 +262,8 @@ class Config(Frozen):
     seed: int = option(0, "seeds initialization, order and sampling", least=0)
     resume: bool = option(False, "go on with the run of that name although the config has changed")
     bundle: Optional[str] = option(
-        None, "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder"
+        None,
+        "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -320,7 +340,14 @@ def type_name(hint: Any) -> str:
     """Name a declared type in plain words: 'integer', 'number', 'text', 'true or false', 'mapping'."""
     if get_origin(hint) in (Union, types.UnionType):
         return type_name(next(a for a in get_args(hint) if a is not type(None)))
-    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping", list: "a list"}
+    words = {
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        dict: "a mapping",
+        list: "a list",
+    }
     return words.get(get_origin(hint) or hint, str(hint))
 
 
@@ -440,7 +467,11 @@ def _check_contradictions(c: Config) -> None:
             f"model.hidden_size {model.hidden_size} cannot be divided among model.num_attention_heads "
             f"{model.num_attention_heads}: use a multiple of {model.num_attention_heads}"
         )
-    if model.num_key_value_heads and model.num_attention_heads and model.num_attention_heads % model.num_key_value_heads:
+    if (
+        model.num_key_value_heads
+        and model.num_attention_heads
+        and model.num_attention_heads % model.num_key_value_heads
+    ):
         raise UserError(
             f"model.num_attention_heads {model.num_attention_heads} is no multiple of model.num_key_value_heads "
             f"{model.num_key_value_heads}: use a divisor of {model.num_attention_heads}"
@@ -460,7 +491,9 @@ def _check_contradictions(c: Config) -> None:
             f"use schedule.total_steps={train.max_steps} or more"
         )
     if c.data.validation_fraction + c.data.test_fraction >= 0.9:
-        raise UserError("data.validation_fraction and data.test_fraction leave nothing to train on: use less than 0.9 in all")
+        raise UserError(
+            "data.validation_fraction and data.test_fraction leave nothing to train on: use less than 0.9 in all"
+        )
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "

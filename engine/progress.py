@@ -27,7 +27,9 @@ class Bar:
         if console.is_terminal:
             columns = ("{task.description}", "{task.completed}/{task.total}", "{task.fields[text]}")
             title, count, text = (TextColumn(column) for column in columns)
-            self._live = Progress(title, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn(), text, console=console)
+            self._live = Progress(
+                title, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn(), text, console=console
+            )
             self._task = self._live.add_task(f"{self.title:<9}", total=self.total, text="")
             self._live.start()
         return self

@@ -17,16 +17,16 @@ from jobs.entry import compose, ray_session, start
 
 def demo(config: Config) -> None:
     """Run every stage, each as the command of its name would, and show what came of it."""
-    from rich.table import Table
-
-    from engine.bundles.bundle import Bundle
-    from engine.bundles.registry import promote, register
     from engine.evaluate.bootstrap import compare
     from engine.evaluate.evaluate import evaluate_bundle
     from engine.evaluate.facts import machine_facts, version_facts
     from engine.evaluate.report import write_report
-    from engine.progress import console
     from engine.serve.deploy import deploy
+    from rich.table import Table
+
+    from engine.bundles.bundle import Bundle
+    from engine.bundles.registry import promote, register
+    from engine.progress import console
     from engine.sweep.launch import sweep, trial_folder
     from engine.train.launch import make_job, train
     from engine.train.run_folder import RunFolder
@@ -56,10 +56,14 @@ def demo(config: Config) -> None:
     winner = RunFolder(sweeping.run_dir).bundle
     with stages("evaluate"):
         measuring = compose("evaluate", [*config.demo.evaluate, *shared])
-        on_functions = with_values(sweeping, {f"evaluate.{k}": v for k, v in vars(measuring.evaluate).items() if k[0] != "_"})
+        on_functions = with_values(
+            sweeping, {f"evaluate.{k}": v for k, v in vars(measuring.evaluate).items() if k[0] != "_"}
+        )
         tuned = evaluate_bundle(winner, on_functions)
         plain = evaluate_bundle(scratch.run.bundle, on_functions)
-        language = evaluate_bundle(pretrained.run.bundle, replace(pretraining, evaluate__resamples=measuring.evaluate.resamples))
+        language = evaluate_bundle(
+            pretrained.run.bundle, replace(pretraining, evaluate__resamples=measuring.evaluate.resamples)
+        )
         paid = compare(
             Bundle.open(winner).objective(), tuned.scores, plain.scores,
             confidence=measuring.evaluate.confidence, resamples=measuring.evaluate.resamples, seed=config.seed,
@@ -109,8 +113,12 @@ def demo(config: Config) -> None:
             table.add_row(stage, f"{seconds:.1f}")
         console.print(table)
         for name, value in facts["accuracy"].items():
-            console.print(f"accuracy {name:<10} {value['value']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]", markup=False)
-        console.print(f"pre-training {'paid' if paid.verdict == 'better' else 'did not pay'} ({paid.verdict} than from scratch)")
+            console.print(
+                f"accuracy {name:<10} {value['value']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]", markup=False
+            )
+        console.print(
+            f"pre-training {'paid' if paid.verdict == 'better' else 'did not pay'} ({paid.verdict} than from scratch)"
+        )
         console.print(f"report   {page}\nsummary  {home / 'summary.json'}\n")
         for request in requests:
             console.print(request["curl"])
@@ -167,7 +175,9 @@ def ask(url: str, name: str) -> list[dict[str, Any]]:
             seconds = time.perf_counter() - began
             if body.get("stream"):
                 events = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
-                answer = "".join(json.loads(event)["choices"][0]["text"] for event in events if '"choices": []' not in event)
+                answer = "".join(
+                    json.loads(event)["choices"][0]["text"] for event in events if '"choices": []' not in event
+                )
             elif what == "classification":
                 answer = response.json()["data"][0]["label"]
             else:

@@ -60,7 +60,10 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None) -> in
             raise
         log = Path("manta-error.log")
         log.write_text(traceback.format_exc())
-        print(f"error: {type(error).__name__}: {str(error)[:300]} (traceback in {log}; --debug shows it here)", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {str(error)[:300]} (traceback in {log}; --debug shows it here)",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -64,7 +64,9 @@ class Bundle:
         """Open a folder. Raises UserError where it holds no model, or a manifest that can't be read."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no model (no config.json): give a bundle's or a Hugging Face model's folder")
+            raise UserError(
+                f"{folder} holds no model (no config.json): give a bundle's or a Hugging Face model's folder"
+            )
         file = folder / MANIFEST
         if not file.exists():
             return cls(folder, None)
@@ -117,10 +119,16 @@ class Bundle:
         else:
             config = json.loads((self.folder / "config.json").read_text())
             architecture = next(iter(config.get("architectures") or []), "")
-            names = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForSequenceClassification": "classification"}
+            names = {
+                "ForCausalLM": "causal_lm",
+                "LMHeadModel": "causal_lm",
+                "ForSequenceClassification": "classification",
+            }
             name = next((task for ending, task in names.items() if architecture.endswith(ending)), None)
             if name is None:
-                raise UserError(f"{self.folder} is a {architecture or 'model without a head'}: fine-tune it first (manta finetune bundle=...)")
+                raise UserError(
+                    f"{self.folder} is a {architecture or 'model without a head'}: fine-tune it first (manta finetune bundle=...)"
+                )
             options, length = ObjectiveConfig(name=name), int(config.get("max_position_embeddings") or 512)
             labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
         return objective_class(options.name)(options, self.tokenizer(), length, labels)

@@ -26,9 +26,15 @@ def find_bundle(reference: str, runs_dir: Path, tracking_uri: str) -> Path:
 
         if found := lookup(reference, tracking_uri):
             if not (found.folder / "config.json").is_file():
-                raise UserError(f"bundle={reference} is registered as {found.folder}, which is gone: restore it, or register another")
+                raise UserError(
+                    f"bundle={reference} is registered as {found.folder}, which is gone: restore it, or register another"
+                )
             return found.folder
-        registered = [f"{v.name}/{v.number}" + "".join(f" ({alias})" for alias in v.aliases) for v in versions(None, tracking_uri)]
+        registered = [
+            f"{v.name}/{v.number}" + "".join(f" ({alias})" for alias in v.aliases) for v in versions(None, tracking_uri)
+        ]
     known = [path.parent.parent.name for path in sorted(runs_dir.glob("*/bundle/config.json"))] + registered
     there = f"there are {', '.join(known[:20])}" if known else f"there is none yet in {runs_dir}"
-    raise UserError(f"bundle={reference} is neither a folder, nor a run, nor a registered name; {there}{nearest(reference, known)}")
+    raise UserError(
+        f"bundle={reference} is neither a folder, nor a run, nor a registered name; {there}{nearest(reference, known)}"
+    )

@@ -58,7 +58,9 @@ def versions(name: str | None, tracking_uri: str) -> list[Version]:
     """Return the versions of one name, or of all, newest first."""
     mlflow = client(tracking_uri)
     aliases = {
-        (model.name, int(number)): alias for model in mlflow.search_registered_models() for alias, number in model.aliases.items()
+        (model.name, int(number)): alias
+        for model in mlflow.search_registered_models()
+        for alias, number in model.aliases.items()
     }
     return [
         Version(

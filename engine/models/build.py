@@ -75,6 +75,8 @@ def freeze_layers(model: nn.Module, layers: int) -> None:
         return
     blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
     if layers > len(blocks):
-        raise UserError(f"objective.frozen_layers {layers} is more than the model's {len(blocks)} blocks: use {len(blocks)} or less")
+        raise UserError(
+            f"objective.frozen_layers {layers} is more than the model's {len(blocks)} blocks: use {len(blocks)} or less"
+        )
     for part in (model.get_input_embeddings(), *blocks[:layers]):  # type: ignore[operator]
         part.requires_grad_(False)

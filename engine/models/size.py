@@ -15,10 +15,12 @@ def parameter_count(model: nn.Module) -> int:
 def matmul_parameter_count(model: nn.Module) -> int:
     """Count the parameters that take part in a matrix product: all but the input embeddings, unless these are the output's too."""
     total = parameter_count(model)
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     tied = output is not None and output.weight is embedding.weight
-    positions = sum(getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters() if "position" in name or "wpe" in name)
+    positions = sum(
+        getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters() if "position" in name or "wpe" in name
+    )
     return total - positions - (0 if tied else getattr(embedding.weight, "ds_numel", embedding.weight.numel()))
 
 

@@ -27,7 +27,9 @@ class Objective(contract.Objective):
     def model_options(self) -> dict[str, Any]:
         """Size the head after the labels, and keep their names with the model."""
         if len(self.labels) < 2:
-            raise UserError(f"classification needs two labels or more, the data has {len(self.labels)}: check data.label_column")
+            raise UserError(
+                f"classification needs two labels or more, the data has {len(self.labels)}: check data.label_column"
+            )
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),

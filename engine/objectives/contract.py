@@ -11,7 +11,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,16 @@ from engine.data.shards import Split
 from engine.errors import UserError, nearest
 
 Scores = dict[str, np.ndarray]  # per example: name -> array [examples]
+
+
+class Samples(Protocol):
+    """Training samples by number."""
+
+    def __len__(self) -> int:
+        """Count them."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Return sample i, its arrays by name."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,9 @@ class Objective(ABC):
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
 
-    def __init__(self, options: ObjectiveConfig, tokenizer: Any, sequence_length: int, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, options: ObjectiveConfig, tokenizer: Any, sequence_length: int, labels: Sequence[str] = ()
+    ) -> None:
         """Take the tokenizer (transformers), the longest sample in tokens, and the names of the classes, if any."""
         self.options = options
         self.tokenizer = tokenizer
@@ -69,7 +81,7 @@ class Objective(ABC):
         return {}
 
     @abstractmethod
-    def samples(self, split: Split) -> Sequence[dict[str, Any]]:
+    def samples(self, split: Split) -> Samples:
         """Return the training samples of a split: packed blocks, or rows."""
 
     @abstractmethod

@@ -120,7 +120,9 @@ def run_trials(
         def _known(self, trial: Any) -> Trial:
             return found.setdefault(trial.trial_id, Trial(f"trial-{trial.trial_id}", dict(trial.config)))
 
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
             if metric in result:
                 known = self._known(trial)
                 known.curve.append((result["step"], result[metric]))
@@ -146,7 +148,9 @@ def run_trials(
             bar.update(len(over), f"{best}{sum(t.steps for t in found.values())} steps, {stopped} stopped early")
 
     scheduler = (
-        AsyncHyperBandScheduler("step", max_t=config.train.max_steps, grace_period=grace, reduction_factor=config.sweep.reduction)
+        AsyncHyperBandScheduler(
+            "step", max_t=config.train.max_steps, grace_period=grace, reduction_factor=config.sweep.reduction
+        )
         if config.sweep.scheduler == "asha"
         else FIFOScheduler()
     )
@@ -155,7 +159,11 @@ def run_trials(
     )
     folder = (run.path / "tune").absolute()
     run_config = RunConfig(
-        name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[Show()], failure_config=FailureConfig(0)
+        name=folder.name,
+        storage_path=str(folder.parent),
+        verbose=0,
+        callbacks=[Show()],
+        failure_config=FailureConfig(0),
     )
     if tune.Tuner.can_restore(str(folder)):
         shutil.rmtree(folder)

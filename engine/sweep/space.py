@@ -7,7 +7,13 @@ from typing import Any
 from engine.config import Config, with_values
 from engine.errors import UserError, nearest
 
-KINDS = {"choice": None, "grid": None, "uniform": 2, "loguniform": 2, "randint": 2}  # kind -> values it takes (None: any number)
+KINDS = {
+    "choice": None,
+    "grid": None,
+    "uniform": 2,
+    "loguniform": 2,
+    "randint": 2,
+}  # kind -> values it takes (None: any number)
 
 
 def check_space(config: Config) -> dict[str, tuple[str, list[Any]]]:
@@ -17,14 +23,20 @@ def check_space(config: Config) -> dict[str, tuple[str, list[Any]]]:
     checked = {}
     for key, domain in flatten(config.sweep.space).items():
         if not (isinstance(domain, dict) and len(domain) == 1):
-            raise UserError(f"sweep.space.{key}: {domain} is no domain: use {{KIND: [...]}} with one of {', '.join(KINDS)}")
+            raise UserError(
+                f"sweep.space.{key}: {domain} is no domain: use {{KIND: [...]}} with one of {', '.join(KINDS)}"
+            )
         kind, values = next(iter(domain.items()))
         if kind not in KINDS:
             raise UserError(f"sweep.space.{key}: {kind} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
         if not isinstance(values, list) or not values or len(values) != (KINDS[kind] or len(values)):
-            raise UserError(f"sweep.space.{key}: {kind} takes {'a list' if KINDS[kind] is None else '[low, high]'}, not {values}")
+            raise UserError(
+                f"sweep.space.{key}: {kind} takes {'a list' if KINDS[kind] is None else '[low, high]'}, not {values}"
+            )
         if KINDS[kind] and not (values[0] < values[1] and (kind != "loguniform" or values[0] > 0)):
-            raise UserError(f"sweep.space.{key}: {kind} {values} is no range: use [low, high], low first, above 0 for loguniform")
+            raise UserError(
+                f"sweep.space.{key}: {kind} {values} is no range: use [low, high], low first, above 0 for loguniform"
+            )
         for value in values:
             with_values(config, {key: value})
         checked[key] = (kind, values)

@@ -93,7 +93,9 @@ class CheckpointWriter:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise UserError(f"the checkpoint could not be written to {self.folder}: {error}; the one before it is whole")
+            raise UserError(
+                f"the checkpoint could not be written to {self.folder}: {error}; the one before it is whole"
+            )
 
     def _write(
         self, tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], state: TrainState, about: dict[str, Any]
@@ -121,7 +123,9 @@ class CheckpointWriter:
         pattern = f"rank-*-of-{self.world:05d}.json"
         while len(parts := sorted(target.glob(pattern))) < self.world:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"only {len(parts)} of {self.world} ranks wrote their part within {self.wait_s:.0f} s")
+                raise TimeoutError(
+                    f"only {len(parts)} of {self.world} ranks wrote their part within {self.wait_s:.0f} s"
+                )
             time.sleep(0.02)
         shapes: dict[str, list[int]] = {}
         files = []
@@ -186,7 +190,9 @@ class Checkpoint:
             if low >= high:
                 break
             with safe_open(piece.file, framework="pt") as file:
-                into[low - start : high - start].copy_(file.get_slice(piece.key)[low - piece.start : high - piece.start])
+                into[low - start : high - start].copy_(
+                    file.get_slice(piece.key)[low - piece.start : high - piece.start]
+                )
             filled += high - low
         if filled != into.numel():
             raise BrokenCheckpoint(f"{self.folder} lacks {into.numel() - filled:,} elements of {kind} {name}")

@@ -41,7 +41,9 @@ def make_job(config: Config) -> Job:
     with Bar("prepare", total=1) as bar:
         data = prepare(config, tokenizer, lambda text, done, total: bar.update(0, f"{text} {done:,}/{total:,}"))
         bar.update(1, str(data))
-    anywhere = with_values(config, {"runs_dir": str(Path(config.runs_dir).absolute())})  # workers run in folders of Ray's
+    anywhere = with_values(
+        config, {"runs_dir": str(Path(config.runs_dir).absolute())}
+    )  # workers run in folders of Ray's
     job = Job(anywhere, data.absolute(), start and start.absolute())
     check_job(job)
     return job
@@ -132,7 +134,11 @@ def worker_resources(config: Config, cluster: dict[str, float]) -> dict[str, flo
             fits = int(there / each)
             raise UserError(
                 f"{train.workers} workers x {each:g} {kind} are asked, the cluster has {there:g} {kind}: "
-                + (f"use train.workers={fits} or less" if fits else "use train.gpus_per_worker=0 or another cluster.address")
+                + (
+                    f"use train.workers={fits} or less"
+                    if fits
+                    else "use train.gpus_per_worker=0 or another cluster.address"
+                )
             )
     return {"CPU": cpu} | ({"GPU": gpu} if gpu else {})
 
@@ -212,7 +218,7 @@ class Watch:
         self.run.write_status(self.status)
 
 
-class suppress_tracking_errors:  # noqa: N801 - reads as a statement
+class suppress_tracking_errors:
     """Tell of a tracking server that fails, and go on: metrics.jsonl has everything."""
 
     def __enter__(self) -> None:
@@ -221,6 +227,8 @@ class suppress_tracking_errors:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
         """Say once a failure what went wrong."""
         if error is not None and isinstance(error, Exception):
-            console.print(f"warning: MLflow did not take the metrics ({str(error).splitlines()[0][:200]}); metrics.jsonl has them")
+            console.print(
+                f"warning: MLflow did not take the metrics ({str(error).splitlines()[0][:200]}); metrics.jsonl has them"
+            )
             return True
         return False

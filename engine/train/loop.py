@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from engine.config import Config
 from engine.data.order import Order, hash_hex, ids_hash
 from engine.errors import UserError
-from engine.objectives.contract import Batch, Objective, join_scores
+from engine.objectives.contract import Batch, Objective, Samples, join_scores
 from engine.train.checkpoint import CheckpointWriter
 from engine.train.group import Group
 from engine.train.schedule import learning_rate
@@ -32,8 +32,8 @@ class Run:
     group: Group
     objective: Objective
     model: Sharded
-    samples: Sequence[dict[str, Any]]
-    validation: Sequence[dict[str, Any]]
+    samples: Samples
+    validation: Samples | None  # None: the data has no validation split
     order: Order
     writer: CheckpointWriter
     about: dict[str, Any]  # what a checkpoint's manifest says of the run
@@ -127,7 +127,7 @@ def collate_share(run: Run, ids: np.ndarray) -> tuple[list[tuple[Batch, float]],
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     """Return the objective's metrics on the validation split, the same for any number of ranks."""
-    if not len(run.validation):
+    if run.validation is None:
         return {}
     micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
     ids = np.arange(len(run.validation))[: run.config.train.evaluate_samples]

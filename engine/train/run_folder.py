@@ -1,6 +1,6 @@
 """A run's folder: its config, its metrics, its state, and whether this command may go on in it.
 
-    runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/
+runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class RunFolder:
             run._refuse_another(config)
             status = run.status()
             if status and status.state == "running" and status.pid != os.getpid() and _is_alive(status.pid):
-                raise UserError(f"run '{config.name}' is under way (process {status.pid}): wait for it, or use another name")
+                raise UserError(
+                    f"run '{config.name}' is under way (process {status.pid}): wait for it, or use another name"
+                )
         part = run.config_file.with_suffix(".part")
         part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         part.rename(run.config_file)

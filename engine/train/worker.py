@@ -101,7 +101,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         objective=objective,
         model=sharded,
         samples=samples,
-        validation=objective.samples(Split.open(job.data, "validation")) if "validation" in manifest.splits else [],
+        validation=objective.samples(Split.open(job.data, "validation")) if "validation" in manifest.splits else None,
         order=order,
         writer=CheckpointWriter(folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints),
         about={"config": fingerprint(config), "data": manifest.hash},
@@ -142,7 +142,9 @@ def find_checkpoint(folder: RunFolder, group: Group) -> Checkpoint | None:
         faults.append(fault or f"{path}: another rank found a fault")
         print(f"warning: {faults[-1]}; the checkpoint before it is used", flush=True)
     if faults:
-        raise UserError(f"no checkpoint of {folder.path} is whole ({faults[0]}): mend it, or use another name=... to start afresh")
+        raise UserError(
+            f"no checkpoint of {folder.path} is whole ({faults[0]}): mend it, or use another name=... to start afresh"
+        )
     return None
 
 
@@ -195,5 +197,7 @@ def local_group() -> Group:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not dist.is_initialized():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
     return Group(0, 1, device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,10 @@ class Sharded:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, world, precision), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world, precision),
+            dist_init_required=False,
         )
         self.base = optimizer
         self.world = world
@@ -134,7 +137,8 @@ class Sharded:
         With `owned`, over all ranks each element of each parameter occurs once, though several may hold it (stage 0).
         """
         masters = self._replicated_masters() if self.stage == 0 else {}
-        for i, (name, p) in enumerate(self.module.named_parameters()):
+        parameters: Iterable[tuple[str, Any]] = self.module.named_parameters()  # with attributes of DeepSpeed's
+        for i, (name, p) in enumerate(parameters):
             shape = tuple(getattr(p, "ds_shape", p.shape))
             if not p.requires_grad:
                 start, weight = self._frozen(p, rank, skip=owned and i % self.world != rank)
