@@ -430,7 +430,7 @@ def resolve(raw: Any) -> Config:
 
 def check(config: Config) -> None:
     """Raise UserError for a value out of its range or a contradiction between two."""
-    for key, f, hint in declared():
+    for key, f, _ in declared():
         value = get(config, key)
         if value is None:
             continue
