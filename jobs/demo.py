@@ -17,15 +17,14 @@ from jobs.entry import compose, ray_session, start
 
 def demo(config: Config) -> None:
     """Run every stage, each as the command of its name would, and show what came of it."""
-    from engine.evaluate.bootstrap import compare
-    from engine.evaluate.evaluate import evaluate_bundle
-    from engine.evaluate.facts import machine_facts, version_facts
-    from engine.evaluate.report import write_report
-    from engine.serve.deploy import deploy
     from rich.table import Table
 
     from engine.bundles.bundle import Bundle
     from engine.bundles.registry import promote, register
+    from engine.evaluate.bootstrap import compare
+    from engine.evaluate.evaluate import evaluate_bundle
+    from engine.evaluate.facts import machine_facts, version_facts
+    from engine.evaluate.report import write_report
     from engine.progress import console
     from engine.sweep.launch import sweep, trial_folder
     from engine.train.launch import make_job, train
@@ -68,6 +67,8 @@ def demo(config: Config) -> None:
             Bundle.open(winner).objective(), tuned.scores, plain.scores,
             confidence=measuring.evaluate.confidence, resamples=measuring.evaluate.resamples, seed=config.seed,
         )  # fmt: skip
+
+    from engine.serve.deploy import deploy
 
     bundles = {config.name: winner, f"{config.name}-pretrain": pretrained.run.bundle}
     with ray_session(config):

@@ -69,6 +69,12 @@ def compare(objective: Objective, a: Scores, b: Scores, confidence: float, resam
     pairs = zip(_resampled(objective, a, picks), _resampled(objective, b, picks), strict=True)
     low, high = np.quantile([x[metric] - y[metric] for x, y in pairs], [(1 - confidence) / 2, (1 + confidence) / 2])
     sign = 1 if objective.mode == "max" else -1
-    verdict = "better" if min(sign * low, sign * high) > 0 else "worse" if max(sign * low, sign * high) < 0 else "not told apart"
+    verdict = (
+        "better"
+        if min(sign * low, sign * high) > 0
+        else "worse"
+        if max(sign * low, sign * high) < 0
+        else "not told apart"
+    )
     difference = objective.summarize(a)[metric] - objective.summarize(b)[metric]
     return Comparison(metric, difference, float(low), float(high), verdict)

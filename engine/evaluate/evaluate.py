@@ -61,7 +61,9 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
         always = scores | {"predicted": np.full_like(scores["label"], frequent)}
         majority = intervals(objective, always, *settings)["accuracy"]
     metrics = intervals(objective, scores, *settings)
-    return Evaluation(str(folder), len(next(iter(scores.values()))), metrics, majority, scores, time.perf_counter() - began)
+    return Evaluation(
+        str(folder), len(next(iter(scores.values()))), metrics, majority, scores, time.perf_counter() - began
+    )
 
 
 def score(bundle: Bundle, objective: Objective, split: Split, batch: int) -> Scores:
@@ -94,18 +96,28 @@ def evaluate_and_show(config: Config) -> None:
         found[config.evaluate.against] = measure(config.evaluate.against)
     table = Table("bundle", "metric", "value", f"{config.evaluate.confidence:.0%} interval", "examples")
     for reference, evaluation in found.items():
-        rows = evaluation.metrics | ({"accuracy of the majority class": evaluation.majority} if evaluation.majority else {})
+        rows = evaluation.metrics | (
+            {"accuracy of the majority class": evaluation.majority} if evaluation.majority else {}
+        )
         for name, value in rows.items():
-            table.add_row(reference, name, f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}", str(evaluation.examples))
+            table.add_row(
+                reference, name, f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}", str(evaluation.examples)
+            )
     console.print(table)
     facts = {
-        reference: {"metrics": {n: i.to_dict() for n, i in e.metrics.items()}, "examples": e.examples, "folder": e.bundle}
+        reference: {
+            "metrics": {n: i.to_dict() for n, i in e.metrics.items()},
+            "examples": e.examples,
+            "folder": e.bundle,
+        }
         for reference, e in found.items()
     }
     if config.evaluate.against:
         a, b = found.values()
         objective = Bundle.open(a.bundle).objective()
-        verdict = compare(objective, a.scores, b.scores, config.evaluate.confidence, config.evaluate.resamples, config.seed)
+        verdict = compare(
+            objective, a.scores, b.scores, config.evaluate.confidence, config.evaluate.resamples, config.seed
+        )
         console.print(
             f"{config.bundle} is {verdict.verdict} {'from' if 'told' in verdict.verdict else 'than'} {config.evaluate.against}: "
             f"{verdict.metric} differs by {verdict.difference:+.4f} ({verdict.low:+.4f} to {verdict.high:+.4f})"

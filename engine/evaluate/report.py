@@ -1,0 +1,199 @@
+"""One self-contained page about the life of a model: no script, no font and no picture from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib.figure import Figure
+
+INK, MUTED, ACCENT, SECOND = "#5b6b8c", "#9aa5b8", "#2f6fde", "#d9772b"
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --paper: #ffffff; --soft: #f3f5f9; --line: #dde2ea; --mute: #667085 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --paper: #14181f; --soft: #1d232d; --line: #333c4a; --mute: #98a2b3 } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem }
+.verdict { background: var(--soft); padding: .9rem 1.1rem; border-radius: .5rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--mute); font-weight: 500 }
+code, pre { font: .82rem/1.45 ui-monospace, monospace } pre { background: var(--soft); padding: .7rem; border-radius: .4rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 }
+td code { overflow-wrap: anywhere } svg { width: 100%; height: auto } .mute { color: var(--mute) }
+.wide { overflow-x: auto }
+"""
+
+
+def write_report(folder: Path, facts: dict[str, Any]) -> Path:
+    """Write report.html in `folder` from the facts of summary.json and `curves`; return its path."""
+    sections = [
+        ("Where the time went", picture(draw_times(facts["seconds"]))),
+        ("Pre-training", pretraining(facts)),
+        ("The sweep", sweep(facts["trials"])),
+        ("On held-out files", accuracies(facts["accuracy"])),
+        ("The endpoint", endpoint(facts["endpoint"])),
+        ("Artifacts", table(("artifact", "SHA-256"), [(name, code(value)) for name, value in facts["hashes"].items()])),
+        (
+            "Machine and versions",
+            table(("", ""), [(k, text(v)) for k, v in {**facts["machine"], **facts["versions"]}.items()]),
+        ),
+    ]
+    body = "".join(f"<h2>{text(title)}</h2>{content}" for title, content in sections)
+    page = folder / "report.html"
+    page.write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{text(facts['name'])}</title><style>{STYLE}</style><h1>{text(facts['name'])}: from raw text to an endpoint</h1>"
+        f"<p class=mute>{facts['seconds']['total']:.0f} seconds in all</p><p class=verdict>{text(verdict(facts))}</p>{body}</html>"
+    )
+    return page
+
+
+def verdict(facts: dict[str, Any]) -> str:
+    """Say plainly whether pre-training paid."""
+    tuned, scratch, paid = facts["accuracy"]["finetuned"], facts["accuracy"]["scratch"], facts["pretraining_paid"]
+    says = {
+        "better": "Pre-training paid",
+        "worse": "Pre-training did harm",
+        "not told apart": "Whether pre-training paid cannot be told from this many examples",
+    }[paid["verdict"]]
+    return (
+        f"{says}: fine-tuned from the pre-trained model the accuracy on files that no training stage saw is {tuned['value']:.1%}, "
+        f"by the same training from scratch {scratch['value']:.1%}; the difference is {100 * paid['difference']:+.1f} points "
+        f"(95 % interval {100 * paid['low']:+.1f} to {100 * paid['high']:+.1f}, the same examples for both)."
+    )
+
+
+def pretraining(facts: dict[str, Any]) -> str:
+    """Draw the loss curve and give the perplexity."""
+    perplexity = facts["perplexity"]
+    return (
+        picture(draw_curve(facts["curves"]["pretrain"]))
+        + f"<p>Perplexity on held-out files: {perplexity['value']:.1f} ({perplexity['low']:.1f} to {perplexity['high']:.1f}).</p>"
+    )
+
+
+def sweep(trials: list[dict[str, Any]]) -> str:
+    """Draw the trials' curves and list them, the best first."""
+    rows = [
+        (text(t["name"]), code(", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in t["config"].items())),
+         str(t["steps"]), "" if t["accuracy"] is None else f"{t['accuracy']:.3f}", text(t["state"]))
+        for t in sorted(trials, key=lambda t: (t["state"] != "finished", -(t["accuracy"] or 0)))
+    ]  # fmt: skip
+    return picture(draw_trials(trials)) + table(("trial", "what differs", "steps", "accuracy (validation)", ""), rows)
+
+
+def accuracies(accuracy: dict[str, Any]) -> str:
+    """Draw each accuracy with its interval, and list them."""
+    found = {name: value for name, value in accuracy.items() if value}
+    rows = [(text(n), f"{v['value']:.3f}", f"{v['low']:.3f} to {v['high']:.3f}") for n, v in found.items()]
+    return picture(draw_intervals(found)) + table(("", "accuracy", "95 % interval"), rows)
+
+
+def endpoint(facts: dict[str, Any]) -> str:
+    """List what was asked and answered."""
+    rows = [
+        (
+            text(r["what"]),
+            f"<pre>{text(r['request'])}</pre>",
+            f"<pre>{text(r['answer'])}</pre>",
+            f"{r['milliseconds']:.0f} ms",
+        )
+        for r in facts["requests"]
+    ]
+    return table(("", "asked", "answered", "took"), rows)
+
+
+def axes(width: float, height: float) -> tuple[Figure, Any]:
+    """Return a figure, in inches, with quiet axes that suit a light and a dark page."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    ax = figure.add_subplot()
+    ax.patch.set_alpha(0)
+    ax.tick_params(colors=INK, labelsize=9)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(MUTED)
+    ax.xaxis.label.set_color(INK)
+    ax.yaxis.label.set_color(INK)
+    return figure, ax
+
+
+def draw_times(seconds: dict[str, float]) -> Figure:
+    """Draw a bar a stage."""
+    stages = [(name, value) for name, value in seconds.items() if name != "total"]
+    figure, ax = axes(8, 0.4 + 0.32 * len(stages))
+    ax.barh([name for name, _ in stages], [value for _, value in stages], color=ACCENT, height=0.6)
+    for i, (_, value) in enumerate(stages):
+        ax.text(value, i, f" {value:.0f} s", va="center", fontsize=9, color=INK)
+    ax.invert_yaxis()
+    return figure
+
+
+def draw_curve(lines: list[dict[str, Any]]) -> Figure:
+    """Draw the training loss of each step and the validation losses."""
+    figure, ax = axes(8, 2.8)
+    ax.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=ACCENT, lw=1.2, label="training")
+    held = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    if held:
+        ax.plot(*zip(*held, strict=True), "o-", color=SECOND, ms=4, lw=1.2, label="validation")
+    ax.set(xlabel="step", ylabel="loss, nats a token")
+    ax.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return figure
+
+
+def draw_trials(trials: list[dict[str, Any]]) -> Figure:
+    """Draw each trial's validation accuracy over its steps; those stopped early end in a cross."""
+    figure, ax = axes(8, 2.8)
+    for trial in trials:
+        if not trial["curve"]:
+            continue
+        steps, values = zip(*trial["curve"], strict=True)
+        ended = trial["state"] == "finished"
+        ax.plot(steps, values, "-", color=ACCENT if ended else MUTED, lw=1.2)
+        ax.plot(steps[-1], values[-1], "o" if ended else "x", color=ACCENT if ended else SECOND, ms=5)
+    ax.set(xlabel="step (x: stopped early)", ylabel="validation accuracy")
+    return figure
+
+
+def draw_intervals(found: dict[str, dict[str, float]]) -> Figure:
+    """Draw a dot and its interval for each."""
+    figure, ax = axes(8, 0.5 + 0.35 * len(found))
+    for i, value in enumerate(found.values()):
+        ax.plot([value["low"], value["high"]], [i, i], color=ACCENT, lw=2.2, solid_capstyle="round")
+        ax.plot(value["value"], i, "o", color=ACCENT, ms=7)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.set_ylim(len(found) - 0.5, -0.5)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("accuracy")
+    return figure
+
+
+def picture(figure: Figure) -> str:
+    """Return a figure as inline SVG."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Return an HTML table; the cells are HTML already."""
+    line = "".join(f"<th>{text(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{line}</tr>{body}</table></div>"
+
+
+def code(value: object) -> str:
+    """Return text in a fixed-width face."""
+    return f"<code>{text(value)}</code>"
+
+
+def text(value: object) -> str:
+    """Return a value as escaped text; structures as JSON."""
+    return html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

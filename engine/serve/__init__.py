@@ -1,0 +1,1 @@
+"""Bundles behind an HTTP endpoint, on Ray Serve."""

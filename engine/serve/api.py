@@ -1,0 +1,328 @@
+"""The HTTP interface: OpenAI's paths and error bodies, on FastAPI. Each bundle is a model of its name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from ray import serve
+from ray.serve.exceptions import BackPressureError
+from starlette.exceptions import HTTPException
+
+from engine.serve.requests import ClassifyRequest, CompletionRequest
+
+TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer other than 200, in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error body."""
+        kind = TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return it as a response."""
+        headers = {"Retry-After": "1"} if self.status == 429 else None
+        return JSONResponse(self.body(), self.status, headers)
+
+
+class BodyLimit:
+    """ASGI middleware: answers 413 to a body over the limit without reading it to its end."""
+
+    limit = 2**20  # bytes; the ingress sets it to serve.max_body_bytes
+
+    def __init__(self, app: Any) -> None:
+        self.inner = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Pass a request on, counting its body's bytes."""
+        if scope["type"] != "http":
+            await self.inner(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        body, more = b"", int(declared) <= self.limit
+        while more and len(body) <= self.limit:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        if int(declared) > self.limit or len(body) > self.limit:
+            await ApiError(413, f"the request is over {self.limit:,} bytes: send less").response()(scope, receive, send)
+            return
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Any:
+            return whole.pop() if whole else await receive()
+
+        await self.inner(scope, again, send)
+
+
+app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.")
+app.add_middleware(BodyLimit)
+
+
+@app.exception_handler(ApiError)
+async def _api_error(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+@app.exception_handler(BackPressureError)
+async def _full(request: Request, error: BackPressureError) -> Response:
+    return ApiError(429, "too many requests wait: try again in a second").response()
+
+
+@app.exception_handler(HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+
+
+@app.exception_handler(RequestValidationError)
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    where = [
+        str(part)
+        for part in first["loc"]
+        if part != "body" and not str(part).startswith(("constrained", "list[", "str"))
+    ]
+    field = where[0] if where and first["type"] != "json_invalid" else None
+    return ApiError(400, f"{field or 'the body'}: {first['msg']}", field).response()
+
+
+@serve.ingress(app)
+class Api:
+    """The ingress: checks requests, hands them to the bundles' replicas, and counts."""
+
+    def __init__(self, bundles: dict[str, Any], max_body_bytes: int, max_new_tokens: int) -> None:
+        """Take a Serve handle for each model name."""
+        self.bundles, self.max_new_tokens = bundles, max_new_tokens
+        BodyLimit.limit = max_body_bytes
+        self.about: dict[str, dict[str, Any]] = {}
+        self.created = int(time.time())
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "manta_requests", "requests answered", ["path", "model", "status"], registry=self.registry
+        )
+        self.tokens = Counter("manta_tokens", "tokens read and written", ["model", "kind"], registry=self.registry)
+        self.seconds = Histogram(
+            "manta_request_seconds", "time to the whole answer", ["path", "model"], registry=self.registry
+        )
+
+    async def _ready(self) -> dict[str, dict[str, Any]]:
+        missing = [name for name in self.bundles if name not in self.about]
+        for name in missing:
+            self.about[name] = await asyncio.wait_for(self.bundles[name].describe.remote(), 5)
+        return self.about
+
+    @app.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        """Tell that the ingress lives."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz(self) -> Response:
+        """Answer 200 once every bundle takes traffic, 503 before."""
+        try:
+            return JSONResponse({"status": "ready", "models": sorted(await self._ready())})
+        except (TimeoutError, RuntimeError) as error:
+            return JSONResponse({"status": "starting", "reason": str(error)[:200]}, 503)
+
+    @app.get("/metrics")
+    async def metrics(self) -> Response:
+        """Return Prometheus metrics."""
+        return PlainTextResponse(generate_latest(self.registry).decode(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models(self) -> dict[str, Any]:
+        """List the bundles."""
+        about = await self._ready()
+        listed = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "manta",
+                "task": it["task"],
+                "hash": it["hash"],
+            }
+            for name, it in about.items()
+        ]
+        return {"object": "list", "data": listed}
+
+    @app.post("/v1/classify")
+    async def classify(self, request: Request, body: ClassifyRequest) -> Response:
+        """Name the class of each text: {"model", "data": [{"index", "label", "scores"}], "usage"}."""
+
+        async def answer(name: str) -> Response:
+            texts = [body.input] if isinstance(body.input, str) else body.input
+            found = await asyncio.gather(*(self.bundles[name].classify.remote(text) for text in texts))
+            tokens = sum(it["tokens"] for it in found)
+            self.tokens.labels(name, "prompt").inc(tokens)
+            data = [{"index": i, "label": it["label"], "scores": it["scores"]} for i, it in enumerate(found)]
+            return JSONResponse(
+                {"model": name, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+            )
+
+        return await self._answer(request, body.model, "classification", answer)
+
+    @app.post("/v1/completions")
+    async def completions(self, request: Request, body: CompletionRequest) -> Response:
+        """Continue each prompt, as OpenAI's completions do; with `stream`, by server-sent events."""
+
+        async def answer(name: str) -> Response:
+            about = self.about[name]
+            if body.max_tokens > self.max_new_tokens:
+                raise ApiError(
+                    400,
+                    f"max_tokens {body.max_tokens} is over this endpoint's {self.max_new_tokens}: use less",
+                    "max_tokens",
+                )
+            prompts = body.prompts()
+            for prompt in prompts:
+                if isinstance(prompt, list) and max(prompt) >= about["vocabulary"]:
+                    raise ApiError(
+                        400, f"token id {max(prompt)} is over the vocabulary's {about['vocabulary'] - 1}", "prompt"
+                    )
+            streams = [self._stream(name, prompt, body, copy) for prompt in prompts for copy in range(body.n)]
+            firsts = await asyncio.gather(*(anext(stream) for stream in streams))
+            for first in firsts:
+                if "error" in first:
+                    raise ApiError(first.get("status", 400), first["error"], first["param"])
+            head = {
+                "id": f"cmpl-{uuid.uuid4().hex}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": name,
+            }
+            if body.stream:
+                return StreamingResponse(
+                    self._events(name, head, body, firsts, streams), media_type="text/event-stream"
+                )
+            ended = await asyncio.gather(*(_whole(stream) for stream in streams))
+            choices = [
+                {
+                    "index": i,
+                    "text": (first["prompt_text"] if body.echo else "") + text,
+                    "finish_reason": reason,
+                    "logprobs": None,
+                }
+                for i, (first, (text, reason, _)) in enumerate(zip(firsts, ended, strict=True))
+            ]
+            usage = self._usage(name, firsts, sum(tokens for *_, tokens in ended), body.n)
+            return JSONResponse(head | {"choices": choices, "usage": usage})
+
+        return await self._answer(request, body.model, "completion", answer)
+
+    def _stream(
+        self, name: str, prompt: str | list[int], body: CompletionRequest, copy: int
+    ) -> AsyncIterator[dict[str, Any]]:
+        options = {
+            "max_tokens": body.max_tokens, "temperature": body.temperature, "top_p": body.top_p, "stop": body.stops(),
+            "seed": None if body.seed is None else body.seed + copy,
+        }  # fmt: skip
+        return aiter(self.bundles[name].options(stream=True).complete.remote(prompt, options))
+
+    async def _events(
+        self, name: str, head: dict[str, Any], body: CompletionRequest, firsts: list[Any], streams: list[Any]
+    ) -> AsyncIterator[str]:
+        """Yield server-sent events of all choices as they come, and [DONE]."""
+        merged: asyncio.Queue[tuple[int, dict[str, Any] | None]] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            try:
+                async for event in streams[index]:
+                    await merged.put((index, event))
+            except Exception as error:  # the replica died: the client is told, the others go on
+                await merged.put(
+                    (index, {"text": f"{type(error).__name__}: the replica was lost", "reason": "error", "tokens": 0})
+                )
+            await merged.put((index, None))
+
+        pumps = [asyncio.create_task(pump(i)) for i in range(len(streams))]
+        tokens = [0] * len(streams)
+        try:
+            for i, first in enumerate(firsts):
+                if body.echo:
+                    yield _event(head | {"choices": [_choice(i, first["prompt_text"], None)]})
+            left = len(streams)
+            while left:
+                index, event = await merged.get()
+                if event is None:
+                    left -= 1
+                elif event["reason"] == "error":
+                    yield _event(ApiError(500, event["text"]).body())
+                else:
+                    tokens[index] = event["tokens"]
+                    yield _event(head | {"choices": [_choice(index, event["text"], event["reason"])]})
+            usage = self._usage(name, firsts, sum(tokens), body.n)
+            if body.stream_options and body.stream_options.include_usage:
+                yield _event(head | {"choices": [], "usage": usage})
+            yield "data: [DONE]\n\n"
+        finally:
+            for task in pumps:
+                task.cancel()
+
+    def _usage(self, name: str, firsts: list[dict[str, Any]], new: int, n: int) -> dict[str, int]:
+        read = sum(first["prompt_tokens"] for first in firsts[::n])
+        self.tokens.labels(name, "prompt").inc(read)
+        self.tokens.labels(name, "completion").inc(new)
+        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+
+    async def _answer(
+        self, request: Request, model: str | None, task: str, answer: Callable[[str], Awaitable[Response]]
+    ) -> Response:
+        """Find the model, answer, and count what became of it."""
+        began, path, status, name = time.perf_counter(), request.url.path, 500, model or ""
+        try:
+            about = await self._ready()
+            fitting = [known for known, it in about.items() if it["task"] == task]
+            if model is None and len(fitting) != 1:
+                raise ApiError(400, f"say which model: {', '.join(fitting) or 'none here does this'}", "model")
+            name = model or fitting[0]
+            if name not in about:
+                raise ApiError(
+                    404,
+                    f"model '{name}' is not served here; there are {', '.join(sorted(about))}",
+                    "model",
+                    "model_not_found",
+                )
+            if about[name]["task"] != task:
+                raise ApiError(400, f"model '{name}' does {about[name]['task']}, not {task}", "model")
+            response = await answer(name)
+            status = response.status_code
+            return response
+        except ApiError as error:
+            status, name = error.status, name if name in self.about else ""
+            raise
+        finally:
+            self.requests.labels(path, name if name in self.about else "", status).inc()
+            self.seconds.labels(path, name if name in self.about else "").observe(time.perf_counter() - began)
+
+
+async def _whole(stream: AsyncIterator[dict[str, Any]]) -> tuple[str, str, int]:
+    """Collect a stream: its text, why it ended, its tokens."""
+    text, reason, tokens = "", "error", 0
+    async for event in stream:
+        text, reason, tokens = text + event["text"], event["reason"] or reason, event["tokens"]
+    if reason == "error":
+        raise ApiError(500, text)
+    return text, reason, tokens
+
+
+def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
