@@ -1,7 +1,5 @@
 """The HTTP interface: OpenAI's paths and error bodies, on FastAPI. Each bundle is a model of its name."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -98,6 +96,25 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
     ]
     field = where[0] if where and first["type"] != "json_invalid" else None
     return ApiError(400, f"{field or 'the body'}: {first['msg']}", field).response()
+
+
+# Serve copies the class where it is decorated, so what its methods call stands above it.
+async def _whole(stream: AsyncIterator[dict[str, Any]]) -> tuple[str, str, int]:
+    """Collect a stream: its text, why it ended, its tokens."""
+    text, reason, tokens = "", "error", 0
+    async for event in stream:
+        text, reason, tokens = text + event["text"], event["reason"] or reason, event["tokens"]
+    if reason == "error":
+        raise ApiError(500, text)
+    return text, reason, tokens
+
+
+def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
 
 
 @serve.ingress(app)
@@ -308,21 +325,3 @@ class Api:
         finally:
             self.requests.labels(path, name if name in self.about else "", status).inc()
             self.seconds.labels(path, name if name in self.about else "").observe(time.perf_counter() - began)
-
-
-async def _whole(stream: AsyncIterator[dict[str, Any]]) -> tuple[str, str, int]:
-    """Collect a stream: its text, why it ended, its tokens."""
-    text, reason, tokens = "", "error", 0
-    async for event in stream:
-        text, reason, tokens = text + event["text"], event["reason"] or reason, event["tokens"]
-    if reason == "error":
-        raise ApiError(500, text)
-    return text, reason, tokens
-
-
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"

@@ -35,12 +35,13 @@ class Replica:
             self.generator = Generator(
                 self.model, self.objective.tokenizer, self.options.max_batch, self.options.max_queue
             )
-        self.classify_batch.set_max_batch_size(self.options.max_batch)
-        self.classify_batch.set_batch_wait_timeout_s(self.options.batch_wait_s)
+        together: Any = self.classify_batch  # Serve gives the decorated method these setters
+        together.set_max_batch_size(self.options.max_batch)
+        together.set_batch_wait_timeout_s(self.options.batch_wait_s)
 
     def describe(self) -> dict[str, Any]:
         """Return what the ingress needs to know to check requests."""
-        config = self.model.config
+        config: Any = self.model.config
         return {
             "task": "completion" if self.generator else "classification",
             "positions": getattr(config, "max_position_embeddings", None) or self.objective.sequence_length,
@@ -73,9 +74,11 @@ class Replica:
             return
         events: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        completion = Completion(
-            ids, tell=lambda text, reason: loop.call_soon_threadsafe(events.put_nowait, (text, reason)), **options
-        )  # type: ignore[func-returns-value]
+
+        def tell(text: str, reason: str | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (text, reason))
+
+        completion = Completion(ids, tell=tell, **options)
         try:
             self.generator.submit(completion)
         except QueueFull:
