@@ -137,6 +137,7 @@ class Bundle:
         """Load the model for inference, in its own precision or in `dtype`."""
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         kind = getattr(transformers, self.objective().auto_class)
         loaded: nn.Module = kind.from_pretrained(
             self.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True

@@ -57,6 +57,7 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], attention: str,
     """Load fp32 weights from a Hugging Face folder; a head that it lacks gets fresh weights from the seed."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     kind = getattr(transformers, auto_class)
     try:

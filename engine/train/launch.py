@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.bundles.find import find_bundle
 from engine.config import Config, with_values
 from engine.data.order import Order
 from engine.data.prepare import prepare
@@ -30,17 +31,23 @@ class Outcome:
     last: dict[str, Any]  # the last line of metrics.jsonl
 
 
+def prepare_data(config: Config, start: Path | None = None) -> Path:
+    """Prepare the data with a bar: with the tokenizer of the bundle `start`, else of data.tokenizer, else one trained on it."""
+    began = time.monotonic()
+    with Bar("prepare", total=100) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.update(min(99, 100 * done // max(total, 1)) if stage == "tokenize" else 0, f"{stage} {done:,}")
+
+        folder = prepare(config, start, show)
+        bar.update(100, f"{folder} ({time.monotonic() - began:.1f} s)")
+    return folder
+
+
 def make_job(config: Config) -> Job:
     """Find the start bundle, prepare the data with its tokenizer, and check that they go together."""
-    start = None
-    if config.bundle:
-        from engine.bundles.find import find_bundle
-
-        start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri)
-    tokenizer = start or (Path(config.data.tokenizer) if config.data.tokenizer else None)
-    with Bar("prepare", total=1) as bar:
-        data = prepare(config, tokenizer, lambda text, done, total: bar.update(0, f"{text} {done:,}/{total:,}"))
-        bar.update(1, str(data))
+    start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri) if config.bundle else None
+    data = prepare_data(config, start)
     anywhere = with_values(
         config, {"runs_dir": str(Path(config.runs_dir).absolute())}
     )  # workers run in folders of Ray's
@@ -87,6 +94,7 @@ def train(config: Config) -> Outcome:
         run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
         raise
     run.write_status(replace(watch.status, state="finished", updated=now()))
+    console.print(f"bundle    {run.bundle}")
     return Outcome(run, list(run.metrics())[-1])
 
 
