@@ -1,0 +1,79 @@
+"""Shared by all tests: a quiet environment, a small real corpus, and a watch over processes left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.environment import quiet_environment
+
+quiet_environment()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from engine.config import Config, with_values  # noqa: E402
+
+TINY = {  # about 60,000 parameters
+    "model.type": "llama",
+    "model.hidden_size": 32,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 4,
+    "model.num_key_value_heads": 2,
+    "model.intermediate_size": 64,
+    "model.max_position_embeddings": 128,
+    "model.tie_word_embeddings": True,
+    "data.name": "tiny",
+    "data.source": "python_stdlib",
+    "data.max_documents": 40,
+    "data.vocab_size": 512,
+    "data.sequence_length": 32,
+    "train.precision": "fp32",
+    "train.global_batch": 8,
+    "train.micro_batch": 2,
+    "train.max_steps": 6,
+    "train.checkpoint_every": 3,
+    "train.evaluate_samples": 8,
+    "optim.lr": 1e-2,
+    "tracking.enabled": False,
+}
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def tiny(runs_dir: Path) -> Config:
+    """A config of a causal model of 60,000 parameters on 40 files of the standard library."""
+    return with_values(Config(), TINY | {"runs_dir": str(runs_dir)})
+
+
+@pytest.fixture(scope="session")
+def tiny_functions(tiny: Config) -> Config:
+    """The same for naming the package of a function."""
+    return with_values(
+        tiny,
+        {"data.source": "python_functions", "data.name": "functions", "data.max_documents": 400, "objective.name": "classification"},
+    )
+
+
+@pytest.fixture(scope="session")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray of four cores for the session's tests."""
+    from cluster.session import connect
+
+    with connect("local", 4, False, tmp_path_factory.mktemp("ray")):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Fail the session if a child process of it is still there at its end."""
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if "ray" in p.name() or "raylet" in " ".join(p.cmdline())]
+    gone, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive, f"left behind: {[p.cmdline()[:3] for p in alive]}"

@@ -1,0 +1,53 @@
+"""Runs a training job on several ranks, in processes of its own, without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from engine.config import Config
+from engine.train.run_folder import RunFolder
+from engine.train.worker import Job
+
+
+def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:
+    """Run the jobs one after the other on one group of `world` processes; return each one's metric lines."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(_rank, (world, port, json.dumps([job.to_dict() for job in jobs])), nprocs=world)
+    return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
+
+
+def _rank(rank: int, world: int, port: int, specs: str) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), DS_ACCELERATOR="cpu",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    from engine.train.group import Group
+    from engine.train.worker import work
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for spec in json.loads(specs):
+        job = Job.from_dict(spec)
+        RunFolder(job.config.run_dir).logs.mkdir(parents=True, exist_ok=True)
+        work(job, Group(rank, world, torch.device("cpu")))
+    dist.destroy_process_group()
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """Return the loss of each step."""
+    return [line["loss"] for line in lines]
+
+
+def job_of(config: Config, data: Path, start: Path | None = None) -> Job:
+    """Return a job over prepared data."""
+    return Job(config, data, start)
