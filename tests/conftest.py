@@ -57,7 +57,12 @@ def tiny_functions(tiny: Config) -> Config:
     """The same for naming the package of a function."""
     return with_values(
         tiny,
-        {"data.source": "python_functions", "data.name": "functions", "data.max_documents": 400, "objective.name": "classification"},
+        {
+            "data.source": "python_functions",
+            "data.name": "functions",
+            "data.max_documents": 400,
+            "objective.name": "classification",
+        },
     )
 
 
@@ -74,6 +79,8 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def nothing_left() -> Iterator[None]:
     """Fail the session if a child process of it is still there at its end."""
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if "ray" in p.name() or "raylet" in " ".join(p.cmdline())]
-    gone, alive = psutil.wait_procs(left, timeout=10)
+    left = [
+        p for p in psutil.Process().children(recursive=True) if "ray" in p.name() or "raylet" in " ".join(p.cmdline())
+    ]
+    _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive, f"left behind: {[p.cmdline()[:3] for p in alive]}"

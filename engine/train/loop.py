@@ -130,7 +130,9 @@ def validate(run: Run) -> dict[str, float]:
     if run.validation is None:
         return {}
     micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
-    ids = np.arange(len(run.validation))[: run.config.train.evaluate_samples]
+    size = len(run.validation)
+    count = min(size, run.config.train.evaluate_samples or size)
+    ids = np.arange(count) * size // count  # spread evenly: neighbours come from one file
     run.model.train(False)
     parts = []
     for first in range(0, len(ids), micro * world):

@@ -85,7 +85,9 @@ def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
     assert (file.name if "manifest" not in str(caught.value) else "manifest.json") in str(caught.value)
 
 
-def test_the_one_before_is_used_and_never_a_silent_fresh_start(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_one_before_is_used_and_never_a_silent_fresh_start(
+    tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = prepare(tiny)
     config = with_values(tiny, {"name": "harmed", "schedule.total_steps": 9, "train.checkpoint_every": 3})
     straight = with_values(config, {"name": "unharmed", "train.max_steps": 9})
@@ -99,10 +101,12 @@ def test_the_one_before_is_used_and_never_a_silent_fresh_start(tiny: Config, cap
     assert last["loss"] == wanted["loss"]
     assert last["samples_hash"] == wanted["samples_hash"]
     assert "was changed" in capsys.readouterr().out
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(range(1, 10))
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(
+        range(1, 10)
+    )
     for found in step_folders(folder / "checkpoints"):
         flip(next(found.glob("*.safetensors")))
-    with pytest.raises(UserError, match="no checkpoint of .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
         work(Job(with_values(config, {"train.max_steps": 9}), data), local_group())
 
 
@@ -131,7 +135,7 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         writer.save([Fragment("a", (100_000,), 0, {"weight": torch.zeros(100_000)})], TrainState(step=2), {})
-        with pytest.raises(UserError, match="could not be written.*the one before it is whole"):
+        with pytest.raises(UserError, match=r"could not be written.*the one before it is whole"):
             writer.finish()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -44,7 +44,9 @@ def curves(tiny: Config) -> dict[str, list[dict[str, object]]]:
 def test_every_layout_gives_the_same_curve(curves: dict[str, list[dict[str, object]]], name: str) -> None:
     assert len(curves[name]) == 6
     assert losses(curves[name]) == pytest.approx(losses(curves["stage0"]), abs=1e-5)
-    assert [line["grad_norm"] for line in curves[name]] == pytest.approx([line["grad_norm"] for line in curves["stage0"]], rel=1e-4)
+    assert [line["grad_norm"] for line in curves[name]] == pytest.approx(
+        [line["grad_norm"] for line in curves["stage0"]], rel=1e-4
+    )
     assert [line["samples_hash"] for line in curves[name]] == [line["samples_hash"] for line in curves["stage0"]]
     assert curves[name][-1]["validation_loss"] == pytest.approx(curves["stage0"][-1]["validation_loss"], abs=1e-5)
 
@@ -65,7 +67,14 @@ def test_resume_goes_through_stages_and_worker_counts(curves: dict[str, list[dic
     lines = []
     for until, stage, workers in ((2, 1, 2), (4, 3, 1), (6, 0, 2)):
         changed = with_values(
-            tiny, {"name": "travels", "train.workers": workers, "zero.stage": stage, "train.max_steps": until, "schedule.total_steps": 6}
+            tiny,
+            {
+                "name": "travels",
+                "train.workers": workers,
+                "zero.stage": stage,
+                "train.max_steps": until,
+                "schedule.total_steps": 6,
+            },
         )
         (lines,) = run_ranks([Job(changed, data)], workers)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -76,11 +85,14 @@ def test_stopping_and_going_on_is_bit_for_bit_the_straight_run(tiny: Config) -> 
     data = prepare(tiny)
     straight = with_values(tiny, {"name": "straight", "zero.stage": 2})
     halves = [
-        with_values(tiny, {"name": "halves", "zero.stage": 2, "train.max_steps": until, "schedule.total_steps": 6}) for until in (3, 6)
+        with_values(tiny, {"name": "halves", "zero.stage": 2, "train.max_steps": until, "schedule.total_steps": 6})
+        for until in (3, 6)
     ]
     results = run_ranks([Job(config, data) for config in (straight, *halves)], 1)
     assert losses(results[0]) == losses(results[2])
-    ours, theirs = (Checkpoint(step_folders(Path(tiny.runs_dir) / name / "checkpoints")[0]) for name in ("straight", "halves"))
+    ours, theirs = (
+        Checkpoint(step_folders(Path(tiny.runs_dir) / name / "checkpoints")[0]) for name in ("straight", "halves")
+    )
     assert ours.state == theirs.state == dataclasses.replace(ours.state, step=6)
     for name, weight in ours.weights().items():
         assert torch.equal(weight, theirs.weights()[name]), name

@@ -1,0 +1,116 @@
+"""A bundle loads with plain transformers, knows itself again, and is found by its names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.bundles.bundle import Bundle, write_bundle
+from engine.bundles.find import find_bundle
+from engine.bundles.registry import lookup, promote, register, versions
+from engine.config import Config
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from tests.engine.bundles.making import fresh_bundle
+
+
+@pytest.fixture(scope="module")
+def written(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return fresh_bundle(tiny, tmp_path_factory.mktemp("bundles") / "mine" / "bundle")
+
+
+@pytest.fixture
+def copy(written: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written.folder, tmp_path / "copy"))
+
+
+def test_plain_transformers_gives_equal_outputs(written: Bundle) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(written.folder)
+    model = AutoModelForCausalLM.from_pretrained(written.folder)
+    ids = tokenizer("import os", return_tensors="pt")["input_ids"]
+    assert torch.equal(model(ids).logits, written.model()(ids).logits)
+    again = Bundle.open(written.folder)
+    again.verify()
+    again.replay(again.model())
+    assert again.hash == written.hash
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_changed_file_is_named(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[-2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} was changed"):
+        Bundle.open(copy).verify()
+
+
+def test_a_changed_manifest_a_missing_and_an_added_file_are_named(copy: Path) -> None:
+    (copy / "extra.bin").write_text("x")
+    with pytest.raises(UserError, match=r"extra\.bin was added"):
+        Bundle.open(copy).verify()
+    (copy / "extra.bin").unlink()
+    (copy / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=r"generation_config\.json is missing"):
+        Bundle.open(copy).verify()
+    tree = json.loads((copy / "manta.json").read_text())
+    (copy / "manta.json").write_text(json.dumps(tree | {"name": "other"}))
+    with pytest.raises(UserError, match=r"manta\.json was changed"):
+        Bundle.open(copy).verify()
+
+
+def test_other_weights_do_not_pass_the_golden_replay(written: Bundle) -> None:
+    model = written.model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    with pytest.raises(UserError, match="does not answer as recorded"):
+        written.replay(model)
+
+
+def test_registry_and_names(tiny: Config, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    first = fresh_bundle(tiny, tmp_path / "runs" / "one" / "bundle", seed=1)
+    second = fresh_bundle(tiny, tmp_path / "runs" / "two" / "bundle", seed=2)
+    one, two = register(first, "demo", uri), register(second, "demo", uri)
+    assert (one.number, two.number) == (1, 2)
+    assert register(first, "demo", uri).number == 1
+    promote(one, "champion", uri)
+    assert find_bundle("champion", tmp_path / "runs", uri) == first.folder.absolute()
+    promote(two, "champion", uri)
+    runs = tmp_path / "runs"
+    assert find_bundle("demo@champion", runs, uri) == find_bundle("demo", runs, uri) == second.folder.absolute()
+    assert find_bundle("demo/1", runs, uri) == first.folder.absolute()
+    assert find_bundle("one", runs, uri) == runs / "one" / "bundle"
+    assert find_bundle(str(first.folder), runs, uri) == first.folder
+    assert [v.number for v in versions("demo", uri) if "champion" in v.aliases] == [2]
+    assert lookup("nothing", uri) is None
+    with pytest.raises(UserError, match=r"bundle=on is neither .* there are one, two, demo/2 \(champion\), demo/1"):
+        find_bundle("on", runs, uri)
+
+
+def test_a_plain_hugging_face_folder_is_a_bundle_too(written: Bundle, copy: Path) -> None:
+    (copy / "manta.json").unlink()
+    plain = Bundle.open(copy)
+    plain.verify()
+    assert not plain.managed
+    request = [{"prompt": "def f", "max_tokens": 4}]
+    assert plain.objective().predict(plain.model(), request) == written.objective().predict(written.model(), request)
+    with pytest.raises(UserError, match="holds no model"):
+        Bundle.open(copy.parent)
+
+
+def test_writing_again_replaces_the_older_one(tiny: Config, tmp_path: Path) -> None:
+    old = fresh_bundle(tiny, tmp_path / "bundle", seed=1)
+    objective = old.objective()
+    new = write_bundle(
+        tmp_path / "bundle", model=fresh_bundle(tiny, tmp_path / "other", seed=2).model(), tokenizer=objective.tokenizer,
+        objective=objective, name="new", golden_requests=[], parent=old.hash, data={"folder": str(prepare(tiny)), "hash": "x"},
+    )  # fmt: skip
+    assert Bundle.open(tmp_path / "bundle").hash == new.hash != old.hash
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "other"]

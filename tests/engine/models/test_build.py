@@ -1,0 +1,88 @@
+"""Sizes, determinism, freezing, and clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.config import Config, ModelConfig, with_values
+from engine.data.prepare import prepare
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+from engine.models.build import build, freeze_layers
+from engine.models.size import flops_per_token, matmul_parameter_count, parameter_count
+from jobs.entry import compose
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Config) -> object:
+    return load_tokenizer(prepare(tiny) / "tokenizer")
+
+
+def test_the_seed_decides_the_weights(tiny: Config, tokenizer: object) -> None:
+    a, b, c = (build(tiny.model, tokenizer, "AutoModelForCausalLM", {}, seed) for seed in (3, 3, 4))
+    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), c.parameters(), strict=True):
+        assert torch.equal(x, y), name
+        assert torch.equal(x, z) == ("norm" in name), name
+
+
+def test_counts_by_hand(tiny: Config, tokenizer: object) -> None:
+    model = build(tiny.model, tokenizer, "AutoModelForCausalLM", {}, 0)
+    vocabulary, width, inner, kv = 512, 32, 64, 16
+    block = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
+    assert parameter_count(model) == vocabulary * width + 2 * block + width
+    assert matmul_parameter_count(model) == parameter_count(model)  # tied: the embedding is the output product too
+    assert flops_per_token(model, model.config, 32) == 6 * parameter_count(model) + 12 * 2 * width * 32
+
+
+def test_frozen_layers_are_the_embedding_and_the_first_blocks(tiny: Config, tokenizer: object) -> None:
+    model = build(tiny.model, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0)
+    freeze_layers(model, 1)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {name for name in frozen if "layers" not in name} == {"model.embed_tokens.weight"}
+    assert {name.split(".")[2] for name in frozen if "layers" in name} == {"0"}
+    with pytest.raises(UserError, match="more than the model's 2 blocks: use 2 or less"):
+        freeze_layers(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (ModelConfig(type="lama"), "did you mean 'llama'?"),
+        (ModelConfig(options={"rope_thetas": 1}), "model.rope_thetas is no option of LlamaConfig"),
+        (ModelConfig(vocab_size=10), "is less than the tokenizer's"),
+    ],
+)
+def test_a_wrong_model_is_one_sentence(model: ModelConfig, said: str, tokenizer: object) -> None:
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        build(model, tokenizer, "AutoModelForCausalLM", {}, 0)
+
+
+def test_the_five_million_parameter_model_has_five_million() -> None:
+    from engine.plan.plan import plan
+
+    assert 4.5e6 < plan(compose("plan", [])).parameters < 5.5e6
+
+
+def test_gpt2_has_its_published_size_and_each_stage_its_memory() -> None:
+    from engine.plan.plan import plan
+
+    config = compose(
+        "plan",
+        [
+            "model=gpt2_124m",
+            "model.vocab_size=50257",
+            "data.sequence_length=1024",
+            "train.workers=4",
+            "train.precision=bf16",
+        ],
+    )
+    found = plan(config)
+    n = found.parameters
+    assert n == 124_439_808
+    assert [s.weights for s in found.stages.values()] == [2 * n, 2 * n, 2 * n, n / 2]
+    assert [s.gradients for s in found.stages.values()] == [2 * n, 2 * n, n / 2, n / 2]
+    assert [s.optimizer for s in found.stages.values()] == [12 * n, 3 * n, 3 * n, 3 * n]
+    assert found.checkpoint_bytes == 12 * n
+    single = plan(with_values(config, {"train.precision": "fp32", "train.workers": 1}))
+    assert single.stages[0].optimizer == 8 * n

@@ -1,0 +1,118 @@
+"""Parity with transformers: the loss and the gradients of a batch, and what is predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import Config, ObjectiveConfig, with_values
+from engine.data.manifest import Manifest
+from engine.data.prepare import prepare
+from engine.data.shards import Split
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+from engine.models.build import build
+from engine.objectives.contract import Objective, objective_class
+
+
+def make(config: Config, labels: list[str]) -> Objective:
+    tokenizer = load_tokenizer(prepare(config) / "tokenizer")
+    return objective_class(config.objective.name)(config.objective, tokenizer, config.data.sequence_length, labels)
+
+
+@pytest.fixture(scope="module")
+def language(tiny: Config) -> Objective:
+    return make(tiny, [])
+
+
+@pytest.fixture(scope="module")
+def naming(tiny_functions: Config) -> Objective:
+    return make(tiny_functions, Manifest.load(prepare(tiny_functions)).labels)
+
+
+def model_of(config: Config, objective: Objective) -> torch.nn.Module:
+    return build(config.model, objective.tokenizer, objective.auto_class, objective.model_options(), seed=1)
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_causal_loss_and_gradients_are_those_of_transformers(tiny: Config, language: Objective) -> None:
+    model = model_of(tiny, language)
+    samples = language.samples(Split.open(prepare(tiny), "train"))
+    batch = language.collate([samples[i] for i in range(4)])
+    loss = language.loss(model, batch)
+    assert (loss.count, batch.tokens) == (4 * 32, 4 * 32)
+    ours = gradients(model, loss.sum / loss.count)
+    whole = torch.stack([torch.as_tensor(samples[i]["tokens"]) for i in range(4)])
+    theirs = model(input_ids=whole, labels=whole).loss  # shifts by itself: the same 32 targets a row
+    assert float(loss.sum.detach() / loss.count) == pytest.approx(float(theirs.detach()), rel=1e-6)
+    for name, gradient in gradients(model, theirs).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_classification_loss_and_gradients_are_those_of_transformers(tiny_functions: Config, naming: Objective) -> None:
+    model = model_of(tiny_functions, naming)
+    samples = naming.samples(Split.open(prepare(tiny_functions), "train"))
+    batch = naming.collate([samples[i] for i in range(6)])
+    loss = naming.loss(model, batch)
+    assert loss.count == 6
+    ours = gradients(model, loss.sum / 6)
+    theirs = model(**batch.inputs, labels=batch.targets).loss
+    assert float(loss.sum.detach() / 6) == pytest.approx(float(theirs.detach()), rel=1e-6)
+    for name, gradient in gradients(model, theirs).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_greedy_prediction_is_generate(tiny: Config, language: Objective) -> None:
+    model = model_of(tiny, language).eval()
+    (answer,) = language.predict(model, [{"prompt": "import os", "max_tokens": 9}])
+    ids = language.tokenizer("import os", return_tensors="pt")["input_ids"]
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=1)
+    assert answer["tokens"] == wanted[0, ids.shape[1] :].tolist()
+    assert answer["text"] == language.tokenizer.decode(answer["tokens"], skip_special_tokens=True)
+
+
+def test_company_does_not_change_a_classification(tiny_functions: Config, naming: Objective) -> None:
+    model = model_of(tiny_functions, naming).eval()
+    texts = [{"text": "return self.x"}, {"text": "for i in range(10):\n    total += values[i] * weights[i]"}]
+    together = naming.predict(model, texts)
+    for request, answer in zip(texts, together, strict=True):
+        (alone,) = naming.predict(model, [request])
+        assert alone["label"] == answer["label"]
+        assert list(alone["scores"].values()) == pytest.approx(list(answer["scores"].values()), abs=1e-6)
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_metrics_by_hand(naming: Objective, language: Objective) -> None:
+    scores = {"nll": np.array([1.0, 2.0, 3.0]), "label": np.array([0, 1, 2]), "predicted": np.array([0, 1, 1])}
+    assert naming.summarize(scores) == {"accuracy": 2 / 3, "loss": 2.0}
+    found = language.summarize({"nll": np.array([6.0, 2.0]), "tokens": np.array([3, 1])})
+    assert found == {"loss": 2.0, "perplexity": pytest.approx(np.exp(2.0))}
+
+
+def test_labels_are_needed(tiny: Config) -> None:
+    objective = objective_class("classification")(ObjectiveConfig("classification"), None, 8, ["one"])
+    with pytest.raises(UserError, match="two labels or more, the data has 1"):
+        objective.model_options()
+    with pytest.raises(UserError, match="did you mean 'causal_lm'"):
+        objective_class("causal_lmm")
+
+
+def test_real_sentiment_is_labelled(tiny: Config) -> None:
+    data = Path(__file__).parents[4] / "shared" / "data" / "sentiment"
+    if not data.exists():
+        pytest.skip("the shared data (SST-2) is not beside this checkout")
+    config = with_values(
+        tiny,
+        {"data.source": "files", "data.path": str(data / "validation.jsonl"), "data.label_column": "label",
+         "objective.name": "classification", "data.max_documents": 200},
+    )  # fmt: skip
+    manifest = Manifest.load(prepare(config))
+    assert manifest.labels == ["0", "1"]

@@ -1,0 +1,123 @@
+"""The command line as a user meets it: mistakes, help, multirun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import declared
+from jobs.entry import compose, start
+
+
+def manta(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.manta", *words], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrain", "train.max_step=3"], "train.max_step is not an option; did you mean 'train.max_steps'?"),
+        (["pretrain", "trian.max_steps=3"], "trian.max_steps is not an option; did you mean 'train.max_steps'?"),
+        (["pretrain", "train.max_steps=many"], "train.max_steps=many is not an integer"),
+        (["pretrain", "model=llama_5mm"], "did you mean 'llama_5m'?"),
+        (["pretrain", "train.micro_batch=16", "train.global_batch=8"], "use train.micro_batch=8 or less"),
+        (["pretrain", "data.sequence_length=4096"], "is over the model's 512 positions: use data.sequence_length=512"),
+        (["pretrain", "--fast"], "--fast is no flag"),
+        (["pretrian"], "did you mean 'pretrain'?"),
+        (["prepare", "data=files", "data.path=nowhere/*.jsonl"], "nowhere"),
+        (["prepare", "data=files"], "data.path"),
+        (["evaluate", "bundle=nothing"], "bundle=nothing is neither a folder, nor a run, nor a registered name"),
+        (["evaluate"], "bundle=NAME_OR_FOLDER"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, words: list[str], said: str) -> None:
+    began = time.monotonic()
+    done = manta(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert time.monotonic() - began < 10
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = manta("pretrain", "train.max_step=3", "--debug", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_a_second_run_of_a_name_with_another_config_is_refused(tmp_path: Path) -> None:
+    from engine.errors import UserError
+    from engine.train.run_folder import RunFolder
+
+    first = compose("pretrain", [f"runs_dir={tmp_path}", "name=mine"])
+    RunFolder.claim(first)
+    RunFolder.claim(compose("pretrain", [f"runs_dir={tmp_path}", "name=mine", "train.workers=2", "zero.stage=3"]))
+    other = compose("pretrain", [f"runs_dir={tmp_path}", "name=mine", "optim.lr=0.5"])
+    with pytest.raises(UserError, match=r"exists with another config \(optim.lr: 0.001 -> 0.5\).*resume=true"):
+        RunFolder.claim(other)
+    RunFolder.claim(compose("pretrain", [f"runs_dir={tmp_path}", "name=mine", "optim.lr=0.5", "resume=true"]))
+    assert yaml.safe_load((tmp_path / "mine" / "config.yaml").read_text())["optim"]["lr"] == 0.5
+
+
+def test_help_lists_every_option_and_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = manta("pretrain", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for key, _, _ in declared():
+        assert f"{key}=" in done.stdout, key
+    assert "llama_5m" in done.stdout
+    assert start("pretrain", print, ["--help"]) == 0
+
+
+def test_cfg_job_prints_the_config(tmp_path: Path) -> None:
+    done = manta("pretrain", "--cfg", "job", "train.max_steps=7", cwd=tmp_path)
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["train"]["max_steps"] == 7
+
+
+def test_multirun_runs_each_combination_under_a_name_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {i} of a text that is long enough" for i in range(400)))
+    done = manta("prepare", "-m", "data=files", "data.path=text.txt", "data.vocab_size=300,320", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs" / "data").glob("files-*"))) == 2
+
+
+def test_every_command_has_help(tmp_path: Path) -> None:
+    from jobs.manta import COMMANDS
+
+    assert set(COMMANDS) == {
+        "prepare",
+        "pretrain",
+        "finetune",
+        "sweep",
+        "evaluate",
+        "deploy",
+        "plan",
+        "demo",
+        "runs",
+        "cluster",
+        "submit",
+        "jobs",
+        "doctor",
+    }
+    for command in ("runs", "cluster", "submit", "jobs", "doctor"):
+        done = manta(command, "--help", cwd=tmp_path)
+        assert done.returncode == 0, command
+        assert "usage" in done.stdout
+
+
+def test_runs_are_listed(tmp_path: Path) -> None:
+    from engine.train.run_folder import RunFolder, Status, now
+
+    run = RunFolder(tmp_path / "runs" / "mine")
+    run.path.mkdir(parents=True)
+    run.write_status(Status("pretrain", "finished", 3, 3, 1.25, now() - 120, 1, data="runs/data/x-1"))
+    done = manta("runs", cwd=tmp_path)
+    assert all(word in done.stdout for word in ("mine", "finished", "3/3", "1.2500", "2 min", "x-1"))
