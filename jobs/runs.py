@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runs:
         print(f"there is no run in {options.runs_dir} yet: manta pretrain starts one")
         return 0
-    table = Table("name", "job", "state", "step", "loss", "age", "from")
+    table = Table("name", "job", "state", "step", "loss", "age", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("from", overflow="fold")
     for name, run in runs:
         parents = " <- ".join(
             Path(p).parent.name if Path(p).name == "bundle" else Path(p).name for p in (run.parent, run.data) if p

@@ -1,7 +1,8 @@
-"""How sure a metric is: percentile bootstrap over examples (Efron & Tibshirani 1993, chapter 13)."""
+"""How sure a metric is: percentile bootstrap over examples (Efron & Tibshirani 1993, chapters 13 and 16)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -34,47 +35,66 @@ class Comparison:
     verdict: str  # A is "better" or "worse" than B, or they are "not told apart"
 
 
-def _resampled(objective: Objective, scores: Scores, picks: np.ndarray) -> list[dict[str, float]]:
-    return [objective.summarize({name: values[pick] for name, values in scores.items()}) for pick in picks]
-
-
-def _picks(examples: int, resamples: int, seed: int) -> np.ndarray:
-    """Return indices [resamples, examples], drawn with replacement."""
-    if examples == 0:
-        raise UserError("there is no example to evaluate on: choose another evaluate.split or give more data")
-    return np.random.default_rng(seed).integers(examples, size=(resamples, examples))
-
-
 def intervals(
     objective: Objective, scores: Scores, confidence: float, resamples: int, seed: int
 ) -> dict[str, Interval]:
-    """Return each metric of the scores with its interval at `confidence` (0.95: 95 %)."""
-    examples = len(next(iter(scores.values())))
-    values = objective.summarize(scores)
-    drawn = _resampled(objective, scores, _picks(examples, resamples, seed))
-    edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+    """Return each metric of the scores with its interval at `confidence` (0.95: 95 %).
+
+    Raises UserError where there is no example.
+    """
+    drawn = [objective.summarize(take(scores, pick)) for pick in picks(count(scores), resamples, seed)]
     found = {}
-    for name, value in values.items():
-        low, high = np.quantile([draw[name] for draw in drawn], edges)
+    for name, value in objective.summarize(scores).items():
+        low, high = np.quantile([draw[name] for draw in drawn], edges(confidence))
         found[name] = Interval(value, float(low), float(high))
     return found
 
 
 def compare(objective: Objective, a: Scores, b: Scores, confidence: float, resamples: int, seed: int) -> Comparison:
-    """Compare two models by the paired bootstrap: each resample draws the same examples for both."""
-    examples = len(next(iter(a.values())))
-    if examples != len(next(iter(b.values()))):
-        raise UserError("the two bundles were not measured on the same examples: evaluate both on the same data")
-    picks, metric = _picks(examples, resamples, seed), objective.metric
-    pairs = zip(_resampled(objective, a, picks), _resampled(objective, b, picks), strict=True)
-    low, high = np.quantile([x[metric] - y[metric] for x, y in pairs], [(1 - confidence) / 2, (1 + confidence) / 2])
-    sign = 1 if objective.mode == "max" else -1
-    verdict = (
-        "better"
-        if min(sign * low, sign * high) > 0
-        else "worse"
-        if max(sign * low, sign * high) < 0
-        else "not told apart"
-    )
-    difference = objective.summarize(a)[metric] - objective.summarize(b)[metric]
-    return Comparison(metric, difference, float(low), float(high), verdict)
+    """Compare two models by the paired bootstrap: each resample draws the same examples for both.
+
+    Raises UserError where the two were not measured on the same number of examples.
+    """
+    if count(a) != count(b):
+        raise UserError(
+            f"the two bundles were not measured on the same examples ({count(a):,} and {count(b):,}): evaluate both on the same data"
+        )
+
+    def difference(pick: np.ndarray | slice) -> float:
+        return objective.summarize(take(a, pick))[metric] - objective.summarize(take(b, pick))[metric]
+
+    metric = objective.metric
+    drawn = [difference(pick) for pick in picks(count(a), resamples, seed)]
+    low, high = (float(edge) for edge in np.quantile(drawn, edges(confidence)))
+    return Comparison(metric, difference(slice(None)), low, high, verdict(low, high, objective.mode))
+
+
+def verdict(low: float, high: float, mode: str) -> str:
+    """Judge an interval of A - B: one that holds zero tells nothing apart. `mode` is the metric's, min or max."""
+    if low <= 0 <= high:
+        return "not told apart"
+    return "better" if (low > 0) == (mode == "max") else "worse"
+
+
+def picks(examples: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield `resamples` draws of `examples` indices with replacement, one at a time: all at once they need gigabytes."""
+    if examples == 0:
+        raise UserError("there is no example to evaluate on: choose another evaluate.split or give more data")
+    generator = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield generator.integers(examples, size=examples, dtype=np.int32)
+
+
+def take(scores: Scores, pick: np.ndarray | slice) -> Scores:
+    """Return the scores of some examples."""
+    return {name: values[pick] for name, values in scores.items()}
+
+
+def count(scores: Scores) -> int:
+    """Return the number of examples scored."""
+    return len(next(iter(scores.values())))
+
+
+def edges(confidence: float) -> tuple[float, float]:
+    """Return the two quantiles that a share of `confidence` lies between."""
+    return (1 - confidence) / 2, (1 + confidence) / 2

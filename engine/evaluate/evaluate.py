@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from rich.table import Table
 
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
-from engine.config import Config, with_values
+from engine.config import Config
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Interval, compare, intervals
+from engine.evaluate.bootstrap import Comparison, Interval, compare, intervals
 from engine.objectives.contract import Objective, Scores, join_scores
 from engine.progress import Bar, console
 
@@ -27,7 +28,9 @@ from engine.progress import Bar, console
 class Evaluation:
     """What was measured of one bundle."""
 
-    bundle: str
+    bundle: Path
+    objective: Objective
+    data: Path  # prepared with the bundle's tokenizer
     examples: int
     metrics: dict[str, Interval]
     majority: Interval | None  # accuracy of always naming the training data's most frequent class
@@ -38,36 +41,57 @@ class Evaluation:
 def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     """Measure the bundle in `folder` on config.data's split config.evaluate.split, tokenized by the bundle's tokenizer.
 
-    Raises UserError where the data's labels aren't the bundle's, or the split is empty.
+    Raises UserError where the bundle was altered, the data are not for its task or have labels that it doesn't know, or
+    the split is empty.
     """
     began = time.perf_counter()
     bundle = Bundle.open(folder)
     bundle.verify()
     objective = bundle.objective()
-    data = prepare(config, folder)
-    labels = Manifest.load(data).labels
-    if labels and labels != objective.labels:
-        unknown = sorted(set(labels) ^ set(objective.labels))
-        raise UserError(
-            f"the data's labels are not those of {folder.parent.name} ({', '.join(unknown[:5])} differ): "
-            "evaluate on data with the same labels, or fine-tune the bundle on these"
-        )
-    split = Split.open(data, config.evaluate.split)
-    scores = score(bundle, objective, split, config.evaluate.batch)
+    check_task(folder, objective, config)
+    with Bar("prepare", total=100) as bar:
+        data = prepare(config, folder, lambda stage, done, total: bar.update(99 * done // total if total else 0, stage))
+        bar.update(100, str(data))
+    classes = known_classes(folder, Manifest.load(data).labels, objective.labels)
+    scores = score(bundle, objective, Split.open(data, config.evaluate.split), classes, config.evaluate.batch)
     settings = config.evaluate.confidence, config.evaluate.resamples, config.seed
     majority = None
     if "label" in scores:
-        frequent = int(np.bincount(Split.open(data, "train").labels).argmax())
+        frequent = classes[np.bincount(Split.open(data, "train").labels).argmax()]
         always = scores | {"predicted": np.full_like(scores["label"], frequent)}
         majority = intervals(objective, always, *settings)["accuracy"]
     metrics = intervals(objective, scores, *settings)
-    return Evaluation(
-        str(folder), len(next(iter(scores.values()))), metrics, majority, scores, time.perf_counter() - began
-    )
+    examples = len(next(iter(scores.values())))
+    return Evaluation(folder, objective, data, examples, metrics, majority, scores, time.perf_counter() - began)
 
 
-def score(bundle: Bundle, objective: Objective, split: Split, batch: int) -> Scores:
-    """Score every sample of a split, in its order; the longest go first, together, to save padding."""
+def check_task(folder: Path, objective: Objective, config: Config) -> None:
+    """Raise UserError, before anything is prepared, where the data aren't for the bundle's task."""
+    task = objective.options.name
+    labelled = config.data.label_column is not None or config.data.source == "python_functions"
+    if task == "classification" and not labelled:
+        raise UserError(
+            f"{folder} is for classification and the data have no labels: say which column holds them with data.label_column=..."
+        )
+    if task != "classification" and labelled:
+        raise UserError(
+            f"{folder} is for {task} and the data are labelled rows: use data=python_stdlib, or no data.label_column"
+        )
+
+
+def known_classes(folder: Path, data_labels: Sequence[str], bundle_labels: Sequence[str]) -> np.ndarray:
+    """Map the data's classes to the bundle's: int64 [data's classes]. Raises UserError for labels that it doesn't know."""
+    name = folder.parent.name if folder.name == "bundle" else folder.name
+    if unknown := [label for label in data_labels if label not in bundle_labels]:
+        raise UserError(
+            f"the data's labels are not those of {name} ({', '.join(unknown[:5])}; it knows {', '.join(bundle_labels[:10])}): "
+            "evaluate on data with the same labels, or fine-tune the bundle on yours"
+        )
+    return np.array([bundle_labels.index(label) for label in data_labels], dtype=np.int64)
+
+
+def score(bundle: Bundle, objective: Objective, split: Split, classes: np.ndarray, batch: int) -> Scores:
+    """Score every sample of a split, in its order; those of like length go together, the longest first, to save padding."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = bundle.model().to(device)
     samples = objective.samples(split)
@@ -75,60 +99,77 @@ def score(bundle: Bundle, objective: Objective, split: Split, batch: int) -> Sco
     parts = []
     with Bar("evaluate", total=len(order)) as bar:
         for first in range(0, len(order), batch):
-            mine = order[first : first + batch]
-            parts.append(objective.score(model, objective.collate([samples[i] for i in mine]).to(device)))
-            bar.update(first + len(mine))
+            chosen = [samples[i] for i in order[first : first + batch]]
+            if len(classes):
+                chosen = [sample | {"label": classes[sample["label"]]} for sample in chosen]
+            parts.append(objective.score(model, objective.collate(chosen).to(device)))
+            bar.update(first + len(chosen))
     scores = join_scores(parts)
     back = np.argsort(order)
     return {name: values[back] for name, values in scores.items()}
 
 
+def compare_evaluations(a: Evaluation, b: Evaluation, config: Config) -> Comparison:
+    """Compare two bundles. Raises UserError where their figures don't mean the same."""
+    first, second = a.objective, b.objective
+    if first.options.name != second.options.name:
+        raise UserError(
+            f"{a.bundle} is for {first.options.name} and {b.bundle} for {second.options.name}: compare bundles of one task"
+        )
+    if "tokens" in a.scores and (a.data, first.sequence_length) != (b.data, second.sequence_length):
+        raise UserError(
+            f"{a.bundle} and {b.bundle} differ in tokenizer or sequence length, so their losses a token don't compare: "
+            "evaluate each alone"
+        )
+    return compare(first, a.scores, b.scores, config.evaluate.confidence, config.evaluate.resamples, config.seed)
+
+
 def evaluate_and_show(config: Config) -> None:
-    """Evaluate config.bundle, and config.evaluate.against if given; show and keep what was found."""
+    """Evaluate config.bundle, and config.evaluate.against if given; show what was found, and keep it as evaluation.json."""
     if not config.bundle:
         raise UserError("evaluate needs a bundle: say which with bundle=NAME_OR_FOLDER")
+    references = [name for name in (config.bundle, config.evaluate.against) if name]
+    folders = [find_bundle(name, Path(config.runs_dir), config.tracking_uri) for name in references]
+    found = [evaluate_bundle(folder, config) for folder in folders]
+    verdict = compare_evaluations(found[0], found[1], config) if config.evaluate.against else None
 
-    def measure(reference: str) -> Evaluation:
-        return evaluate_bundle(find_bundle(reference, Path(config.runs_dir), config.tracking_uri), config)
-
-    found = {config.bundle: measure(config.bundle)}
-    if config.evaluate.against:
-        found[config.evaluate.against] = measure(config.evaluate.against)
-    table = Table("bundle", "metric", "value", f"{config.evaluate.confidence:.0%} interval", "examples")
-    for reference, evaluation in found.items():
-        rows = evaluation.metrics | (
-            {"accuracy of the majority class": evaluation.majority} if evaluation.majority else {}
-        )
-        for name, value in rows.items():
-            table.add_row(
-                reference, name, f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}", str(evaluation.examples)
-            )
+    table = Table("bundle", "metric", "value", f"{100 * config.evaluate.confidence:g} % interval", "examples")
+    for name, evaluation in zip(references, found, strict=True):
+        for metric, value in evaluation.metrics.items():
+            table.add_row(name, metric, *_cells(value), f"{evaluation.examples:,}")
+    if (majority := found[0].majority) is not None:
+        table.add_row("majority class", "accuracy", *_cells(majority), f"{found[0].examples:,}")
     console.print(table)
-    facts = {
-        reference: {
-            "metrics": {n: i.to_dict() for n, i in e.metrics.items()},
-            "examples": e.examples,
-            "folder": e.bundle,
-        }
-        for reference, e in found.items()
-    }
-    if config.evaluate.against:
-        a, b = found.values()
-        objective = Bundle.open(a.bundle).objective()
-        verdict = compare(
-            objective, a.scores, b.scores, config.evaluate.confidence, config.evaluate.resamples, config.seed
-        )
+    if verdict:
+        judged = verdict.verdict if verdict.verdict == "not told apart" else f"{verdict.verdict} than"
         console.print(
-            f"{config.bundle} is {verdict.verdict} {'from' if 'told' in verdict.verdict else 'than'} {config.evaluate.against}: "
-            f"{verdict.metric} differs by {verdict.difference:+.4f} ({verdict.low:+.4f} to {verdict.high:+.4f})"
+            f"{references[0]} is {judged}{' from' if judged == verdict.verdict else ''} {references[1]}: {verdict.metric} differs by "
+            f"{verdict.difference:+.4f} ({verdict.low:+.4f} to {verdict.high:+.4f}, paired bootstrap)"
         )
-        facts["comparison"] = asdict(verdict)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     file = config.run_dir / "evaluation.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts, indent=1))
+    facts = {
+        "split": config.evaluate.split,
+        "confidence": config.evaluate.confidence,
+        "bundles": [_facts(name, evaluation) for name, evaluation in zip(references, found, strict=True)],
+        "comparison": verdict and asdict(verdict),
+    }
+    file.write_text(json.dumps(facts, indent=1) + "\n")
     console.print(f"kept in {file}")
 
 
-def for_evaluation(config: Config, evaluate: dict[str, object]) -> Config:
-    """Return `config` with other options of the evaluate group."""
-    return with_values(config, {f"evaluate.{name}": value for name, value in evaluate.items()})
+def _cells(value: Interval) -> tuple[str, str]:
+    return f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}"
+
+
+def _facts(name: str, evaluation: Evaluation) -> dict[str, object]:
+    return {
+        "bundle": name,
+        "folder": str(evaluation.bundle),
+        "hash": Bundle.open(evaluation.bundle).hash,
+        "data": str(evaluation.data),
+        "examples": evaluation.examples,
+        "seconds": round(evaluation.seconds, 3),
+        "metrics": {metric: value.to_dict() for metric, value in evaluation.metrics.items()},
+        "majority": evaluation.majority and evaluation.majority.to_dict(),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,20 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib.figure import Figure
 
-INK, MUTED, ACCENT, SECOND = "#5b6b8c", "#9aa5b8", "#2f6fde", "#d9772b"
+# Matplotlib draws in these; in the page they become the style's variables, so that pictures follow light and dark too.
+INK, MUTED, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404"
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--mute)", ACCENT: "var(--blue)", SECOND: "var(--orange)"}
+DRAWN: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "manta",
+}  # text stays text, and the same facts give the same page
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --paper: #ffffff; --soft: #f3f5f9; --line: #dde2ea; --mute: #667085 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --paper: #14181f; --soft: #1d232d; --line: #333c4a; --mute: #98a2b3 } }
+:root { color-scheme: light dark; --ink: #1c2330; --paper: #ffffff; --soft: #f3f5f9; --line: #dde2ea; --mute: #667085; --blue: #2f6fde; --orange: #c9621a }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --paper: #14181f; --soft: #1d232d; --line: #333c4a; --mute: #98a2b3; --blue: #6ea0ff; --orange: #f0a060 } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem }
-.verdict { background: var(--soft); padding: .9rem 1.1rem; border-radius: .5rem }
+.verdict { background: var(--soft); padding: .9rem 1.1rem; border-left: .25rem solid var(--blue); border-radius: .3rem }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--mute); font-weight: 500 }
 code, pre { font: .82rem/1.45 ui-monospace, monospace } pre { background: var(--soft); padding: .7rem; border-radius: .4rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 }
@@ -45,13 +52,23 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
         ),
     ]
     body = "".join(f"<h2>{text(title)}</h2>{content}" for title, content in sections)
+    title = facts.get("name", folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
     page.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{text(facts['name'])}</title><style>{STYLE}</style><h1>{text(facts['name'])}: from raw text to an endpoint</h1>"
-        f"<p class=mute>{facts['seconds']['total']:.0f} seconds in all</p><p class=verdict>{text(verdict(facts))}</p>{body}</html>"
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{text(title)}</title><style>{STYLE}</style><h1>{text(title)}: from raw text to an endpoint</h1>"
+        f"<p class=mute>{minutes(facts['seconds'])} in all, on {text(facts['machine'].get('processor', 'this machine'))}</p>"
+        f"<p class=verdict>{text(verdict(facts))}</p>{body}</html>",
+        encoding="utf-8",
     )
     return page
+
+
+def minutes(seconds: dict[str, float]) -> str:
+    """Return the whole time, in words."""
+    whole = seconds.get("total") or sum(seconds.values())
+    return f"{whole / 60:.1f} minutes" if whole >= 120 else f"{whole:.0f} seconds"
 
 
 def verdict(facts: dict[str, Any]) -> str:
@@ -82,10 +99,15 @@ def sweep(trials: list[dict[str, Any]]) -> str:
     """Draw the trials' curves and list them, the best first."""
     rows = [
         (text(t["name"]), code(", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in t["config"].items())),
-         str(t["steps"]), "" if t["accuracy"] is None else f"{t['accuracy']:.3f}", text(t["state"]))
-        for t in sorted(trials, key=lambda t: (t["state"] != "finished", -(t["accuracy"] or 0)))
+         str(t["steps"]), "" if t["accuracy"] is None else f"{t['accuracy']:.3f}", text(ending(t)))
+        for t in sorted(trials, key=lambda t: (ending(t) != "finished", -(t["accuracy"] or 0)))
     ]  # fmt: skip
     return picture(draw_trials(trials)) + table(("trial", "what differs", "steps", "accuracy (validation)", ""), rows)
+
+
+def ending(trial: dict[str, Any]) -> str:
+    """Say how a trial ended."""
+    return trial.get("state") or ("stopped early" if trial["stopped_early"] else "finished")
 
 
 def accuracies(accuracy: dict[str, Any]) -> str:
@@ -106,7 +128,9 @@ def endpoint(facts: dict[str, Any]) -> str:
         )
         for r in facts["requests"]
     ]
-    return table(("", "asked", "answered", "took"), rows)
+    asked = "".join(f"<pre>{text(r['curl'])}</pre>" for r in facts["requests"] if "curl" in r)
+    again = f"<p class=mute>To ask again, while the endpoint is up at {code(facts['url'])}:</p>{asked}" if asked else ""
+    return table(("", "asked", "answered", "took"), rows) + again
 
 
 def axes(width: float, height: float) -> tuple[Figure, Any]:
@@ -154,9 +178,9 @@ def draw_trials(trials: list[dict[str, Any]]) -> Figure:
         if not trial["curve"]:
             continue
         steps, values = zip(*trial["curve"], strict=True)
-        ended = trial["state"] == "finished"
-        ax.plot(steps, values, "-", color=ACCENT if ended else MUTED, lw=1.2)
-        ax.plot(steps[-1], values[-1], "o" if ended else "x", color=ACCENT if ended else SECOND, ms=5)
+        stopped = ending(trial) != "finished"
+        ax.plot(steps, values, "-", color=MUTED if stopped else ACCENT, lw=1.2)
+        ax.plot(steps[-1], values[-1], "x" if stopped else "o", color=SECOND if stopped else ACCENT, ms=5)
     ax.set(xlabel="step (x: stopped early)", ylabel="validation accuracy")
     return figure
 
@@ -175,11 +199,18 @@ def draw_intervals(found: dict[str, dict[str, float]]) -> Figure:
 
 
 def picture(figure: Figure) -> str:
-    """Return a figure as inline SVG."""
+    """Return a figure as inline SVG, with nothing in it that points elsewhere."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with matplotlib.rc_context(DRAWN):
+        figure.savefig(buffer, format="svg", transparent=True)
     drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    drawn = re.sub(r' xmlns(:xlink)?="[^"]*"', "", drawn)  # HTML knows the namespaces
+    drawn = re.sub(r'<g id="[^"]*">', "<g>", drawn)  # the names repeat from picture to picture
+    drawn = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", drawn)
+    for colour, variable in VARIABLES.items():
+        drawn = drawn.replace(colour, variable)
+    return drawn
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

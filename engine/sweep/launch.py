@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.objectives.contract import objective_class
 from engine.progress import Bar, console
 from engine.sweep.space import check_space, tune_space
-from engine.sweep.trial import run_trial
+from engine.sweep.trial import FAILED, run_trial
 from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, Status, now
 from engine.train.worker import Job
@@ -136,8 +136,9 @@ def run_trials(
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             known = self._known(trial)
-            lines = str(trial.get_error() or "").strip().splitlines()
-            known.state, known.reason = "failed", lines[-1].split("UserError: ")[-1][:300] if lines else "unknown"
+            told = run.path / "trials" / known.name / "logs" / FAILED
+            known.state = "failed"
+            known.reason = told.read_text()[:300] if told.exists() else f"its process died: see {run.logs / 'ray'}"
             self._move()
 
         def _move(self) -> None:
@@ -176,7 +177,8 @@ def run_trials(
             search_alg=BasicVariantGenerator(max_concurrent=slots, random_state=config.seed),
         ),
     )  # fmt: skip
-    with Bar("sweep", total=config.sweep.trials) as bar:
+    points = math.prod(len(domain["grid_search"]) for domain in space.values() if isinstance(domain, dict))
+    with Bar("sweep", total=config.sweep.trials * points) as bar:
         tuner.fit()
     return list(found.values())
 

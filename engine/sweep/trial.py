@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from engine.config import with_values
 from engine.train.launch import run_workers
 from engine.train.run_folder import MetricsTail, RunFolder
 from engine.train.worker import Job, local_group, work
+
+FAILED = "failed.txt"  # in a trial's logs: why it failed
 
 
 def run_trial(params: dict[str, Any], spec: dict[str, Any], metric: str) -> None:
@@ -27,24 +30,32 @@ def run_trial(params: dict[str, Any], spec: dict[str, Any], metric: str) -> None
 
     def report(line: dict[str, Any]) -> None:
         if f"validation_{metric}" in line:
-            tune.report({"step": line["step"], metric: line[f"validation_{metric}"], "loss": line["loss"]})
+            tune.report({"step": line["step"], metric: line[f"validation_{metric}"]})
 
     def report_but_last(line: dict[str, Any]) -> None:
         if line["step"] < job.config.train.max_steps:  # Tune ends the trial at its last report: the bundle comes first
             report(line)
 
-    if job.config.train.workers == 1:
-        report(work(job, local_group(), listen=report_but_last))
-        return
-    group = WorkerGroup(job, run)
-    tail = MetricsTail(run.metrics_file)
+    try:
+        if job.config.train.workers == 1:
+            last = work(job, local_group(), listen=report_but_last)
+        else:
+            last = follow(WorkerGroup(job, run), MetricsTail(run.metrics_file), report_but_last)
+    except Exception as error:
+        (run.logs / FAILED).write_text(str(error).strip() or repr(error))  # Tune keeps a trace, this is the reason
+        raise
+    report(last)
+
+
+def follow(group: WorkerGroup, tail: MetricsTail, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Report a worker group's lines as they come; return the last."""
     last: dict[str, Any] = {}
     while not group.ended(wait_s=0.2):
         for last in tail.lines():
-            report_but_last(last)
+            report(last)
     for last in tail.lines():
-        report_but_last(last)
-    report(last)
+        report(last)
+    return last
 
 
 class WorkerGroup:

@@ -1,0 +1,144 @@
+"""Intervals that cover, verdicts that hold, and a report with every figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import Config, ObjectiveConfig, with_values
+from engine.data.prepare import prepare
+from engine.data.shards import Split
+from engine.errors import UserError
+from engine.evaluate.bootstrap import compare, intervals
+from engine.evaluate.evaluate import evaluate_bundle
+from engine.evaluate.facts import machine_facts, version_facts
+from engine.evaluate.report import verdict, write_report
+from engine.objectives.classification import Objective
+from tests.engine.bundles.making import fresh_bundle
+
+OBJECTIVE = Objective(ObjectiveConfig("classification"), None, 8, ["a", "b"])
+
+
+def scores(right: np.ndarray) -> dict[str, np.ndarray]:
+    return {"nll": np.where(right, 0.1, 2.0), "label": np.zeros(len(right), int), "predicted": np.where(right, 0, 1)}
+
+
+def test_the_interval_of_a_share_is_near_the_normal_one() -> None:
+    right = np.arange(500) < 300
+    found = intervals(OBJECTIVE, scores(right), 0.95, 2000, 0)["accuracy"]
+    half = 1.96 * np.sqrt(0.6 * 0.4 / 500)
+    assert found.value == 0.6
+    assert (found.low, found.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.006)
+    assert intervals(OBJECTIVE, scores(right), 0.95, 2000, 0)["accuracy"] == found
+
+
+def test_a_paired_difference_is_told_where_separate_intervals_overlap() -> None:
+    a, b = np.arange(400) < 250, np.arange(400) < 232
+    assert compare(OBJECTIVE, scores(a), scores(b), 0.95, 1000, 0).verdict == "better"
+    assert compare(OBJECTIVE, scores(b), scores(a), 0.95, 1000, 0).verdict == "worse"
+    assert compare(OBJECTIVE, scores(a), scores(np.roll(a, 200)), 0.95, 1000, 0).verdict == "not told apart"
+    with pytest.raises(UserError, match="evaluate both on the same data"):
+        compare(OBJECTIVE, scores(a), scores(a[:5]), 0.95, 100, 0)
+
+
+def test_an_evaluation_is_the_direct_computation(tiny_functions: Config, tmp_path: Path) -> None:
+    bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
+    config = with_values(tiny_functions, {"evaluate.resamples": 100, "evaluate.batch": 7})
+    found = evaluate_bundle(bundle.folder, config)
+    objective, model = bundle.objective(), bundle.model()
+    split = Split.open(prepare(config, bundle.folder), "test")
+    samples = objective.samples(split)
+    right = 0
+    with torch.no_grad():
+        for i in range(len(samples)):
+            batch = objective.collate([samples[i]])
+            right += int(model(**batch.inputs).logits.argmax()) == int(batch.targets)
+    assert found.examples == len(samples) == split.rows
+    assert found.metrics["accuracy"].value == pytest.approx(right / len(samples))
+    assert found.majority is not None
+    frequent = np.bincount(Split.open(prepare(config, bundle.folder), "train").labels).argmax()
+    assert found.majority.value == pytest.approx(float((split.labels == frequent).mean()))
+
+
+def test_other_labels_are_refused(tiny_functions: Config, tmp_path: Path) -> None:
+    bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
+    rows = "\n".join(f'{{"text": "some words of text {i}", "label": "{"xy"[i % 2]}"}}' for i in range(60))
+    (tmp_path / "other.jsonl").write_text(rows)
+    other = with_values(
+        tiny_functions,
+        {"data.source": "files", "data.path": str(tmp_path / "other.jsonl"), "data.label_column": "label"},
+    )
+    with pytest.raises(UserError, match="have labels that"):
+        evaluate_bundle(bundle.folder, other)
+
+
+def facts() -> dict[str, Any]:
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    return {
+        "name": "demo",
+        "seconds": {"prepare": 3.0, "pretrain": 60.0, "total": 63.0},
+        "accuracy": {"finetuned": value, "scratch": {"value": 0.31, "low": 0.2, "high": 0.4}, "majority": value},
+        "perplexity": {"value": 47.7, "low": 40.0, "high": 50.0},
+        "pretraining_paid": {"verdict": "better", "difference": 0.19, "low": 0.1, "high": 0.3},
+        "trials": [
+            {
+                "name": "trial-1",
+                "config": {"optim.lr": 0.001},
+                "steps": 4,
+                "accuracy": 0.5,
+                "state": "finished",
+                "curve": [[2, 0.4], [4, 0.5]],
+            },
+            {
+                "name": "trial-2",
+                "config": {"optim.lr": 0.1},
+                "steps": 2,
+                "accuracy": 0.1,
+                "state": "stopped early",
+                "curve": [[2, 0.1]],
+            },
+        ],
+        "endpoint": {
+            "url": "x",
+            "requests": [
+                {"what": "completion", "request": {"prompt": "<b>"}, "answer": "a<script>", "milliseconds": 12.3}
+            ],
+        },
+        "hashes": {"bundle demo": "abc123"},
+        "versions": version_facts(),
+        "machine": machine_facts(),
+        "curves": {"pretrain": [{"step": 1, "loss": 8.0}, {"step": 2, "loss": 7.0, "validation_loss": 7.5}]},
+    }
+
+
+def test_the_report_is_one_page_with_every_figure_and_nothing_from_elsewhere(tmp_path: Path) -> None:
+    page = write_report(tmp_path, facts()).read_text()
+    for figure in (
+        "0.500",
+        "0.400 to 0.600",
+        "0.310",
+        "47.7",
+        "trial-2",
+        "stopped early",
+        "abc123",
+        "12 ms",
+        "63 seconds",
+        "+19.0 points",
+    ):
+        assert figure in page, figure
+    assert "Pre-training paid" in page
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert not [part for part in page.split("http")[1:] if not part.startswith(("://www.w3.org/", "_"))]
+    assert page.count("<svg") == 4
+
+
+@pytest.mark.parametrize(("word", "says"), [("worse", "did harm"), ("not told apart", "cannot be told")])
+def test_the_verdict_is_plain_whatever_it_is(word: str, says: str) -> None:
+    told = facts()
+    told["pretraining_paid"]["verdict"] = word
+    assert says in verdict(told)

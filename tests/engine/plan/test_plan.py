@@ -1,0 +1,154 @@
+"""The plan's numbers: sizes exact, optimizer memory as DeepSpeed holds it, activations as autograd keeps them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+
+from engine.config import Config, replace
+from engine.errors import UserError
+from engine.plan.memory import block_widths, memory
+from engine.plan.plan import plan, plan_and_show
+from jobs.entry import compose
+
+P = 5_065_472  # parameters of llama_5m with 4,096 tokens: 4096*256 + 5*(4*256*256 + 3*256*704 + 2*256) + 256
+
+
+def of(*overrides: str) -> Config:
+    return compose("plan", list(overrides))
+
+
+def test_sizes_are_exact() -> None:
+    small = plan(of("model=llama_5m", "train.global_batch=8", "data.sequence_length=128", "train.max_steps=50"))
+    assert small.parameters == small.trained == P
+    assert small.flops_per_token == 6 * P + 12 * 5 * 256 * 128
+    assert small.tokens_per_step == 1024
+    assert small.checkpoint_bytes == 12 * P
+    assert small.total_s == pytest.approx(50 * small.step_s)
+    assert small.step_s == pytest.approx(1024 * small.flops_per_token / (0.4 * small.peak_flops))
+    assert plan(of("model=gpt2_124m", "model.vocab_size=50257")).parameters == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "weights", "gradients", "optimizer"),
+    [
+        ("fp32", 0, 4, 4, 8), ("fp32", 1, 4, 4, 12 / 4), ("fp32", 2, 4, 4 / 4, 12 / 4), ("fp32", 3, 4 / 4, 4 / 4, 8 / 4),
+        ("bf16", 0, 2, 2, 12), ("bf16", 1, 2, 2, 12 / 4), ("bf16", 2, 2, 2 / 4, 12 / 4), ("bf16", 3, 2 / 4, 2 / 4, 12 / 4),
+    ],
+)  # fmt: skip
+def test_states_a_parameter(precision: str, stage: int, weights: float, gradients: float, optimizer: float) -> None:
+    need = plan(of("train.workers=4", f"train.precision={precision}")).stages[stage]
+    assert (need.weights, need.gradients, need.optimizer) == (weights * P, gradients * P, optimizer * P)
+    assert need.total == pytest.approx(
+        need.weights + need.gradients + need.optimizer + need.activations + need.logits + need.buffers
+    )
+
+
+def test_offload_moves_states_to_main_memory() -> None:
+    away = plan(of("zero=stage3_offload", "train.workers=2", "train.precision=bf16"))
+    assert away.stages[3].optimizer == 0
+    assert away.stages[2].host == 12 * P / 2
+    assert away.stages[0].host == 0
+
+
+def test_frozen_layers_have_no_gradients() -> None:
+    found = plan(of("objective.frozen_layers=2", "train.precision=fp32"))
+    block = 4 * 256 * 256 + 3 * 256 * 704 + 2 * 256
+    assert found.trained == P - 4096 * 256 - 2 * block
+    assert found.stages[0].gradients == 4 * found.trained
+    assert found.checkpoint_bytes == 4 * P + 8 * found.trained
+
+
+def test_a_long_sequence_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="sequence length 4,096 is over the model's 512 positions"):
+        plan(of("data.sequence_length=4096"))
+
+
+def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_and_show(of("zero.stage=1"))
+    shown = capsys.readouterr().out
+    assert "5,065,472 parameters" in shown
+    assert "computed from the measured matmul peak" in " ".join(shown.split())
+    assert "1*" in shown
+
+
+SHAPES = {
+    "llama": transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=352, vocab_size=64
+    ),
+    "grouped": transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=4, num_key_value_heads=1, intermediate_size=352, vocab_size=64
+    ),
+    "gpt2": transformers.GPT2Config(
+        n_embd=128, n_head=4, vocab_size=64, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, bos_token_id=0, eos_token_id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> None:
+    def kept(layers: int) -> int:
+        shape = SHAPES[name]
+        shape.num_hidden_layers = layers
+        model = transformers.AutoModel.from_config(shape, attn_implementation="sdpa").to(dtype)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        held: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.zeros(2, 64, dtype=torch.long), use_cache=False)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+    measured = (kept(3) - kept(1)) / 2
+    assert 2 * 64 * dtype.itemsize * block_widths(SHAPES[name]) == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_are_what_deepspeed_holds(precision: str, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(_hold, (port, precision), nprocs=2)
+
+
+def _hold(rank: int, port: int, precision: str) -> None:
+    """Compare the bytes of weights and optimizer of one of two ranks with the plan, at every stage."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    from engine.train.zero import Sharded
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for stage in range(4):
+        config = replace(Config(), train__workers=2, zero__stage=stage, train__precision=precision)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
+        parameters = 2 * 64 * 32
+        shape = transformers.LlamaConfig()
+        need = memory(config, shape, parameters, parameters, stage, precision)
+        sharded = Sharded(model, config, 2, precision)
+        sharded.ensure_moments(0)
+        weights = bytes_of([getattr(p, "ds_tensor", p) for p in model.parameters()])
+        optimizer: dict[int, int] = {}
+        for master, state in sharded.base.state.items():
+            optimizer |= bytes_of([master, state["exp_avg"], state["exp_avg_sq"]])
+        held = sum(weights.values()), sum(size for at, size in optimizer.items() if at not in weights)
+        assert held == (need.weights, need.optimizer), (stage, held, need)
+    dist.destroy_process_group()
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> dict[int, int]:
+    """Return the bytes of each storage by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

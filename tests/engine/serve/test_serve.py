@@ -1,0 +1,221 @@
+"""A real endpoint on Ray Serve, asked over HTTP: by httpx and by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.bundles.bundle import Bundle
+from engine.config import Config, with_values
+from engine.errors import UserError
+from engine.serve.deploy import Endpoint, deploy, refuse_taken_port
+from tests.engine.bundles.making import fresh_bundle
+
+PROMPTS = [
+    "import os\n",
+    "def f(x):\n    return",
+    "class A:",
+    "for i in range(10):\n    print",
+    "x = 1\ny = 2\nz",
+    "try",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny: Config, tiny_functions: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("served")
+    return {
+        "writer": fresh_bundle(tiny, folder / "writer" / "bundle"),
+        "namer": fresh_bundle(tiny_functions, folder / "namer" / "bundle"),
+    }
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray: None, tiny: Config, bundles: dict[str, Bundle]) -> Iterator[Endpoint]:
+    config = with_values(tiny, {"serve.port": free_port(), "serve.max_body_bytes": 20_000, "serve.max_new_tokens": 100})
+    up = deploy(config, {name: bundle.folder for name, bundle in bundles.items()})
+    yield up
+    up.stop()
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: Endpoint) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint.url, timeout=60) as client:
+        yield client
+
+
+def greedy(bundle: Bundle, prompt: str, tokens: int) -> str:
+    (answer,) = bundle.objective().predict(bundle.model(), [{"prompt": prompt, "max_tokens": tokens}])
+    return str(answer["text"])
+
+
+def complete(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.post("/v1/completions", json={"temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_health_and_models(client: httpx.Client, bundles: dict[str, Bundle]) -> None:
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").json() == {"status": "ready", "models": ["namer", "writer"]}
+    assert {model["id"]: model["hash"] for model in client.get("/v1/models").json()["data"]} == {
+        n: b.hash for n, b in bundles.items()
+    }
+    assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
+
+
+def test_classify_is_predict(client: httpx.Client, bundles: dict[str, Bundle]) -> None:
+    texts = ["return self.x", "for i in values:\n    total += i"]
+    answer = client.post("/v1/classify", json={"model": "namer", "input": texts}).json()
+    bundle = bundles["namer"]
+    wanted = bundle.objective().predict(bundle.model(), [{"text": text} for text in texts])
+    assert [row["label"] for row in answer["data"]] == [row["label"] for row in wanted]
+    for row, right in zip(answer["data"], wanted, strict=True):
+        assert list(row["scores"].values()) == pytest.approx(list(right["scores"].values()), abs=1e-5)
+    assert client.post("/v1/classify", json={"input": texts[0]}).json()["data"][0]["label"] == wanted[0]["label"]
+
+
+def test_greedy_completion_is_generate_alone_and_in_company(client: httpx.Client, bundles: dict[str, Bundle]) -> None:
+    lengths = [5, 40, 12, 30, 3, 24]
+    wanted = [greedy(bundles["writer"], prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    assert [
+        complete(client, prompt=p, max_tokens=n)["choices"][0]["text"] for p, n in zip(PROMPTS, lengths, strict=True)
+    ] == wanted
+    with ThreadPoolExecutor(6) as pool:
+        asked = pool.map(
+            lambda pair: complete(client, prompt=pair[0], max_tokens=pair[1]), zip(PROMPTS, lengths, strict=True)
+        )
+    assert [answer["choices"][0]["text"] for answer in asked] == wanted
+    together = complete(client, prompt=PROMPTS, max_tokens=8)
+    assert [c["text"] for c in together["choices"]] == [greedy(bundles["writer"], p, 8) for p in PROMPTS]
+    ids = bundles["writer"].tokenizer()(PROMPTS[1])["input_ids"]
+    answer = complete(client, prompt=ids, max_tokens=40, echo=True)
+    assert answer["choices"][0]["text"] == PROMPTS[1] + wanted[1]
+    assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 40, "total_tokens": len(ids) + 40}
+
+
+def test_a_stream_is_the_same_text(client: httpx.Client) -> None:
+    whole = complete(client, prompt=PROMPTS[1], max_tokens=20)
+    with client.stream(
+        "POST", "/v1/completions",
+        json={"prompt": PROMPTS[1], "max_tokens": 20, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}},
+    ) as response:  # fmt: skip
+        lines = [line[6:] for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    events = [json.loads(line) for line in lines[:-1]]
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == whole["choices"][0]["text"]
+    assert events[-2]["choices"][0]["finish_reason"] == "length"
+    assert events[-1]["usage"] == whole["usage"]
+
+
+def test_a_seed_repeats_whatever_shares_the_batch(client: httpx.Client) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 16, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+    alone = complete(client, **body)["choices"][0]["text"]
+    with ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(complete, client, prompt=p, max_tokens=30, temperature=1.0) for p in PROMPTS[1:4]]
+        assert complete(client, **body)["choices"][0]["text"] == alone
+        for other in others:
+            other.result()
+    two = complete(client, **body | {"n": 2})["choices"]
+    assert two[0]["text"] == alone != two[1]["text"]
+
+
+def test_stop_ends_before_the_stop_text(client: httpx.Client) -> None:
+    whole = complete(client, prompt=PROMPTS[1], max_tokens=30)["choices"][0]["text"]
+    word = whole[8:11]
+    stopped = complete(client, prompt=PROMPTS[1], max_tokens=30, stop=word)["choices"][0]
+    assert stopped["text"] == whole[: whole.index(word)]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_openais_client_works(endpoint: Endpoint, client: httpx.Client) -> None:
+    import openai
+
+    api = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none")
+    whole = complete(client, prompt=PROMPTS[2], max_tokens=10)["choices"][0]["text"]
+    answer = api.completions.create(model="writer", prompt=PROMPTS[2], max_tokens=10, temperature=0)
+    assert answer.choices[0].text == whole
+    stream = api.completions.create(model="writer", prompt=PROMPTS[2], max_tokens=10, temperature=0, stream=True)
+    assert "".join(event.choices[0].text for event in stream) == whole
+    assert {model.id for model in api.models.list()} == {"writer", "namer"}
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        api.completions.create(model="other", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"prompt": "x", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "x", "temperature": math.nan}, 400, "temperature"),
+        ({"prompt": "x", "top_p": 0}, 400, "top_p"),
+        ({"prompt": "x", "max_tokens": -5}, 400, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 101}, 400, "max_tokens"),
+        ({"prompt": "word " * 200}, 400, "max_tokens"),
+        ({"prompt": [1, 2, 512]}, 400, "prompt"),
+        ({"prompt": [-1]}, 400, "prompt"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": 3}, 400, "prompt"),
+        ({}, 400, "prompt"),
+        ({"prompt": "x", "model": "other"}, 404, "model"),
+        ({"prompt": "x", "model": "namer"}, 400, "model"),
+        ({"prompt": "x" * 30_000}, 413, None),
+    ],
+)
+def test_bad_input_is_told_in_openais_form(
+    client: httpx.Client, body: dict[str, Any], status: int, param: str | None
+) -> None:
+    response = client.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["message"]
+    assert complete(client, prompt="x", max_tokens=1)["choices"][0]["finish_reason"]
+
+
+def test_malformed_json_and_unknown_paths(client: httpx.Client) -> None:
+    response = client.post("/v1/completions", content='{"prompt": ', headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+
+
+def test_requests_are_counted(client: httpx.Client) -> None:
+    def count() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        start = 'manta_requests_total{model="writer",path="/v1/completions",status="200"} '
+        return float(next(line[len(start) :] for line in lines if line.startswith(start)))
+
+    before = count()
+    complete(client, prompt="x", max_tokens=1)
+    assert count() == before + 1
+
+
+def test_a_tampered_bundle_is_refused(ray: None, tiny: Config, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundles["writer"].folder, tmp_path / "bundle"))
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    with pytest.raises(UserError, match=r"tokenizer\.json was changed"):
+        deploy(with_values(tiny, {"serve.port": free_port()}), {"writer": copy})
+
+
+def test_a_port_in_use_names_its_holder_and_the_next() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=rf"serve.port {port} is in use by .*, process \d+: use serve.port=\d+"):
+            refuse_taken_port(port)
