@@ -39,8 +39,8 @@ class MemoryPlan:
 def memory(config: Config, shape: Any, parameters: int, trained: int, stage: int, precision: str) -> MemoryPlan:
     """Return a worker's memory for a transformers config `shape`; `trained` of its `parameters` aren't frozen."""
     workers, width = config.train.workers, 2 if precision == "bf16" else 4
-    # In fp32 the weights are their own master copy, but for ZeRO 1 and 2, which clone the part that they update.
-    master = 0 if precision == "fp32" and stage in (0, 3) else MASTER
+    # DeepSpeed clones the part that a rank updates, in fp32 too; only without ZeRO are fp32 weights their own master copy.
+    master = 0 if precision == "fp32" and stage == 0 else MASTER
     weights = parameters * width / (workers if stage == 3 else 1)
     optimizer = trained * (MOMENTS + master) / (workers if stage >= 1 else 1)
     optimizer_away = stage >= 1 and config.zero.offload_optimizer != "none"

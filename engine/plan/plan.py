@@ -11,7 +11,6 @@ import transformers
 from rich import box
 from rich.table import Table
 
-from engine.bundles.find import find_bundle
 from engine.config import Config
 from engine.errors import UserError
 from engine.models.build import freeze_layers, transformers_config
@@ -78,9 +77,14 @@ def plan(config: Config) -> Plan:
 
 
 def model_shape(config: Config) -> Any:
-    """Return the transformers config of config.bundle, else of `model.*`."""
+    """Return the transformers config of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
     if config.bundle:
-        folder = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri)
+        places = (Path(config.bundle), Path(config.runs_dir) / config.bundle / "bundle")
+        folder = next((place for place in places if (place / "config.json").is_file()), None)
+        if folder is None:
+            raise UserError(
+                f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
+            )
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return transformers_config(config.model, Vocabulary(config.model.vocab_size or config.data.vocab_size), {})
 

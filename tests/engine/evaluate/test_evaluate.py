@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.bootstrap import compare, intervals
-from engine.evaluate.evaluate import evaluate_bundle
+from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle, known_classes
 from engine.evaluate.facts import machine_facts, version_facts
 from engine.evaluate.report import verdict, write_report
 from engine.objectives.classification import Objective
@@ -72,7 +73,7 @@ def test_other_labels_are_refused(tiny_functions: Config, tmp_path: Path) -> Non
         tiny_functions,
         {"data.source": "files", "data.path": str(tmp_path / "other.jsonl"), "data.label_column": "label"},
     )
-    with pytest.raises(UserError, match="have labels that"):
+    with pytest.raises(UserError, match="labels are not those of b"):
         evaluate_bundle(bundle.folder, other)
 
 
@@ -133,7 +134,7 @@ def test_the_report_is_one_page_with_every_figure_and_nothing_from_elsewhere(tmp
     assert "Pre-training paid" in page
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert not [part for part in page.split("http")[1:] if not part.startswith(("://www.w3.org/", "_"))]
+    assert not [part for part in page.split("http")[1:] if not part.startswith("_")]
     assert page.count("<svg") == 4
 
 
@@ -142,3 +143,32 @@ def test_the_verdict_is_plain_whatever_it_is(word: str, says: str) -> None:
     told = facts()
     told["pretraining_paid"]["verdict"] = word
     assert says in verdict(told)
+
+
+def test_data_of_another_task_are_refused_before_they_are_prepared(
+    tiny: Config, tiny_functions: Config, tmp_path: Path
+) -> None:
+    bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
+    with pytest.raises(UserError, match=r"is for classification and the data have no labels.*data.label_column"):
+        evaluate_bundle(bundle.folder, tiny)
+
+
+def test_classes_are_the_bundles_whatever_the_order_of_the_datas() -> None:
+    assert known_classes(Path("b/bundle"), ["cat", "dog"], ["dog", "fox", "cat"]).tolist() == [2, 0]
+
+
+def test_what_is_shown_and_kept(tiny_functions: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = fresh_bundle(tiny_functions, tmp_path / "a" / "bundle")
+    config = with_values(
+        tiny_functions,
+        {"name": "measured", "bundle": str(a.folder), "evaluate.against": str(a.folder), "evaluate.resamples": 100},
+    )
+    evaluate_and_show(config)
+    kept = json.loads((config.run_dir / "evaluation.json").read_text())
+    assert [found["hash"] for found in kept["bundles"]] == [a.hash, a.hash]
+    assert kept["comparison"] == {
+        "metric": "accuracy", "difference": 0.0, "low": 0.0, "high": 0.0, "verdict": "not told apart",
+    }  # fmt: skip
+    assert "is not told apart from" in capsys.readouterr().out
+    with pytest.raises(UserError, match="say which with bundle="):
+        evaluate_and_show(with_values(config, {"bundle": None}))

@@ -1,0 +1,53 @@
+"""The whole life of a model at a small size: what `make demo` does, in about a minute."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from engine.bundles.bundle import Bundle
+
+
+def test_the_whole_life(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.manta", "demo", "experiment=demo_small", f"serve.port={port}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    runs = tmp_path / "runs"
+    facts = json.loads((runs / "demo" / "summary.json").read_text())
+    assert list(facts["seconds"]) == ["prepare", "pretrain", "sweep", "scratch", "evaluate", "deploy", "total"]
+    assert facts["seconds"]["total"] == sum(seconds for stage, seconds in facts["seconds"].items() if stage != "total")
+    for name in ("finetuned", "scratch", "majority"):
+        accuracy = facts["accuracy"][name]
+        assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
+    assert len(facts["trials"]) == 3
+    assert [request["what"] for request in facts["endpoint"]["requests"]] == [
+        "classification",
+        "completion",
+        "streamed completion",
+    ]
+    assert {"hashes", "versions", "machine", "perplexity", "pretraining_paid"} <= set(facts)
+    for name in ("demo", "demo-pretrain"):
+        bundle = Bundle.open(runs / name / "bundle")
+        bundle.verify()
+        assert facts["hashes"][f"bundle {name}"] == bundle.hash
+    winner = Bundle.open(runs / "demo" / "bundle").manifest
+    assert winner is not None
+    assert winner.parent == Bundle.open(runs / "demo-pretrain" / "bundle").hash
+    page = (runs / "demo" / "report.html").read_text()
+    assert facts["hashes"]["bundle demo"] in page
+    assert "<script" not in page
+    assert "report.html" in done.stdout
+    assert "curl http://127.0.0.1" in done.stdout
+    assert "deepspeed" not in (done.stdout + done.stderr).lower()
+
+    from engine.bundles.find import find_bundle
+
+    assert find_bundle("champion", runs, f"sqlite:///{runs}/mlflow.db") == (runs / "demo" / "bundle").absolute()
