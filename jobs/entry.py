@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster.environment import quiet_environment
 from cluster.errors import ClusterError
-from engine.config import Config, config_groups, declared, get, replace, resolve, type_name
+from engine.config import Config, config_groups, declared, get, replace, resolve, to_dict, type_name, with_values
 from engine.errors import UserError, nearest
 
 Function = Callable[[Config], object]
@@ -35,6 +37,10 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None) -> in
             print_help(job)
             return 0
         overrides = [word for word in words if not word.startswith("-")]
+        if {"-c", "--cfg"} & set(words) and "job" in words:
+            words = [word for word in words if word not in ("-c", "--cfg", "job")]
+            print(yaml.safe_dump(to_dict(compose(job, words)), sort_keys=False), end="")
+            return 0
         if any(word in words for word in ("-c", "--cfg", "--info", "-p", "--package", "--resolve", "--hydra-help")):
             _hydra(job, lambda config: None, words)
             return 0
@@ -86,11 +92,31 @@ def compose(job: str, overrides: Sequence[str]) -> Config:
 
     _store_schema()
     try:
+        plain, mappings = split_mappings(overrides)
         with initialize_config_module("conf", version_base="1.3"):
-            raw = hydra_compose(job, list(overrides))
-            return resolve(raw)
+            config = resolve(hydra_compose(job, plain))
+            return with_values(config, mappings) if mappings else config
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error, overrides)) from error
+
+
+def split_mappings(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take out the overrides of whole mappings, such as sweep.space={...}: they replace the mapping, where Hydra would merge."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    known = {key for key, _, hint in declared() if type_name(hint) == "a mapping"}
+    plain, mappings = [], {}
+    for override in overrides:
+        if override.split("=")[0] in known:
+            parsed = OverridesParser.create().parse_override(override)
+            mappings[parsed.key_or_group] = parsed.value()
+            if not isinstance(parsed.value(), dict):
+                raise UserError(
+                    f"{override}: {parsed.key_or_group} takes a mapping: {parsed.key_or_group}={{KEY:VALUE}}"
+                )
+        else:
+            plain.append(override)
+    return plain, mappings
 
 
 def _store_schema() -> None:
@@ -105,14 +131,15 @@ def _hydra(job: str, function: Function, words: Sequence[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     _store_schema()
+    plain, mappings = split_mappings(words)
 
     def task(raw: Any) -> None:
-        config = resolve(raw)
+        config = with_values(resolve(raw), mappings)
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
             config = replace(config, name=f"{config.name}-{HydraConfig.get().job.num}")
         function(config)
 
-    sys.argv = [f"manta {job}", *words, *HYDRA]
+    sys.argv = [f"manta {job}", *plain, *HYDRA]
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name=job)(task)()
 
 

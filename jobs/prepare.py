@@ -10,12 +10,16 @@ from jobs.entry import start
 
 
 def prepare(config: Config) -> None:
-    """Prepare the data, and say where it is and what is in it."""
+    """Prepare the data (with bundle=..., by that bundle's tokenizer), and say where it is and what is in it."""
+    from pathlib import Path
+
+    from engine.bundles.find import find_bundle
     from engine.data.manifest import Manifest
     from engine.progress import console
     from engine.train.launch import prepare_data
 
-    folder = prepare_data(config)
+    start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri) if config.bundle else None
+    folder = prepare_data(config, start)
     manifest = Manifest.load(folder)
     for name, split in manifest.splits.items():
         console.print(f"{name:<11} {split['documents']:>9,} documents {split['tokens']:>13,} tokens")

@@ -104,6 +104,7 @@ def train_step(run: Run) -> Metrics:
         "mfu": tokens * run.flops_per_token / seconds / run.peak_flops,
         "samples_hash": hash_hex(run.state.samples_hash),
         "seconds": seconds,
+        "time": time.time(),
     }
 
 

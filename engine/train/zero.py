@@ -31,9 +31,13 @@ class Fragment:
     tensors: dict[str, Tensor]  # "weight" always; the moments where the parameter is trained
 
 
-def deepspeed_config(config: Config, world: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[str, Any]:
     """Derive DeepSpeed's config. The loop owns accumulation and the mean over the global batch, so its own are off."""
-    zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": min(int(5e8), parameters),  # DeepSpeed allots the whole bucket, a gigabyte by default
+    }
     if config.zero.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": config.zero.offload_optimizer}
     if config.zero.offload_param != "none":
@@ -83,7 +87,7 @@ class Sharded:
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, world, precision),
+            config=deepspeed_config(config, precision, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
         self.base = optimizer

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from engine.config import declared
+from engine.errors import UserError
 from jobs.entry import compose, start
 
 
@@ -54,7 +55,6 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_a_second_run_of_a_name_with_another_config_is_refused(tmp_path: Path) -> None:
-    from engine.errors import UserError
     from engine.train.run_folder import RunFolder
 
     first = compose("pretrain", [f"runs_dir={tmp_path}", "name=mine"])
@@ -80,6 +80,19 @@ def test_cfg_job_prints_the_config(tmp_path: Path) -> None:
     done = manta("pretrain", "--cfg", "job", "train.max_steps=7", cwd=tmp_path)
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["train"]["max_steps"] == 7
+
+
+def test_a_mapping_is_replaced_and_not_merged() -> None:
+    space = compose("sweep", ["sweep.space={optim.lr:{uniform:[1e-3,2e-3]}}"]).sweep.space
+    assert space == {"optim.lr": {"uniform": [1e-3, 2e-3]}}
+    assert set(compose("sweep", []).sweep.space) == {
+        "optim.lr",
+        "optim.weight_decay",
+        "train.global_batch",
+        "objective.frozen_layers",
+    }
+    with pytest.raises(UserError, match="sweep.space takes a mapping"):
+        compose("sweep", ["sweep.space=3"])
 
 
 def test_multirun_runs_each_combination_under_a_name_of_its_own(tmp_path: Path) -> None:
