@@ -13,8 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.bench.interleaved import interleave, show
 
 PRELUDE = "from cluster.environment import quiet_environment; quiet_environment(); import time; "

@@ -8,23 +8,17 @@ Predicted: 1.0 of DeepSpeed's (the same calls; the order, the hash and the finit
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from cluster.environment import quiet_environment
-
-quiet_environment()
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cluster.environment import quiet_environment
 from engine.config import Config, with_values
 from engine.data.order import Order
 from engine.data.prepare import prepare
@@ -145,6 +139,7 @@ def pytorch_step(job: Job, order: Order, precision: str) -> Callable[[], Any]:
 
 def main() -> None:
     """Print the ratios for each precision."""
+    quiet_environment()
     torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
         config: Config = with_values(

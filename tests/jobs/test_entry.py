@@ -91,7 +91,7 @@ def test_a_mapping_is_replaced_and_not_merged() -> None:
         "train.global_batch",
         "objective.frozen_layers",
     }
-    with pytest.raises(UserError, match="sweep.space takes a mapping"):
+    with pytest.raises(UserError, match=r"sweep\.space takes a mapping"):
         compose("sweep", ["sweep.space=3"])
 
 
