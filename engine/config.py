@@ -263,7 +263,7 @@ class Config(Frozen):
     resume: bool = option(False, "go on with the run of that name although the config has changed")
     bundle: Optional[str] = option(
         None,
-        "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder",
+        "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder; deploy takes several: a+b",
     )
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,11 @@ def client(tracking_uri: str) -> MlflowClient:
 def register(bundle: Bundle, name: str, tracking_uri: str) -> Version:
     """Register a bundle under `name`; one that is registered already keeps its version. Raises UserError if it was changed."""
     bundle.verify()
-    known = versions(name, tracking_uri)
+    known, mlflow = versions(name, tracking_uri), client(tracking_uri)
     for found in known:
-        if found.hash == bundle.hash:
-            return found
-    mlflow = client(tracking_uri)
+        if found.hash == bundle.hash:  # the same bundle, perhaps at another place now
+            mlflow.set_model_version_tag(name, str(found.number), "manta.folder", str(bundle.folder.absolute()))
+            return replace(found, folder=bundle.folder.absolute())
     if not known and not mlflow.search_registered_models(f"name = '{name}'"):
         mlflow.create_registered_model(name)
     tags = {"manta.hash": bundle.hash, "manta.folder": str(bundle.folder.absolute())}
@@ -57,15 +58,14 @@ def promote(version: Version, alias: str, tracking_uri: str) -> None:
 def versions(name: str | None, tracking_uri: str) -> list[Version]:
     """Return the versions of one name, or of all, newest first."""
     mlflow = client(tracking_uri)
-    aliases = {
-        (model.name, int(number)): alias
-        for model in mlflow.search_registered_models()
-        for alias, number in model.aliases.items()
-    }
+    aliases: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for model in mlflow.search_registered_models():
+        for alias, number in model.aliases.items():
+            aliases[model.name, int(number)].append(alias)
     return [
         Version(
             found.name, int(found.version), Path(found.tags["manta.folder"]), found.tags["manta.hash"],
-            tuple(alias for (model, number), alias in aliases.items() if (model, number) == (found.name, int(found.version))),
+            tuple(sorted(aliases[found.name, int(found.version)])),
         )
         for found in mlflow.search_model_versions(f"name = '{name}'" if name else "", order_by=["last_updated_timestamp DESC"])
         if "manta.folder" in found.tags

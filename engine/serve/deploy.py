@@ -123,8 +123,8 @@ def reason_in(message: str) -> str:
 
 
 def bundles_of(config: Config) -> Iterator[tuple[str, Path]]:
-    """Yield (name, folder) of each bundle that the config names; the champion if it names none."""
-    for reference in (config.bundle or config.tracking.alias).split(","):
+    """Yield (name, folder) of each bundle that the config names (`a+b`); the champion if it names none."""
+    for reference in (config.bundle or config.tracking.alias).split("+"):
         folder = find_bundle(reference, Path(config.runs_dir), config.tracking_uri)
         manifest = Bundle.open(folder).manifest
         yield (manifest.name if manifest and Path(reference).is_dir() else Path(reference).name), folder

@@ -44,7 +44,9 @@ class Completion:
             return int(logits_V.argmax())
         if self.sampler is None:
             self.sampler = torch.Generator().manual_seed(torch.seed() if self.seed is None else self.seed)
-        probabilities_V, ids_V = (logits_V.float().cpu() / self.temperature).softmax(0).sort(descending=True)
+        logits_V = logits_V.float().cpu()
+        # The largest is taken off first, so that no temperature, however small, overflows.
+        probabilities_V, ids_V = ((logits_V - logits_V.max()) / self.temperature).softmax(0).sort(descending=True)
         outside_V = probabilities_V.cumsum(0) - probabilities_V >= self.top_p
         pick = torch.multinomial(probabilities_V.masked_fill(outside_V, 0.0), 1, generator=self.sampler)
         return int(ids_V[pick])
@@ -92,13 +94,13 @@ class Generator:
         ids_BL = torch.tensor([new.prompt], device=self.device)
         try:
             output = self.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
-        except Exception as error:
+            token = new.choose(output.logits[0, -1])
+            if self._took(new, token):
+                return
+        except Exception as error:  # of this one request; the others go on
             new.tell(f"{type(error).__name__}: {error}", "error")
             return
-        token = new.choose(output.logits[0, -1])
         fresh = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        if self._took(new, token):
-            return
         length = max(self._mask_BL.shape[1], ids_BL.shape[1])
         old_mask_BL, mask_BL = (
             _pad_left(self._mask_BL, length, dim=1),

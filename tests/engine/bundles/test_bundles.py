@@ -73,13 +73,29 @@ def test_other_weights_do_not_pass_the_golden_replay(written: Bundle) -> None:
         written.replay(model)
 
 
+def test_a_bundle_in_bf16_replays_in_its_own_precision_and_in_another(tiny: Config, tmp_path: Path) -> None:
+    whole = fresh_bundle(tiny, tmp_path / "whole")
+    objective = whole.objective()
+    requests = [{"prompt": "import os", "max_tokens": 6}]
+    half = write_bundle(
+        tmp_path / "half", model=whole.model(), tokenizer=objective.tokenizer, objective=objective, name="half",
+        golden_requests=requests, dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert next(half.model().parameters()).dtype == torch.bfloat16
+    half.replay(half.model())
+    half.replay(half.model(torch.float32))
+
+
 def test_registry_and_names(tiny: Config, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     first = fresh_bundle(tiny, tmp_path / "runs" / "one" / "bundle", seed=1)
     second = fresh_bundle(tiny, tmp_path / "runs" / "two" / "bundle", seed=2)
     one, two = register(first, "demo", uri), register(second, "demo", uri)
     assert (one.number, two.number) == (1, 2)
+    moved = Bundle.open(shutil.copytree(first.folder, tmp_path / "moved"))
+    assert (register(moved, "demo", uri).folder, register(moved, "demo", uri).number) == (moved.folder, 1)
     assert register(first, "demo", uri).number == 1
+    promote(two, "challenger", uri)
     promote(one, "champion", uri)
     assert find_bundle("champion", tmp_path / "runs", uri) == first.folder.absolute()
     promote(two, "champion", uri)
@@ -88,9 +104,11 @@ def test_registry_and_names(tiny: Config, tmp_path: Path) -> None:
     assert find_bundle("demo/1", runs, uri) == first.folder.absolute()
     assert find_bundle("one", runs, uri) == runs / "one" / "bundle"
     assert find_bundle(str(first.folder), runs, uri) == first.folder
-    assert [v.number for v in versions("demo", uri) if "champion" in v.aliases] == [2]
+    assert [v.number for v in versions("demo", uri) if v.aliases == ("challenger", "champion")] == [2]
     assert lookup("nothing", uri) is None
-    with pytest.raises(UserError, match=r"bundle=on is neither .* there are one, two, demo/2 \(champion\), demo/1"):
+    with pytest.raises(
+        UserError, match=r"bundle=on is neither .* there are one, two, demo/2 \(challenger\) \(champion\), demo/1"
+    ):
         find_bundle("on", runs, uri)
 
 

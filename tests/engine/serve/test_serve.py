@@ -136,6 +136,11 @@ def test_a_seed_repeats_whatever_shares_the_batch(client: httpx.Client) -> None:
     assert two[0]["text"] == alone != two[1]["text"]
 
 
+def test_a_temperature_near_zero_is_greedy(client: httpx.Client) -> None:
+    whole = complete(client, prompt=PROMPTS[1], max_tokens=10)["choices"][0]["text"]
+    assert complete(client, prompt=PROMPTS[1], max_tokens=10, temperature=1e-40)["choices"][0]["text"] == whole
+
+
 def test_stop_ends_before_the_stop_text(client: httpx.Client) -> None:
     whole = complete(client, prompt=PROMPTS[1], max_tokens=30)["choices"][0]["text"]
     word = whole[8:11]
