@@ -51,8 +51,8 @@ def up(nodes: int = 1, cpus_per_node: int | None = None, port: int = 6379, dashb
     try:
         client = f"--ray-client-server-port={free_port(10001)}"
         head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-        finish([start(cluster, cores, [*head, "--include-dashboard=true", "--no-monitor", client])])
-        finish([start(cluster, cores, [f"--address={cluster.address}"]) for _ in range(nodes - 1)])
+        finish([start(cluster, cores, 0, [*head, "--include-dashboard=true", "--no-monitor", client])])
+        finish([start(cluster, cores, number, [f"--address={cluster.address}"]) for number in range(1, nodes)])
         wait_alive(cluster)
     except BaseException:
         down_cluster(cluster)
@@ -72,8 +72,12 @@ def refuse_second() -> None:
     down_cluster(old)
 
 
-def start(cluster: state.State, cores: int, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Begin to start one node; it goes into the background by itself."""
+def start(cluster: state.State, cores: int, number: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Begin to start one node; it goes into the background by itself. Node 0 is the head.
+
+    The others have a folder of their own: in a shared one a node would delete the working directory of another's job.
+    """
+    folder = Path(cluster.temp_dir) / f"n{number}" if number else Path(cluster.temp_dir)
     quiet_environment()
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
     environment |= LOOPBACK | {
@@ -84,7 +88,7 @@ def start(cluster: state.State, cores: int, arguments: list[str]) -> subprocess.
     common = [
         "--node-ip-address=127.0.0.1",
         f"--num-cpus={cores}",
-        f"--temp-dir={cluster.temp_dir}",
+        f"--temp-dir={folder}",
         "--dashboard-agent-listen-port=0",  # this and the workers' ports: any free one, several nodes share the address
         "--min-worker-port=0",
         "--max-worker-port=0",

@@ -327,6 +327,6 @@ def keep_logs(folder: Path, log_dir: Path) -> None:
         place.unlink()
         if logs.exists():
             shutil.copytree(logs, place, symlinks=True, ignore_dangling_symlinks=True)
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 4
     while folder.exists() and time.monotonic() < deadline:  # a dying process may write a last line
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shlex
 import sys
@@ -69,6 +70,7 @@ def submit(client: JobSubmissionClient, job: str, overrides: list[str], folder: 
     environment: dict[str, Any] = {"env_vars": {**worker_environment(), "PYTHONUNBUFFERED": "1"}}
     if not on_this_machine:
         environment["env_vars"].pop("DS_ACCELERATOR", None)  # its nodes may have GPUs that this machine hasn't
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell what it leaves out of the package
     source = checkout(folder) or checkout(Path(__file__).resolve().parent)
     if source:
         environment |= {"working_dir": str(source), "excludes": list(LEFT_OUT)}
