@@ -79,6 +79,9 @@ def train(config: Config) -> Outcome:
     if done and done.state == "finished" and done.step >= config.train.max_steps and run.bundle.exists():
         console.print(f"run '{config.name}' is finished already: {run.bundle}")
         return Outcome(run, list(run.metrics())[-1])
+    import ray
+
+    worker_resources(config, ray.cluster_resources())  # told before the data are prepared
     job = make_job(config)
     status = Status(
         config.job, "running", max_steps=config.train.max_steps, pid=os.getpid(), updated=now(),
