@@ -127,6 +127,10 @@ def run_workers(job: Job, run: RunFolder) -> None:
     )
     try:
         trainer.fit()
+    except SystemExit as leaving:
+        if leaving.code in (0, 1):  # what Ray Train makes of Ctrl-C, once its workers are gone
+            raise KeyboardInterrupt from leaving
+        raise
     except Exception as error:
         raise UserError(
             f"training failed ({str(error).strip().splitlines()[-1][:300]}): see {run.logs}/worker-0.log"
