@@ -71,7 +71,6 @@ def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Sessio
     loopback_only()
     folder = Path(tempfile.mkdtemp(prefix="manta-"))  # short: a socket's path may have 107 bytes
     ray_here = state.State(mark=folder.name, address="", dashboard="", token_path="", temp_dir=str(folder), nodes=1)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # after Ray's own last words
 
     def clean_up() -> None:
         end(state.processes(ray_here), own_end_s=0.0, patience_s=0.5)
@@ -102,9 +101,12 @@ def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Sessio
     finally:
         started = state.processes(ray_here)
         lost = watch is not None and watch.lost
-        leave(lost)
+        leaving = leave(lost)
         end(started, own_end_s=0.0 if lost else 1.0, patience_s=0.5 if lost else 3.0)
         clean_up()
+        if leaving.is_alive():  # from a lost Ray: it gives up after some seconds, and writes into the folder again
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            atexit.register(leaving.join, GIVE_UP_S)  # the last to be registered is the first to run
 
 
 @contextlib.contextmanager
@@ -264,13 +266,14 @@ def session_of(address: str, logs: Path) -> Session:
     return Session(address, has.get("CPU", 0.0), has.get("GPU", 0.0), logs)
 
 
-def leave(lost: bool) -> None:
-    """Disconnect from Ray; from a lost one without waiting for an answer that will not come."""
+def leave(lost: bool) -> threading.Thread:
+    """Disconnect from Ray; from a lost one without waiting for an answer that will not come: the thread goes on."""
     import ray
 
     ending = threading.Thread(target=ray.shutdown, daemon=True)
     ending.start()
     ending.join(1.0 if lost else 30.0)
+    return ending
 
 
 def end(processes: list[psutil.Process], own_end_s: float = 1.0, patience_s: float = 3.0) -> None:
