@@ -5,6 +5,7 @@
 #SBATCH --job-name=manta
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
 #SBATCH --cpus-per-task=32
 #SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
@@ -18,11 +19,11 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_ip=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname --ip-address | awk '{print $1}')
-port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs may share a node
-export RAY_ADDRESS="$head_ip:$port"
+port=6379
 
-# symmetric-run starts Ray on every node, runs the command on the head once all are alive, and stops Ray at its end
+# symmetric-run starts Ray on every node, runs the command on the head once all are alive, and ends with `ray stop`,
+# which stops every Ray of yours on these nodes: hence --exclusive above
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
   ray symmetric-run --address "$head_ip:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_PER_NODE:-0}" -- \
-  python -m "jobs.${1:?which job: pretrain, finetune, sweep, ...}" "${@:2}" cluster.address=auto
+  env RAY_ADDRESS="$head_ip:$port" python -m "jobs.${1:?which job: pretrain, finetune, sweep, ...}" "${@:2}" cluster.address=auto
