@@ -55,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}  # of this session's own Ray
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")
+    }  # of this session's own Ray
     return {**kept, "MANTA_HOME": str(folder / "home"), "COLUMNS": "120"}
 
 
