@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from engine.config import Config
 from engine.train.run_folder import RunFolder
 from engine.train.worker import Job
 
@@ -46,8 +44,3 @@ def _rank(rank: int, world: int, port: int, specs: str) -> None:
 def losses(lines: list[dict[str, Any]]) -> list[float]:
     """Return the loss of each step."""
     return [line["loss"] for line in lines]
-
-
-def job_of(config: Config, data: Path, start: Path | None = None) -> Job:
-    """Return a job over prepared data."""
-    return Job(config, data, start)
