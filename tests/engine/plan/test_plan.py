@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 
 from engine.config import Config, replace
@@ -17,6 +13,7 @@ from engine.errors import UserError
 from engine.plan.memory import block_widths, memory
 from engine.plan.plan import plan, plan_and_show
 from jobs.entry import compose
+from tests.engine.train.ranks import on_ranks
 
 P = 5_065_472  # parameters of llama_5m with 4,096 tokens: 4096*256 + 5*(4*256*256 + 3*256*704 + 2*256) + 256
 
@@ -116,21 +113,13 @@ def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> N
 
 
 def test_states_are_what_deepspeed_holds() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.spawn(_hold, (port,), nprocs=2)
+    on_ranks(_hold, 2)
 
 
-def _hold(rank: int, port: int) -> None:
+def _hold(_rank: int, _world: int) -> None:
     """Compare the bytes of weights and optimizer of one of two ranks with the plan, at every stage."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
     from engine.train.zero import Sharded
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
     for stage, precision in itertools.product(range(4), ("fp32", "bf16")):
         config = replace(Config(), train__workers=2, zero__stage=stage, train__precision=precision)
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
@@ -145,7 +134,6 @@ def _hold(rank: int, port: int) -> None:
             optimizer |= bytes_of([master, state["exp_avg"], state["exp_avg_sq"]])
         held = sum(weights.values()), sum(size for at, size in optimizer.items() if at not in weights)
         assert held == (need.weights, need.optimizer), f"at stage {stage} in {precision}"
-    dist.destroy_process_group()
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> dict[int, int]:

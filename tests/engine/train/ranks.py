@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,28 +19,39 @@ from engine.train.worker import Job
 
 def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:
     """Run the jobs one after the other on one group of `world` processes; return each one's metric lines."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.spawn(_rank, (world, port, json.dumps([job.to_dict() for job in jobs])), nprocs=world)
+    on_ranks(_work, world, json.dumps([job.to_dict() for job in jobs]))
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
-def _rank(rank: int, world: int, port: int, specs: str) -> None:
+def on_ranks(function: Callable[..., None], world: int, *args: object) -> None:
+    """Call `function(rank, world, *args)` in each process of a group of `world`. Raises what one of them raises."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(_rank, (world, port, function, args), nprocs=world)
+
+
+def _rank(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[object, ...]) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), DS_ACCELERATOR="cpu",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    function(rank, world, *args)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of torch that asks for the interpreter while it is taken down ends the process with SIGABRT
+
+
+def _work(rank: int, world: int, specs: str) -> None:
     from engine.train.group import Group
     from engine.train.worker import work
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
     for spec in json.loads(specs):
         job = Job.from_dict(spec)
         RunFolder(job.config.run_dir).logs.mkdir(parents=True, exist_ok=True)
         work(job, Group(rank, world, torch.device("cpu")))
-    dist.destroy_process_group()
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:
