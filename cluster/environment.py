@@ -19,6 +19,7 @@ WORKER = {
 DRIVER = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the jobs print theirs
+    "RAY_preload_python_modules": "engine.train.preload",  # read by the nodes that this process starts
 }
 # With this, Ray takes 127.0.0.1 for the node's address, and so all of its servers (GCS, raylet, agents, dashboard,
 # workers) listen there only. `_node_ip_address="127.0.0.1"` is not enough: Ray turns it into the outer address.

@@ -69,6 +69,7 @@ def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Sessio
     if not dashboard:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
     loopback_only()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no cloud takes this one node away
     folder = Path(tempfile.mkdtemp(prefix="manta-"))  # short: a socket's path may have 107 bytes
     ray_here = state.State(mark=folder.name, address="", dashboard="", token_path="", temp_dir=str(folder), nodes=1)
 

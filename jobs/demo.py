@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config, replace, with_values
-from jobs.entry import compose, ray_session, start
+from jobs.entry import compose, ray_session, start, training_session
 
 
 def demo(config: Config) -> None:
@@ -35,7 +35,7 @@ def demo(config: Config) -> None:
     pretraining = compose("pretrain", [*config.demo.pretrain, *shared, f"name={config.name}-pretrain"])
     with stages("prepare"):
         make_job(pretraining)
-    with stages("pretrain"), ray_session(pretraining):
+    with stages("pretrain"), training_session(pretraining):
         pretrained = train(pretraining)
 
     sweeping = compose("sweep", [*config.demo.sweep, *shared, f"name={config.name}", f"bundle={pretrained.run.bundle}"])

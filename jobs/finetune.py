@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import ray_session, start
+from jobs.entry import start, training_session
 
 
 def finetune(config: Config) -> None:
     """Train, and say where the bundle is."""
-    from engine.train.launch import train
+    with training_session(config):
+        from engine.train.launch import train
 
-    with ray_session(config):
         train(config)
 
 

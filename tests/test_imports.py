@@ -21,7 +21,14 @@ MAY = {
     "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.bundles", "engine.objectives", "engine.models"},
     "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware"},
 }  # fmt: skip
-RAY = {"engine/train/launch.py", "engine/sweep/launch.py", "engine/sweep/space.py", "engine/sweep/trial.py"}
+RAY = {
+    "engine/train/launch.py",
+    "engine/train/trainer.py",
+    "engine/train/preload.py",
+    "engine/sweep/launch.py",
+    "engine/sweep/space.py",
+    "engine/sweep/trial.py",
+}
 RAY_FOLDERS = ("engine/serve/", "cluster/")
 
 

@@ -19,6 +19,7 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.progress import Bar, console
+from engine.train import preload
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
 from engine.train.worker import Job
 
@@ -104,18 +105,20 @@ def train(config: Config) -> Outcome:
 def run_workers(job: Job, run: RunFolder) -> None:
     """Run the job's worker group through Ray Train until it ends."""
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+
+    from engine.train.trainer import RendezvousConfig, Trainer
 
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     resources = worker_resources(job.config, ray.cluster_resources())
     failed = run.logs / "failed.txt"
     failed.unlink(missing_ok=True)
-    trainer = TorchTrainer(
-        ray_train_worker,
+    trainer = Trainer(
+        own_ray=job.config.cluster.address == "local",
+        train_loop_per_worker=ray_train_worker,
         train_loop_config=job.to_dict() | {"driver_path": sys.path},
-        torch_config=TorchConfig(backend="nccl" if resources.get("GPU") else "gloo"),
+        backend_config=RendezvousConfig(),
         scaling_config=ScalingConfig(
             num_workers=job.config.train.workers, use_gpu=bool(resources.get("GPU")), resources_per_worker=resources
         ),
@@ -123,6 +126,7 @@ def run_workers(job: Job, run: RunFolder) -> None:
             name=f"{job.config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str((run.logs / "ray_train").absolute()),
             failure_config=FailureConfig(max_failures=job.config.train.max_failures),
+            worker_runtime_env={"env_vars": {preload.RANK: "1"}},
         ),
     )
     try:
@@ -137,6 +141,14 @@ def run_workers(job: Job, run: RunFolder) -> None:
         ) from error
     if failed.exists():
         raise UserError(failed.read_text())
+
+
+def environments() -> tuple[dict[str, str], dict[str, str]]:
+    """Return the environment variables that Ray Train gives to its controller and to a rank, and to no other process."""
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+    controller = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
+    return controller, controller | {preload.RANK: "1"}
 
 
 def worker_resources(config: Config, cluster: dict[str, float]) -> dict[str, float]:
@@ -161,10 +173,8 @@ def worker_resources(config: Config, cluster: dict[str, float]) -> dict[str, flo
 def ray_train_worker(spec: dict[str, Any]) -> None:
     """Be one rank under Ray Train: take its place in the group and work."""
     import ray.train
-    import ray.train.torch
 
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank = ray.train.get_context().get_world_rank()
     job = Job.from_dict(spec)
     run = RunFolder(job.config.run_dir)
     with (run.logs / f"worker-{rank}.log").open("a") as log:  # the chatter of all libraries in this process
@@ -172,13 +182,13 @@ def ray_train_worker(spec: dict[str, Any]) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
     import torch
 
-    from engine.train.group import Group
+    from engine.train.trainer import join
     from engine.train.worker import work
 
     if torch.cuda.is_available() is False:
         torch.set_num_threads(max(1, round(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     try:
-        work(job, Group(rank, context.get_world_size(), ray.train.torch.get_device()))
+        work(job, join())
     except UserError as error:  # no restart would mend it
         (run.logs / "failed.txt").write_text(str(error))
 

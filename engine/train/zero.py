@@ -6,11 +6,14 @@ pieces with their offsets in the parameter, which is all that a layout-free chec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -64,19 +67,43 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def import_deepspeed() -> Any:
+    """Import DeepSpeed, quietly, and without the two thirds of its import that training never uses.
+
+    Those are MLflow, for its autotuner, and Inductor, which its Muon asks for by `@torch.compile` as soon as any
+    optimizer is checked.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with without_mlflow(), mock.patch("torch.compile", lambda function: function):
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Built by a compiler at start-up (20 s) and used in inference only: training's collectives are torch's.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def without_mlflow() -> Iterator[None]:
+    """Let `import mlflow` fail during a block, unless it was imported before."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python's sign for "not to be found"
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+
+
 class Sharded:
     """A model, its gradients and its optimizer, spread over the workers by ZeRO."""
 
     def __init__(self, model: nn.Module, config: Config, world: int, precision: str) -> None:
         """Shard `model` (fp32, with equal weights on all ranks). The process group must be up."""
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by the CPU accelerator
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Built by a compiler at start-up (20 s) and used in inference only: training's collectives are torch's.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
+        deepspeed = import_deepspeed()
         optimizer = torch.optim.AdamW(
             decay_groups(model, config.optim.weight_decay),
             lr=config.optim.lr,
