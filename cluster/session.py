@@ -179,24 +179,6 @@ def resolve(address: str) -> tuple[str, state.State | None]:
     return address, cluster
 
 
-def require(cpus: float, gpus: float, what: str) -> None:
-    """Raise ClusterError if the connected cluster, even when idle, has fewer cores or GPUs than `what` asks for."""
-    import ray
-
-    has = ray.cluster_resources()
-    has_cpus, has_gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-    if gpus > has_gpus:
-        raise ClusterError(
-            f"{what} ask{'' if what[:1].isdigit() else 's'} for {gpus:g} GPU{'s' * (gpus != 1)}, the cluster has {has_gpus:g}: "
-            "use fewer train.workers or train.gpus_per_worker=0"
-        )
-    if cpus > has_cpus:
-        raise ClusterError(
-            f"{what} ask{'' if what[:1].isdigit() else 's'} for {cpus:g} CPU cores, the cluster has {has_cpus:g}: "
-            "use fewer train.workers or a smaller train.cpus_per_worker"
-        )
-
-
 class Watch(threading.Thread):
     """Looks after Ray's core processes; a driver of a dead Ray would hang for a minute (GCS) or for ever (raylet)."""
 

@@ -215,6 +215,7 @@ class ServeConfig(Frozen):
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
+    ready_timeout_s: float = option(600.0, "seconds that the replicas may take to load and verify", least=1)
     detach: bool = option(
         False, "leave the endpoint up and return (a cluster started with `manta cluster up` is needed)"
     )

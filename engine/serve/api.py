@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,12 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from ray import serve
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from engine.serve.requests import ClassifyRequest, CompletionRequest
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
 
 
 class ApiError(Exception):
@@ -34,7 +36,7 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """Return it as a response."""
-        headers = {"Retry-After": "1"} if self.status == 429 else None
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -76,11 +78,6 @@ async def _api_error(request: Request, error: ApiError) -> Response:
     return error.response()
 
 
-@app.exception_handler(BackPressureError)
-async def _full(request: Request, error: BackPressureError) -> Response:
-    return ApiError(429, "too many requests wait: try again in a second").response()
-
-
 @app.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> Response:
     return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
@@ -95,6 +92,8 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
         if part != "body" and not str(part).startswith(("constrained", "list[", "str"))
     ]
     field = where[0] if where and first["type"] != "json_invalid" else None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{field}: this endpoint has no such option: leave it out", field).response()
     return ApiError(400, f"{field or 'the body'}: {first['msg']}", field).response()
 
 
@@ -109,6 +108,26 @@ async def _whole(stream: AsyncIterator[dict[str, Any]]) -> tuple[str, str, int]:
     return text, reason, tokens
 
 
+async def _counted(events: AsyncIterable[Any], count: Callable[[int], None]) -> AsyncIterator[Any]:
+    """Pass a stream on, and count it at its end: 200, 500 if it told an error, 499 if the client left before."""
+    status = 499
+    failed = False
+    try:
+        async for event in events:
+            failed = failed or str(event).startswith('data: {"error"')
+            yield event
+        status = 500 if failed else 200
+    finally:
+        count(status)
+
+
+def _refusal(error: Exception) -> ApiError:
+    """Turn what Serve raises for a full queue or a lost replica into an answer; an app's handlers of these it replaces."""
+    if isinstance(error, BackPressureError):
+        return ApiError(429, "too many requests wait: try again in a second")
+    return ApiError(503, "the model's replica was lost and is being replaced: try again in some seconds")
+
+
 def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
 
@@ -121,9 +140,9 @@ def _event(body: dict[str, Any]) -> str:
 class Api:
     """The ingress: checks requests, hands them to the bundles' replicas, and counts."""
 
-    def __init__(self, bundles: dict[str, Any], max_body_bytes: int, max_new_tokens: int) -> None:
-        """Take a Serve handle for each model name."""
-        self.bundles, self.max_new_tokens = bundles, max_new_tokens
+    def __init__(self, bundles: dict[str, Any], max_body_bytes: int, max_new_tokens: int, max_sequences: int) -> None:
+        """Take a Serve handle for each model name; `max_sequences`: most completions in one request."""
+        self.bundles, self.max_new_tokens, self.max_sequences = bundles, max_new_tokens, max_sequences
         BodyLimit.limit = max_body_bytes
         self.about: dict[str, dict[str, Any]] = {}
         self.created = int(time.time())
@@ -136,10 +155,14 @@ class Api:
             "manta_request_seconds", "time to the whole answer", ["path", "model"], registry=self.registry
         )
 
+    async def _ask(self, name: str) -> None:
+        """Ask a replica of a bundle what it is. Raises TimeoutError while none answers."""
+        self.about[name] = await asyncio.wait_for(self.bundles[name].describe.remote(), 5)
+
     async def _ready(self) -> dict[str, dict[str, Any]]:
-        missing = [name for name in self.bundles if name not in self.about]
-        for name in missing:
-            self.about[name] = await asyncio.wait_for(self.bundles[name].describe.remote(), 5)
+        for name in self.bundles:
+            if name not in self.about:
+                await self._ask(name)
         return self.about
 
     @app.get("/healthz")
@@ -149,10 +172,11 @@ class Api:
 
     @app.get("/readyz")
     async def readyz(self) -> Response:
-        """Answer 200 once every bundle takes traffic, 503 before."""
+        """Answer 200 while every bundle takes traffic, else 503."""
         try:
-            return JSONResponse({"status": "ready", "models": sorted(await self._ready())})
-        except (TimeoutError, RuntimeError) as error:
+            await asyncio.gather(*(self._ask(name) for name in self.bundles))
+            return JSONResponse({"status": "ready", "models": sorted(self.about)})
+        except (TimeoutError, RuntimeError, RayActorError) as error:
             return JSONResponse({"status": "starting", "reason": str(error)[:200]}, 503)
 
     @app.get("/metrics")
@@ -183,7 +207,7 @@ class Api:
 
         async def answer(name: str) -> Response:
             texts = [body.input] if isinstance(body.input, str) else body.input
-            found = await asyncio.gather(*(self.bundles[name].classify.remote(text) for text in texts))
+            found = await self.bundles[name].classify.remote(texts)
             tokens = sum(it["tokens"] for it in found)
             self.tokens.labels(name, "prompt").inc(tokens)
             data = [{"index": i, "label": it["label"], "scores": it["scores"]} for i, it in enumerate(found)]
@@ -206,16 +230,27 @@ class Api:
                     "max_tokens",
                 )
             prompts = body.prompts()
+            if len(prompts) * body.n > self.max_sequences:
+                raise ApiError(
+                    400,
+                    f"{len(prompts)} prompts x n {body.n} are over this endpoint's {self.max_sequences} completions a request: send fewer",
+                    "prompt",
+                )
             for prompt in prompts:
                 if isinstance(prompt, list) and max(prompt) >= about["vocabulary"]:
                     raise ApiError(
                         400, f"token id {max(prompt)} is over the vocabulary's {about['vocabulary'] - 1}", "prompt"
                     )
             streams = [self._stream(name, prompt, body, copy) for prompt in prompts for copy in range(body.n)]
-            firsts = await asyncio.gather(*(anext(stream) for stream in streams))
-            for first in firsts:
-                if "error" in first:
-                    raise ApiError(first.get("status", 400), first["error"], first["param"])
+            try:
+                firsts = await asyncio.gather(*(anext(stream) for stream in streams))
+                for first in firsts:
+                    if "error" in first:
+                        raise ApiError(first.get("status", 400), first["error"], first["param"])
+            except BaseException:  # the request is refused whole, so its other completions have no reader
+                for stream in streams:
+                    stream.cancel()
+                raise
             head = {
                 "id": f"cmpl-{uuid.uuid4().hex}",
                 "object": "text_completion",
@@ -241,14 +276,13 @@ class Api:
 
         return await self._answer(request, body.model, "completion", answer)
 
-    def _stream(
-        self, name: str, prompt: str | list[int], body: CompletionRequest, copy: int
-    ) -> AsyncIterator[dict[str, Any]]:
+    def _stream(self, name: str, prompt: str | list[int], body: CompletionRequest, copy: int) -> Any:
+        """Begin a completion; return Serve's stream of its events."""
         options = {
             "max_tokens": body.max_tokens, "temperature": body.temperature, "top_p": body.top_p, "stop": body.stops(),
             "seed": None if body.seed is None else body.seed + copy,
         }  # fmt: skip
-        return aiter(self.bundles[name].options(stream=True).complete.remote(prompt, options))
+        return self.bundles[name].options(stream=True).complete.remote(prompt, options)
 
     async def _events(
         self, name: str, head: dict[str, Any], body: CompletionRequest, firsts: list[Any], streams: list[Any]
@@ -301,27 +335,40 @@ class Api:
     ) -> Response:
         """Find the model, answer, and count what became of it."""
         began, path, status, name = time.perf_counter(), request.url.path, 500, model or ""
+
+        def count(ended: int) -> None:
+            known = name if name in self.about else ""
+            self.requests.labels(path, known, ended).inc()
+            self.seconds.labels(path, known).observe(time.perf_counter() - began)
+
         try:
-            about = await self._ready()
-            fitting = [known for known, it in about.items() if it["task"] == task]
-            if model is None and len(fitting) != 1:
-                raise ApiError(400, f"say which model: {', '.join(fitting) or 'none here does this'}", "model")
-            name = model or fitting[0]
-            if name not in about:
-                raise ApiError(
-                    404,
-                    f"model '{name}' is not served here; there are {', '.join(sorted(about))}",
-                    "model",
-                    "model_not_found",
-                )
-            if about[name]["task"] != task:
-                raise ApiError(400, f"model '{name}' does {about[name]['task']}, not {task}", "model")
+            name = await self._model(model, task)
             response = await answer(name)
-            status = response.status_code
+        except (ApiError, *REFUSALS) as error:
+            told = error if isinstance(error, ApiError) else _refusal(error)
+            status = told.status
+            raise told from error
+        else:
+            if isinstance(response, StreamingResponse):
+                response.body_iterator = _counted(response.body_iterator, count)
+                status = 0  # counted at its end
+            else:
+                status = response.status_code
             return response
-        except ApiError as error:
-            status, name = error.status, name if name in self.about else ""
-            raise
         finally:
-            self.requests.labels(path, name if name in self.about else "", status).inc()
-            self.seconds.labels(path, name if name in self.about else "").observe(time.perf_counter() - began)
+            if status:
+                count(status)
+
+    async def _model(self, model: str | None, task: str) -> str:
+        """Return the name of the model that a request means. Raises ApiError where there is none for the task."""
+        about = await self._ready()
+        fitting = [known for known, it in about.items() if it["task"] == task]
+        if model is None and len(fitting) != 1:
+            raise ApiError(400, f"say which model: {', '.join(fitting) or 'none here does this'}", "model")
+        name = model or fitting[0]
+        if name not in about:
+            there = ", ".join(sorted(about))
+            raise ApiError(404, f"model '{name}' is not served here; there are {there}", "model", "model_not_found")
+        if about[name]["task"] != task:
+            raise ApiError(400, f"model '{name}' does {about[name]['task']}, not {task}", "model")
+        return name

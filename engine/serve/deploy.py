@@ -22,7 +22,6 @@ from engine.errors import UserError
 from engine.progress import console
 
 APPLICATION = "manta"
-READY_S = 120.0  # from serve.run to the first 200 of /readyz
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,10 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 
     Raises UserError for a port in use, a bundle that was changed, and one that doesn't answer as it recorded.
     """
+    refuse_taken_port(config.serve.port)
+    refuse_what_cannot_fit(config.serve, len(bundles))
     for folder in bundles.values():
         Bundle.open(folder).verify()
-    refuse_taken_port(config.serve.port)
     from ray import serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -54,16 +54,18 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(http_options=HTTPOptions(host=config.serve.host, port=config.serve.port), logging_config=quiet)
-    try:
-        serve.run(application(config.serve, bundles), name=APPLICATION, route_prefix="/", logging_config=quiet)
-    except RuntimeError as error:
-        reasons = [app.message for app in serve.status().applications.values()]
-        serve.shutdown()
-        raise UserError(f"the endpoint did not start: {reason_in(' '.join([*reasons, str(error)]))}") from error
     host = "127.0.0.1" if config.serve.host == "0.0.0.0" else config.serve.host
     endpoint = Endpoint(f"http://{host}:{config.serve.port}")
-    wait_until_ready(endpoint)
+    try:
+        serve.start(http_options=HTTPOptions(host=config.serve.host, port=config.serve.port), logging_config=quiet)
+        target = serve.RunTarget(
+            application(config.serve, bundles), name=APPLICATION, route_prefix="/", logging_config=quiet
+        )
+        serve.run_many([target], wait_for_applications_running=False)
+        wait_until_ready(endpoint, config.serve.ready_timeout_s)
+    except BaseException:
+        endpoint.stop()
+        raise
     return endpoint
 
 
@@ -90,7 +92,7 @@ def application(options: ServeConfig, bundles: dict[str, Path]) -> Any:
         )(Replica)
         handles[name] = deployment.bind(str(folder.absolute()), asdict(options))
     ingress = serve.deployment(name="api", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})(Api)
-    return ingress.bind(handles, options.max_body_bytes, options.max_new_tokens)
+    return ingress.bind(handles, options.max_body_bytes, options.max_new_tokens, options.max_queue)
 
 
 def refuse_taken_port(port: int) -> None:
@@ -99,19 +101,43 @@ def refuse_taken_port(port: int) -> None:
     if port in taken:
         free = next(other for other in range(port + 1, 65536) if other not in taken)
         pid = taken[port]
-        holder = f"{psutil.Process(pid).name()}, process {pid}" if pid else "another user's process"
+        holder = "another user's process"
+        with contextlib.suppress(psutil.Error):  # it may have ended since
+            holder = f"{psutil.Process(pid).name()}, process {pid}" if pid else holder
         raise UserError(f"serve.port {port} is in use by {holder}: use serve.port={free}")
 
 
-def wait_until_ready(endpoint: Endpoint) -> None:
-    """Ask /readyz until it answers 200. Raises UserError after READY_S seconds."""
-    deadline = time.monotonic() + READY_S
+def refuse_what_cannot_fit(options: ServeConfig, bundles: int) -> None:
+    """Raise UserError where the least number of replicas asks for more than the cluster has; Serve would wait for ever."""
+    import ray
+
+    has, replicas = ray.cluster_resources(), bundles * options.min_replicas
+    for kind, each, key in (("cores", options.cpus_per_replica, "CPU"), ("GPUs", options.gpus_per_replica, "GPU")):
+        if each * replicas > has.get(key, 0.0) + 1e-6:
+            raise UserError(
+                f"{replicas} replicas x {each:g} {kind} are asked, the cluster has {has.get(key, 0.0):g} {kind}: "
+                f"use fewer serve.min_replicas or a smaller serve.{key.lower()}s_per_replica"
+            )
+
+
+def wait_until_ready(endpoint: Endpoint, timeout_s: float) -> None:
+    """Ask /readyz until it answers 200. Raises UserError when a replica fails, and after `timeout_s`."""
+    from ray import serve
+
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
+        application = serve.status().applications.get(APPLICATION)
+        if application and application.status == "DEPLOY_FAILED":
+            told = [deployment.message for deployment in application.deployments.values()]
+            raise UserError(f"the endpoint did not start: {reason_in(' '.join([*told, application.message]))}")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{endpoint.url}/readyz", timeout=5).status_code == 200:
                 return
         time.sleep(0.1)
-    raise UserError(f"the endpoint took no traffic within {READY_S:.0f} s: look at Ray's logs in the run's folder")
+    raise UserError(
+        f"the endpoint took no traffic within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
+        "or give it longer by serve.ready_timeout_s"
+    )
 
 
 def reason_in(message: str) -> str:

@@ -38,6 +38,13 @@ class Completion:
     told: int = 0  # characters told so far
     sampler: torch.Generator | None = None
 
+    def say(self, text: str, reason: str | None) -> None:
+        """Tell the client; one that cannot hear any more has hung up."""
+        try:
+            self.tell(text, reason)
+        except Exception:
+            self.cancelled = True
+
     def choose(self, logits_V: Tensor) -> int:
         """Pick the next token: the likeliest, or a draw from the nucleus (Holtzman et al. 2020)."""
         if self.temperature == 0:
@@ -66,7 +73,8 @@ class Generator:
         self._cache: list[tuple[Tensor, Tensor]] = []  # a (key, value) [B, heads, L, width] a layer
         self._mask_BL = torch.zeros((0, 0), dtype=torch.int64, device=self.device)
         self._last_B: list[int] = []  # each sequence's newest token, not in the cache yet
-        threading.Thread(target=self._run, name="generator", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
+        self._thread.start()
 
     def submit(self, completion: Completion) -> None:
         """Queue a completion. Raises QueueFull."""
@@ -75,49 +83,46 @@ class Generator:
         except queue.Full as error:
             raise QueueFull from error
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread still runs; it ends only by an error that is nobody's request's."""
+        return self._thread.is_alive()
+
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
             while len(self.running) < self.max_batch and (not self.running or not self.waiting.empty()):
-                self._join(self.waiting.get())
+                new = self.waiting.get()
+                try:
+                    self._join(new)
+                except Exception as error:  # of this one request; the others go on
+                    new.say(f"{type(error).__name__}: {error}", "error")
             try:
                 self._step()
             except Exception as error:  # told to every client of the batch; the thread lives on for the next
                 for completion in self.running:
-                    completion.tell(f"{type(error).__name__}: {error}", "error")
+                    completion.say(f"{type(error).__name__}: {error}", "error")
                 self._keep([])
 
     def _join(self, new: Completion) -> None:
-        """Prefill a newcomer and lay its cache beside the others'."""
+        """Prefill a newcomer and lay its cache beside the others'; nothing of theirs changes before all of it has worked."""
         if new.cancelled:
             return
         ids_BL = torch.tensor([new.prompt], device=self.device)
-        try:
-            output = self.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
-            token = new.choose(output.logits[0, -1])
-            if self._took(new, token):
-                return
-        except Exception as error:  # of this one request; the others go on
-            new.tell(f"{type(error).__name__}: {error}", "error")
+        output = self.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
+        token = new.choose(output.logits[0, -1])
+        if self._took(new, token):
             return
-        fresh = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        length = max(self._mask_BL.shape[1], ids_BL.shape[1])
-        old_mask_BL, mask_BL = (
-            _pad_left(self._mask_BL, length, dim=1),
-            _pad_left(torch.ones_like(ids_BL), length, dim=1),
-        )
+        cache = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        mask_BL = torch.ones_like(ids_BL)
         if self.running:
-            self._cache = [
-                tuple(
-                    torch.cat([_pad_left(a, length, dim=2), _pad_left(b, length, dim=2)])
-                    for a, b in zip(olds, news, strict=True)
-                )  # type: ignore[misc]
-                for olds, news in zip(self._cache, fresh, strict=True)
+            length = max(self._mask_BL.shape[1], ids_BL.shape[1])
+            cache = [
+                (_beside(keys, new_keys, length, 2), _beside(values, new_values, length, 2))
+                for (keys, values), (new_keys, new_values) in zip(self._cache, cache, strict=True)
             ]
-        else:
-            self._cache = fresh
-            old_mask_BL = old_mask_BL[:0]
-        self._mask_BL = torch.cat([old_mask_BL, mask_BL])
+            mask_BL = _beside(self._mask_BL, mask_BL, length, 1)
+        self._cache, self._mask_BL = cache, mask_BL
         self.running.append(new)
         self._last_B.append(token)
 
@@ -159,7 +164,7 @@ class Generator:
         held = 0 if reason else max((len(word) - 1 for word in completion.stop), default=0)
         safe = len(text) - held if reason or not text.endswith("\ufffd") else completion.told
         if safe > completion.told or reason:
-            completion.tell(text[completion.told : max(safe, completion.told)], reason)
+            completion.say(text[completion.told : max(safe, completion.told)], reason)
             completion.told = max(safe, completion.told)
         return reason is not None
 
@@ -176,6 +181,11 @@ class Generator:
         first = int(mask_BL.any(0).int().argmax())
         self._mask_BL = mask_BL[:, first:]
         self._cache = [(keys[rows, :, first:], values[rows, :, first:]) for keys, values in self._cache]
+
+
+def _beside(running: Tensor, new: Tensor, length: int, dim: int) -> Tensor:
+    """Lay a newcomer's row under the running ones, all padded to `length`."""
+    return torch.cat([_pad_left(running, length, dim), _pad_left(new, length, dim)])
 
 
 def _pad_left(tensor: Tensor, length: int, dim: int) -> Tensor:

@@ -39,20 +39,24 @@ class Replica:
         together.set_max_batch_size(self.options.max_batch)
         together.set_batch_wait_timeout_s(self.options.batch_wait_s)
 
+    def check_health(self) -> None:
+        """Raise if no completion would end any more; Serve then replaces this replica."""
+        if self.generator and not self.generator.alive:
+            raise RuntimeError("the generator's thread has ended")
+
     def describe(self) -> dict[str, Any]:
         """Return what the ingress needs to know to check requests."""
         config: Any = self.model.config
         return {
             "task": "completion" if self.generator else "classification",
-            "positions": getattr(config, "max_position_embeddings", None) or self.objective.sequence_length,
+            "positions": positions(config) or self.objective.sequence_length,
             "vocabulary": config.vocab_size,
             "hash": self.bundle.hash,
         }
 
-    async def classify(self, text: str) -> dict[str, Any]:
-        """Classify one text, together with those that come at about the same time."""
-        answer: dict[str, Any] = await self.classify_batch(text)
-        return answer
+    async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
+        """Classify a request's texts, in batches with those of other requests that come at about the same time."""
+        return list(await asyncio.gather(*(self.classify_batch(text) for text in texts)))
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
     async def classify_batch(self, texts: list[str]) -> list[dict[str, Any]]:
@@ -95,6 +99,13 @@ class Replica:
                 yield {"text": text, "reason": reason, "tokens": len(completion.tokens)}
         finally:
             completion.cancelled = True  # frees the place when the client has hung up
+
+
+def positions(config: Any) -> int | None:
+    """Return how many tokens a sequence may have; a sliding window's length, where only newer keys would be kept."""
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(most, window) if most and window else most
 
 
 def _cpu_has_bf16() -> bool:

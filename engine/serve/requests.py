@@ -1,22 +1,28 @@
-"""What clients may send: OpenAI's fields, checked; a field that is not known is ignored, as OpenAI's own servers do."""
+"""What clients may send: OpenAI's fields, checked. A field that would change nothing here is refused, not ignored."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 Token = Annotated[StrictInt, Field(ge=0)]
 Prompt = str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """A request that has no other fields than these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
     """How a stream ends."""
 
     include_usage: bool = False
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(Strict):
     """POST /v1/completions."""
 
     model: str | None = None
@@ -30,7 +36,14 @@ class CompletionRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     echo: bool = False
-    logprobs: None = None  # not served yet
+    user: str | None = None  # whom the client asks for; used for nothing
+    # Not served: clients that send the neutral value are understood.
+    logprobs: None = None
+    suffix: None = None
+    best_of: int | None = Field(None, ge=1, le=1)
+    presence_penalty: float = Field(0, ge=0, le=0)
+    frequency_penalty: float = Field(0, ge=0, le=0)
+    logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one."""
@@ -45,7 +58,7 @@ class CompletionRequest(BaseModel):
         return [word for word in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if word]
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(Strict):
     """POST /v1/classify."""
 
     model: str | None = None

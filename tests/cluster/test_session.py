@@ -18,7 +18,7 @@ import sys, time
 from pathlib import Path
 import ray
 from cluster.errors import ClusterError
-from cluster.session import connect, require
+from cluster.session import connect
 
 @ray.remote
 def work(seconds):
@@ -28,11 +28,6 @@ def work(seconds):
 try:
     with connect("local", 2, False, Path(sys.argv[1])) as session:
         print("cores", session.cpus, "gpus", session.gpus, flush=True)
-        for cpus, gpus in ((2, 0), (3, 0), (1, 1)):
-            try:
-                require(cpus, gpus, "the job")
-            except ClusterError as error:
-                print(error, flush=True)
         print("working", flush=True)
         ray.get(work.remote(float(sys.argv[2])))
         print("done", flush=True)
@@ -97,9 +92,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 def test_a_job_ends_well(job, tmp_path):
     assert job.finish() == 0
     assert "cores 2.0 gpus 0.0" in job.output
-    assert "the job asks for 3 CPU cores, the cluster has 2" in job.output
-    assert "the job asks for 1 GPU, the cluster has 0" in job.output
-    assert len(job.output.splitlines()) == 5, job.output  # and not a word from Ray
+    assert len(job.output.splitlines()) == 3, job.output  # and not a word from Ray
     assert (tmp_path / "logs/ray/raylet.out").is_file()
     assert not job.folder.exists()
     assert (tmp_path / "home/token").stat().st_mode & 0o777 == 0o600
