@@ -93,6 +93,12 @@ class ModelConfig(Frozen):
     max_position_embeddings: Optional[int] = option(None, "longest sequence, in tokens", least=1)
     tie_word_embeddings: Optional[bool] = option(None, "share input and output embeddings")
     vocab_size: Optional[int] = option(None, "None: the tokenizer's", least=2)
+    dropout: float = option(
+        0.0,
+        "dropout probability, everywhere in the model; only at 0 is the loss the same for every layout",
+        least=0,
+        most=0.9,
+    )
     options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
     attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
 
@@ -101,9 +107,12 @@ class ModelConfig(Frozen):
 class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
-    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, classification")
+    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, masked_lm, classification")
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
+    )
+    mask_rate: float = option(
+        0.15, "masked_lm: share of the tokens to be predicted (Devlin et al. 2019)", above=0, most=0.9
     )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 

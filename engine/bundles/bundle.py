@@ -123,6 +123,7 @@ class Bundle:
             names = {
                 "ForCausalLM": "causal_lm",
                 "LMHeadModel": "causal_lm",
+                "ForMaskedLM": "masked_lm",
                 "ForSequenceClassification": "classification",
             }
             name = next((task for ending, task in names.items() if architecture.endswith(ending)), None)

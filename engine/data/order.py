@@ -69,6 +69,11 @@ class Order:
             ]
         )
 
+    def draws(self, step: int) -> np.ndarray:
+        """Return a random number for each place in a step's batch: uint64 [global_batch], new each time, equal in any layout."""
+        places = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+        return splitmix64(splitmix64(places) ^ splitmix64(np.array([self.seed % WRAP], U64)))
+
 
 def ids_hash(ids: np.ndarray) -> int:
     """Return the sum modulo 2**64 of splitmix64 of each id, as a signed int64.

@@ -28,7 +28,7 @@ from engine.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 
-FORMAT = 1  # raise it when the same input would give other shards
+FORMAT = 2  # raise it when the same input would give other shards
 HELD_BYTES = 2**28  # a corpus up to this size is read once and kept in memory; a larger one is read twice
 BPE_CHARACTERS = 2**23  # a BPE is trained on a sample of about this size, spread evenly over the training documents
 BATCH_CHARACTERS = 2**21  # encoded at once

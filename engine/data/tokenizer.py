@@ -15,7 +15,7 @@ import numpy as np
 from engine.errors import UserError
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
-END, PAD = "<|endoftext|>", "<|pad|>"
+END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,8 +42,8 @@ class Specials:
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train a byte-level BPE with GPT-2's pattern and write it as a Hugging Face fast tokenizer.
 
-    It has `vocab_size` tokens, or fewer where the texts have too few pairs; `<|endoftext|>` begins and ends documents and
-    `<|pad|>` pads.
+    It has `vocab_size` tokens, or fewer where the texts have too few pairs; `<|endoftext|>` begins and ends documents,
+    `<|pad|>` pads, `<|mask|>` stands for a token to be predicted.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -53,7 +53,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PAD],
+        special_tokens=[END, PAD, MASK],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2,
         show_progress=False,
@@ -67,6 +67,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
         "eos_token": END,
         "unk_token": END,
         "pad_token": PAD,
+        "mask_token": MASK,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,
     }

@@ -99,7 +99,7 @@ def score(bundle: Bundle, objective: Objective, split: Split, classes: np.ndarra
     parts = []
     with Bar("evaluate", total=len(order)) as bar:
         for first in range(0, len(order), batch):
-            chosen = [samples[i] for i in order[first : first + batch]]
+            chosen = [samples[i] | {"draw": i} for i in order[first : first + batch]]
             if len(classes):
                 chosen = [sample | {"label": classes[sample["label"]]} for sample in chosen]
             parts.append(objective.score(model, objective.collate(chosen).to(device)))

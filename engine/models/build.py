@@ -13,7 +13,7 @@ from engine.config import ModelConfig
 from engine.errors import UserError, nearest
 
 # Options of ours that aren't fields of a transformers config.
-OURS = {"type", "options", "attention"}
+OURS = {"type", "options", "attention", "dropout"}
 
 
 def transformers_config(model: ModelConfig, tokenizer: Any, options: dict[str, Any]) -> Any:
@@ -38,7 +38,15 @@ def transformers_config(model: ModelConfig, tokenizer: Any, options: dict[str, A
         )
     given |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     given |= {"bos_token_id": tokenizer.bos_token_id, **options}
-    return kind(**given)
+    return set_dropout(kind(**given), model)
+
+
+def set_dropout(config: Any, model: ModelConfig) -> Any:
+    """Set every dropout of a transformers config to model.dropout (many have 0.1), but for those in model.options."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, (int, float)) and name not in model.options:
+            setattr(config, name, model.dropout)
+    return config
 
 
 def build(model: ModelConfig, tokenizer: Any, auto_class: str, options: dict[str, Any], seed: int) -> nn.Module:
@@ -53,7 +61,7 @@ def build(model: ModelConfig, tokenizer: Any, auto_class: str, options: dict[str
     return built
 
 
-def load(folder: Path, auto_class: str, options: dict[str, Any], attention: str, seed: int) -> nn.Module:
+def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelConfig, seed: int) -> nn.Module:
     """Load fp32 weights from a Hugging Face folder; a head that it lacks gets fresh weights from the seed."""
     import transformers
 
@@ -61,9 +69,10 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], attention: str,
     torch.manual_seed(seed)
     kind = getattr(transformers, auto_class)
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
         loaded: nn.Module = kind.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention, ignore_mismatched_sizes=True,
-            local_files_only=True, use_safetensors=True, **options,
+            folder, config=set_dropout(config, model), dtype=torch.float32, attn_implementation=model.attention,
+            ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no model that {auto_class} can load: {str(error).splitlines()[0]}") from error

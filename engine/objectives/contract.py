@@ -90,7 +90,11 @@ class Objective(ABC):
 
     @abstractmethod
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Put samples together as one micro-batch."""
+        """Put samples together as one micro-batch.
+
+        Each has a "draw" beside its arrays: an integer that seeds what the task chooses at random. It is another one each
+        time that training shows the sample, always the same in an evaluation, and in neither depends on the layout.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Loss:

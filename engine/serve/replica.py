@@ -14,6 +14,8 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.serve.generation import Completion, Generator, QueueFull
 
+TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
+
 
 class Replica:
     """Serves one bundle; deployed by `deploy`."""
@@ -48,7 +50,7 @@ class Replica:
         """Return what the ingress needs to know to check requests."""
         config: Any = self.model.config
         return {
-            "task": "completion" if self.generator else "classification",
+            "task": TASKS.get(self.objective.auto_class, self.objective.options.name),
             "positions": positions(config) or self.objective.sequence_length,
             "vocabulary": config.vocab_size,
             "hash": self.bundle.hash,

@@ -70,7 +70,7 @@ def train_step(run: Run) -> Metrics:
     start = time.perf_counter()
     step = run.state.step
     ids = run.order.samples(step)
-    batches, seen = collate_share(run, ids)
+    batches, seen = collate_share(run, ids, run.order.draws(step))
 
     # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
     count, tokens, new_hash = run.group.sum_integers(
@@ -108,7 +108,7 @@ def train_step(run: Run) -> Metrics:
     }
 
 
-def collate_share(run: Run, ids: np.ndarray) -> tuple[list[tuple[Batch, float]], np.ndarray]:
+def collate_share(run: Run, ids: np.ndarray, draws: np.ndarray) -> tuple[list[tuple[Batch, float]], np.ndarray]:
     """Return this rank's micro-batches of a step, each with its weight (1, or 0), and the ids in them.
 
     Every rank makes equally many passes, as ZeRO asks; one that is short of samples takes part with weight 0.
@@ -117,9 +117,10 @@ def collate_share(run: Run, ids: np.ndarray) -> tuple[list[tuple[Batch, float]],
     batches: list[tuple[Batch, float]] = []
     seen = []
     for first in range(0, len(ids), micro * world):
-        mine = ids[first + rank * micro : first + (rank + 1) * micro]
-        shown = mine if len(mine) else ids[:1]
-        batch = run.objective.collate([run.samples[i] for i in shown]).to(run.group.device)
+        places = range(len(ids))[first + rank * micro : first + (rank + 1) * micro]
+        mine = ids[places.start : places.stop]
+        shown = [run.samples[ids[place]] | {"draw": draws[place]} for place in places or range(1)]
+        batch = run.objective.collate(shown).to(run.group.device)
         batches.append((batch, float(len(mine) > 0)))
         seen.append(mine)
     return batches, np.concatenate(seen)
@@ -138,7 +139,7 @@ def validate(run: Run) -> dict[str, float]:
     parts = []
     for first in range(0, len(ids), micro * world):
         mine = ids[first + rank * micro : first + (rank + 1) * micro]
-        batch = run.objective.collate([run.validation[i] for i in (mine if len(mine) else ids[:1])])
+        batch = run.objective.collate([run.validation[i] | {"draw": i} for i in (mine if len(mine) else ids[:1])])
         scores = run.objective.score(run.model, batch.to(run.group.device))  # type: ignore[arg-type]
         if len(mine):
             parts.append(scores)

@@ -152,7 +152,7 @@ def make_model(job: Job, objective: Objective) -> Any:
     """Make the start state: the bundle's weights, else fresh ones from the seed."""
     config, options = job.config, objective.model_options()
     if job.start:
-        return load(job.start, objective.auto_class, options, config.model.attention, config.seed)
+        return load(job.start, objective.auto_class, options, config.model, config.seed)
     return build(config.model, objective.tokenizer, objective.auto_class, options, config.seed)
 
 

@@ -116,3 +116,64 @@ def test_real_sentiment_is_labelled(tiny: Config) -> None:
     )  # fmt: skip
     manifest = Manifest.load(prepare(config))
     assert manifest.labels == ["0", "1"]
+
+
+@pytest.fixture(scope="module")
+def tiny_masked(tiny: Config) -> Config:
+    return with_values(tiny, {"model.type": "bert", "model.num_key_value_heads": None, "objective.name": "masked_lm"})
+
+
+def test_masked_loss_and_gradients_are_those_of_transformers(tiny_masked: Config) -> None:
+    masking = make(tiny_masked, [])
+    model = model_of(tiny_masked, masking)
+    samples = masking.samples(Split.open(prepare(tiny_masked), "train"))
+    batch = masking.collate([samples[i] | {"draw": i} for i in range(4)])
+    loss = masking.loss(model, batch)
+    assert loss.count == int((batch.targets != -100).sum()) == 4 * round(0.15 * 32)
+    ours = gradients(model, loss.sum / loss.count)
+    theirs = model(**batch.inputs, labels=batch.targets).loss
+    assert float(loss.sum.detach() / loss.count) == pytest.approx(float(theirs.detach()), rel=1e-6)
+    for name, gradient in gradients(model, theirs).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_masks_depend_on_the_draw_alone_and_are_berts(tiny_masked: Config) -> None:
+    masking = make(tiny_masked, [])
+    tokens = np.arange(10, 10 + 400, dtype=np.int64)
+    inputs, targets = masking.mask(tokens, 7)  # type: ignore[attr-defined]
+    again = masking.mask(tokens, 7)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(inputs, again[0])
+    assert not np.array_equal(targets, masking.mask(tokens, 8)[1])  # type: ignore[attr-defined]
+    chosen = targets != -100
+    np.testing.assert_array_equal(targets[chosen], tokens[chosen])
+    np.testing.assert_array_equal(inputs[~chosen], tokens[~chosen])
+    fates = np.zeros(3)
+    for draw in range(200):
+        inputs, targets = masking.mask(tokens, draw)  # type: ignore[attr-defined]
+        chosen = targets != -100
+        assert chosen.sum() == 60
+        masked = inputs[chosen] == masking.tokenizer.mask_token_id
+        kept = inputs[chosen] == tokens[chosen]
+        fates += [masked.sum(), (~masked & ~kept).sum(), kept.sum()]
+    assert fates / fates.sum() == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+
+
+def test_special_tokens_are_not_masked(tiny_masked: Config) -> None:
+    masking = make(tiny_masked, [])
+    end = masking.tokenizer.eos_token_id
+    tokens = np.array([end, 20, 21, end], dtype=np.int64)
+    for draw in range(20):
+        inputs, targets = masking.mask(tokens, draw)  # type: ignore[attr-defined]
+        assert targets[0] == targets[3] == -100
+        assert inputs[0] == inputs[3] == end
+
+
+def test_a_filled_mask_is_the_models_likeliest_token(tiny_masked: Config) -> None:
+    masking = make(tiny_masked, [])
+    model = model_of(tiny_masked, masking).eval()
+    text = f"import {masking.tokenizer.mask_token}\nreturn"
+    (answer,) = masking.predict(model, [{"text": text}])
+    ids = masking.tokenizer(text, return_tensors="pt")["input_ids"]
+    at = int((ids[0] == masking.tokenizer.mask_token_id).nonzero())
+    assert answer["tokens"] == [int(model(ids).logits[0, at].argmax())]
+    assert answer["text"].startswith("import ")
