@@ -47,7 +47,7 @@ class Objective(contract.Objective):
 
     def mask(self, tokens_L: np.ndarray, draw: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose the targets, and hide 80 % of them, change 10 %, leave 10 %: returns inputs_L and targets_L."""
-        seed = splitmix64(np.array([draw], np.int64))
+        seed = splitmix64(np.array([draw % 2**64], np.uint64))
         first_L = splitmix64(seed ^ np.arange(len(tokens_L), dtype=np.uint64))
         second_L = splitmix64(first_L)
         special_L = np.isin(tokens_L, self.tokenizer.all_special_ids)

@@ -86,3 +86,15 @@ def test_gpt2_has_its_published_size_and_each_stage_its_memory() -> None:
     assert found.checkpoint_bytes == 12 * n
     single = plan(with_values(config, {"train.precision": "fp32", "train.workers": 1}))
     assert single.stages[0].optimizer == 8 * n
+
+
+@pytest.mark.parametrize(("kind", "auto_class"), [("gpt2", "AutoModelForCausalLM"), ("bert", "AutoModelForMaskedLM")])
+def test_nothing_is_dropped_unless_asked_for(tiny: Config, tokenizer: object, kind: str, auto_class: str) -> None:
+    def rates(**changes: object) -> set[float]:
+        values = {"model.type": kind, "model.num_key_value_heads": None, "model.intermediate_size": None}
+        config = with_values(tiny, values | {f"model.{name}": value for name, value in changes.items()})
+        model = build(config.model, tokenizer, auto_class, {}, 0)
+        return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+    assert rates() == {0.0}
+    assert rates(dropout=0.2) == {0.2}

@@ -96,3 +96,14 @@ def test_stopping_and_going_on_is_bit_for_bit_the_straight_run(tiny: Config) -> 
     assert ours.state == theirs.state == dataclasses.replace(ours.state, step=6)
     for name, weight in ours.weights().items():
         assert torch.equal(weight, theirs.weights()[name]), name
+
+
+def test_what_is_masked_does_not_depend_on_the_layout(tiny: Config) -> None:
+    masked = with_values(
+        tiny, {"model.type": "bert", "model.num_key_value_heads": None, "objective.name": "masked_lm", "zero.stage": 0}
+    )
+    (alone,) = run_ranks([job(masked, "masked-alone", {"train.micro_batch": 8}, 1)], 1)
+    (two,) = run_ranks([job(masked, "masked-two", {"zero.stage": 2, "train.micro_batch": 3}, 2)], 2)
+    assert len(alone) == 6
+    assert losses(two) == pytest.approx(losses(alone), abs=1e-5)
+    assert two[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
