@@ -176,6 +176,9 @@ class TrainConfig(Frozen):
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
     evaluate_every: Optional[int] = option(None, "steps between validations; None: at the end only", least=1)
     evaluate_samples: Optional[int] = option(256, "samples in a validation; None: the whole split", least=1)
+    max_skipped: int = option(
+        3, "steps in a row without a finite gradient that are skipped, on all workers, before the run ends", least=0
+    )
     max_failures: int = option(3, "restarts of the worker group after a lost worker; -1: no end", least=-1)
 
 
@@ -324,7 +327,7 @@ LAYOUT = (
     "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.evaluate_every", "train.evaluate_samples", "train.max_failures",
+    "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
 )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     settings = config.evaluate.confidence, config.evaluate.resamples, config.seed
     majority = None
     if "label" in scores:
-        frequent = classes[np.bincount(Split.open(data, "train").labels).argmax()]
+        frequent = classes[int(np.argmax(np.bincount(Split.open(data, "train").labels)))]
         always = scores | {"predicted": np.full_like(scores["label"], frequent)}
         majority = intervals(objective, always, *settings)["accuracy"]
     metrics = intervals(objective, scores, *settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,7 +163,8 @@ def draw_times(seconds: dict[str, float]) -> Figure:
 def draw_curve(lines: list[dict[str, Any]]) -> Figure:
     """Draw the training loss of each step and the validation losses."""
     figure, ax = axes(8, 2.8)
-    ax.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=ACCENT, lw=1.2, label="training")
+    losses = [math.nan if line["loss"] is None else line["loss"] for line in lines]  # a gap where a step was skipped
+    ax.plot([line["step"] for line in lines], losses, color=ACCENT, lw=1.2, label="training")
     held = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     if held:
         ax.plot(*zip(*held, strict=True), "o-", color=SECOND, ms=4, lw=1.2, label="validation")

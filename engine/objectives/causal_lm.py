@@ -60,7 +60,7 @@ class Objective(contract.Objective):
 
     def summarize(self, scores: Scores) -> dict[str, float]:
         """Give the loss in nats a token and the perplexity, its exponential."""
-        loss = float(scores["nll"].sum() / scores["tokens"].sum())
+        loss = float(scores["nll"].sum()) / float(scores["tokens"].sum())
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     @torch.no_grad()

@@ -93,12 +93,12 @@ class Objective(contract.Objective):
 
     def summarize(self, scores: Scores) -> dict[str, float]:
         """Give the loss in nats a masked token, its exponential (a pseudo-perplexity), and the share of tokens found."""
-        tokens = scores["tokens"].sum()
-        loss = float(scores["nll"].sum() / tokens)
+        tokens = float(scores["tokens"].sum())
+        loss = float(scores["nll"].sum()) / tokens
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": float(scores["found"].sum() / tokens),
+            "accuracy": float(scores["found"].sum()) / tokens,
         }
 
     @torch.no_grad()

@@ -238,8 +238,11 @@ class Watch:
 
     def _show(self, bar: Bar, line: dict[str, Any]) -> None:
         validation = next((f"  {k} {v:.4f}" for k, v in line.items() if k.startswith("validation_")), "")
-        bar.update(line["step"], f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s{validation}")
-        self.status = replace(self.status, step=line["step"], loss=line["loss"], updated=now())
+        loss = self.status.loss if line["loss"] is None else line["loss"]
+        told = "skipped: no finite gradient" if line["loss"] is None else f"loss {loss:.4f}"
+        skipped = f"  {line['skipped']} skipped" if line.get("skipped") else ""
+        bar.update(line["step"], f"{told}  {line['tokens_per_s']:,.0f} tokens/s{skipped}{validation}")
+        self.status = replace(self.status, step=line["step"], loss=loss, updated=now())
         self.run.write_status(self.status)
 
 

@@ -42,6 +42,7 @@ class Run:
     peak_flops: float  # measured, of all workers together, in FLOP/s
     state: TrainState = field(default_factory=TrainState)
     saved_step: int = -1
+    skipped_in_a_row: int = 0  # steps, up to the last one, whose gradient was not finite
 
     def save(self) -> None:
         """Begin to write a checkpoint of this moment, unless there is one."""
@@ -87,25 +88,36 @@ def train_step(run: Run) -> Metrics:
     grad_norm = run.model.step(rate)
     loss_value = float(run.group.sum(loss_sum)) / count
 
-    if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"the loss is {loss_value} and the gradient norm {grad_norm} at step {step + 1}: use a lower optim.lr than "
-            f"{run.config.optim.lr:g}, or look at that step's data"
-        )
-    run.state = run.state.after(len(ids), tokens, new_hash)
+    skipped = not math.isfinite(grad_norm)
+    if skipped or not math.isfinite(loss_value):
+        refuse_to_go_on(run, loss_value, grad_norm)
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+    run.state = run.state.after(len(ids), tokens, new_hash, skipped)
     seconds = time.perf_counter() - start
     return {
         "step": run.state.step,
-        "loss": loss_value,
+        "loss": None if skipped else loss_value,
         "tokens": run.state.tokens,
         "lr": rate,
-        "grad_norm": grad_norm,
+        "grad_norm": None if skipped else grad_norm,
+        "skipped": run.state.skipped,
         "tokens_per_s": tokens / seconds,
         "mfu": tokens * run.flops_per_token / seconds / run.peak_flops,
         "samples_hash": hash_hex(run.state.samples_hash),
         "seconds": seconds,
         "time": time.time(),
     }
+
+
+def refuse_to_go_on(run: Run, loss: float, grad_norm: float) -> None:
+    """Raise UserError where the loss isn't finite although the weights took the step, and after too many skipped steps."""
+    allowed = run.config.train.max_skipped
+    if math.isfinite(grad_norm) or run.skipped_in_a_row >= allowed:
+        raise UserError(
+            f"the loss is {loss} and the gradient norm {grad_norm} at step {run.state.step + 1}"
+            + (f", the {allowed + 1}th such step in a row" if allowed else "")
+            + f": use a lower optim.lr than {run.config.optim.lr:g}, or look at the data of these steps"
+        )
 
 
 def collate_share(run: Run, ids: np.ndarray, draws: np.ndarray) -> tuple[list[tuple[Batch, float]], np.ndarray]:

@@ -14,10 +14,20 @@ class TrainState:
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples seen
     tokens: int = 0  # tokens seen, padding left out
+    skipped: int = 0  # of these steps, how many left the weights as they were: their gradient was not finite
     samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
 
-    def after(self, samples: int, tokens: int, ids_hash: int) -> TrainState:
+    @property
+    def updates(self) -> int:
+        """How often the optimizer has changed the weights."""
+        return self.step - self.skipped
+
+    def after(self, samples: int, tokens: int, ids_hash: int, skipped: bool = False) -> TrainState:
         """Return the state one step on."""
         return TrainState(
-            self.step + 1, self.samples + samples, self.tokens + tokens, add_hashes([self.samples_hash, ids_hash])
+            step=self.step + 1,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+            skipped=self.skipped + skipped,
+            samples_hash=add_hashes([self.samples_hash, ids_hash]),
         )

@@ -78,7 +78,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     if config.train.compile:
         model.compile()
     sharded = Sharded(model.to(group.device), config, group.world, precision)
-    sharded.ensure_moments(checkpoint.state.step if checkpoint else 0)
+    sharded.ensure_moments(checkpoint.state.updates if checkpoint else 0)
     if checkpoint:
         checkpoint.load(sharded.fragments(group.rank, owned=False))
     group.barrier()

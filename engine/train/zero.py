@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -143,15 +144,24 @@ class Sharded:
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # DeepSpeed divides by the world size
 
     def step(self, lr: float) -> float:
-        """Clip, update the weights with learning rate `lr`, clear the gradients; return the norm before clipping."""
+        """Clip, update the weights with learning rate `lr`, clear the gradients; return the norm before clipping.
+
+        Where the norm is infinite or NaN, which it then is on all ranks, weights and moments stay as they are.
+        """
         for group in self.base.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if not self.engine.was_step_applied():
+            return math.inf
         return float(self.engine.get_global_grad_norm() or self._grad_norm)
 
     def _clip_fp32_gradients(self) -> None:
-        """Clip, and keep the norm: at stage 0 in fp32 DeepSpeed reports none."""
-        self._grad_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_norm))
+        """Clip, keep the norm, and skip: what DeepSpeed's wrapped optimizers do, and stage 0 in fp32 has none."""
+        parameters = list(self.module.parameters())
+        self._grad_norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
+        if not math.isfinite(self._grad_norm):
+            for p in parameters:
+                p.grad = None  # AdamW passes over it
 
     def ensure_moments(self, step: int) -> None:
         """Make AdamW's state, which torch makes only in a first step, and set its step count."""

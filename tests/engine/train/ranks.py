@@ -19,7 +19,7 @@ from engine.train.worker import Job
 
 def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:
     """Run the jobs one after the other on one group of `world` processes; return each one's metric lines."""
-    on_ranks(_work, world, json.dumps([job.to_dict() for job in jobs]))
+    on_ranks(work_on, world, json.dumps([job.to_dict() for job in jobs]))
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
@@ -44,7 +44,8 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., None], args:
     os._exit(0)  # a thread of torch that asks for the interpreter while it is taken down ends the process with SIGABRT
 
 
-def _work(rank: int, world: int, specs: str) -> None:
+def work_on(rank: int, world: int, specs: str) -> None:
+    """Run one rank of each job in `specs`, the jobs as JSON."""
     from engine.train.group import Group
     from engine.train.worker import work
 
