@@ -133,10 +133,13 @@ class OptimConfig(Frozen):
 class ScheduleConfig(Frozen):
     """Learning rate over steps: linear warm-up to optim.lr, then `kind` down to min_ratio of it."""
 
-    kind: str = option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
+    kind: str = option("cosine", "shape after warm-up", choices=("cosine", "linear", "wsd", "constant"))
     warmup_steps: Optional[int] = option(None, "steps; None: warmup_fraction of total_steps", least=0)
     warmup_fraction: float = option(0.1, "share of total_steps", least=0, most=1)
     total_steps: Optional[int] = option(None, "steps over which the rate falls; None: train.max_steps", least=1)
+    decay_fraction: float = option(
+        0.2, "wsd: share of the steps after warm-up in which the rate falls", above=0, most=1
+    )
     min_ratio: float = option(0.1, "final rate / peak rate", least=0, most=1)
 
 
