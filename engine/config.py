@@ -177,6 +177,12 @@ class TrainConfig(Frozen):
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
+    keep_best: bool = option(
+        False, "keep the checkpoint with the best validation too, and make the bundle of it instead of the last"
+    )
+    patience: Optional[int] = option(
+        None, "end after so many validations in a row that were not the best; None: at max_steps", least=1
+    )
     evaluate_every: Optional[int] = option(None, "steps between validations; None: at the end only", least=1)
     evaluate_samples: Optional[int] = option(256, "samples in a validation; None: the whole split", least=1)
     max_skipped: int = option(
@@ -331,6 +337,7 @@ LAYOUT = (
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
+    "train.keep_best", "train.patience",
 )  # fmt: skip
 
 
@@ -473,6 +480,8 @@ def _check_contradictions(c: Config) -> None:
             f"train.micro_batch {train.micro_batch} is more than train.global_batch {train.global_batch}: "
             f"use train.micro_batch={train.global_batch} or less"
         )
+    if train.patience and not train.evaluate_every:
+        raise UserError("train.patience counts validations and there are none: say how often with train.evaluate_every")
     if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:
         raise UserError(
             f"sequence length {c.data.sequence_length:,} is over the model's {model.max_position_embeddings:,} positions: "

@@ -28,8 +28,11 @@ def run_trial(params: dict[str, Any], spec: dict[str, Any], metric: str) -> None
     run = RunFolder(job.config.run_dir)
     run.logs.mkdir(parents=True, exist_ok=True)
 
+    reported: set[int] = set()
+
     def report(line: dict[str, Any]) -> None:
-        if f"validation_{metric}" in line:
+        if f"validation_{metric}" in line and line["step"] not in reported:
+            reported.add(line["step"])
             tune.report({"step": line["step"], metric: line[f"validation_{metric}"]})
 
     def report_but_last(line: dict[str, Any]) -> None:

@@ -68,9 +68,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 class CheckpointWriter:
     """Saves one rank's part of each checkpoint while training goes on."""
 
-    def __init__(self, folder: Path, rank: int, world: int, keep: int, wait_s: float = 600) -> None:
-        """Write under `folder`, keep the latest `keep`; rank 0 waits `wait_s` seconds for the others' parts."""
+    def __init__(
+        self, folder: Path, rank: int, world: int, keep: int, keep_best: bool = False, wait_s: float = 600
+    ) -> None:
+        """Write under `folder`, keep the latest `keep` (and the best); rank 0 waits `wait_s` seconds for the others' parts."""
         self.folder, self.rank, self.world, self.keep, self.wait_s = folder, rank, world, keep, wait_s
+        self.keep_best = keep_best
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -137,7 +140,10 @@ class CheckpointWriter:
             target / MANIFEST,
             {"format": 1, "state": asdict(state), "about": about, "shapes": shapes, "files": files},
         )
+        best = step_folder(self.folder, state.best_step) if self.keep_best else None
         for old in step_folders(self.folder)[self.keep :]:
+            if old == best:
+                continue
             (old / MANIFEST).unlink()  # first, so that no half of it looks whole
             shutil.rmtree(old)
 

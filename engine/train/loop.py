@@ -44,6 +44,12 @@ class Run:
     saved_step: int = -1
     skipped_in_a_row: int = 0  # steps, up to the last one, whose gradient was not finite
 
+    def ended(self) -> bool:
+        """Whether no step is left to take."""
+        train = self.config.train
+        tired = train.patience is not None and self.state.stale >= train.patience
+        return tired or self.state.step >= train.max_steps
+
     def save(self) -> None:
         """Begin to write a checkpoint of this moment, unless there is one."""
         if self.saved_step != self.state.step:
@@ -52,15 +58,19 @@ class Run:
 
 
 def fit(run: Run) -> None:
-    """Train from the run's state to its last step."""
+    """Train from the run's state to its last step, or until train.patience is at its end."""
     train = run.config.train
     run.model.train()
-    while run.state.step < train.max_steps:
+    while not run.ended():
         metrics = train_step(run)
-        step, last = run.state.step, run.state.step == train.max_steps
-        if last or (train.evaluate_every and step % train.evaluate_every == 0):
-            metrics |= {f"validation_{name}": value for name, value in validate(run).items()}
-        if last or step % train.checkpoint_every == 0:
+        step = run.state.step
+        if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
+            found = validate(run)
+            metrics |= {f"validation_{name}": value for name, value in found.items()}
+            if run.objective.metric in found:
+                run.state = run.state.judged(found[run.objective.metric], run.objective.mode)
+        best = train.keep_best and run.state.best_step == step
+        if best or run.ended() or step % train.checkpoint_every == 0:
             run.save()
         run.log(metrics)
     run.writer.finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.data.order import add_hashes
 
@@ -15,6 +15,9 @@ class TrainState:
     samples: int = 0  # samples seen
     tokens: int = 0  # tokens seen, padding left out
     skipped: int = 0  # of these steps, how many left the weights as they were: their gradient was not finite
+    best: float | None = None  # the best value so far of the objective's metric on the validation split
+    best_step: int = 0  # the step that had it
+    stale: int = 0  # validations since then
     samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
 
     @property
@@ -24,10 +27,17 @@ class TrainState:
 
     def after(self, samples: int, tokens: int, ids_hash: int, skipped: bool = False) -> TrainState:
         """Return the state one step on."""
-        return TrainState(
+        return replace(
+            self,
             step=self.step + 1,
             samples=self.samples + samples,
             tokens=self.tokens + tokens,
             skipped=self.skipped + skipped,
             samples_hash=add_hashes([self.samples_hash, ids_hash]),
         )
+
+    def judged(self, value: float, mode: str) -> TrainState:
+        """Return the state after a validation that gave `value`, of which the `mode` ("min" or "max") is best."""
+        if self.best is None or (value < self.best if mode == "min" else value > self.best):
+            return replace(self, best=value, best_step=self.step, stale=0)
+        return replace(self, stale=self.stale + 1)

@@ -103,7 +103,9 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         samples=samples,
         validation=objective.samples(Split.open(job.data, "validation")) if "validation" in manifest.splits else None,
         order=order,
-        writer=CheckpointWriter(folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints),
+        writer=CheckpointWriter(
+            folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints, config.train.keep_best
+        ),
         about={"config": fingerprint(config), "data": manifest.hash},
         log=heard,
         flops_per_token=flops,
@@ -117,7 +119,9 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         if log:
             log.close()
     if group.rank == 0 and last:
-        export(job, objective, step_folder(folder.checkpoints, config.train.max_steps), dtype, last)
+        chosen = run.state.best_step if config.train.keep_best and run.state.best_step else run.state.step
+        line = next(line for line in folder.metrics() if line["step"] == chosen)
+        export(job, objective, step_folder(folder.checkpoints, chosen), dtype, line)
     group.barrier()
     return last
 
@@ -168,8 +172,8 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
         parameter.copy_(weights[name])
 
 
-def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, last: Metrics) -> None:
-    """Write the run's bundle from its last checkpoint, whatever layout wrote that."""
+def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics) -> None:
+    """Write the run's bundle from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     model = make_model(job, objective)
@@ -186,8 +190,8 @@ def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype,
         parent=Bundle.open(job.start).hash if job.start else None,
         data={"folder": str(job.data), "hash": manifest.hash},
         config_hash=fingerprint(job.config),
-        run={"name": job.config.name, "step": last["step"], "samples_hash": last["samples_hash"]},
-        evaluation={name: value for name, value in last.items() if name.startswith("validation_")},
+        run={"name": job.config.name, "step": line["step"], "samples_hash": line["samples_hash"]},
+        evaluation={name: value for name, value in line.items() if name.startswith("validation_")},
         dtype=dtype,
     )
 
