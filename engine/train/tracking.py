@@ -36,7 +36,8 @@ class TrackedRun:
             tags["mlflow.parentRunId"] = parent
         self.id: str = self.client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
         values = [Param(key, str(value)[:500]) for key, value in identity(config).items()]
-        self.client.log_batch(self.id, params=values[:100])
+        for first in range(0, len(values), 100):  # MLflow's limit a batch
+            self.client.log_batch(self.id, params=values[first : first + 100])
 
     def log(self, lines: Sequence[dict[str, Any]], timestamp_ms: int) -> None:
         """Log the numbers of some steps."""
