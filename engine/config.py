@@ -221,6 +221,21 @@ class EvaluateConfig(Frozen):
 
 
 @dataclass
+class PlanConfig(Frozen):
+    """What `manta plan` assumes; nothing of a run depends on it."""
+
+    device: str = option(
+        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/plan/devices.py)",
+        choices=("here", "v100_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"),
+    )  # fmt: skip
+    mfu: float = option(0.4, "share of the device's matrix-product rate that a step reaches", above=0, most=1)
+    tokens: Optional[float] = option(
+        None, "tokens to train on in all, for days and cost; None: those of max_steps", above=0
+    )
+    price: Optional[float] = option(None, "of a device for an hour, for the cost", least=0)
+
+
+@dataclass
 class ServeConfig(Frozen):
     """The endpoint."""
 
@@ -296,6 +311,7 @@ class Config(Frozen):
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -333,7 +349,7 @@ class Config(Frozen):
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate",
+    "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",

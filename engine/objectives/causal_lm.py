@@ -23,6 +23,7 @@ class Objective(contract.Objective):
     auto_class = "AutoModelForCausalLM"
     metric = "loss"
     mode = "min"
+    over_vocabulary = True
 
     def samples(self, split: Split) -> Blocks:
         """Cut the split's stream into blocks."""

@@ -66,6 +66,7 @@ class Objective(ABC):
     auto_class: ClassVar[str]  # the transformers Auto class that loads its models
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
+    over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
 
     def __init__(
         self, options: ObjectiveConfig, tokenizer: Any, sequence_length: int, labels: Sequence[str] = ()

@@ -27,6 +27,7 @@ class Objective(contract.Objective):
     auto_class = "AutoModelForMaskedLM"
     metric = "loss"
     mode = "min"
+    over_vocabulary = True
 
     def model_options(self) -> dict[str, Any]:
         """Ask nothing of the model, but a mask token of the tokenizer."""

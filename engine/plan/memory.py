@@ -12,10 +12,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.config import Config
+from engine.objectives.contract import objective_class
 
 MOMENTS = 8  # bytes a parameter: AdamW's two, in fp32
 MASTER = 4  # bytes a parameter: fp32 weights beside the model's own
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
+LIVE = 1_000_000_000  # parameters that stage 3 holds whole at a time: DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,15 @@ def memory(config: Config, shape: Any, parameters: int, trained: int, stage: int
     kept = (
         tokens * width * shape.hidden_size * layers + block if config.train.activation_checkpointing else block * layers
     )
-    causal = config.objective.name == "causal_lm"
+    logits = tokens * shape.vocab_size if objective_class(config.objective.name).over_vocabulary else 0
     return MemoryPlan(
         weights=0 if weights_away else weights,
         gradients=trained * width / (workers if stage >= 2 else 1),
         optimizer=0 if optimizer_away else optimizer,
         activations=kept,
-        logits=tokens * shape.vocab_size * (width + 4 + 4) if causal else 0,  # the model's, an fp32 copy, its gradient
-        buffers=min(REDUCE_BUCKET, trained) * width if stage >= 1 else 0,
+        logits=logits * (width + 4 + 4),  # the model's, an fp32 copy, its gradient
+        buffers=(min(REDUCE_BUCKET, trained) if stage >= 1 else 0) * width
+        + (min(LIVE, parameters) if stage == 3 else 0) * width,
         host=(weights if weights_away else 0) + (optimizer if optimizer_away else 0),
     )
 

@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from rich import box
 from rich.table import Table
 
-from engine.config import Config
+from engine.config import Config, replace
 from engine.errors import UserError
 from engine.models.build import freeze_layers, transformers_config
 from engine.models.size import flops_per_token, parameter_count
 from engine.objectives.contract import objective_class
+from engine.plan.devices import DEVICES, RESERVED
 from engine.plan.memory import MemoryPlan, memory
 from engine.progress import console
 from engine.train.hardware import matmul_peak, precision
 
-ASSUMED_MFU = 0.4  # share of the matrix-product peak that a training step reaches
+RECOMPUTED = 4 / 3  # work of a step with activation checkpointing: the forward pass twice (Korthikanti et al. 2022)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job needs. All of it is computed, but for `peak_flops`, which is measured."""
+    """What a job needs. All of it is computed, but for `peak_flops` of plan.device=here, which is measured."""
 
+    shape: Any  # the transformers config
     parameters: int
     trained: int  # parameters that aren't frozen
     flops_per_token: float  # forward + backward
     tokens_per_step: int
     precision: str
     stages: dict[int, MemoryPlan]  # by ZeRO stage: one worker's
-    peak_flops: float  # FLOP/s of a matrix product on this machine
-    step_s: float  # seconds, at ASSUMED_MFU of that peak
-    total_s: float  # seconds of train.max_steps
+    peak_flops: float  # FLOP/s of a matrix product on a worker's device
+    device_bytes: float  # memory of a worker's device that a job can use
+    layout: Config | None  # the config with the fastest layout that fits, None where none does
+    step_s: float  # seconds, at plan.mfu of that peak
+    total_s: float  # seconds of plan.tokens, or of train.max_steps
     checkpoint_bytes: int
+
+    @property
+    def fits(self) -> MemoryPlan | None:
+        """The memory of a worker in that layout."""
+        return None if self.layout is None else self.need(self.layout)
+
+    def need(self, layout: Config) -> MemoryPlan:
+        """Return the memory of a worker in a layout."""
+        return memory(layout, self.shape, self.parameters, self.trained, layout.zero.stage, self.precision)
 
 
 def plan(config: Config) -> Plan:
@@ -54,15 +69,17 @@ def plan(config: Config) -> Plan:
     with torch.device("meta"):
         model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(shape)
     freeze_layers(model, config.objective.frozen_layers)
-    parameters, kind = parameter_count(model), precision(config.train)
+    parameters, kind = parameter_count(model), precision(config.train) if config.plan.device == "here" else "bf16"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = matmul_peak(device, torch.bfloat16 if kind == "bf16" else torch.float32)
-    together = config.train.workers if device.type == "cuda" else 1  # CPU workers share the cores that were measured
-    flops = flops_per_token(model, shape, config.data.sequence_length)
+    peak, room, devices = device_of(config, kind)
     tokens = config.train.global_batch * config.data.sequence_length
-    step_s = tokens * flops / (ASSUMED_MFU * peak * together)
+    layout = fastest_layout(config, lambda c: memory(c, shape, parameters, trained, c.zero.stage, kind).total <= room)
+    again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
+    flops = flops_per_token(model, shape, config.data.sequence_length)
+    step_s = tokens * flops * again / (config.plan.mfu * peak * devices)
+    steps = config.plan.tokens / tokens if config.plan.tokens else config.train.max_steps
     return Plan(
+        shape=shape,
         parameters=parameters,
         trained=trained,
         flops_per_token=flops,
@@ -70,10 +87,41 @@ def plan(config: Config) -> Plan:
         precision=kind,
         stages={stage: memory(config, shape, parameters, trained, stage, kind) for stage in range(4)},
         peak_flops=peak,
+        device_bytes=room,
+        layout=layout,
         step_s=step_s,
-        total_s=step_s * config.train.max_steps,
+        total_s=step_s * steps,
         checkpoint_bytes=4 * parameters + 8 * trained,
     )
+
+
+def device_of(config: Config, kind: str) -> tuple[float, float, int]:
+    """Return a device's FLOP/s and usable bytes, and how many devices the workers are."""
+    if config.plan.device != "here":
+        device = DEVICES[config.plan.device]
+        return device.flops, device.bytes * (1 - RESERVED), config.train.workers
+    cuda = torch.cuda.is_available()
+    peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if kind == "bf16" else torch.float32)
+    if cuda:
+        return peak, torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED), config.train.workers
+    return peak, psutil.virtual_memory().total / config.train.workers, 1  # the workers share the cores and the memory
+
+
+def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | None:
+    """Return the config with the first layout that fits, those with less traffic and less work first.
+
+    The stages in turn (1 and 2 send what 0 sends, 3 sends half as much again), then with activations computed again,
+    then with the optimizer in main memory.
+    """
+    for checkpointing, offload in ((False, "none"), (True, "none"), (True, "cpu")):
+        for stage in range(4):
+            layout = replace(
+                config, zero__stage=stage, train__activation_checkpointing=checkpointing,
+                zero__offload_optimizer=offload if stage else "none", zero__offload_param="none",
+            )  # fmt: skip
+            if fits(layout):
+                return layout
+    return None
 
 
 def model_shape(config: Config) -> Any:
@@ -119,11 +167,31 @@ def plan_and_show(config: Config) -> None:
         mark = "*" if stage == config.zero.stage else " "
         table.add_row(f"{stage}{mark}", *(f"{getattr(need, kind) / scale:,.2f}" for kind in kinds))
     console.print(table)
+    room = f"{size(found.device_bytes)} of {'this machine' if config.plan.device == 'here' else config.plan.device}"
+    if found.layout is None or found.fits is None:
+        console.print(f"fits        no layout, in {room}: use more train.workers or a smaller train.micro_batch")
+    else:
+        console.print(f"fits        {describe(found.layout)}: {size(found.fits.total)} in {room} (computed)")
+    source = "the measured matmul peak" if config.plan.device == "here" else f"the datasheet of {config.plan.device}"
+    budget = f"{config.plan.tokens:,.0f} tokens" if config.plan.tokens else f"{config.train.max_steps:,} steps"
     console.print(
-        f"step time   {duration(found.step_s)}, {config.train.max_steps:,} steps {duration(found.total_s)} (computed from the "
-        f"measured matmul peak, {found.peak_flops / 1e9:,.0f} GFLOP/s, at an assumed MFU of {100 * ASSUMED_MFU:.0f} %)"
+        f"step time   {duration(found.step_s)}, {budget} {duration(found.total_s)} (computed from {source}, "
+        f"{found.peak_flops / 1e12:,.2f} TFLOP/s a device, at an assumed MFU of {100 * config.plan.mfu:.0f} %)"
     )
+    if config.plan.price is not None:
+        hours = found.total_s / 3600 * config.train.workers
+        console.print(f"cost        {hours * config.plan.price:,.0f} for {hours:,.0f} device-hours (computed)")
     console.print(f"checkpoint  {size(found.checkpoint_bytes)} (computed: fp32 weights and two moments)")
+
+
+def describe(layout: Config) -> str:
+    """Name a layout by the options that give it."""
+    words = [f"zero.stage={layout.zero.stage}"]
+    if layout.train.activation_checkpointing:
+        words.append("train.activation_checkpointing=true")
+    if layout.zero.offload_optimizer != "none":
+        words.append(f"zero.offload_optimizer={layout.zero.offload_optimizer}")
+    return " ".join(words)
 
 
 def size(count: float) -> str:

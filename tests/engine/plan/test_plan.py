@@ -11,7 +11,7 @@ import transformers
 from engine.config import Config, replace
 from engine.errors import UserError
 from engine.plan.memory import block_widths, memory
-from engine.plan.plan import plan, plan_and_show
+from engine.plan.plan import describe, plan, plan_and_show
 from jobs.entry import compose
 from tests.engine.train.ranks import on_ranks
 
@@ -61,6 +61,37 @@ def test_frozen_layers_have_no_gradients() -> None:
     assert found.trained == P - 4096 * 256 - 2 * block
     assert found.stages[0].gradients == 4 * found.trained
     assert found.checkpoint_bytes == 4 * P + 8 * found.trained
+
+
+NAMED = [  # published: 124 M, 1.5 B, 335 M, 176,247,271,424 (the model card's figure), 175 B, 178 B
+    ("model=gpt2_124m model.vocab_size=50257", 124_439_808),
+    ("model=gpt2_1.5b model.vocab_size=50257", 1_557_611_200),
+    ("model=bert_large objective=masked_lm model.vocab_size=30522", 335_174_458),
+    ("model=bloom_176b", 176_247_271_424),
+    ("model=gpt3_175b", 174_604_259_328),
+    ("model=jurassic1_178b", 177_866_855_424),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parameters"), NAMED)
+def test_named_models_have_their_published_size(overrides: str, parameters: int) -> None:
+    assert plan(of(*overrides.split(), "plan.device=a100_80gb")).parameters == parameters
+
+
+def test_the_fastest_layout_that_fits() -> None:
+    big = ["model=bloom_176b", "data.sequence_length=2048", "train.global_batch=2048", "train.micro_batch=1"]
+    found = plan(of(*big, "plan.device=a100_80gb", "plan.tokens=3.66e11", "plan.mfu=0.45", "train.workers=384"))
+    assert found.layout is not None
+    assert describe(found.layout) == "zero.stage=3 train.activation_checkpointing=true"
+    assert found.fits is not None
+    assert found.fits.total < found.device_bytes == pytest.approx(80e9 * 0.92)
+    step_s = 2048 * 2048 * found.flops_per_token * 4 / 3 / (0.45 * 312e12 * 384)
+    assert found.step_s == pytest.approx(step_s)
+    assert found.total_s == pytest.approx(step_s * 3.66e11 / 2048**2)
+    assert plan(of(*big, "plan.device=a100_80gb", "train.workers=8")).layout is None
+    small = plan(of("model=llama_5m", "plan.device=a100_80gb", "train.workers=8"))
+    assert small.layout is not None
+    assert describe(small.layout) == "zero.stage=0"
 
 
 def test_a_long_sequence_is_refused() -> None:
