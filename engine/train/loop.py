@@ -66,6 +66,10 @@ def fit(run: Run) -> None:
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
             found = validate(run)
+            if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
+                raise UserError(
+                    f"the validation {wrong[0]} is {found[wrong[0]]} at step {step}: use a lower optim.lr than {run.config.optim.lr:g}"
+                )
             metrics |= {f"validation_{name}": value for name, value in found.items()}
             if run.objective.metric in found:
                 run.state = run.state.judged(found[run.objective.metric], run.objective.mode)

@@ -17,7 +17,9 @@ from engine.train.launch import train, worker_resources
 from engine.train.run_folder import RunFolder
 from engine.train.worker import Job, local_group, work
 
-LONG = {"train.max_steps": 60, "train.checkpoint_every": 5}
+LONG = {  # a rate at which rounding, which differs between layouts, does not grow to 1e-5 in so many steps
+    "train.max_steps": 60, "train.checkpoint_every": 5, "optim.lr": 2e-3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,9 @@ def test_a_loss_that_is_no_number_ends_in_one_sentence_without_restarts(ray: Non
     config = with_values(
         tiny, {"name": "nan", "train.cpus_per_worker": 1.0, "optim.lr": 1e30, "optim.clip": 0.0, "zero.stage": 0}
     )
-    with pytest.raises(UserError, match=r"the loss is .* at step \d+: use a lower optim.lr than 1e\+30"):
+    with pytest.raises(
+        UserError, match=r"gradient norm .* at step 5, the 4th such step in a row: use a lower optim.lr than 1e\+30"
+    ):
         train(config)
     status = RunFolder(config.run_dir).status()
     assert status is not None
