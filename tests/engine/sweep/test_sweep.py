@@ -91,7 +91,7 @@ def test_a_trial_that_fails_fails_alone(ray: None, tiny_functions: Config) -> No
     config = with_values(
         tiny_functions,
         {"name": "part", "sweep.space": {"optim.lr": {"grid": [1e-3, 1e30]}}, "sweep.trials": 1, "sweep.scheduler": "none",
-         "optim.clip": 0.0, "train.max_steps": 4, "job": "sweep"},
+         "optim.clip": 0.0, "train.max_steps": 6, "job": "sweep"},
     )  # fmt: skip
     result = sweep(config)
     states = {trial.params["optim.lr"]: trial for trial in result.trials}

@@ -82,6 +82,7 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(
             "train.cpus_per_worker": 1.0,
             "zero.stage": 3,
             "schedule.total_steps": 60,
+            "optim.lr": LONG["optim.lr"],
             "train.max_steps": 5,
         },
     )
