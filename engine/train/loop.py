@@ -129,7 +129,7 @@ def refuse_to_go_on(run: Run, loss: float, grad_norm: float) -> None:
     if math.isfinite(grad_norm) or run.skipped_in_a_row >= allowed:
         raise UserError(
             f"the loss is {loss} and the gradient norm {grad_norm} at step {run.state.step + 1}"
-            + (f", the {allowed + 1}th such step in a row" if allowed else "")
+            + (f", after {allowed} in a row were skipped" if allowed else "")
             + f": use a lower optim.lr than {run.config.optim.lr:g}, or look at the data of these steps"
         )
 
