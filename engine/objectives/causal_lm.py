@@ -80,8 +80,14 @@ class Objective(contract.Objective):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Continue each {"prompt", "max_tokens"} greedily, alone, so that company cannot change an answer."""
-        return [self._complete(model, request) for request in requests]
+        """Continue each {"prompt", "max_tokens"} greedily, or judge each {"prompt", "continuation"} of token ids.
+
+        Each is alone, so that company cannot change an answer.
+        """
+        return [
+            self._judge(model, request) if "continuation" in request else self._complete(model, request)
+            for request in requests
+        ]
 
     def _complete(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
         prompt = self._prompt(request["prompt"], next(model.parameters()).device)
@@ -95,11 +101,19 @@ class Objective(contract.Objective):
         new = output[0, prompt.shape[1] :].tolist()
         return {"text": self.tokenizer.decode(new, skip_special_tokens=True), "tokens": new}
 
+    def _judge(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
+        """Give the log-probability, in nats, of each token of the continuation."""
+        prompt, continuation = request["prompt"], request["continuation"]
+        ids_BL = self._prompt(prompt + continuation, next(model.parameters()).device)
+        logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        found_L = logits_LV.log_softmax(1).gather(1, ids_BL[0, len(prompt) :, None])[:, 0]
+        return {"logprobs": found_L.tolist()}
+
     def _prompt(self, prompt: str | list[int], device: torch.device) -> Tensor:
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         return torch.tensor([ids or [self.tokenizer.eos_token_id]], device=device)
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
-        """Take the first tokens of three documents."""
-        starts = [split.document(i)[:12].tolist() for i in range(min(3, split.rows))]
-        return [{"prompt": ids, "max_tokens": 8} for ids in starts if ids]
+        """Take the first tokens of three documents, and what follows them."""
+        starts = [split.document(i)[:20].tolist() for i in range(min(3, split.rows))]
+        return [{"prompt": ids[:12], "continuation": ids[12:]} for ids in starts if len(ids) > 12]

@@ -108,17 +108,18 @@ class Objective(contract.Objective):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Fill the masks of each {"text"}, or {"tokens"}, alone: the likeliest token of each, in order."""
+        """Fill the masks of each {"text"}, or {"tokens"}, alone: the likeliest token of each, in order, and its log-probability in nats."""
         return [self._fill(model, request) for request in requests]
 
     def _fill(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
         ids = request["tokens"] if "tokens" in request else self.tokenizer(request["text"])["input_ids"]
         ids_BL = torch.tensor([ids], device=next(model.parameters()).device)
         masked_K = (ids_BL[0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
-        found_K = model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).logits[0, masked_K].argmax(1)
+        logits_LV = model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).logits[0].float()
+        logprobs_K, found_K = logits_LV[masked_K].log_softmax(1).max(1)
         ids_BL[0, masked_K] = found_K
         text = self.tokenizer.decode(ids_BL[0].tolist(), skip_special_tokens=True)
-        return {"text": text, "tokens": found_K.tolist()}
+        return {"text": text, "tokens": found_K.tolist(), "logprobs": logprobs_K.tolist()}
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
         """Take the first tokens of three documents and hide two of each."""
