@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # a target that isn't one, as in torch
-CHUNK_LOGITS, CHUNK_TOKENS = 2**25, 1024  # in a chunk, unless told otherwise: matrices of fewer tokens are multiplied slowly
+CHUNK_LOGITS, CHUNK_TOKENS = (
+    2**25,
+    1024,
+)  # in a chunk, unless told otherwise: matrices of fewer tokens are multiplied slowly
 
 
 def summed_cross_entropy(
