@@ -91,8 +91,10 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     state = checkpoint.state if checkpoint else TrainState(loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else None)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
     last: Metrics = {}
+    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
+        metrics |= waste
         last.update(metrics)
         if profile:
             profile(metrics)
