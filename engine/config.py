@@ -69,13 +69,27 @@ class DataConfig(Frozen):
         "auto", "source=files: auto goes by the file's ending", choices=("auto", "text", "jsonl", "parquet", "arrow")
     )
     text_column: str = option("text", "column with the text")
-    label_column: Optional[str] = option(None, "column with the label; needed by objective=classification")
+    label_column: Optional[str] = option(None, "column with the label; needed by the classifications")
+    image_column: Optional[str] = option(
+        None, "column with the image: its file's bytes, as `datasets` keeps them, or its path; None: the data are text"
+    )
+    image_size: int = option(
+        32, "side of an image as the model sees it, in pixels; a start bundle's own, where there is one", least=4
+    )
+    caption: Optional[str] = option(
+        None,
+        "caption of an image, for objective=contrastive: a text with {label} for the label and {COLUMN} for a column, "
+        "'a photo of a {label}'",
+    )
     validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
     test_fraction: float = option(0.05, "share of the files (or rows) held out for the final test", least=0, most=0.5)
     max_documents: Optional[int] = option(None, "read at most so many documents (None: all)", least=1)
     sequence_length: int = option(256, "tokens in one training sample", least=2)
     tokenizer: Optional[str] = option(None, "folder of a Hugging Face tokenizer; None trains a byte-level BPE")
     vocab_size: int = option(4096, "tokens in the vocabulary of the BPE that is trained", least=300, most=65536)
+    sentinel_tokens: int = option(
+        0, "<extra_id_N> tokens in the BPE that is trained; objective=span_corruption needs one a span", least=0
+    )
     shard_tokens: int = option(2**22, "tokens in one Arrow shard, about", least=1024)
     packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
 
@@ -84,7 +98,7 @@ class DataConfig(Frozen):
 class ModelConfig(Frozen):
     """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, ...")
+    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, ...")
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -107,12 +121,21 @@ class ModelConfig(Frozen):
 class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
-    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, masked_lm, classification")
+    name: str = option(
+        "causal_lm",
+        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive",
+    )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
     )
     mask_rate: float = option(
         0.15, "masked_lm: share of the tokens to be predicted (Devlin et al. 2019)", above=0, most=0.9
+    )
+    noise_density: float = option(
+        0.15, "span_corruption: share of the tokens to be predicted (Raffel et al. 2020)", above=0, most=0.9
+    )
+    mean_span: float = option(
+        3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
     )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
