@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from engine.config import ObjectiveConfig
+from engine.data.packing import Packing
 from engine.errors import UserError
 from engine.objectives.contract import Objective, objective_class
 
@@ -112,7 +113,7 @@ class Bundle:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def objective(self) -> Objective:
+    def objective(self, packing: Packing | None = None) -> Objective:
         """Return the task that the model was trained for; of a plain folder, what its architecture is for."""
         if self.manifest:
             options = ObjectiveConfig(**self.manifest.objective)
@@ -133,7 +134,7 @@ class Bundle:
                 )
             options, length = ObjectiveConfig(name=name), int(config.get("max_position_embeddings") or 512)
             labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
-        return objective_class(options.name)(options, self.tokenizer(), length, labels)
+        return objective_class(options.name)(options, self.tokenizer(), length, labels, packing)
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the model for inference, in its own precision or in `dtype`."""

@@ -11,23 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.packing import Blocks
+from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Scores, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, document_places, pad_rows
+
+IGNORED = -100  # a target that isn't one
 
 
 class Objective(contract.Objective):
-    """Blocks of `sequence_length` tokens out of the documents laid end to end; every token is a target once."""
+    """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
     metric = "loss"
     mode = "min"
     over_vocabulary = True
 
-    def samples(self, split: Split) -> Blocks:
-        """Cut the split's stream into blocks."""
-        return Blocks(split, self.sequence_length)
+    def samples(self, split: Split) -> Samples:
+        """Pack the split's documents."""
+        return pack(split, self.sequence_length, self.packing, overlap=1)
 
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
         """Tokenize a text, at most sequence_length + 1 tokens of it."""
@@ -35,11 +37,23 @@ class Objective(contract.Objective):
         return {"tokens": np.asarray(ids, dtype=np.int64)}
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Shift: the target of a position is the next token."""
-        tokens_BM, _ = pad_rows([sample["tokens"] for sample in samples], pad_id=-100)
+        """Shift: the target of a position is the next token, unless that begins another document of a packed sample.
+
+        To keep attention within a document, positions restart at each: transformers derives the mask from that
+        (`masking_utils.find_packed_sequence_indices`) where it is given no other mask.
+        """
+        rows = [sample["tokens"] for sample in samples]
+        tokens_BM, _ = pad_rows(rows, pad_id=IGNORED)
         inputs_BL, targets_BL = tokens_BM[:, :-1], tokens_BM[:, 1:].contiguous()
-        count = int((targets_BL >= 0).sum())
-        return Batch({"input_ids": inputs_BL.clamp(min=0)}, targets_BL, count=count, tokens=count)
+        inputs = {"input_ids": inputs_BL.clamp(min=0)}
+        if "starts" in samples[0]:
+            for i, sample in enumerate(samples):
+                targets_BL[i, torch.as_tensor(sample["starts"][1:] - 1)] = IGNORED
+            if self.packing.within_documents:
+                starts, lengths = [sample["starts"] for sample in samples], [len(row) - 1 for row in rows]
+                inputs["position_ids"], _ = document_places(starts, lengths, inputs_BL.shape[1])
+        count = int((targets_BL != IGNORED).sum())
+        return Batch(inputs, targets_BL, count=count, tokens=sum(len(row) - 1 for row in rows))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the tokens."""

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.data.order import splitmix64
-from engine.data.packing import Blocks
+from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Scores, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, document_places, pad_rows
 
 IGNORED = -100  # a target that isn't one
 
 
 class Objective(contract.Objective):
-    """Blocks of `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
+    """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
     metric = "loss"
@@ -37,9 +37,9 @@ class Objective(contract.Objective):
             )
         return {}
 
-    def samples(self, split: Split) -> Blocks:
-        """Cut the split's stream into blocks."""
-        return Blocks(split, self.sequence_length)
+    def samples(self, split: Split) -> Samples:
+        """Pack the split's documents."""
+        return pack(split, self.sequence_length, self.packing, overlap=0)
 
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
         """Tokenize a text, at most sequence_length tokens of it."""
@@ -66,11 +66,15 @@ class Objective(contract.Objective):
         return inputs_L, targets_L
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Mask each sample by its draw."""
+        """Mask each sample by its draw; where attention keeps to a document, positions restart at each."""
         pairs = [self.mask(sample["tokens"][: self.sequence_length], int(sample.get("draw", 0))) for sample in samples]
         ids_BL, mask_BL = pad_rows([inputs for inputs, _ in pairs], self.tokenizer.pad_token_id)
         targets_BL, _ = pad_rows([targets for _, targets in pairs], IGNORED)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if self.packing.within_documents and "starts" in samples[0]:
+            starts, lengths = [sample["starts"] for sample in samples], [len(inputs) for inputs, _ in pairs]
+            inputs["position_ids"], document_BL = document_places(starts, lengths, ids_BL.shape[1])
+            inputs["attention_mask"] = document_BL[:, None, :, None] == document_BL[:, None, None, :]  # B, 1, L, L
         return Batch(inputs, targets_BL, count=int((targets_BL != IGNORED).sum()), tokens=int(mask_BL.sum()))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:

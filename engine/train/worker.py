@@ -15,6 +15,7 @@ import torch.distributed as dist
 from engine.config import Config, fingerprint, from_dict, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
+from engine.data.packing import Mix, Packing
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
@@ -52,7 +53,8 @@ class Job:
         labels = Manifest.load(self.data).labels
         tokenizer = load_tokenizer(self.data / "tokenizer")
         options = self.config.objective
-        return objective_class(options.name)(options, tokenizer, self.config.data.sequence_length, labels)
+        data = self.config.data
+        return objective_class(options.name)(options, tokenizer, data.sequence_length, labels, Packing.of(data))
 
 
 def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
@@ -64,7 +66,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
-    order = Order(len(samples), config.train.global_batch, config.seed)
+    order = Order(len(samples), config.train.global_batch, config.seed, endless=isinstance(samples, Mix))
 
     # The order: resume, else start from the bundle, else initialize.
     checkpoint = find_checkpoint(folder, group)
