@@ -100,8 +100,9 @@ class DataConfig(Frozen):
     image_column: Optional[str] = option(
         None, "column with the image: its file's bytes, as `datasets` keeps them, or its path; None: the data are text"
     )
-    image_size: int = option(
-        32, "side of an image as the model sees it, in pixels; a start bundle's own, where there is one", least=4
+    image_size: int = option(32, "side of an image as the model sees it, in pixels", least=4)
+    image_processor: Optional[str] = option(
+        None, "folder of a Hugging Face image processor; None: the start bundle's, else the architecture's own for image_size"
     )
     caption: Optional[str] = option(
         None,
@@ -158,6 +159,17 @@ PER_SOURCE = (
     "test_split", "revision", "stream", "licence", "validation_fraction", "test_fraction", "max_documents", "mask",
     "min_characters", "max_characters", "quality", "language", "filter",
 )  # fmt: skip
+
+
+def data_kind(data: DataConfig) -> str:
+    """Name what these options prepare.
+
+    text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
+    captioned: images with a text each.
+    """
+    if data.image_column:
+        return "captioned" if data.caption else "images"
+    return "labelled" if data.label_column or data.source == "python_functions" else "text"
 
 
 def source_options(data: DataConfig) -> dict[str, dict[str, Any]]:
