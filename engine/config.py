@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import string
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -589,6 +590,7 @@ def check(config: Config) -> None:
             continue
         _check_range(key, f, value)
     _check_sources(config.data)
+    _check_images(config.data)
     _check_contradictions(config)
 
 
@@ -646,6 +648,36 @@ def _check_sources(data: DataConfig) -> None:
             raise UserError(
                 f"{where}source=huggingface needs the dataset's name or folder: say which with {where}path=..."
             )
+
+
+def _check_images(data: DataConfig) -> None:
+    """Check the options of images, and that a caption's parts are there."""
+    if data.image_column and (data.source != "files" or data.sources):
+        raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
+    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+        raise UserError(
+            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+        )
+    if data.image_column and data.caption:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(data.caption) if name is not None}
+        except ValueError as error:
+            raise UserError(
+                f"data.caption='{data.caption}' cannot be read ({error}): write {{label}} or {{COLUMN}}, and a brace itself twice"
+            ) from error
+        if not names or "" in names:
+            raise UserError(
+                f"data.caption='{data.caption}' is the same for every image: write {{label}} or {{COLUMN}} into it"
+            )
+        if "label" in names and not data.label_column:
+            raise UserError(
+                "data.caption names {label}: say which column has it with data.label_column=..., or name a {COLUMN}"
+            )
+    if data.sentinel_tokens and data.sentinel_tokens + 300 > data.vocab_size:
+        raise UserError(
+            f"data.sentinel_tokens {data.sentinel_tokens} leave too few of data.vocab_size {data.vocab_size} for text: "
+            f"use data.vocab_size={data.sentinel_tokens + 300} or more"
+        )
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -63,13 +63,8 @@ def pictures(
 
 
 def caption_fields(template: str | None) -> list[str]:
-    """Return the names in braces of a caption. Raises UserError where the braces don't match."""
-    try:
-        return sorted({name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None})
-    except ValueError as error:
-        raise UserError(
-            f"data.caption='{template}' cannot be read ({error}): write {{label}} or {{COLUMN}}, and a brace itself twice"
-        ) from error
+    """Return the names in braces of a caption."""
+    return sorted({name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None})
 
 
 def caption_of(row: dict[str, Any], config: DataConfig, label: str | None) -> str | None:
@@ -110,6 +105,17 @@ def pixels(image: Any, processor: Any) -> np.ndarray:
     """Cut and scale an image (Pillow) as an image processor does: uint8 [S, S, 3]."""
     found_CSS = processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
     return np.ascontiguousarray(np.asarray(found_CSS).astype(np.uint8).transpose(1, 2, 0))
+
+
+def normalized(pixels_BSSC: np.ndarray, processor: Any) -> np.ndarray:
+    """Return pixels as the model takes them, as an image processor scales and normalizes: float32 [B, 3, S, S]."""
+    found = pixels_BSSC.transpose(0, 3, 1, 2).astype(np.float32)
+    if processor.do_rescale:
+        found *= np.float32(processor.rescale_factor)
+    if processor.do_normalize:
+        found -= np.array(processor.image_mean, np.float32)[:, None, None]
+        found /= np.array(processor.image_std, np.float32)[:, None, None]
+    return np.ascontiguousarray(found)
 
 
 def png(pixels_SSC: np.ndarray) -> str:

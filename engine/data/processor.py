@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from engine.data.manifest import PROCESSOR, TOKENIZER
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 
@@ -29,6 +30,11 @@ def load_processor(folder: Path) -> Any:
         raise UserError(
             f"{folder} has no processor that transformers can load: {str(error).splitlines()[0]}"
         ) from error
+
+
+def prepared_processor(folder: Path) -> Any:
+    """Return the processor of a prepared folder."""
+    return load_processor(folder / PROCESSOR if (folder / PROCESSOR).is_dir() else folder / TOKENIZER)
 
 
 @functools.lru_cache(maxsize=4)

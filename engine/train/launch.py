@@ -18,6 +18,7 @@ from engine.data.order import Order
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.objectives.contract import check_data
 from engine.progress import Bar, console
 from engine.train import preload
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
@@ -47,6 +48,7 @@ def prepare_data(config: Config, start: Path | None = None) -> Path:
 
 def make_job(config: Config) -> Job:
     """Find the start bundle, prepare the data with its tokenizer, and check that they go together."""
+    check_data(config.objective.name, config.data)
     start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri) if config.bundle else None
     data = prepare_data(config, start)
     anywhere = with_values(
@@ -65,7 +67,7 @@ def check_job(job: Job) -> None:
     if job.start:
         from transformers import AutoConfig
 
-        positions = getattr(AutoConfig.from_pretrained(job.start), "max_position_embeddings", None)
+        positions = getattr(AutoConfig.from_pretrained(job.start).get_text_config(), "max_position_embeddings", None)
         if positions and job.config.data.sequence_length > positions:
             raise UserError(
                 f"sequence length {job.config.data.sequence_length:,} is over the {positions:,} positions of "

@@ -86,6 +86,7 @@ def train_step(run: Run) -> Metrics:
     step = run.state.step
     ids = run.order.samples(step)
     batches, seen = collate_share(run, ids, run.order.draws(step))
+    batches = run.objective.before_step(run.model, batches, run.group)  # type: ignore[arg-type]
 
     # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
     count, tokens, new_hash = run.group.sum_integers(
@@ -172,4 +173,4 @@ def validate(run: Run) -> dict[str, float]:
     run.model.train()
     # A rank without a single sample of its own (more ranks than samples) has nothing to add.
     gathered = run.group.gather(join_scores(parts) if parts else {})
-    return run.objective.summarize(join_scores(scores for scores in gathered if scores))
+    return run.objective.summarize(run.objective.complete(join_scores(scores for scores in gathered if scores)))
