@@ -229,19 +229,38 @@ class ObjectiveConfig(Frozen):
     mean_span: float = option(
         3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
     )
+    z_loss: float = option(
+        0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
+    )
+    logits_chunk: Optional[int] = option(
+        None,
+        "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
+        least=0,
+    )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
 
 @dataclass
 class OptimConfig(Frozen):
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), or Muon beside it."""
 
+    name: str = option(
+        "adamw",
+        "adamw for all, or muon for the matrices of the blocks and adamw for the rest "
+        "(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)",
+        choices=("adamw", "muon"),
+    )
     lr: float = option(1e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices only (Brown et al. 2020)", least=0)
     beta1: float = option(0.9, "decay of the first moment", least=0, most=0.9999)
     beta2: float = option(0.95, "decay of the second moment (Brown et al. 2020)", least=0, most=0.99999)
     eps: float = option(1e-8, "term added to the denominator", above=0)
+    momentum: float = option(0.95, "muon: decay of the momentum (Jordan et al. 2024)", least=0, most=0.9999)
     clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
+    groups: dict[str, Any] = option(
+        {},
+        "pattern: {lr: FACTOR of optim.lr, weight_decay: VALUE}, for parameters in whose name the pattern (a regular expression) is found; the first holds",
+    )
 
 
 @dataclass
@@ -281,15 +300,31 @@ class TrainConfig(Frozen):
         None, "cores a worker; None: the cluster's cores / workers, at least 0.5", above=0
     )
     max_steps: int = option(100, "optimizer steps in all", least=1)
-    global_batch: int = option(32, "samples in one step, over all workers", least=1)
+    global_batch: Optional[int] = option(
+        None, "samples in one step, over all workers; None: those of global_batch_tokens, else 32", least=1
+    )
+    global_batch_tokens: Optional[int] = option(
+        None, "tokens in one step, over all workers: a multiple of data.sequence_length", least=2
+    )
     micro_batch: Optional[int] = option(
-        None, "samples in one forward; None: the most that divides up to 16 a worker's share", least=1
+        None,
+        "samples in one forward of a worker; None: the most that fit its memory, tried once and remembered (on a processor 16 at most)",
+        least=1,
     )
     precision: str = option(
-        "auto", "auto: bf16 where the processor has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 where the processor has it in hardware, else fp32; fp16 (GPU) scales the loss as it goes",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the weights, kept beside them; 0: none (less in the first steps)",
+        least=0,
+        most=0.99999,
+    )
+    use_ema: bool = option(False, "validate with that average, and make the bundle of it")
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
     keep_best: bool = option(
@@ -340,7 +375,7 @@ class PlanConfig(Frozen):
     """What `manta plan` assumes; nothing of a run depends on it."""
 
     device: str = option(
-        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/plan/devices.py)",
+        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/train/devices.py)",
         choices=("here", "v100_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"),
     )  # fmt: skip
     mfu: float = option(0.4, "share of the device's matrix-product rate that a step reaches", above=0, most=1)
@@ -413,6 +448,9 @@ class Config(Frozen):
     runs_dir: str = option("runs", "where runs are kept")
     seed: int = option(0, "seeds initialization, order and sampling", least=0)
     resume: bool = option(False, "go on with the run of that name although the config has changed")
+    profile: bool = option(
+        False, "training: record three steps after a warm-up; <runs_dir>/<name>/profile gets a trace and a summary"
+    )
     bundle: Optional[str] = option(
         None,
         "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder; deploy takes several: a+b",
@@ -450,10 +488,21 @@ class Config(Frozen):
         return round(self.schedule.warmup_fraction * self.total_steps)
 
     @property
+    def global_batch(self) -> int:
+        """Samples in one step, over all workers."""
+        if self.train.global_batch_tokens is not None:
+            return self.train.global_batch_tokens // self.data.sequence_length
+        return self.train.global_batch or 32
+
+    @property
+    def share(self) -> int:
+        """Samples of a step that one worker has to work on, at most."""
+        return math.ceil(self.global_batch / self.train.workers)
+
+    @property
     def micro_batch(self) -> int:
-        """Samples in one forward of one worker: what was asked for, else the most, up to 16, of a worker's share."""
-        share = math.ceil(self.train.global_batch / self.train.workers)
-        return min(self.train.micro_batch or 16, share)
+        """Samples in one forward of one worker: what was asked for or found to fit, else up to 16, of a worker's share."""
+        return min(self.train.micro_batch or 16, self.share)
 
     @property
     def tracking_uri(self) -> str:
@@ -464,11 +513,11 @@ class Config(Frozen):
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
+    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
-    "train.keep_best", "train.patience",
+    "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
 
@@ -594,6 +643,19 @@ def check(config: Config) -> None:
     _check_contradictions(config)
 
 
+def _check_parameter_group(pattern: str, changes: Any) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"optim.groups: '{pattern}' is no regular expression ({error})") from error
+    known = ("lr", "weight_decay")
+    for key, value in changes.items() if isinstance(changes, dict) else [(str(changes), None)]:
+        if key not in known:
+            raise UserError(f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{nearest(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise UserError(f"optim.groups: {pattern}: {key}={value} is not a number of 0 or more")
+
+
 def _check_range(key: str, f: dataclasses.Field[Any], value: Any) -> None:
     choices, least, above, most = (f.metadata.get(k) for k in ("choices", "least", "above", "most"))
     for word in value if isinstance(value, list) else [value]:
@@ -694,11 +756,28 @@ def _check_contradictions(c: Config) -> None:
     train, model = c.train, c.model
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
         raise UserError(f"name='{c.name}' cannot name a folder: use letters, digits, '.', '_' and '-' only")
-    if train.micro_batch and train.micro_batch > train.global_batch:
+    if train.global_batch_tokens is not None:
+        length = c.data.sequence_length
+        if train.global_batch is not None:
+            raise UserError(
+                f"train.global_batch {train.global_batch} and train.global_batch_tokens {train.global_batch_tokens:,} "
+                "both say how large a step is: use one of them"
+            )
+        if train.global_batch_tokens % length:
+            near = max(1, round(train.global_batch_tokens / length)) * length
+            raise UserError(
+                f"train.global_batch_tokens {train.global_batch_tokens:,} is no multiple of data.sequence_length {length:,}: "
+                f"use train.global_batch_tokens={near}"
+            )
+    if train.micro_batch and train.micro_batch > c.global_batch:
         raise UserError(
-            f"train.micro_batch {train.micro_batch} is more than train.global_batch {train.global_batch}: "
-            f"use train.micro_batch={train.global_batch} or less"
+            f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
+            f"use train.micro_batch={c.global_batch} or less"
         )
+    if train.use_ema and not train.ema:
+        raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
+    for pattern, changes in c.optim.groups.items():
+        _check_parameter_group(pattern, changes)
     if train.patience and not train.evaluate_every:
         raise UserError("train.patience counts validations and there are none: say how often with train.evaluate_every")
     if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:

@@ -19,11 +19,10 @@ from engine.data.order import splitmix64
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
 from engine.models.size import Stack, attention_flops, elements, matmul_parameter_count
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
-
-IGNORED = -100  # a target that isn't one
 
 
 class Objective(contract.Objective):
@@ -130,17 +129,15 @@ class Objective(contract.Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the targets' tokens."""
-        logits_BLV = model(**batch.inputs, use_cache=False).logits
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        inputs, options = {**batch.inputs, "use_cache": False}, self.options
+        total = summed_cross_entropy(model, inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk)
         return Loss(total, batch.count)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Give each example's summed negative log-likelihood in nats and its target's tokens."""
-        logits_BLV = model(**batch.inputs, use_cache=False).logits.float()
-        nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
+        inputs = {**batch.inputs, "use_cache": False}
+        nll_BL, _ = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
         return {
             "nll": nll_BL.sum(1).double().cpu().numpy(),
             "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
