@@ -24,6 +24,7 @@ class Objective(contract.Objective):
     """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
+    architectures = ("ForCausalLM", "LMHeadModel")
     metric = "loss"
     mode = "min"
     over_vocabulary = True

@@ -24,6 +24,7 @@ class Objective(contract.Objective):
     """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
+    architectures = ("ForMaskedLM",)
     metric = "loss"
     mode = "min"
     over_vocabulary = True

@@ -18,6 +18,7 @@ from engine.data.order import Order
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.objectives.contract import check_data
 from engine.progress import Bar, console
 from engine.train import preload
 from engine.train.profile import PAGE
@@ -48,6 +49,7 @@ def prepare_data(config: Config, start: Path | None = None) -> Path:
 
 def make_job(config: Config) -> Job:
     """Find the start bundle, prepare the data with its tokenizer, and check that they go together."""
+    check_data(config.objective.name, config.data)
     start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri) if config.bundle else None
     data = prepare_data(config, start)
     anywhere = with_values(
@@ -70,7 +72,7 @@ def check_job(job: Job) -> None:
         from transformers import AutoConfig
 
         shape = AutoConfig.from_pretrained(job.start)
-        positions = getattr(shape, "max_position_embeddings", None)
+        positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
         if positions and config.data.sequence_length > positions:
             raise UserError(
                 f"sequence length {config.data.sequence_length:,} is over the {positions:,} positions of "
