@@ -172,8 +172,10 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
         parameter.copy_(weights[name])
 
 
-def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics) -> None:
-    """Write the run's bundle from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
+def export(
+    job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics, folder: Path | None = None
+) -> None:
+    """Write a bundle, the run's or at `folder`, from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     model = make_model(job, objective)
@@ -181,7 +183,7 @@ def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype,
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
-        job.config.run_dir / "bundle",
+        folder or job.config.run_dir / "bundle",
         model=model,
         tokenizer=objective.tokenizer,
         objective=objective,
