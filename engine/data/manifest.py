@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ class Manifest:
 
     name: str
     kind: str  # "text": documents end with eos_id and are packed; "labelled": rows with a label
-    sources: dict[str, Any]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line a source in that file
-    licence: str
+    sources: dict[
+        str, Any
+    ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file
+    origins: dict[str, dict[str, Any]]  # source -> {licence, files, bytes, documents, tokens, skipped, masked}
     tokenizer: str  # SHA-256 of tokenizer/tokenizer.json
     vocab_size: int
     eos_id: int
@@ -30,8 +33,7 @@ class Manifest:
     labels: list[str]  # sorted; a row's label is an index of it
     splits: dict[
         str, dict[str, Any]
-    ]  # split -> {"shards": [{file, rows, tokens, bytes, sha256}], "documents", "tokens"}
-    skipped: dict[str, int]  # reason -> documents left out
+    ]  # split -> {"shards": [{file, source, rows, tokens, bytes, sha256}], "documents", "tokens"}
     config: dict[str, Any]  # the DataConfig
     seed: int
     hash: str = field(default="")  # SHA-256 over the shards' hashes, the tokenizer's and the labels
@@ -40,10 +42,27 @@ class Manifest:
         if not self.hash:
             object.__setattr__(self, "hash", self.content_hash())
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Documents left out of all sources, by reason."""
+        return dict(sum((Counter(origin["skipped"]) for origin in self.origins.values()), Counter[str]()))
+
+    @property
+    def masked(self) -> dict[str, int]:
+        """Places masked in all sources, by kind."""
+        return dict(sum((Counter(origin["masked"]) for origin in self.origins.values()), Counter[str]()))
+
+    @property
+    def licence(self) -> str:
+        """The licences of all sources."""
+        return ", ".join(sorted({origin["licence"] for origin in self.origins.values()}))
+
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of all that a training run sees: shards, tokenizer, labels."""
         shards = {name: [shard["sha256"] for shard in split["shards"]] for name, split in sorted(self.splits.items())}
-        content = {"shards": shards, "tokenizer": self.tokenizer, "labels": self.labels}
+        content: dict[str, Any] = {"shards": shards, "tokenizer": self.tokenizer, "labels": self.labels}
+        if len(self.origins) > 1:
+            content["origins"] = [(shard["source"], shard["sha256"]) for shard in self.shards()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -73,7 +92,7 @@ class Manifest:
         return [shard for split in self.splits.values() for shard in split["shards"]]
 
     def read_sources(self, folder: Path) -> list[dict[str, Any]]:
-        """Return each input file: path, sha256, bytes, documents by split."""
+        """Return each input file: source, path, sha256, bytes, documents by split."""
         return [json.loads(line) for line in (folder / self.sources["file"]).read_text("utf-8").splitlines()]
 
 

@@ -16,6 +16,7 @@ from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
 from engine.config import Config
 from engine.data.manifest import Manifest
+from engine.data.packing import Packing
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
@@ -47,7 +48,7 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     began = time.perf_counter()
     bundle = Bundle.open(folder)
     bundle.verify()
-    objective = bundle.objective()
+    objective = bundle.objective(Packing.of(config.data))
     check_task(folder, objective, config)
     with Bar("prepare", total=100) as bar:
         data = prepare(config, folder, lambda stage, done, total: bar.update(99 * done // total if total else 0, stage))

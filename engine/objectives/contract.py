@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ObjectiveConfig
+from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
 
@@ -69,13 +70,19 @@ class Objective(ABC):
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
 
     def __init__(
-        self, options: ObjectiveConfig, tokenizer: Any, sequence_length: int, labels: Sequence[str] = ()
+        self,
+        options: ObjectiveConfig,
+        tokenizer: Any,
+        sequence_length: int,
+        labels: Sequence[str] = (),
+        packing: Packing | None = None,
     ) -> None:
-        """Take the tokenizer (transformers), the longest sample in tokens, and the names of the classes, if any."""
+        """Take the tokenizer (transformers), the longest sample in tokens, the names of the classes, if any, and the packing."""
         self.options = options
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.labels = list(labels)
+        self.packing = packing or Packing()
 
     def model_options(self) -> dict[str, Any]:
         """Return what the task asks of the transformers config (the number of labels, say)."""
@@ -149,3 +156,19 @@ def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
         ids_BL[i, : len(row)] = torch.as_tensor(row)
         mask_BL[i, : len(row)] = 1
     return ids_BL, mask_BL
+
+
+def document_places(rows: Sequence[np.ndarray], lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    """Return each place's position in its own document and that document's number in its row: int64 [B, width] both.
+
+    `rows` holds where the documents of each row begin, `lengths` how long the rows are; padding counts as a document.
+    """
+    position_BL = torch.empty((len(rows), width), dtype=torch.int64)
+    document_BL = torch.empty((len(rows), width), dtype=torch.int64)
+    for i, (starts, length) in enumerate(zip(rows, lengths, strict=True)):
+        begins = np.zeros(width, np.int64)
+        begins[[*starts[starts < width], *([length] if length < width else [])]] = 1
+        number = np.cumsum(begins) - 1
+        position_BL[i] = torch.as_tensor(np.arange(width) - np.flatnonzero(begins)[number])
+        document_BL[i] = torch.as_tensor(number)
+    return position_BL, document_BL

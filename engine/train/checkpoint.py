@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from engine.errors import UserError
 from engine.train.state import TrainState
-from engine.train.zero import Fragment
+from engine.train.zero import AVERAGE, Fragment
 
 MANIFEST = "manifest.json"
 
@@ -203,9 +203,9 @@ class Checkpoint:
         if filled != into.numel():
             raise BrokenCheckpoint(f"{self.folder} lacks {into.numel() - filled:,} elements of {kind} {name}")
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return every parameter whole, in fp32."""
-        return {name: self._whole("weight", name) for name in self.shapes}
+    def weights(self, kind: str = "weight") -> dict[str, torch.Tensor]:
+        """Return every parameter whole, in fp32; those without a tensor of the `kind` as they are."""
+        return {name: self._whole(kind if (kind, name) in self._index() else "weight", name) for name in self.shapes}
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return all that is kept of a parameter, kind -> whole tensor: its weight, and its moments if it was trained."""
@@ -225,7 +225,15 @@ class Checkpoint:
                     f"{fragment.shape} here): use another name, or the model's former options"
                 )
             for kind, tensor in fragment.tensors.items():
-                self.copy(kind, fragment.name, fragment.start, tensor)
+                if (kind, fragment.name) in self._index():
+                    self.copy(kind, fragment.name, fragment.start, tensor)
+                elif kind == AVERAGE:  # asked for since: it begins with the weights
+                    self.copy("weight", fragment.name, fragment.start, tensor)
+                else:
+                    raise UserError(
+                        f"{self.folder} was written by another optimizer (it has no {kind} of {fragment.name}): "
+                        "use another name, or the former optim.name"
+                    )
 
     def _index(self) -> dict[tuple[str, str], list[Piece]]:
         if self._pieces is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import yaml
 
 from engine.config import Config, from_dict, with_values
@@ -16,6 +15,7 @@ from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, step_folder, s
 from engine.train.run_folder import RunFolder
 from engine.train.universal import Tell, read_universal, write_universal
 from engine.train.worker import Job, export
+from engine.train.zero import DTYPES
 
 
 def convert_and_show(config: Config) -> Path:
@@ -70,7 +70,7 @@ def to_bundle(config: Config, run: RunFolder, checkpoint: Checkpoint) -> Path:
     step = checkpoint.state.step
     bare = {"step": step, "samples_hash": hash_hex(checkpoint.state.samples_hash)}
     line = next((line for line in run.metrics() if line["step"] == step), bare)
-    dtype = torch.bfloat16 if hardware.precision(own.train) == "bf16" else torch.float32
+    dtype = DTYPES[hardware.precision(own.train)]
     target = Path(config.convert.folder or run.path / f"bundle-{step:08d}")
     if target.exists():  # it would be replaced
         raise UserError(f"{target} is there already: move it away, or use another convert.folder=...")

@@ -20,6 +20,7 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.progress import Bar, console
 from engine.train import preload
+from engine.train.profile import PAGE
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
 from engine.train.worker import Job
 
@@ -61,7 +62,7 @@ def check_job(job: Job) -> None:
     """Raise UserError for a job that its data or its start bundle rules out, before a worker starts."""
     objective = job.objective()
     objective.model_options()
-    Order(len(objective.samples(Split.open(job.data, "train"))), job.config.train.global_batch, job.config.seed)
+    Order(len(objective.samples(Split.open(job.data, "train"))), job.config.global_batch, job.config.seed)
     if job.start:
         from transformers import AutoConfig
 
@@ -98,6 +99,8 @@ def train(config: Config) -> Outcome:
         run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
         raise
     run.write_status(replace(watch.status, state="finished", updated=now()))
+    if config.profile and (run.profile / PAGE).exists():
+        console.print(f"profile   {run.profile / PAGE}")
     console.print(f"bundle    {run.bundle}")
     return Outcome(run, list(run.metrics())[-1])
 

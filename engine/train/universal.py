@@ -26,12 +26,13 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, step_folder
 from engine.train.state import TrainState
-from engine.train.zero import MOMENTS, Fragment
+from engine.train.optimizer import MOMENTS
+from engine.train.zero import Fragment
 
 Tell = Callable[[int, int, str], None]  # parameters done, parameters in all, the last one's name
 LATEST = "latest_universal"
 STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-FILES = {"weight": "fp32"} | {moment: moment for moment in MOMENTS}
+FILES = {"weight": "fp32"} | {moment: moment for moment in MOMENTS[False]}  # AdamW's
 SHARD_BYTES = 2**30  # held in memory at a time while one is read
 
 

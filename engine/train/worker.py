@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, fingerprint, from_dict, to_dict
+from engine.config import Config, fingerprint, from_dict, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
+from engine.data.packing import Mix, Packing
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
@@ -25,9 +27,12 @@ from engine.train import hardware
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
 from engine.train.group import Group
 from engine.train.loop import Metrics, Run, fit
+from engine.train.meter import Meter
+from engine.train.micro_batch import fitting_micro_batch
+from engine.train.profile import Profile
 from engine.train.run_folder import MetricsLog, RunFolder
-from engine.train.state import TrainState
-from engine.train.zero import Sharded
+from engine.train.state import FIRST_LOSS_SCALE, TrainState
+from engine.train.zero import AVERAGE, DTYPES, Sharded
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Job:
         labels = Manifest.load(self.data).labels
         tokenizer = load_tokenizer(self.data / "tokenizer")
         options = self.config.objective
-        return objective_class(options.name)(options, tokenizer, self.config.data.sequence_length, labels)
+        data = self.config.data
+        return objective_class(options.name)(options, tokenizer, data.sequence_length, labels, Packing.of(data))
 
 
 def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
@@ -64,7 +70,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
-    order = Order(len(samples), config.train.global_batch, config.seed)
+    order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
     # The order: resume, else start from the bundle, else initialize.
     checkpoint = find_checkpoint(folder, group)
@@ -84,17 +90,25 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     group.barrier()
 
     state = checkpoint.state if checkpoint else TrainState()
+    if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
+        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
     last: Metrics = {}
 
     def heard(metrics: Metrics) -> None:
         last.update(metrics)
+        if profile:
+            profile(metrics)
         if log:
             log(metrics)
             if listen:
                 listen(metrics)
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
+    meter = measure(group, dtype, flops)
+    sharded.time_collectives(meter)
+    left = config.train.max_steps - state.step
+    profile = Profile(folder.profile, config.name, group, meter, left) if config.profile and left > 0 else None
     run = Run(
         config=config,
         group=group,
@@ -108,14 +122,17 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         ),
         about={"config": fingerprint(config), "data": manifest.hash},
         log=heard,
-        flops_per_token=flops,
-        peak_flops=hardware.matmul_peak(group.device, dtype) * group.world,
+        meter=meter,
         state=state,
         saved_step=state.step if checkpoint else -1,
     )
+    if config.train.micro_batch is None:
+        run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
     try:
         fit(run)
     finally:
+        if profile:
+            profile.finish()
         if log:
             log.close()
     if group.rank == 0 and last:
@@ -124,6 +141,13 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         export(job, objective, step_folder(folder.checkpoints, chosen), dtype, line)
     group.barrier()
     return last
+
+
+def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:
+    """Measure what the hardware can do, and make the run's meter of it."""
+    datasheet = hardware.datasheet_flops(group.device, dtype)
+    peak = hardware.matmul_peak(group.device, dtype) * group.world
+    return Meter(group.device, flops_per_token, peak, datasheet * group.world if datasheet else None)
 
 
 def find_checkpoint(folder: RunFolder, group: Group) -> Checkpoint | None:
@@ -161,9 +185,9 @@ def make_model(job: Job, objective: Objective) -> Any:
 
 
 @torch.no_grad()
-def fill(model: Any, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a whole fp32 model. Raises UserError where it is another model's."""
-    weights = checkpoint.weights()
+def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
+    """Copy a checkpoint's weights, or their average, into a whole fp32 model. Raises UserError where it is another model's."""
+    weights = checkpoint.weights(kind)
     for name, parameter in model.named_parameters():
         if name not in weights or weights[name].shape != parameter.shape:
             raise UserError(
@@ -179,7 +203,7 @@ def export(
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     model = make_model(job, objective)
-    fill(model, Checkpoint(checkpoint))
+    fill(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(

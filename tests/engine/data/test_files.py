@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.config import Config
-from engine.data.corpus import Document, documents
+from engine.data.corpus import Document
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
 from engine.errors import UserError
+from tests.engine.data.conftest import documents
 
 ROWS = [{"text": f"sentence number {i}", "label": i % 3} for i in range(200)]
 
