@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import string
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class DataConfig(Frozen):
         "auto", "source=files: auto goes by the file's ending", choices=("auto", "text", "jsonl", "parquet", "arrow")
     )
     text_column: str = option("text", "column with the text")
-    label_column: Optional[str] = option(None, "column with the label; needed by objective=classification")
+    label_column: Optional[str] = option(None, "column with the label; needed by the classifications")
     subset: Optional[str] = option(
         None, "source=huggingface: the dataset's configuration; None: its only or default one"
     )
@@ -95,6 +96,21 @@ class DataConfig(Frozen):
     )
     packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
     licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
+
+    # Images
+    image_column: Optional[str] = option(
+        None, "column with the image: its file's bytes, as `datasets` keeps them, or its path; None: the data are text"
+    )
+    image_size: int = option(32, "side of an image as the model sees it, in pixels", least=4)
+    image_processor: Optional[str] = option(
+        None,
+        "folder of a Hugging Face image processor; None: the start bundle's, else the architecture's own for image_size",
+    )
+    caption: Optional[str] = option(
+        None,
+        "caption of an image, for objective=contrastive: a text with {label} for the label and {COLUMN} for a column, "
+        "'a photo of a {label}'",
+    )
 
     # Which are kept
     validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
@@ -121,6 +137,9 @@ class DataConfig(Frozen):
     # How they become shards
     tokenizer: Optional[str] = option(None, "folder of a Hugging Face tokenizer; None trains a byte-level BPE")
     vocab_size: int = option(4096, "tokens in the vocabulary of the BPE that is trained", least=300, most=65536)
+    sentinel_tokens: int = option(
+        0, "<extra_id_N> tokens in the BPE that is trained; objective=span_corruption needs one a span", least=0
+    )
     shard_tokens: int = option(
         2**22, "tokens in one Arrow shard, about; also the piece of work of one process", least=1024
     )
@@ -144,6 +163,17 @@ PER_SOURCE = (
 )  # fmt: skip
 
 
+def data_kind(data: DataConfig) -> str:
+    """Name what these options prepare.
+
+    text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
+    captioned: images with a text each.
+    """
+    if data.image_column:
+        return "captioned" if data.caption else "images"
+    return "labelled" if data.label_column or data.source == "python_functions" else "text"
+
+
 def source_options(data: DataConfig) -> dict[str, dict[str, Any]]:
     """Return the options of each source by its name; where there is but one, none, by the name of its reader."""
     return {name: dict(options) for name, options in data.sources.items()} or {data.source: {}}
@@ -161,7 +191,7 @@ def source_configs(data: DataConfig) -> dict[str, DataConfig]:
 class ModelConfig(Frozen):
     """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, ...")
+    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, ...")
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -184,26 +214,54 @@ class ModelConfig(Frozen):
 class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
-    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, masked_lm, classification")
+    name: str = option(
+        "causal_lm",
+        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive",
+    )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
     )
     mask_rate: float = option(
         0.15, "masked_lm: share of the tokens to be predicted (Devlin et al. 2019)", above=0, most=0.9
     )
+    noise_density: float = option(
+        0.15, "span_corruption: share of the tokens to be predicted (Raffel et al. 2020)", above=0, most=0.9
+    )
+    mean_span: float = option(
+        3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
+    )
+    z_loss: float = option(
+        0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
+    )
+    logits_chunk: Optional[int] = option(
+        None,
+        "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
+        least=0,
+    )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
 
 @dataclass
 class OptimConfig(Frozen):
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), or Muon beside it."""
 
+    name: str = option(
+        "adamw",
+        "adamw for all, or muon for the matrices of the blocks and adamw for the rest "
+        "(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)",
+        choices=("adamw", "muon"),
+    )
     lr: float = option(1e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices only (Brown et al. 2020)", least=0)
     beta1: float = option(0.9, "decay of the first moment", least=0, most=0.9999)
     beta2: float = option(0.95, "decay of the second moment (Brown et al. 2020)", least=0, most=0.99999)
     eps: float = option(1e-8, "term added to the denominator", above=0)
+    momentum: float = option(0.95, "muon: decay of the momentum (Jordan et al. 2024)", least=0, most=0.9999)
     clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
+    groups: dict[str, Any] = option(
+        {},
+        "pattern: {lr: FACTOR of optim.lr, weight_decay: VALUE}, for parameters in whose name the pattern (a regular expression) is found; the first holds",
+    )
 
 
 @dataclass
@@ -243,15 +301,31 @@ class TrainConfig(Frozen):
         None, "cores a worker; None: the cluster's cores / workers, at least 0.5", above=0
     )
     max_steps: int = option(100, "optimizer steps in all", least=1)
-    global_batch: int = option(32, "samples in one step, over all workers", least=1)
+    global_batch: Optional[int] = option(
+        None, "samples in one step, over all workers; None: those of global_batch_tokens, else 32", least=1
+    )
+    global_batch_tokens: Optional[int] = option(
+        None, "tokens in one step, over all workers: a multiple of data.sequence_length", least=2
+    )
     micro_batch: Optional[int] = option(
-        None, "samples in one forward; None: the most that divides up to 16 a worker's share", least=1
+        None,
+        "samples in one forward of a worker; None: the most that fit its memory, tried once and remembered (on a processor 16 at most)",
+        least=1,
     )
     precision: str = option(
-        "auto", "auto: bf16 where the processor has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 where the processor has it in hardware, else fp32; fp16 (GPU) scales the loss as it goes",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the weights, kept beside them; 0: none (less in the first steps)",
+        least=0,
+        most=0.99999,
+    )
+    use_ema: bool = option(False, "validate with that average, and make the bundle of it")
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
     keep_best: bool = option(
@@ -302,7 +376,7 @@ class PlanConfig(Frozen):
     """What `manta plan` assumes; nothing of a run depends on it."""
 
     device: str = option(
-        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/plan/devices.py)",
+        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/train/devices.py)",
         choices=("here", "v100_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"),
     )  # fmt: skip
     mfu: float = option(0.4, "share of the device's matrix-product rate that a step reaches", above=0, most=1)
@@ -310,6 +384,22 @@ class PlanConfig(Frozen):
         None, "tokens to train on in all, for days and cost; None: those of max_steps", above=0
     )
     price: Optional[float] = option(None, "of a device for an hour, for the cost", least=0)
+
+
+@dataclass
+class ConvertConfig(Frozen):
+    """From a run's checkpoint to other formats, and back."""
+
+    to: str = option(
+        "bundle",
+        "bundle: a Hugging Face folder; universal: DeepSpeed's universal checkpoint; "
+        "checkpoint: a universal checkpoint becomes that of the run `name`, which then goes on from it",
+        choices=("bundle", "universal", "checkpoint"),
+    )
+    step: Optional[int] = option(None, "the run's checkpoint after so many steps; None: the latest", least=1)
+    folder: Optional[str] = option(
+        None, "folder to write, or of to=checkpoint to read; None: <run>/bundle-STEP or <run>/universal"
+    )
 
 
 @dataclass
@@ -375,6 +465,9 @@ class Config(Frozen):
     runs_dir: str = option("runs", "where runs are kept")
     seed: int = option(0, "seeds initialization, order and sampling", least=0)
     resume: bool = option(False, "go on with the run of that name although the config has changed")
+    profile: bool = option(
+        False, "training: record three steps after a warm-up; <runs_dir>/<name>/profile gets a trace and a summary"
+    )
     bundle: Optional[str] = option(
         None,
         "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder; deploy takes several: a+b",
@@ -389,6 +482,7 @@ class Config(Frozen):
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -412,10 +506,21 @@ class Config(Frozen):
         return round(self.schedule.warmup_fraction * self.total_steps)
 
     @property
+    def global_batch(self) -> int:
+        """Samples in one step, over all workers."""
+        if self.train.global_batch_tokens is not None:
+            return self.train.global_batch_tokens // self.data.sequence_length
+        return self.train.global_batch or 32
+
+    @property
+    def share(self) -> int:
+        """Samples of a step that one worker has to work on, at most."""
+        return math.ceil(self.global_batch / self.train.workers)
+
+    @property
     def micro_batch(self) -> int:
-        """Samples in one forward of one worker: what was asked for, else the most, up to 16, of a worker's share."""
-        share = math.ceil(self.train.global_batch / self.train.workers)
-        return min(self.train.micro_batch or 16, share)
+        """Samples in one forward of one worker: what was asked for or found to fit, else up to 16, of a worker's share."""
+        return min(self.train.micro_batch or 16, self.share)
 
     @property
     def tracking_uri(self) -> str:
@@ -426,11 +531,12 @@ class Config(Frozen):
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
+    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
+    "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
-    "train.keep_best", "train.patience",
+    "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
 
@@ -552,7 +658,21 @@ def check(config: Config) -> None:
             continue
         _check_range(key, f, value)
     _check_sources(config.data)
+    _check_images(config.data)
     _check_contradictions(config)
+
+
+def _check_parameter_group(pattern: str, changes: Any) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"optim.groups: '{pattern}' is no regular expression ({error})") from error
+    known = ("lr", "weight_decay")
+    for key, value in changes.items() if isinstance(changes, dict) else [(str(changes), None)]:
+        if key not in known:
+            raise UserError(f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{nearest(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise UserError(f"optim.groups: {pattern}: {key}={value} is not a number of 0 or more")
 
 
 def _check_range(key: str, f: dataclasses.Field[Any], value: Any) -> None:
@@ -611,6 +731,36 @@ def _check_sources(data: DataConfig) -> None:
             )
 
 
+def _check_images(data: DataConfig) -> None:
+    """Check the options of images, and that a caption's parts are there."""
+    if data.image_column and (data.source != "files" or data.sources):
+        raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
+    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+        raise UserError(
+            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+        )
+    if data.image_column and data.caption:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(data.caption) if name is not None}
+        except ValueError as error:
+            raise UserError(
+                f"data.caption='{data.caption}' cannot be read ({error}): write {{label}} or {{COLUMN}}, and a brace itself twice"
+            ) from error
+        if not names or "" in names:
+            raise UserError(
+                f"data.caption='{data.caption}' is the same for every image: write {{label}} or {{COLUMN}} into it"
+            )
+        if "label" in names and not data.label_column:
+            raise UserError(
+                "data.caption names {label}: say which column has it with data.label_column=..., or name a {COLUMN}"
+            )
+    if data.sentinel_tokens and data.sentinel_tokens + 300 > data.vocab_size:
+        raise UserError(
+            f"data.sentinel_tokens {data.sentinel_tokens} leave too few of data.vocab_size {data.vocab_size} for text: "
+            f"use data.vocab_size={data.sentinel_tokens + 300} or more"
+        )
+
+
 def _is_of(value: Any, hint: Any) -> bool:
     """Say whether a value is of a declared type, for those types that DataConfig has."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -625,11 +775,28 @@ def _check_contradictions(c: Config) -> None:
     train, model = c.train, c.model
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
         raise UserError(f"name='{c.name}' cannot name a folder: use letters, digits, '.', '_' and '-' only")
-    if train.micro_batch and train.micro_batch > train.global_batch:
+    if train.global_batch_tokens is not None:
+        length = c.data.sequence_length
+        if train.global_batch is not None:
+            raise UserError(
+                f"train.global_batch {train.global_batch} and train.global_batch_tokens {train.global_batch_tokens:,} "
+                "both say how large a step is: use one of them"
+            )
+        if train.global_batch_tokens % length:
+            near = max(1, round(train.global_batch_tokens / length)) * length
+            raise UserError(
+                f"train.global_batch_tokens {train.global_batch_tokens:,} is no multiple of data.sequence_length {length:,}: "
+                f"use train.global_batch_tokens={near}"
+            )
+    if train.micro_batch and train.micro_batch > c.global_batch:
         raise UserError(
-            f"train.micro_batch {train.micro_batch} is more than train.global_batch {train.global_batch}: "
-            f"use train.micro_batch={train.global_batch} or less"
+            f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
+            f"use train.micro_batch={c.global_batch} or less"
         )
+    if train.use_ema and not train.ema:
+        raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
+    for pattern, changes in c.optim.groups.items():
+        _check_parameter_group(pattern, changes)
     if train.patience and not train.evaluate_every:
         raise UserError("train.patience counts validations and there are none: say how often with train.evaluate_every")
     if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:
@@ -650,6 +817,12 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"model.num_attention_heads {model.num_attention_heads} is no multiple of model.num_key_value_heads "
             f"{model.num_key_value_heads}: use a divisor of {model.num_attention_heads}"
+        )
+    if c.convert.to == "checkpoint" and not c.convert.folder and c.job == "convert":
+        raise UserError("convert.to=checkpoint reads a universal checkpoint: say which with convert.folder=...")
+    if c.convert.to == "checkpoint" and c.convert.step:
+        raise UserError(
+            "convert.step chooses among a run's checkpoints, and convert.to=checkpoint makes one: leave it out"
         )
     if c.zero.offload_param != "none" and c.zero.stage != 3:
         raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")

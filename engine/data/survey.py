@@ -87,7 +87,10 @@ def survey(
     texts: list[str | None] = []
     sample = Sample(sample_characters)
     for i, document in enumerate(read(part, seed, skipped, masked)):
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        content = document.text.encode()
+        if document.image is not None:
+            content += document.image.tobytes()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         digests += digest
         splits.append(SPLITS.index(document.split))
         origins.append(number[document.source])

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.data.packing import pack
 from engine.data.shards import Split
+from engine.models.cross_entropy import summed_cross_entropy, token_scores
 from engine.models.documents import keep_apart
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
@@ -24,6 +24,7 @@ class Objective(contract.Objective):
     """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
+    architectures = ("ForCausalLM", "LMHeadModel")
     metric = "loss"
     mode = "min"
     over_vocabulary = True
@@ -54,17 +55,15 @@ class Objective(contract.Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the tokens."""
-        logits_BLV = model(**batch.inputs, use_cache=False).logits
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="sum"
-        )
+        inputs, options = {**batch.inputs, "use_cache": False}, self.options
+        total = summed_cross_entropy(model, inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk)
         return Loss(total, batch.count)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Give each example's summed negative log-likelihood in nats and its tokens."""
-        logits_BLV = model(**batch.inputs, use_cache=False).logits.float()
-        nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), batch.targets, ignore_index=-100, reduction="none")
+        inputs = {**batch.inputs, "use_cache": False}
+        nll_BL, _ = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
         return {
             "nll": nll_BL.sum(1).double().cpu().numpy(),
             "tokens": (batch.targets >= 0).sum(1).cpu().numpy(),

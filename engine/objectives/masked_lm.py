@@ -8,24 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.data.order import splitmix64
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
 from engine.models.documents import keep_apart
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
-
-IGNORED = -100  # a target that isn't one
 
 
 class Objective(contract.Objective):
     """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
+    architectures = ("ForMaskedLM",)
     metric = "loss"
     mode = "min"
     over_vocabulary = True
@@ -79,21 +78,20 @@ class Objective(contract.Objective):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the masked tokens."""
-        logits_BLV = model(**batch.inputs).logits
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        options = self.options
+        total = summed_cross_entropy(
+            model, batch.inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk
         )
         return Loss(total, batch.count)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Give each example's summed negative log-likelihood in nats, its masked tokens, and those found."""
-        logits_BLV = model(**batch.inputs).logits.float()
-        nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
+        nll_BL, found_BL = token_scores(model, batch.inputs, batch.targets, self.options.logits_chunk)
         return {
             "nll": nll_BL.sum(1).double().cpu().numpy(),
             "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
-            "found": (logits_BLV.argmax(2) == batch.targets).sum(1).cpu().numpy(),
+            "found": found_BL.sum(1).cpu().numpy(),
         }
 
     def summarize(self, scores: Scores) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A run's folder: its config, its metrics, its state, and whether this command may go on in it.
 
-runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/
+runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/  profile/
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.bundle = path / "bundle"
         self.logs = path / "logs"
+        self.profile = path / "profile"
 
     @classmethod
     def claim(cls, config: Config) -> RunFolder:
