@@ -48,7 +48,7 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     began = time.perf_counter()
     bundle = Bundle.open(folder)
     bundle.verify()
-    objective = bundle.objective(Packing.of(config.data))
+    objective = bundle.objective(Packing(config.data.packing, config.data.within_documents))  # each sample once
     check_data(objective.options.name, config.data, str(folder))
     with Bar("prepare", total=100) as bar:
         data = prepare(config, folder, lambda stage, done, total: bar.update(99 * done // total if total else 0, stage))
