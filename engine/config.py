@@ -103,7 +103,8 @@ class DataConfig(Frozen):
     )
     image_size: int = option(32, "side of an image as the model sees it, in pixels", least=4)
     image_processor: Optional[str] = option(
-        None, "folder of a Hugging Face image processor; None: the start bundle's, else the architecture's own for image_size"
+        None,
+        "folder of a Hugging Face image processor; None: the start bundle's, else the architecture's own for image_size",
     )
     caption: Optional[str] = option(
         None,

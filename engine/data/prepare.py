@@ -36,7 +36,15 @@ from engine.data.spread import connected, spread
 from engine.data.stdlib import LICENCE
 from engine.data.survey import DROPPED, Survey, choose, survey
 from engine.data.tokenizer import (
-    FILES, Encoder, Specials, close_with_eos, copy_tokenizer, fast_encoder, has_tokenizer, load_tokenizer, specials,
+    FILES,
+    Encoder,
+    Specials,
+    close_with_eos,
+    copy_tokenizer,
+    fast_encoder,
+    has_tokenizer,
+    load_tokenizer,
+    specials,
     train_bpe,
 )  # fmt: skip
 from engine.errors import UserError
@@ -141,7 +149,9 @@ def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path,
             if given and has_tokenizer(given):
                 copy_tokenizer(given, part)
             else:
-                train_bpe(sample, data.vocab_size, part, data.sentinel_tokens, closing=images or data.sentinel_tokens > 0)
+                train_bpe(
+                    sample, data.vocab_size, part, data.sentinel_tokens, closing=images or data.sentinel_tokens > 0
+                )
             if images:
                 close_with_eos(part)
             part.rename(folder / "tokenizer")
@@ -621,9 +631,7 @@ def _write_sources(folder: Path, by_file: dict[tuple[str, str], dict[str, Any]])
     return {"file": path.name, "files": len(by_file), "bytes": size, "sha256": manifests.sha256(path)}
 
 
-def _key(
-    data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], images: Any
-) -> str:
+def _key(data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], images: Any) -> str:
     """Hash all that decides the shards: format, options, seed, tokenizer, filters, and each input file's name, size and date."""
     from engine.data.filters import filter_source
 

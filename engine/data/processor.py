@@ -59,7 +59,9 @@ def new_image_processor(model_type: str, size: int) -> Any:
 
     name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("pil")
     if name is None:
-        raise UserError(f"model.type={model_type} reads no images: use model=vit_5m or clip_5m, or no data.image_column")
+        raise UserError(
+            f"model.type={model_type} reads no images: use model=vit_5m or clip_5m, or no data.image_column"
+        )
     kind = get_image_processor_class_from_name(name)
     side = {"height": size, "width": size}
     shape = side if "height" in (kind.size or {}) else {"shortest_edge": size}
@@ -91,7 +93,9 @@ def join(model_type: str, image_processor: Any, tokenizer: Any) -> Any:
 
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
-        raise UserError(f"model.type={model_type} doesn't read images with captions: use model=clip_5m, or no data.caption")
+        raise UserError(
+            f"model.type={model_type} doesn't read images with captions: use model=clip_5m, or no data.caption"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return getattr(transformers, name)(image_processor=image_processor, tokenizer=tokenizer)

@@ -13,7 +13,6 @@ import numpy as np
 from engine.data.manifest import Manifest
 from engine.errors import UserError
 
-
 IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
 
 

@@ -43,9 +43,7 @@ class Specials:
     vocab_size: int
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, folder: Path, sentinels: int = 0, closing: bool = False
-) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: int = 0, closing: bool = False) -> None:
     """Train a byte-level BPE with GPT-2's pattern and write it as a Hugging Face fast tokenizer.
 
     It has `vocab_size` tokens, or fewer where the texts have too few pairs; `<|endoftext|>` begins and ends documents,

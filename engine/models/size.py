@@ -28,7 +28,9 @@ def parameter_count(model: nn.Module) -> int:
 
 def matmul_parameter_count(model: nn.Module) -> int:
     """Count the parameters that take part in a matrix product: all but embeddings, unless these are an output's weights too."""
-    multiplied = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    multiplied = {
+        id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
     looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return sum(
         elements(p)

@@ -113,7 +113,7 @@ class Objective(ABC):
         """Return what the task asks of the transformers config (the number of labels, say)."""
         return {}
 
-    def meet(self, config: Any) -> None:
+    def meet(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
         """Take note of the model's transformers config, before the first batch; most tasks need nothing of it."""
 
     def stacks(self, config: Any) -> list[Stack]:
@@ -198,7 +198,9 @@ def check_data(task: str, data: DataConfig, whose: str = "objective") -> None:
     """Raise UserError, before anything is prepared, where data options aren't for a task; `whose` is it: a bundle's name, say."""
     wanted, given = objective_class(task).reads, data_kind(data)
     if wanted != given:
-        raise UserError(f"{whose} is for {task}, which reads {KINDS[wanted][0]}, and the data are {KINDS[given][0]}: {KINDS[wanted][1]}")
+        raise UserError(
+            f"{whose} is for {task}, which reads {KINDS[wanted][0]}, and the data are {KINDS[given][0]}: {KINDS[wanted][1]}"
+        )
 
 
 def objective_names() -> list[str]:

@@ -65,7 +65,9 @@ class Objective(contract.Objective):
         """Count the tokens of an image. Raises UserError for a model that has no two towers, or reads shorter captions."""
         images, texts = (getattr(config, name, None) for name in ("vision_config", "text_config"))
         if images is None or texts is None:
-            raise UserError(f"model.type={config.model_type} has not a tower each for images and texts: use model=clip_5m")
+            raise UserError(
+                f"model.type={config.model_type} has not a tower each for images and texts: use model=clip_5m"
+            )
         if self.sequence_length > texts.max_position_embeddings:
             raise UserError(
                 f"captions of up to data.sequence_length {self.sequence_length:,} tokens are over the model's "
@@ -112,7 +114,9 @@ class Objective(contract.Objective):
             "input_ids": ids_BL,
             "attention_mask": mask_BL,
         }
-        which_B = torch.tensor([hash(tuple(sample["tokens"].tolist())) for sample in samples])  # integers hash the same everywhere
+        which_B = torch.tensor(
+            [hash(tuple(sample["tokens"].tolist())) for sample in samples]
+        )  # integers hash the same everywhere
         return Batch(inputs, which_B, len(samples), tokens=int(mask_BL.sum()) + len(samples) * self.image_tokens)
 
     def before_step(
@@ -120,7 +124,10 @@ class Objective(contract.Objective):
     ) -> list[tuple[Batch, float]]:
         """Compare all pairs of the global batch, and give each micro-batch what concerns its own."""
         device = batches[0][0].targets.device
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout drops the same again
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):  # dropout drops the same again
             own = [embed(model, batch) for batch, _ in batches]
         marks = [torch.tensor([[weight, k]], device=device) for k, (_, weight) in enumerate(batches)]
         rows = torch.cat(
@@ -129,7 +136,9 @@ class Objective(contract.Objective):
         gathered = ranks.gather_rows(rows)
         every = torch.cat(gathered)
         first = sum(len(found) for found in gathered[: ranks.rank])
-        order = every[:, -1].argsort(stable=True)  # micro-batch by micro-batch, in each rank by rank: the global batch's
+        order = every[:, -1].argsort(
+            stable=True
+        )  # micro-batch by micro-batch, in each rank by rank: the global batch's
         order = order[every[order, -2] > 0]
         width = own[0][0].shape[1]
         image_ND, text_ND = every[order, :width], every[order, width : 2 * width]

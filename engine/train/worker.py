@@ -15,8 +15,8 @@ import torch.distributed as dist
 from engine.config import Config, fingerprint, from_dict, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
-from engine.data.processor import prepared_processor
 from engine.data.packing import Mix, Packing
+from engine.data.processor import prepared_processor
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.build import build, freeze_layers, load

@@ -10,8 +10,8 @@ from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
-from engine.data.shards import Split
 from engine.data.processor import prepared_processor
+from engine.data.shards import Split
 from engine.models.build import build
 from engine.objectives.contract import objective_class
 
