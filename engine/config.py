@@ -387,6 +387,22 @@ class PlanConfig(Frozen):
 
 
 @dataclass
+class ConvertConfig(Frozen):
+    """From a run's checkpoint to other formats, and back."""
+
+    to: str = option(
+        "bundle",
+        "bundle: a Hugging Face folder; universal: DeepSpeed's universal checkpoint; "
+        "checkpoint: a universal checkpoint becomes that of the run `name`, which then goes on from it",
+        choices=("bundle", "universal", "checkpoint"),
+    )
+    step: Optional[int] = option(None, "the run's checkpoint after so many steps; None: the latest", least=1)
+    folder: Optional[str] = option(
+        None, "folder to write, or of to=checkpoint to read; None: <run>/bundle-STEP or <run>/universal"
+    )
+
+
+@dataclass
 class ServeConfig(Frozen):
     """The endpoint."""
 
@@ -466,6 +482,7 @@ class Config(Frozen):
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -515,6 +532,7 @@ class Config(Frozen):
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
     "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
+    "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
@@ -799,6 +817,12 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"model.num_attention_heads {model.num_attention_heads} is no multiple of model.num_key_value_heads "
             f"{model.num_key_value_heads}: use a divisor of {model.num_attention_heads}"
+        )
+    if c.convert.to == "checkpoint" and not c.convert.folder and c.job == "convert":
+        raise UserError("convert.to=checkpoint reads a universal checkpoint: say which with convert.folder=...")
+    if c.convert.to == "checkpoint" and c.convert.step:
+        raise UserError(
+            "convert.step chooses among a run's checkpoints, and convert.to=checkpoint makes one: leave it out"
         )
     if c.zero.offload_param != "none" and c.zero.stage != 3:
         raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")

@@ -89,7 +89,14 @@ def _which(config: DataConfig, split: str) -> tuple[str, str | None, str, str | 
 def _pieces_of(config: DataConfig, name: str, split: str | None, size: int) -> list[Piece]:
     loaded, streamed, dated = load(*_which(config, name))
     place = "/".join(word for word in (config.path, config.subset) if word)
-    file = File(f"{place}:{name}", f"{config.subset or 'default'}:{name}", split, 0, dated, None)
+    file = File(
+        f"{place}:{name}",
+        f"{config.subset or 'default'}:{name}",
+        split,
+        0,
+        f"{dated}{' stream' if streamed else ''}",
+        None,
+    )
     if streamed:
         return [Piece(file, "huggingface", i, None, size) for i in range(loaded.num_shards)]
     rows = max(1, round(size * loaded.num_rows / max(loaded.data.nbytes, 1)))

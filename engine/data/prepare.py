@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -232,7 +233,7 @@ def _survey_all(
     for part in corpus:
         try:
             found[part.number] = Survey.from_bytes(_survey_file(folder, part).read_bytes())
-        except (OSError, ValueError):  # there is none, or it is damaged
+        except (OSError, ValueError, BadZipFile):  # there is none, or it is damaged
             pass
     done = 0
 
@@ -532,7 +533,7 @@ def _keeps_texts(part: Part) -> bool:
 
 
 def _survey_file(folder: Path, part: Part) -> Path:
-    return folder / f"survey-{part.number:05d}.arrow"
+    return folder / f"survey-{part.number:05d}.npz"
 
 
 def _part_file(folder: Path, part: Part) -> Path:

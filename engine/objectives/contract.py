@@ -233,19 +233,3 @@ def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
         ids_BL[i, : len(row)] = torch.as_tensor(row)
         mask_BL[i, : len(row)] = 1
     return ids_BL, mask_BL
-
-
-def document_places(rows: Sequence[np.ndarray], lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-    """Return each place's position in its own document and that document's number in its row: int64 [B, width] both.
-
-    `rows` holds where the documents of each row begin, `lengths` how long the rows are; padding counts as a document.
-    """
-    position_BL = torch.empty((len(rows), width), dtype=torch.int64)
-    document_BL = torch.empty((len(rows), width), dtype=torch.int64)
-    for i, (starts, length) in enumerate(zip(rows, lengths, strict=True)):
-        begins = np.zeros(width, np.int64)
-        begins[[*starts[starts < width], *([length] if length < width else [])]] = 1
-        number = np.cumsum(begins) - 1
-        position_BL[i] = torch.as_tensor(np.arange(width) - np.flatnonzero(begins)[number])
-        document_BL[i] = torch.as_tensor(number)
-    return position_BL, document_BL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -87,11 +88,15 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         checkpoint.load(sharded.fragments(group.rank, owned=False))
     group.barrier()
 
-    state = checkpoint.state if checkpoint else TrainState(loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else None)
+    state = checkpoint.state if checkpoint else TrainState()
+    if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
+        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
     last: Metrics = {}
+    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
+        metrics |= waste
         last.update(metrics)
         if profile:
             profile(metrics)
@@ -192,8 +197,10 @@ def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
         parameter.copy_(weights[name])
 
 
-def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics) -> None:
-    """Write the run's bundle from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
+def export(
+    job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics, folder: Path | None = None
+) -> None:
+    """Write a bundle, the run's or at `folder`, from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     model = make_model(job, objective)
@@ -201,7 +208,7 @@ def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype,
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
-        job.config.run_dir / "bundle",
+        folder or job.config.run_dir / "bundle",
         model=model,
         objective=objective,
         name=job.config.name,
