@@ -153,7 +153,7 @@ def main() -> None:
             steps = {name: make(job, order, precision) for name, make in makers.items()}
             print(f"\n{precision}, ZeRO 1, {torch.get_num_threads()} threads")
             found = interleave({name: (lambda step=step: timed(step, 16 * 256)) for name, step in steps.items()})
-            show(found, "tokens/s", "engine", {"bare DeepSpeed": 0.98, "hand-written PyTorch": 0.95})
+            show(found, "tokens/s", "engine", {"bare DeepSpeed": 0.98, "hand-written PyTorch": 0.95}, precision)
 
 
 if __name__ == "__main__":
