@@ -100,7 +100,11 @@ class ModelConfig(Frozen):
         most=0.9,
     )
     options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
-    attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = option(
+        "sdpa",
+        "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
 
 
 @dataclass
@@ -118,7 +122,9 @@ class ObjectiveConfig(Frozen):
         0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
     )
     logits_chunk: Optional[int] = option(
-        None, "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all", least=0
+        None,
+        "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
+        least=0,
     )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
