@@ -22,6 +22,7 @@ MAY = {
     "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware", "engine.train.devices"},
 }  # fmt: skip
 RAY = {
+    "engine/data/spread.py",
     "engine/train/launch.py",
     "engine/train/trainer.py",
     "engine/train/preload.py",

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 IGNORED = -100  # a target that isn't one, as in torch
 CACHED_LOGITS = 2**18  # on a processor, in fp32: a megabyte
-CHUNK_LOGITS, CHUNK_TOKENS = (
-    2**25,
-    1024,
-)  # in a chunk, unless told otherwise: matrices of fewer tokens are multiplied slowly
+# In a chunk, unless told otherwise: matrices of fewer tokens are multiplied slowly.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**25, 1024
 
 
 def summed_cross_entropy(
@@ -101,9 +99,8 @@ class Desk:
         self.head, self.logits_are_final = head, True
         self._give: Give | None = None
         self._given: Tensor | None = None
-        self._forward = torch.compiler.disable(
-            self._answer
-        )  # always the same function, or a compiled model starts over
+        # Always the same function, or a compiled model starts over.
+        self._forward = torch.compiler.disable(self._answer)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of the model gets a desk of its own when it is asked

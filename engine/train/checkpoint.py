@@ -205,12 +205,16 @@ class Checkpoint:
 
     def weights(self, kind: str = "weight") -> dict[str, torch.Tensor]:
         """Return every parameter whole, in fp32; those without a tensor of the `kind` as they are."""
-        full = {}
-        for name, shape in self.shapes.items():
-            flat = torch.empty(int(torch.Size(shape).numel()))
-            self.copy(kind if (kind, name) in self._index() else "weight", name, 0, flat)
-            full[name] = flat.view(shape)
-        return full
+        return {name: self._whole(kind if (kind, name) in self._index() else "weight", name) for name in self.shapes}
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Return all that is kept of a parameter, kind -> whole tensor: its weight, and its moments if it was trained."""
+        return {kind: self._whole(kind, name) for kind, of in self._index() if of == name}
+
+    def _whole(self, kind: str, name: str) -> torch.Tensor:
+        flat = torch.empty(int(torch.Size(self.shapes[name]).numel()))
+        self.copy(kind, name, 0, flat)
+        return flat.view(self.shapes[name])
 
     def load(self, fragments: Iterable[Fragment]) -> None:
         """Overwrite live fragments. Raises UserError where the model isn't the one that was saved."""

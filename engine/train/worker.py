@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,11 @@ import torch.distributed as dist
 from engine.config import Config, fingerprint, from_dict, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
+from engine.data.packing import Mix, Packing
+from engine.data.processor import prepared_processor
 from engine.data.shards import Split
-from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.models.build import build, freeze_layers, load
-from engine.models.size import flops_per_token
 from engine.objectives.contract import Objective, objective_class
 from engine.train import hardware
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
@@ -52,11 +53,11 @@ class Job:
         return cls(from_dict(tree["config"]), Path(tree["data"]), tree["start"] and Path(tree["start"]))
 
     def objective(self) -> Objective:
-        """Return the task, with the data's tokenizer and labels."""
+        """Return the task, with the data's processor and labels."""
         labels = Manifest.load(self.data).labels
-        tokenizer = load_tokenizer(self.data / "tokenizer")
-        options = self.config.objective
-        return objective_class(options.name)(options, tokenizer, self.config.data.sequence_length, labels)
+        processor, options = prepared_processor(self.data), self.config.objective
+        data = self.config.data
+        return objective_class(options.name)(options, processor, data.sequence_length, labels, Packing.of(data))
 
 
 def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
@@ -69,7 +70,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
-    order = Order(len(samples), config.global_batch, config.seed)
+    order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
     # The order: resume, else start from the bundle, else initialize.
     checkpoint = find_checkpoint(folder, group)
@@ -77,7 +78,8 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     if checkpoint:
         fill(model, checkpoint)
     freeze_layers(model, config.objective.frozen_layers)
-    flops = flops_per_token(model, model.config, config.data.sequence_length)
+    objective.meet(model.config)
+    flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if config.train.compile:
@@ -88,11 +90,15 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         checkpoint.load(sharded.fragments(group.rank, owned=False))
     group.barrier()
 
-    state = checkpoint.state if checkpoint else TrainState(loss_scale=FIRST_LOSS_SCALE if precision == "fp16" else None)
+    state = checkpoint.state if checkpoint else TrainState()
+    if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
+        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
     last: Metrics = {}
+    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
+        metrics |= waste
         last.update(metrics)
         if profile:
             profile(metrics)
@@ -102,7 +108,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
                 listen(metrics)
 
     dtype = DTYPES[precision]
-    meter = measure(group, dtype, flops)
+    meter = measure(group, dtype, flops_per_token)
     sharded.time_collectives(meter)
     left = config.train.max_steps - state.step
     profile = Profile(folder.profile, config.name, group, meter, left) if config.profile and left > 0 else None
@@ -178,7 +184,7 @@ def make_model(job: Job, objective: Objective) -> Any:
     config, options = job.config, objective.model_options()
     if job.start:
         return load(job.start, objective.auto_class, options, config.model, config.seed)
-    return build(config.model, objective.tokenizer, objective.auto_class, options, config.seed)
+    return build(config.model, objective.processor, objective.auto_class, options, config.seed)
 
 
 @torch.no_grad()
@@ -193,8 +199,10 @@ def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
         parameter.copy_(weights[name])
 
 
-def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics) -> None:
-    """Write the run's bundle from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
+def export(
+    job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics, folder: Path | None = None
+) -> None:
+    """Write a bundle, the run's or at `folder`, from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     model = make_model(job, objective)
@@ -202,9 +210,8 @@ def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype,
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
-        job.config.run_dir / "bundle",
+        folder or job.config.run_dir / "bundle",
         model=model,
-        tokenizer=objective.tokenizer,
         objective=objective,
         name=job.config.name,
         golden_requests=objective.golden_requests(Split.open(job.data, split)),

@@ -82,6 +82,8 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Built by a compiler at start-up (20 s) and used in inference only: training's collectives are torch's.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # All ranks have made equal weights; and it fails on a weight that is a single number (CLIP's temperature).
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
     return deepspeed
 
 
