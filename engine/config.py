@@ -207,7 +207,11 @@ class ModelConfig(Frozen):
         most=0.9,
     )
     options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
-    attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = option(
+        "sdpa",
+        "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
 
 
 @dataclass
