@@ -60,7 +60,11 @@ def patches(config: Any) -> int:
     """Return the patches of an image. Raises UserError for a transformers config that has none."""
     side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if not isinstance(side, int) or not isinstance(patch, int):
-        raise UserError(f"model.type={config.model_type} cuts no image into square patches: use model=vit_5m, or another of its kind")
+        raise UserError(
+            f"model.type={config.model_type} cuts no image into square patches: use model=vit_5m, or another of its kind"
+        )
     if side % patch:
-        raise UserError(f"images of {side} pixels cannot be cut into patches of {patch}: use data.image_size={side // patch * patch}")
+        raise UserError(
+            f"images of {side} pixels cannot be cut into patches of {patch}: use data.image_size={side // patch * patch}"
+        )
     return (side // patch) ** 2

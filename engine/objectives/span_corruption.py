@@ -46,7 +46,8 @@ class Objective(contract.Objective):
 
     def sentinels(self) -> list[int]:
         """Return the ids of <extra_id_0>, <extra_id_1>, ..., as many as the tokenizer has."""
-        vocabulary, found = self.tokenizer.get_vocab(), []
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        found: list[int] = []
         while (token := vocabulary.get(f"<extra_id_{len(found)}>")) is not None:
             found.append(token)
         return found
@@ -159,7 +160,10 @@ class Objective(contract.Objective):
         ids = self.tokenizer(request["text"], add_special_tokens=False)["input_ids"]
         ids_BL = torch.tensor([[*ids, self.tokenizer.eos_token_id]], device=next(model.parameters()).device)
         output = model.generate(  # type: ignore[operator]
-            ids_BL, attention_mask=torch.ones_like(ids_BL), max_new_tokens=request.get("max_tokens", 32), do_sample=False
+            ids_BL,
+            attention_mask=torch.ones_like(ids_BL),
+            max_new_tokens=request.get("max_tokens", 32),
+            do_sample=False,
         )
         found = output[0, 1:].tolist()
         sentinels = set(self.sentinels())

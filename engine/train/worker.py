@@ -29,6 +29,7 @@ from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
 from engine.train.micro_batch import fitting_micro_batch
 from engine.train.profile import Profile
+from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.zero import AVERAGE, DTYPES, Sharded
@@ -65,6 +66,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     `listen` hears rank 0's metrics of each step. The process group must be up where there are several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
+    check_machine(config)
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
