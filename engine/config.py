@@ -126,9 +126,9 @@ class DataConfig(Frozen):
     quality: bool = option(
         False, "leave out what the rules of Rae et al. 2021 (Gopher, table A1) call no English prose"
     )
-    language: Optional[str] = option(
-        None,
-        "leave out what is in none of these languages: en, or 'en,de' (ISO 639-1; pip install 'manta-train[language]')",
+    languages: list[str] = option(
+        [],
+        "leave out what is in none of these languages (ISO 639-1): [en] or [en,de]; needs pip install 'manta-train[language]'",
     )
     filter: Optional[str] = option(
         None, "your own, 'module:function': text -> True to keep it, or False or a reason to leave it out"
@@ -159,7 +159,7 @@ class DataConfig(Frozen):
 PER_SOURCE = (
     "source", "path", "validation_path", "test_path", "format", "text_column", "subset", "split", "validation_split",
     "test_split", "revision", "stream", "licence", "validation_fraction", "test_fraction", "max_documents", "mask",
-    "min_characters", "max_characters", "quality", "language", "filter",
+    "min_characters", "max_characters", "quality", "languages", "filter",
 )  # fmt: skip
 
 
@@ -745,9 +745,9 @@ def _check_images(data: DataConfig) -> None:
     """Check the options of images, and that a caption's parts are there."""
     if data.image_column and (data.source != "files" or data.sources):
         raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
-    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+    if data.image_column and (data.mask or data.filter or data.quality or data.languages):
         raise UserError(
-            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+            "data.mask, data.filter, data.quality and data.languages are for text: leave them out with data.image_column"
         )
     if data.image_column and data.caption:
         try:
