@@ -25,8 +25,8 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, step_folder
-from engine.train.state import TrainState
 from engine.train.optimizer import MOMENTS
+from engine.train.state import TrainState
 from engine.train.zero import Fragment
 
 Tell = Callable[[int, int, str], None]  # parameters done, parameters in all, the last one's name
