@@ -388,6 +388,12 @@ class PlanConfig(Frozen):
         None, "tokens to train on in all, for days and cost; None: those of max_steps", above=0
     )
     price: Optional[float] = option(None, "of a device for an hour, for the cost", least=0)
+    write_rate: Optional[float] = option(
+        None,
+        "bytes a second that a worker writes of a checkpoint; None: measured in runs_dir (device=here), else 1e9",
+        above=0,
+    )
+    json: Optional[str] = option(None, "file that gets all figures too, in bytes, seconds and FLOP/s")
 
 
 @dataclass

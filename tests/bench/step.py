@@ -199,10 +199,16 @@ def main() -> None:
             job = Job(with_values(config, {"train.precision": precision}), data)
             print(f"\n{precision}, ZeRO 1, {torch.get_num_threads()} threads")
             found = contest(job, precision, INTERPRETED)
-            show(found, "tokens/s", "engine", {"bare DeepSpeed": 1.0, "hand-written PyTorch": 1.0})
+            show(found, "tokens/s", "engine", {"bare DeepSpeed": 1.0, "hand-written PyTorch": 1.0}, precision)
         if hardware.has_bf16():
             job = Job(with_values(config, {"train.precision": "bf16"}), data)
-            show(contest(job, "bf16", COMPILED), "tokens/s", "engine, compiled", {"PyTorch, compiled": 1.0})
+            show(
+                contest(job, "bf16", COMPILED),
+                "tokens/s",
+                "engine, compiled",
+                {"PyTorch, compiled": 1.0},
+                "bf16, compiled",
+            )
             show_mfu(Job(with_values(config, THIRTY_MILLION | {"train.precision": "bf16"}), data))
 
 
