@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import string
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class DataConfig(Frozen):
         "auto", "source=files: auto goes by the file's ending", choices=("auto", "text", "jsonl", "parquet", "arrow")
     )
     text_column: str = option("text", "column with the text")
-    label_column: Optional[str] = option(None, "column with the label; needed by objective=classification")
+    label_column: Optional[str] = option(None, "column with the label; needed by the classifications")
     subset: Optional[str] = option(
         None, "source=huggingface: the dataset's configuration; None: its only or default one"
     )
@@ -95,6 +96,21 @@ class DataConfig(Frozen):
     )
     packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
     licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
+
+    # Images
+    image_column: Optional[str] = option(
+        None, "column with the image: its file's bytes, as `datasets` keeps them, or its path; None: the data are text"
+    )
+    image_size: int = option(32, "side of an image as the model sees it, in pixels", least=4)
+    image_processor: Optional[str] = option(
+        None,
+        "folder of a Hugging Face image processor; None: the start bundle's, else the architecture's own for image_size",
+    )
+    caption: Optional[str] = option(
+        None,
+        "caption of an image, for objective=contrastive: a text with {label} for the label and {COLUMN} for a column, "
+        "'a photo of a {label}'",
+    )
 
     # Which are kept
     validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
@@ -121,6 +137,9 @@ class DataConfig(Frozen):
     # How they become shards
     tokenizer: Optional[str] = option(None, "folder of a Hugging Face tokenizer; None trains a byte-level BPE")
     vocab_size: int = option(4096, "tokens in the vocabulary of the BPE that is trained", least=300, most=65536)
+    sentinel_tokens: int = option(
+        0, "<extra_id_N> tokens in the BPE that is trained; objective=span_corruption needs one a span", least=0
+    )
     shard_tokens: int = option(
         2**22, "tokens in one Arrow shard, about; also the piece of work of one process", least=1024
     )
@@ -144,6 +163,17 @@ PER_SOURCE = (
 )  # fmt: skip
 
 
+def data_kind(data: DataConfig) -> str:
+    """Name what these options prepare.
+
+    text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
+    captioned: images with a text each.
+    """
+    if data.image_column:
+        return "captioned" if data.caption else "images"
+    return "labelled" if data.label_column or data.source == "python_functions" else "text"
+
+
 def source_options(data: DataConfig) -> dict[str, dict[str, Any]]:
     """Return the options of each source by its name; where there is but one, none, by the name of its reader."""
     return {name: dict(options) for name, options in data.sources.items()} or {data.source: {}}
@@ -161,7 +191,7 @@ def source_configs(data: DataConfig) -> dict[str, DataConfig]:
 class ModelConfig(Frozen):
     """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, ...")
+    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, ...")
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -177,19 +207,32 @@ class ModelConfig(Frozen):
         most=0.9,
     )
     options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
-    attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = option(
+        "sdpa",
+        "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
 
 
 @dataclass
 class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
-    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, masked_lm, classification")
+    name: str = option(
+        "causal_lm",
+        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive",
+    )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
     )
     mask_rate: float = option(
         0.15, "masked_lm: share of the tokens to be predicted (Devlin et al. 2019)", above=0, most=0.9
+    )
+    noise_density: float = option(
+        0.15, "span_corruption: share of the tokens to be predicted (Raffel et al. 2020)", above=0, most=0.9
+    )
+    mean_span: float = option(
+        3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
     )
     z_loss: float = option(
         0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
@@ -625,6 +668,7 @@ def check(config: Config) -> None:
             continue
         _check_range(key, f, value)
     _check_sources(config.data)
+    _check_images(config.data)
     _check_contradictions(config)
 
 
@@ -695,6 +739,36 @@ def _check_sources(data: DataConfig) -> None:
             raise UserError(
                 f"{where}source=huggingface needs the dataset's name or folder: say which with {where}path=..."
             )
+
+
+def _check_images(data: DataConfig) -> None:
+    """Check the options of images, and that a caption's parts are there."""
+    if data.image_column and (data.source != "files" or data.sources):
+        raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
+    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+        raise UserError(
+            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+        )
+    if data.image_column and data.caption:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(data.caption) if name is not None}
+        except ValueError as error:
+            raise UserError(
+                f"data.caption='{data.caption}' cannot be read ({error}): write {{label}} or {{COLUMN}}, and a brace itself twice"
+            ) from error
+        if not names or "" in names:
+            raise UserError(
+                f"data.caption='{data.caption}' is the same for every image: write {{label}} or {{COLUMN}} into it"
+            )
+        if "label" in names and not data.label_column:
+            raise UserError(
+                "data.caption names {label}: say which column has it with data.label_column=..., or name a {COLUMN}"
+            )
+    if data.sentinel_tokens and data.sentinel_tokens + 300 > data.vocab_size:
+        raise UserError(
+            f"data.sentinel_tokens {data.sentinel_tokens} leave too few of data.vocab_size {data.vocab_size} for text: "
+            f"use data.vocab_size={data.sentinel_tokens + 300} or more"
+        )
 
 
 def _is_of(value: Any, hint: Any) -> bool:

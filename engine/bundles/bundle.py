@@ -19,8 +19,9 @@ from torch import nn
 
 from engine.config import ObjectiveConfig
 from engine.data.packing import Packing
+from engine.data.processor import load_processor
 from engine.errors import UserError
-from engine.objectives.contract import Objective, objective_class
+from engine.objectives.contract import Objective, objective_class, objective_for
 
 MANIFEST = "manta.json"
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a replayed (log-)probability: other kernels round otherwise
@@ -104,14 +105,13 @@ class Bundle:
         if added := sorted(set(now) - set(self.manifest.files)):
             raise UserError(f"{self.folder / added[0]} was added since the bundle was written: refused")
 
-    def tokenizer(self) -> Any:
-        """Load the tokenizer; one without a padding token pads with its end of text."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        if tokenizer.pad_token_id is None:
+    def processor(self) -> Any:
+        """Load the tokenizer, the image processor, or what holds both; a tokenizer without padding pads with its end of text."""
+        processor = load_processor(self.folder)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if getattr(tokenizer, "pad_token_id", 0) is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return processor
 
     def objective(self, packing: Packing | None = None) -> Objective:
         """Return the task that the model was trained for; of a plain folder, what its architecture is for."""
@@ -121,20 +121,15 @@ class Bundle:
         else:
             config = json.loads((self.folder / "config.json").read_text())
             architecture = next(iter(config.get("architectures") or []), "")
-            names = {
-                "ForCausalLM": "causal_lm",
-                "LMHeadModel": "causal_lm",
-                "ForMaskedLM": "masked_lm",
-                "ForSequenceClassification": "classification",
-            }
-            name = next((task for ending, task in names.items() if architecture.endswith(ending)), None)
+            name = objective_for(architecture)
             if name is None:
                 raise UserError(
                     f"{self.folder} is a {architecture or 'model without a head'}: fine-tune it first (manta finetune bundle=...)"
                 )
-            options, length = ObjectiveConfig(name=name), int(config.get("max_position_embeddings") or 512)
+            positions = (config.get("text_config") or config).get("max_position_embeddings")
+            options, length = ObjectiveConfig(name=name), int(positions or 512)
             labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
-        return objective_class(options.name)(options, self.tokenizer(), length, labels, packing)
+        return objective_class(options.name)(options, self.processor(), length, labels, packing)
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the model for inference, in its own precision or in `dtype`."""
@@ -171,7 +166,6 @@ def write_bundle(
     folder: Path,
     *,
     model: nn.Module,
-    tokenizer: Any,
     objective: Objective,
     name: str,
     golden_requests: list[dict[str, Any]],
@@ -189,7 +183,7 @@ def write_bundle(
     part.mkdir(parents=True)
     model = model.to(dtype).eval()
     model.save_pretrained(part)  # type: ignore[operator]
-    tokenizer.save_pretrained(part)
+    objective.processor.save_pretrained(part)
     golden = [
         {"request": request, "output": output}
         for request, output in zip(golden_requests, objective.predict(model, golden_requests), strict=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,12 +23,13 @@ PART_BYTES = 4  # of text for a token of data.shard_tokens
 
 @dataclass(frozen=True)
 class Document:
-    """One text, the split it belongs to, the file it came from and, for labelled data, its label."""
+    """One text, the split it belongs to, the file it came from and, for labelled data, its label; or an image."""
 
-    text: str
+    text: str  # of an image: its caption, or nothing
     split: str
     source: str
     label: str | None = None
+    image: np.ndarray | None = None  # uint8 [S, S, 3]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read(part: Part, seed: int, skipped: Counter[str], masked: Counter[str]) -> 
     for document in _reader(part.config.source).read(part, seed, skipped):
         if mask:
             document = dataclasses.replace(document, text=mask(document.text, masked))
-        if not document.text.strip():
+        if not document.text.strip() and document.image is None:
             skipped["empty"] += 1
         elif against and (reason := against(document.text)):
             skipped[reason] += 1
@@ -121,6 +122,16 @@ def hash_fraction(*parts: object) -> float:
     """Return a uniform number in [0, 1) that depends on nothing but `parts`."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def no_label(value: Any) -> bool:
+    """Say whether a column's value is no label."""
+    return value is None or value == "" or isinstance(value, (list, dict))
+
+
+def label_name(value: Any) -> str | None:
+    """Name a label that may be a number."""
+    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def split_of(key: str, seed: int, config: DataConfig) -> str:

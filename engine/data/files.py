@@ -15,7 +15,8 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from engine.config import DataConfig
-from engine.data.corpus import Document, Part, Piece, split_of
+from engine.data.corpus import Document, Part, Piece, label_name, no_label, split_of
+from engine.data.images import caption_fields, pictures
 from engine.errors import UserError, nearest
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
@@ -74,12 +75,14 @@ def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
     for piece in part.pieces:
         file = piece.file
         if piece.kind == "text":
-            rows: Iterable[tuple[str, str | None]] = ((text, None) for text in _texts(piece, counts))
+            rows: Iterable[tuple[Any, ...]] = ((text,) for text in _texts(piece, counts))
+        elif config.image_column:
+            rows = pictures(_rows(piece, config, counts), config, file, counts)
         else:
-            rows = _labelled_rows(piece, config, counts)
+            rows = labelled(_rows(piece, config, counts), config, counts)
         key = f"{file.name}:{piece.start}:" if piece.start else f"{file.name}:"
-        for number, (text, label) in enumerate(rows):
-            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), file.path, label)
+        for number, (text, *others) in enumerate(rows):
+            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), file.path, *others)
 
 
 def pieces(config: DataConfig, size: int) -> list[Piece]:
@@ -93,9 +96,9 @@ def pieces(config: DataConfig, size: int) -> list[Piece]:
     found: list[Piece] = []
     for file in given:
         kind = config.format if config.format != "auto" else _kind(file.name)
-        if kind == "text" and config.label_column:
+        if kind == "text" and (column := config.image_column or config.label_column):
             raise UserError(
-                f"{file.path} is plain text and has no column '{config.label_column}': "
+                f"{file.path} is plain text and has no column '{column}': "
                 "give labelled data as .jsonl, .parquet or .arrow (data.format says which)"
             )
         cut = kind == "text" and few[file.split] and _bare(file.name).endswith((".txt", ".md"))
@@ -111,7 +114,7 @@ def check(config: DataConfig) -> None:
     counts = Counter[str]()
     piece = pieces(config, 2**62)[0]
     if piece.kind != "text":
-        next(_labelled_rows(piece, config, counts), None)
+        next(_rows(piece, config, counts), None)
 
 
 def _ends(file: File, kind: str, cut: bool, size: int) -> list[int]:
@@ -276,11 +279,19 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(held)
 
 
-def _labelled_rows(piece: Piece, config: DataConfig, counts: Counter[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield (text, label) of each row that has them; count those that don't."""
-    wanted = [config.text_column, *([config.label_column] if config.label_column else [])]
-    rows = _json_rows(piece, wanted, counts) if piece.kind == "jsonl" else _table_rows(piece, wanted)
-    yield from labelled(rows, config, counts)
+def _rows(piece: Piece, config: DataConfig, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table with the columns that are needed."""
+    wanted = columns(config)
+    return _json_rows(piece, wanted, counts) if piece.kind == "jsonl" else _table_rows(piece, wanted)
+
+
+def columns(config: DataConfig) -> dict[str, str]:
+    """Return the columns that are read, and for each the option that names it."""
+    found = {config.label_column: "data.label_column"} if config.label_column else {}
+    if not config.image_column:
+        return {config.text_column: "data.text_column"} | found
+    of_caption = {name: "data.caption" for name in caption_fields(config.caption) if name != "label"}
+    return {config.image_column: "data.image_column"} | of_caption | found
 
 
 def labelled(
@@ -291,10 +302,10 @@ def labelled(
         text, label = row.get(config.text_column), row.get(config.label_column) if config.label_column else None
         if not isinstance(text, str) or not _encodable(text):
             counts["without text"] += 1
-        elif config.label_column and (label is None or label == "" or isinstance(label, (list, dict))):
+        elif config.label_column and no_label(label):
             counts["without a label"] += 1
         else:
-            yield text, None if label is None else f"{label:g}" if isinstance(label, float) else str(label)
+            yield text, label_name(label)
 
 
 def _encodable(text: str) -> bool:
@@ -306,7 +317,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _json_rows(piece: Piece, wanted: list[str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(piece: Piece, wanted: dict[str, str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
     good, first_bad = False, 0
     with piece.file.open() as opened:
         for number, line in enumerate(_lines(opened, piece), start=1):
@@ -331,7 +342,7 @@ def _json_rows(piece: Piece, wanted: list[str], counts: Counter[str]) -> Iterato
         )
 
 
-def _table_rows(piece: Piece, wanted: list[str]) -> Iterator[dict[str, Any]]:
+def _table_rows(piece: Piece, wanted: dict[str, str]) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -343,7 +354,7 @@ def _table_rows(piece: Piece, wanted: list[str]) -> Iterator[dict[str, Any]]:
                 table = pq.ParquetFile(opened)
                 need_columns(piece.file.path, wanted, table.schema_arrow.names)
                 groups = range(table.num_row_groups)[piece.start : piece.stop]
-                batches: Iterable[pa.RecordBatch] = table.iter_batches(4096, list(groups), wanted)
+                batches: Iterable[pa.RecordBatch] = table.iter_batches(4096, list(groups), list(wanted))
             else:
                 batches = _arrow_batches(piece, opened, wanted)
             for batch in batches:
@@ -354,7 +365,7 @@ def _table_rows(piece: Piece, wanted: list[str]) -> Iterator[dict[str, Any]]:
             ) from error
 
 
-def _arrow_batches(piece: Piece, opened: IO[bytes], wanted: list[str]) -> Iterator[Any]:
+def _arrow_batches(piece: Piece, opened: IO[bytes], wanted: dict[str, str]) -> Iterator[Any]:
     """Read both of Arrow's layouts: the IPC file, and the stream that `datasets` writes."""
     import pyarrow as pa
 
@@ -368,13 +379,13 @@ def _arrow_batches(piece: Piece, opened: IO[bytes], wanted: list[str]) -> Iterat
         stream = pa.ipc.open_stream(opened)
         batches, names = stream, stream.schema.names
     need_columns(piece.file.path, wanted, names)
-    yield from (batch.select(wanted) for batch in batches)
+    yield from (batch.select(list(wanted)) for batch in batches)
 
 
-def need_columns(place: str, wanted: list[str], there: Iterable[str]) -> None:
-    """Raise UserError for a column that isn't there."""
+def need_columns(place: str, wanted: dict[str, str], there: Iterable[str]) -> None:
+    """Raise UserError for a column that isn't there, naming the option that asks for it."""
     names = list(there)
-    for column, key in zip(wanted, ("data.text_column", "data.label_column")):
+    for column, key in wanted.items():
         if column not in names:
             hint = nearest(column, names) or f": set {key} to one of them"
             raise UserError(f"{place} has no column '{column}' ({key}), only {', '.join(names) or 'none'}{hint}")

@@ -127,7 +127,7 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise UserError("data.language needs the package py3langid: pip install 'manta-train[language]'") from error
-    return LanguageIdentifier.from_pickled_model(MODEL_FILE)
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 def own_filter(name: str) -> Rule:

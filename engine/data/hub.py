@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.config import DataConfig
 from engine.data.corpus import Document, Part, Piece, given_split, split_of
-from engine.data.files import File, labelled, need_columns
+from engine.data.files import File, columns, labelled, need_columns
 from engine.errors import UserError
 
 STREAMED_BYTES = 4 * 10**9  # of download, over which a dataset is streamed
@@ -28,7 +28,7 @@ def pieces(config: DataConfig, size: int) -> list[Piece]:
 def check(config: DataConfig) -> None:
     """Raise UserError where the dataset, its split or a column isn't there."""
     loaded, _, _ = load(*_which(config, config.split))
-    need_columns(str(config.path), _columns(config), loaded.column_names or list(next(iter(loaded), {})))
+    need_columns(str(config.path), columns(config), loaded.column_names or list(next(iter(loaded), {})))
 
 
 def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
@@ -37,8 +37,8 @@ def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
     for piece in part.pieces:
         loaded, streamed, _ = load(*_which(config, piece.file.name.rpartition(":")[2]))
         if loaded.column_names:
-            need_columns(piece.file.path, _columns(config), loaded.column_names)
-            loaded = loaded.select_columns(_columns(config))
+            need_columns(piece.file.path, columns(config), loaded.column_names)
+            loaded = loaded.select_columns(list(columns(config)))
         if streamed:
             rows = loaded.shard(num_shards=loaded.num_shards, index=piece.start)
         else:
@@ -89,7 +89,14 @@ def _which(config: DataConfig, split: str) -> tuple[str, str | None, str, str | 
 def _pieces_of(config: DataConfig, name: str, split: str | None, size: int) -> list[Piece]:
     loaded, streamed, dated = load(*_which(config, name))
     place = "/".join(word for word in (config.path, config.subset) if word)
-    file = File(f"{place}:{name}", f"{config.subset or 'default'}:{name}", split, 0, dated, None)
+    file = File(
+        f"{place}:{name}",
+        f"{config.subset or 'default'}:{name}",
+        split,
+        0,
+        f"{dated}{' stream' if streamed else ''}",
+        None,
+    )
     if streamed:
         return [Piece(file, "huggingface", i, None, size) for i in range(loaded.num_shards)]
     rows = max(1, round(size * loaded.num_rows / max(loaded.data.nbytes, 1)))
@@ -97,10 +104,6 @@ def _pieces_of(config: DataConfig, name: str, split: str | None, size: int) -> l
         Piece(file, "huggingface", start, min(start + rows, loaded.num_rows), size)
         for start in range(0, max(loaded.num_rows, 1), rows)
     ]
-
-
-def _columns(config: DataConfig) -> list[str]:
-    return [config.text_column, *([config.label_column] if config.label_column else [])]
 
 
 def _named(rows: Iterable[dict[str, Any]], config: DataConfig, features: Any) -> Iterator[dict[str, Any]]:

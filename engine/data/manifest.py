@@ -13,6 +13,7 @@ from typing import Any
 from engine.errors import UserError
 
 FILE, SOURCES = "manifest.json", "sources.jsonl"
+TOKENIZER, PROCESSOR = "tokenizer", "processor"  # folders, the one of text and the other of images
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Manifest:
     """The facts of one prepared folder, read from and written to its manifest.json."""
 
     name: str
-    kind: str  # "text": documents end with eos_id and are packed; "labelled": rows with a label
+    kind: str  # what `data_kind` of engine/config.py calls it
     sources: dict[
         str, Any
     ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file
     origins: dict[str, dict[str, Any]]  # source -> {licence, files, bytes, documents, tokens, skipped, masked}
-    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json
+    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; of images, that of the files in processor/
     vocab_size: int
     eos_id: int
     pad_id: int
@@ -36,6 +37,7 @@ class Manifest:
     ]  # split -> {"shards": [{file, source, rows, tokens, bytes, sha256}], "documents", "tokens"}
     config: dict[str, Any]  # the DataConfig
     seed: int
+    image_size: int = 0  # side of an image in pixels; 0: the data are text
     hash: str = field(default="")  # SHA-256 over the shards' hashes, the tokenizer's and the labels
 
     def __post_init__(self) -> None:
@@ -101,7 +103,15 @@ def verify(folder: Path | str) -> Manifest:
     folder = Path(folder)
     manifest = Manifest.load(folder)
     expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
-    expected |= {"tokenizer/tokenizer.json": manifest.tokenizer, SOURCES: manifest.sources["sha256"]}
+    expected |= {SOURCES: manifest.sources["sha256"]}
+    if manifest.image_size:
+        found = hash_of(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else ""
+        if found != manifest.tokenizer:
+            raise UserError(
+                f"{folder / PROCESSOR} was changed since it was prepared: delete {folder} and run `manta prepare` again"
+            )
+    else:
+        expected["tokenizer/tokenizer.json"] = manifest.tokenizer
     for name, digest in expected.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise UserError(
@@ -112,6 +122,14 @@ def verify(folder: Path | str) -> Manifest:
             f"{folder / FILE} was changed since it was prepared: delete {folder} and run `manta prepare` again"
         )
     return manifest
+
+
+def hash_of(folder: Path) -> str:
+    """Return the SHA-256 (hex) of all files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name}\x1f{sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

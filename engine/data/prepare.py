@@ -22,19 +22,32 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 
-from engine.config import Config, DataConfig, source_configs
+from engine.config import Config, DataConfig, data_kind, source_configs
 from engine.data import manifest as manifests
 from engine.data.corpus import SPLITS, Document, Part, given_split, inputs, parts, read
 from engine.data.files import File
-from engine.data.manifest import Manifest
+from engine.data.manifest import PROCESSOR, TOKENIZER, Manifest, hash_of
+from engine.data.processor import has_image_processor, join, load_image_processor, new_image_processor, side_of
 from engine.data.shards import ShardWriter
 from engine.data.spread import connected, spread
 from engine.data.stdlib import LICENCE
 from engine.data.survey import DROPPED, Survey, choose, survey
-from engine.data.tokenizer import FILES, Encoder, Specials, copy_tokenizer, fast_encoder, specials, train_bpe
+from engine.data.tokenizer import (
+    FILES,
+    Encoder,
+    Specials,
+    close_with_eos,
+    copy_tokenizer,
+    fast_encoder,
+    has_tokenizer,
+    load_tokenizer,
+    specials,
+    train_bpe,
+)  # fmt: skip
 from engine.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -42,6 +55,9 @@ Write = Callable[[str, bytes], object]  # name, content
 T = TypeVar("T")
 R = TypeVar("R")
 
+IMAGE_PROCESSOR = "image_processor"  # folder of an unfinished folder
+UNPACKED = 16  # bytes of pixels, about, for one of an image's file
+NO_TEXT = Specials(eos_id=0, pad_id=0, opening=[], closing=[], vocab_size=1)  # of images without captions
 FORMAT = 3  # raise it when the same input would give other shards
 HELD_BYTES = 2**28  # a corpus up to this size is read once and kept in memory; a larger one is read twice
 BPE_CHARACTERS = 2**23  # a BPE is trained on a sample of about this size, spread evenly over the training documents
@@ -64,7 +80,8 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
     if set(data.name) & set("/\\") or data.name.startswith("."):
         raise UserError(f"data.name='{data.name}' cannot name a folder: use letters, digits, '_' and '-'")
     files = inputs(data)
-    folder = Path(config.runs_dir) / "data" / f"{data.name}-{_key(data, config.seed, given, files)[:8]}"
+    images = _image_processor(config, given) if data.image_column else None
+    folder = Path(config.runs_dir) / "data" / f"{data.name}-{_key(data, config.seed, given, files, images)[:8]}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +89,9 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
             if _whole(folder):
                 return folder
             partial.mkdir(exist_ok=True)  # it may be of a run that was killed: this one goes on with it
+            if images is not None:
+                images.save_pretrained(partial / IMAGE_PROCESSOR)
+                data = dataclasses.replace(data, image_processor=str(partial / IMAGE_PROCESSOR))
             _build(config, given, parts(data), partial, say)
             shutil.rmtree(folder, ignore_errors=True)  # one that isn't whole
             partial.rename(folder)
@@ -112,31 +132,70 @@ class Kept:
 def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path, say: Progress) -> None:
     data = config.data
     labelled = data.label_column is not None or data.source == "python_functions"
-    far = config.cluster.address != "local" and connected()
-    held = Held(corpus, config.seed, within=0 if far else HELD_BYTES)
+    images = data.image_column is not None
+    far = config.cluster.address != "local" and connected() and not images
+    held = Held(corpus, config.seed, within=0 if far else HELD_BYTES // (UNPACKED if images else 1))
     sizes = _sample_sizes(corpus, PROBE_CHARACTERS if given else BPE_CHARACTERS)
     surveys = _survey_all(corpus, config.seed, sizes, folder, held, far, say)
     kept = _keep(corpus, surveys, config.seed, labelled)
     _check(kept, data, labelled)
 
-    say("tokenizer", 0, 1)
-    sample = _sample(surveys, kept) if not given else []
-    if not (folder / "tokenizer").exists():
-        part = folder / "tokenizer.part"
-        shutil.rmtree(part, ignore_errors=True)
-        if given:
-            copy_tokenizer(given, part)
-        else:
-            train_bpe(sample, data.vocab_size, part)
-        part.rename(folder / "tokenizer")
-    say("tokenizer", 1, 1)
+    special = NO_TEXT
+    if not images or data.caption:
+        say("tokenizer", 0, 1)
+        sample = _sample(surveys, kept) if not given else []
+        if not (folder / "tokenizer").exists():
+            part = folder / "tokenizer.part"
+            shutil.rmtree(part, ignore_errors=True)
+            if given and has_tokenizer(given):
+                copy_tokenizer(given, part)
+            else:
+                train_bpe(
+                    sample, data.vocab_size, part, data.sentinel_tokens, closing=images or data.sentinel_tokens > 0
+                )
+            if images:
+                close_with_eos(part)
+            part.rename(folder / "tokenizer")
+        say("tokenizer", 1, 1)
+        special = specials(folder / "tokenizer")
 
-    special = specials(folder / "tokenizer")
-    work = Tokenizing(Framing.of(special, labelled), data.shard_tokens, special.vocab_size, labelled)
+    framing = Framing.of(special, labelled or images)
+    work = Tokenizing(framing, data.shard_tokens, special.vocab_size, labelled)
     shards = _tokenize_all(work, corpus, surveys, kept, folder, held, far, say)
+    if images:
+        _join_processor(config, given, folder)
     _write_manifest(config, corpus, surveys, kept, shards, special, folder, labelled)
     for file in (*folder.glob("survey-*"), *folder.glob("part-*")):
         file.unlink()
+
+
+def _image_processor(config: Config, given: Path | None) -> Any:
+    """Return what scales the images: data.image_processor, else that of `given`, else the architecture's own."""
+    folder = config.data.image_processor or (given if given and has_image_processor(given) else None)
+    if folder is None:
+        return new_image_processor(_architecture(config, given), config.data.image_size)
+    found = load_image_processor(str(folder))
+    if side_of(found) is None:
+        raise UserError(f"the image processor in {folder} does not make square images of one size: give another one")
+    return found
+
+
+def _architecture(config: Config, given: Path | None) -> str:
+    """Return the model type of a start bundle, else that of the config."""
+    if given and (given / "config.json").is_file():
+        return str(json.loads((given / "config.json").read_text()).get("model_type", config.model.type))
+    return config.model.type
+
+
+def _join_processor(config: Config, given: Path | None, folder: Path) -> None:
+    """Put what reads images, and captions where there are, into one folder, as a model's folder has it."""
+    shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
+    found = load_image_processor(str(folder / IMAGE_PROCESSOR))
+    if config.data.caption:
+        found = join(_architecture(config, given), found, load_tokenizer(folder / "tokenizer"))
+    found.save_pretrained(folder / PROCESSOR)
+    for name in ("tokenizer", IMAGE_PROCESSOR):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class Held:
@@ -174,7 +233,7 @@ def _survey_all(
     for part in corpus:
         try:
             found[part.number] = Survey.from_bytes(_survey_file(folder, part).read_bytes())
-        except (OSError, ValueError):  # there is none, or it is damaged
+        except (OSError, ValueError, EOFError, BadZipFile):  # there is none, or it is damaged
             pass
     done = 0
 
@@ -325,7 +384,8 @@ class Tokenizing:
 
         done = 0
         for batch, tokens, lengths in _ahead(encoded, _batches(part, documents, splits)):
-            writers[batch.split].add(tokens, lengths, label_ids[batch.numbers] if self.labelled else None)
+            labels = label_ids[batch.numbers] if self.labelled else None
+            writers[batch.split].add(tokens, lengths, labels, batch.images())
             done += len(batch.documents)
             heard(done)
         return {split: writer.close() for split, writer in writers.items()}
@@ -338,7 +398,12 @@ class Batch:
     split: str
     documents: list[Document] = dataclasses.field(default_factory=list)
     numbers: list[int] = dataclasses.field(default_factory=list)
-    characters: int = 0
+    characters: int = 0  # and bytes of pixels
+
+    def images(self) -> np.ndarray | None:
+        """Return the documents' images, if they are: uint8 [documents, S, S, 3]."""
+        found = [document.image for document in self.documents if document.image is not None]
+        return np.stack(found) if found else None
 
 
 def _batches(part: Part, documents: Iterable[Document], splits: np.ndarray) -> Iterator[Batch]:
@@ -352,7 +417,7 @@ def _batches(part: Part, documents: Iterable[Document], splits: np.ndarray) -> I
         batch = held[number]
         batch.documents.append(document)
         batch.numbers.append(count - 1)
-        batch.characters += len(document.text)
+        batch.characters += len(document.text) + (0 if document.image is None else document.image.nbytes)
         if batch.characters >= BATCH_CHARACTERS:
             yield batch
             held[number] = Batch(batch.split)
@@ -434,7 +499,7 @@ def _tokenize_all(
                 (folder / name).write_bytes(shard)
             keep(number, facts)
     elif todo:
-        encode = fast_encoder(folder / "tokenizer", probe)
+        encode = fast_encoder(folder / "tokenizer", probe) if (folder / "tokenizer").exists() else no_tokens
         for part in todo:
             facts = work.run(
                 part, held.documents(part, surveys[part.number]), kept.splits[part.number], kept.label_ids[part.number],
@@ -442,6 +507,11 @@ def _tokenize_all(
             )  # fmt: skip
             keep(part.number, facts)
     return [found[part.number] for part in corpus]
+
+
+def no_tokens(texts: list[str]) -> list[np.ndarray]:
+    """Encode the texts of images that have none."""
+    return [np.empty(0, np.uint32) for _ in texts]
 
 
 @lru_cache(maxsize=1)
@@ -463,7 +533,7 @@ def _keeps_texts(part: Part) -> bool:
 
 
 def _survey_file(folder: Path, part: Part) -> Path:
-    return folder / f"survey-{part.number:05d}.arrow"
+    return folder / f"survey-{part.number:05d}.npz"
 
 
 def _part_file(folder: Path, part: Part) -> Path:
@@ -491,6 +561,7 @@ def _write_manifest(
     config: Config, corpus: Sequence[Part], surveys: Sequence[Survey], kept: Kept,
     shards: Sequence[dict[str, list[dict[str, Any]]]], special: Specials, folder: Path, labelled: bool,
 ) -> None:  # fmt: skip
+    images = config.data.image_column is not None
     names = list(source_configs(config.data))
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -523,18 +594,19 @@ def _write_manifest(
         }
     Manifest(
         name=config.data.name,
-        kind="labelled" if labelled else "text",
+        kind=data_kind(config.data),
         sources=_write_sources(folder, by_file),
         origins=origins,
-        tokenizer=manifests.sha256(folder / "tokenizer" / "tokenizer.json"),
+        tokenizer=hash_of(folder / PROCESSOR) if images else manifests.sha256(folder / "tokenizer" / "tokenizer.json"),
         vocab_size=special.vocab_size,
         eos_id=special.eos_id,
         pad_id=special.pad_id,
-        closing_tokens=len(special.closing) if labelled else 0,
+        closing_tokens=len(special.closing) if labelled or images else 0,
         labels=kept.labels,
         splits=splits,
         config=dataclasses.asdict(config.data),
         seed=config.seed,
+        image_size=side_of(load_image_processor(str(folder / PROCESSOR))) or 0 if images else 0,
     ).save(folder)
 
 
@@ -560,24 +632,28 @@ def _write_sources(folder: Path, by_file: dict[tuple[str, str], dict[str, Any]])
     return {"file": path.name, "files": len(by_file), "bytes": size, "sha256": manifests.sha256(path)}
 
 
-def _key(data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]]) -> str:
+def _key(data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], images: Any) -> str:
     """Hash all that decides the shards: format, options, seed, tokenizer, filters, and each input file's name, size and date."""
     from engine.data.filters import filter_source
 
     options = dataclasses.asdict(data)
-    for elsewhere in ("name", "sequence_length", "tokenizer", "packing", "within_documents", "stream"):
+    for elsewhere in (
+        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size",
+    ):  # fmt: skip
         del options[elsewhere]
     options["sources"] = {
         name: {key: value for key, value in own.items() if key not in ("weight", "stream")}
         for name, own in data.sources.items()
     }
-    if tokenizer:
-        del options["vocab_size"]
-        if not tokenizer.is_dir():
-            raise UserError(f"data.tokenizer={tokenizer} is no folder: give the folder of a Hugging Face tokenizer")
+    if tokenizer and not tokenizer.is_dir():
+        raise UserError(f"data.tokenizer={tokenizer} is no folder: give the folder of a Hugging Face tokenizer")
+    if tokenizer and has_tokenizer(tokenizer):
+        del options["vocab_size"], options["sentinel_tokens"]
     digest = hashlib.sha256(
         json.dumps([FORMAT, options, seed]).encode()
     )  # the order of sources is that of their documents
+    if images is not None:
+        digest.update(images.to_json_string().encode())
     for own in source_configs(data).values():
         digest.update(filter_source(own.filter) if own.filter else b"")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
@@ -595,7 +671,7 @@ def _whole(folder: Path) -> bool:
         Manifest.load(folder)
     except UserError:
         return False
-    return (folder / "tokenizer" / "tokenizer.json").is_file()
+    return (folder / TOKENIZER / "tokenizer.json").is_file() or (folder / PROCESSOR).is_dir()
 
 
 @contextmanager

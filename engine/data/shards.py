@@ -13,6 +13,8 @@ import numpy as np
 from engine.data.manifest import Manifest
 from engine.errors import UserError
 
+IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
+
 
 class ShardWriter:
     """Collect the documents of one split and give them out as shards of about `shard_tokens` tokens."""
@@ -32,16 +34,25 @@ class ShardWriter:
         self._tokens: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
+        self._images: list[np.ndarray] = []
         self._held = 0
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray | None = None) -> None:
-        """Add documents: their tokens end to end, and the length and label of each."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        labels: np.ndarray | None = None,
+        images: np.ndarray | None = None,
+    ) -> None:
+        """Add documents: their tokens end to end, and the length and label of each; and images, uint8 [rows, S, S, 3]."""
         self._tokens.append(tokens.astype(self.dtype))
         self._lengths.append(lengths)
         if labels is not None:
             self._labels.append(labels)
+        if images is not None:
+            self._images.append(images)
         self._held += len(tokens)
-        if self._held >= self.shard_tokens:
+        if self._held + sum(held.nbytes for held in self._images) // IMAGE_BYTES >= self.shard_tokens:
             self._write()
 
     def close(self) -> list[dict[str, Any]]:
@@ -59,6 +70,9 @@ class ShardWriter:
         columns = {"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._tokens)))}
         if self.labelled:
             columns["label"] = pa.array(np.concatenate(self._labels).astype(np.int32))
+        if self._images:
+            images = np.concatenate(self._images).reshape(len(lengths), -1)
+            columns["image"] = pa.FixedSizeListArray.from_arrays(pa.array(images.ravel()), images.shape[1])
         batch = pa.record_batch(columns)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -75,7 +89,7 @@ class ShardWriter:
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
-        self._tokens, self._lengths, self._labels, self._held = [], [], [], 0
+        self._tokens, self._lengths, self._labels, self._images, self._held = [], [], [], [], 0
 
 
 class Split:
@@ -90,7 +104,7 @@ class Split:
         self._files = [shard["file"] for shard in shards]
         self._first_row = np.cumsum([0, *(shard["rows"] for shard in shards)])
         self._first_token = np.cumsum([0, *(shard["tokens"] for shard in shards)])
-        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def open(cls, folder: Path | str, name: str) -> Split:
@@ -121,13 +135,20 @@ class Split:
     def document(self, i: int) -> np.ndarray:
         """Return the tokens of document i, [length], read-only and without a copy."""
         shard, row = self._find(self._first_row, i, self.rows)
-        values, offsets, _ = self._shard(shard)
+        values, offsets, *_ = self._shard(shard)
         return values[offsets[row] : offsets[row + 1]]
 
     def label(self, i: int) -> int:
         """Return the label of document i, an index of the manifest's labels."""
         shard, row = self._find(self._first_row, i, self.rows)
         return int(self._shard(shard)[2][row])
+
+    def image(self, i: int) -> np.ndarray:
+        """Return the pixels of image i: uint8 [S, S, 3], read-only and without a copy."""
+        shard, row = self._find(self._first_row, i, self.rows)
+        side = self.manifest.image_size
+        found: np.ndarray = self._shard(shard)[3].reshape(-1, side, side, 3)[row]
+        return found
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -166,13 +187,14 @@ class Split:
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         return shard, i - int(starts[shard])
 
-    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens, offsets, labels) of one shard, mapped into memory."""
+    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (tokens, offsets, labels, pixels) of one shard, mapped into memory."""
         if shard not in self._open:
             import pyarrow as pa
 
             batch = pa.ipc.open_file(pa.memory_map(str(self.folder / self._files[shard]))).get_batch(0)
             lists = batch.column("tokens")
             labels = batch.column("label").to_numpy() if "label" in batch.schema.names else np.empty(0, np.int32)
-            self._open[shard] = lists.values.to_numpy(), lists.offsets.to_numpy(), labels
+            images = batch.column("image").values.to_numpy() if "image" in batch.schema.names else np.empty(0, np.uint8)
+            self._open[shard] = lists.values.to_numpy(), lists.offsets.to_numpy(), labels, images
         return self._open[shard]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import io
 import json
 from array import array
 from collections import Counter
@@ -36,42 +37,38 @@ class Survey:
     masked: Counter[str]  # kind -> places masked
 
     def to_bytes(self) -> bytes:
-        """Write it as an Arrow table."""
-        import pyarrow as pa
-
-        columns = {
-            "high": pa.array(self.digests[:, 0]),
-            "low": pa.array(self.digests[:, 1]),
-            "split": pa.array(self.splits),
-            "origin": pa.array(self.origins),
-            "text": pa.array(self.texts, pa.large_string()),
-            "label": pa.array(self.labels or [None] * len(self.splits), pa.string()),
-        }
-        facts = {"files": self.files, "skipped": self.skipped, "masked": self.masked, "labelled": bool(self.labels)}
-        table = pa.table(columns).replace_schema_metadata({"facts": json.dumps(facts)})
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        content: bytes = sink.getvalue().to_pybytes()
-        return content
+        """Write it as numpy arrays, without pickle."""
+        facts = {"files": self.files, "skipped": self.skipped, "masked": self.masked}
+        arrays: dict[str, Any] = {"digests": self.digests, "splits": self.splits, "origins": self.origins}
+        arrays |= {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+        for name, words in (("text", self.texts), ("label", self.labels)):
+            encoded = [None if word is None else word.encode() for word in words]
+            arrays[f"{name}_sizes"] = np.array([-1 if word is None else len(word) for word in encoded], np.int64)
+            arrays[name] = np.frombuffer(b"".join(word for word in encoded if word), np.uint8)
+        out = io.BytesIO()
+        np.savez(out, **arrays)
+        return out.getvalue()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Survey:
-        """Read what `to_bytes` wrote."""
-        import pyarrow as pa
+        """Read what `to_bytes` wrote. Raises ValueError, EOFError or BadZipFile where it is damaged."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            return cls(
+                digests=arrays["digests"],
+                splits=arrays["splits"],
+                labels=_words(arrays["label"].tobytes(), arrays["label_sizes"]),
+                origins=arrays["origins"],
+                files=facts["files"],
+                texts=_words(arrays["text"].tobytes(), arrays["text_sizes"]),
+                skipped=Counter(facts["skipped"]),
+                masked=Counter(facts["masked"]),
+            )
 
-        table = pa.ipc.open_file(content).read_all()
-        facts = json.loads(table.schema.metadata[b"facts"])
-        return cls(
-            digests=np.stack([table["high"].to_numpy(), table["low"].to_numpy()], axis=1),
-            splits=table["split"].to_numpy(),
-            labels=table["label"].to_pylist() if facts["labelled"] else [],
-            origins=table["origin"].to_numpy(),
-            files=facts["files"],
-            texts=table["text"].to_pylist(),
-            skipped=Counter(facts["skipped"]),
-            masked=Counter(facts["masked"]),
-        )
+
+def _words(content: bytes, sizes: np.ndarray) -> list[str | None]:
+    ends = np.cumsum(np.maximum(sizes, 0)).tolist()
+    return [None if size < 0 else content[end - size : end].decode() for size, end in zip(sizes.tolist(), ends)]
 
 
 def survey(
@@ -90,7 +87,10 @@ def survey(
     texts: list[str | None] = []
     sample = Sample(sample_characters)
     for i, document in enumerate(read(part, seed, skipped, masked)):
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        content = document.text.encode()
+        if document.image is not None:
+            content += document.image.tobytes()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
         digests += digest
         splits.append(SPLITS.index(document.split))
         origins.append(number[document.source])

@@ -43,11 +43,12 @@ class Specials:
     vocab_size: int
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: int = 0, closing: bool = False) -> None:
     """Train a byte-level BPE with GPT-2's pattern and write it as a Hugging Face fast tokenizer.
 
     It has `vocab_size` tokens, or fewer where the texts have too few pairs; `<|endoftext|>` begins and ends documents,
-    `<|pad|>` pads, `<|mask|>` stands for a token to be predicted.
+    `<|pad|>` pads, `<|mask|>` stands for a token to be predicted, `<extra_id_0>` and its like, `sentinels` of them, for a
+    span. With `closing` the tokenizer ends each sequence with `<|endoftext|>` by itself.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -57,7 +58,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PAD, MASK],
+        special_tokens=[END, PAD, MASK, *(f"<extra_id_{i}>" for i in range(sentinels))],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2,
         show_progress=False,
@@ -76,6 +77,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
         "model_max_length": 10**9,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    if closing:
+        close_with_eos(folder)
+
+
+def close_with_eos(folder: Path) -> None:
+    """Make a tokenizer end each sequence with its end token, unless it already puts something there."""
+    from tokenizers import Tokenizer, processors
+
+    special = specials(folder)
+    if special.closing:
+        return
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = tokenizer.id_to_token(special.eos_id)
+    ending = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, special.eos_id)])  # fmt: skip
+    before = tokenizer.post_processor
+    tokenizer.post_processor = processors.Sequence([before, ending]) if before else ending
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
 def load_tokenizer(folder: Path | str) -> Any:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.models.cross_entropy import summed_cross_entropy, token_scores
+from engine.models.documents import keep_apart
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Samples, Scores, document_places, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 IGNORED = -100  # a target that isn't one
 
@@ -23,6 +24,7 @@ class Objective(contract.Objective):
     """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
+    architectures = ("ForCausalLM", "LMHeadModel")
     metric = "loss"
     mode = "min"
     over_vocabulary = True
@@ -37,11 +39,7 @@ class Objective(contract.Objective):
         return {"tokens": np.asarray(ids, dtype=np.int64)}
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Shift: the target of a position is the next token, unless that begins another document of a packed sample.
-
-        To keep attention within a document, positions restart at each: transformers derives the mask from that
-        (`masking_utils.find_packed_sequence_indices`) where it is given no other mask.
-        """
+        """Shift: the target of a position is the next token, unless that begins another document of a packed sample."""
         rows = [sample["tokens"] for sample in samples]
         tokens_BM, _ = pad_rows(rows, pad_id=IGNORED)
         inputs_BL, targets_BL = tokens_BM[:, :-1], tokens_BM[:, 1:].contiguous()
@@ -51,7 +49,7 @@ class Objective(contract.Objective):
                 targets_BL[i, torch.as_tensor(sample["starts"][1:] - 1)] = IGNORED
             if self.packing.within_documents:
                 starts, lengths = [sample["starts"] for sample in samples], [len(row) - 1 for row in rows]
-                inputs["position_ids"], _ = document_places(starts, lengths, inputs_BL.shape[1])
+                inputs |= keep_apart(starts, lengths, inputs_BL.shape[1], causal=True)
         count = int((targets_BL != IGNORED).sum())
         return Batch(inputs, targets_BL, count=count, tokens=sum(len(row) - 1 for row in rows))
 

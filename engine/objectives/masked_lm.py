@@ -15,14 +15,16 @@ from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
+from engine.models.documents import keep_apart
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Samples, Scores, document_places, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 
 class Objective(contract.Objective):
     """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
+    architectures = ("ForMaskedLM",)
     metric = "loss"
     mode = "min"
     over_vocabulary = True
@@ -71,8 +73,7 @@ class Objective(contract.Objective):
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if self.packing.within_documents and "starts" in samples[0]:
             starts, lengths = [sample["starts"] for sample in samples], [len(inputs) for inputs, _ in pairs]
-            inputs["position_ids"], document_BL = document_places(starts, lengths, ids_BL.shape[1])
-            inputs["attention_mask"] = document_BL[:, None, :, None] == document_BL[:, None, None, :]  # B, 1, L, L
+            inputs |= keep_apart(starts, lengths, ids_BL.shape[1], causal=False)
         return Batch(inputs, targets_BL, count=int((targets_BL != IGNORED).sum()), tokens=int(mask_BL.sum()))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:

@@ -91,6 +91,8 @@ def train_step(run: Run) -> Metrics:
     run.model.loss_scale = run.state.loss_scale
     ids = run.order.samples(step)
     batches, seen = collate_share(run, ids, run.order.draws(step))
+    run.meter.enter("forward")
+    batches = run.objective.before_step(run.model, batches, run.group)  # type: ignore[arg-type]
 
     run.meter.enter("communication")
     # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
@@ -181,4 +183,4 @@ def validate(run: Run) -> dict[str, float]:
     run.model.train()
     # A rank without a single sample of its own (more ranks than samples) has nothing to add.
     gathered = run.group.gather(join_scores(parts) if parts else {})
-    return run.objective.summarize(join_scores(scores for scores in gathered if scores))
+    return run.objective.summarize(run.objective.complete(join_scores(scores for scores in gathered if scores)))

@@ -17,11 +17,10 @@ from engine.config import Config, fingerprint, from_dict, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix, Packing
+from engine.data.processor import prepared_processor
 from engine.data.shards import Split
-from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.models.build import build, freeze_layers, load
-from engine.models.size import flops_per_token
 from engine.objectives.contract import Objective, objective_class
 from engine.train import hardware
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
@@ -30,6 +29,7 @@ from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
 from engine.train.micro_batch import fitting_micro_batch
 from engine.train.profile import Profile
+from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.zero import AVERAGE, DTYPES, Sharded
@@ -53,12 +53,11 @@ class Job:
         return cls(from_dict(tree["config"]), Path(tree["data"]), tree["start"] and Path(tree["start"]))
 
     def objective(self) -> Objective:
-        """Return the task, with the data's tokenizer and labels."""
+        """Return the task, with the data's processor and labels."""
         labels = Manifest.load(self.data).labels
-        tokenizer = load_tokenizer(self.data / "tokenizer")
-        options = self.config.objective
+        processor, options = prepared_processor(self.data), self.config.objective
         data = self.config.data
-        return objective_class(options.name)(options, tokenizer, data.sequence_length, labels, Packing.of(data))
+        return objective_class(options.name)(options, processor, data.sequence_length, labels, Packing.of(data))
 
 
 def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
@@ -67,6 +66,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     `listen` hears rank 0's metrics of each step. The process group must be up where there are several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
+    check_machine(config)
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
@@ -78,7 +78,8 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     if checkpoint:
         fill(model, checkpoint)
     freeze_layers(model, config.objective.frozen_layers)
-    flops = flops_per_token(model, model.config, config.data.sequence_length)
+    objective.meet(model.config)
+    flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if config.train.compile:
@@ -94,8 +95,10 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
     last: Metrics = {}
+    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
+        metrics |= waste
         last.update(metrics)
         if profile:
             profile(metrics)
@@ -105,7 +108,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
                 listen(metrics)
 
     dtype = DTYPES[precision]
-    meter = measure(group, dtype, flops)
+    meter = measure(group, dtype, flops_per_token)
     sharded.time_collectives(meter)
     left = config.train.max_steps - state.step
     profile = Profile(folder.profile, config.name, group, meter, left) if config.profile and left > 0 else None
@@ -181,7 +184,7 @@ def make_model(job: Job, objective: Objective) -> Any:
     config, options = job.config, objective.model_options()
     if job.start:
         return load(job.start, objective.auto_class, options, config.model, config.seed)
-    return build(config.model, objective.tokenizer, objective.auto_class, options, config.seed)
+    return build(config.model, objective.processor, objective.auto_class, options, config.seed)
 
 
 @torch.no_grad()
@@ -209,7 +212,6 @@ def export(
     write_bundle(
         folder or job.config.run_dir / "bundle",
         model=model,
-        tokenizer=objective.tokenizer,
         objective=objective,
         name=job.config.name,
         golden_requests=objective.golden_requests(Split.open(job.data, split)),

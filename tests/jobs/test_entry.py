@@ -145,7 +145,9 @@ def test_one_run_is_shown(tmp_path: Path, tiny: Config) -> None:
 
     run = RunFolder(tmp_path / "runs" / "mine")
     run.path.mkdir(parents=True)
-    run.write_status(Status("pretrain", "failed", 3, 9, 1.25, now() - 120, 1, "runs/base/bundle", "runs/data/x-1", "no disk"))
+    run.write_status(
+        Status("pretrain", "failed", 3, 9, 1.25, now() - 120, 1, "runs/base/bundle", "runs/data/x-1", "no disk")
+    )
     run.config_file.write_text(yaml.safe_dump(to_dict(with_values(tiny, {"optim.lr": 0.25, "name": "mine"}))))
     run.metrics_file.write_text("".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in range(1, 4)))
     flip(next(write(run.checkpoints, 3).glob("*.safetensors")))
