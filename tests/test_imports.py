@@ -24,6 +24,7 @@ MAY = {
 RAY = {
     "engine/train/launch.py",
     "engine/train/trainer.py",
+    "engine/train/elastic.py",
     "engine/train/preload.py",
     "engine/sweep/launch.py",
     "engine/sweep/space.py",

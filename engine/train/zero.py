@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -122,6 +122,7 @@ class Sharded:
         self.world = world
         self.stage = config.zero.stage
         self._max_norm = config.optim.clip or NO_CLIP
+        self._discarding = False
         self._grad_norm = 0.0
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
 
@@ -155,11 +156,31 @@ class Sharded:
             return math.inf
         return float(self.engine.get_global_grad_norm() or self._grad_norm)
 
+    def discard(self) -> None:
+        """Clear the gradients and leave weights and moments as they are: DeepSpeed's way with a norm that is no number."""
+        from deepspeed.runtime import utils
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        with contextlib.ExitStack() as stack:
+            for module in (utils, stage_1_and_2, stage3):
+                stack.enter_context(mock.patch.object(module, "is_invalid_grad_norm", return_value=True))
+            self._discarding = True
+            self.engine.step()
+            self._discarding = False
+
+    def copy_weights(self, weight: Callable[[str], Tensor]) -> None:
+        """Overwrite the weights that the forward pass uses, on all ranks at once; `weight` returns one whole, by its name."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        for name, p in self.module.named_parameters():
+            with torch.no_grad(), GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
+                p.data.copy_(weight(name).view(p.data.shape))
+
     def _clip_fp32_gradients(self) -> None:
         """Clip, keep the norm, and skip: what DeepSpeed's wrapped optimizers do, and stage 0 in fp32 has none."""
         parameters = list(self.module.parameters())
         self._grad_norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
-        if not math.isfinite(self._grad_norm):
+        if self._discarding or not math.isfinite(self._grad_norm):
             for p in parameters:
                 p.grad = None  # AdamW passes over it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
+from engine.train.group import Group
 from engine.train.state import TrainState
 from engine.train.worker import Job, local_group, work
 from engine.train.zero import Fragment
@@ -38,7 +40,8 @@ def write(folder: Path, step: int, world: int = 2, keep: int = 2) -> Path:
     for rank, writer in enumerate(writers):
         writer.save(pieces(rank, world), TrainState(step=step, samples=8 * step), {"config": "c"})
     for writer in writers:
-        writer.finish()
+        writer.wait()
+        assert not writer.failed
     return step_folder(folder, step)
 
 
@@ -114,9 +117,10 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) ->
     write(tmp_path, 1)
     code = (
         "import sys, torch; from pathlib import Path; from engine.train.checkpoint import CheckpointWriter;"
-        "from engine.train.state import TrainState; from engine.train.zero import Fragment;"
+        "from engine.train.group import Group
+from engine.train.state import TrainState; from engine.train.zero import Fragment;"
         "big = torch.zeros(50_000_000); w = CheckpointWriter(Path(sys.argv[1]), 0, 2, 2);"
-        "w.save([Fragment('a', (50_000_000,), 0, {'weight': big})], TrainState(step=2), {}); print('saving', flush=True); w.finish()"
+        "w.save([Fragment('a', (50_000_000,), 0, {'weight': big})], TrainState(step=2), {}); print('saving', flush=True); w.wait()"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -135,8 +139,10 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         writer.save([Fragment("a", (100_000,), 0, {"weight": torch.zeros(100_000)})], TrainState(step=2), {})
-        with pytest.raises(UserError, match=r"could not be written.*the one before it is whole"):
-            writer.finish()
+        writer.wait()
+        assert writer.failed
+        fault = writer.clear_failed(Group(0, 1, torch.device("cpu")))
+        assert re.search(r"could not be written.*File too large.*the one before it is whole", fault)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
