@@ -254,6 +254,8 @@ class CheckpointWriter:
             target / MANIFEST,
             {"format": 1, "state": asdict(state), "about": about, "shapes": shapes, "files": files},
         )
+        if state.skipped_in_a_row:  # the last good one may be among the old
+            return
         best = step_folder(self.folder, state.best_step) if self.keep_best else None
         for old in step_folders(self.folder)[self.keep :]:
             if old != best:
