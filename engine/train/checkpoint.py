@@ -140,7 +140,7 @@ def file_sha256(file: Path, tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(length + header)
     offsets = {key: entry["data_offsets"][0] for key, entry in json.loads(header).items() if key != "__metadata__"}
     for key in sorted(tensors, key=lambda key: (offsets[key], tensors[key].numel())):
-        digest.update(memoryview(tensors[key].view(torch.uint8).numpy()))
+        digest.update(tensors[key].view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

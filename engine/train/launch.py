@@ -150,6 +150,8 @@ def run_workers(job: Job, run: RunFolder) -> None:
         ) from error
     if failed.exists():
         raise UserError(failed.read_text())
+    for heartbeat in run.logs.glob("heartbeat-*"):
+        heartbeat.unlink()
 
 
 def environments() -> tuple[dict[str, str], dict[str, str]]:

@@ -67,11 +67,11 @@ class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Tell of lost ranks; end a group in which a rank hangs. Raises WorkerGroupError then, which restarts it."""
         run = RunFolder(self._run)
-        if worker_group_status.finished:
-            return
         if errors := worker_group_status.errors:
             reason = (str(errors[min(errors)]).strip().splitlines() or ["no reason is known"])[-1][:200]
             run.tell(f"worker {', '.join(map(str, sorted(errors)))} was lost ({reason})")
+            return
+        if worker_group_status.finished:
             return
         if late := self._watcher.overdue(time.monotonic()):
             states = self._end_group(run)

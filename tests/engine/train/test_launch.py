@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -61,13 +62,18 @@ class Harm(threading.Thread):
     def run(self) -> None:
         for step, number in self.signals:
             deadline = time.monotonic() + 120
+            worker: psutil.Process | None = None
             while time.monotonic() < deadline:
-                workers = [p for p in train_workers() if p.pid not in self.victims]
-                if workers and len(list(self.run_folder.metrics())) >= step:
-                    self.victims.append(workers[-1].pid)
-                    workers[-1].send_signal(number)
+                if worker is None or not worker.is_running():  # the list of processes takes long beside a step
+                    worker = next((p for p in train_workers()[::-1] if p.pid not in self.victims), None)
+                elif (
+                    self.run_folder.metrics_file.exists()
+                    and self.run_folder.metrics_file.read_bytes().count(b"\n") >= step
+                ):
+                    self.victims.append(worker.pid)
+                    worker.send_signal(number)
                     break
-                time.sleep(0.02)
+                time.sleep(0.01)
 
 
 def harmed(config: Config, signals: list[tuple[int, signal.Signals]]) -> Harm:
