@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "deploy", "plan", "demo")
-PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "runs_dir")
+PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "data.image_processor", "runs_dir")
 NAMES_OR_PATHS = ("bundle", "evaluate.against")  # a run's name, or a folder
 LEFT_OUT = (
     ".git", ".venv", "venv", "runs", "outputs", "multirun", "mlruns", "tests", "build", "dist", "__pycache__",

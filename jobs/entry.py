@@ -88,7 +88,13 @@ def ray_session(config: Config) -> Iterator[None]:
 
 @contextmanager
 def training_session(config: Config) -> Iterator[None]:
-    """Be connected to the config's Ray for a run; a Ray of the job's own prepares the run's processes at once."""
+    """Be connected to the config's Ray for a run; a Ray of the job's own prepares the run's processes at once.
+
+    Raises UserError for input data that aren't there, before Ray starts.
+    """
+    from engine.data.corpus import check_input
+
+    check_input(config.data)
     own = config.cluster.address == "local"
     if own:
         os.environ.setdefault(

@@ -18,9 +18,9 @@ from engine.errors import UserError
 from engine.models.build import freeze_layers, transformers_config
 from engine.models.size import flops_per_token, parameter_count
 from engine.objectives.contract import objective_class
-from engine.plan.devices import DEVICES, RESERVED
 from engine.plan.memory import MemoryPlan, memory
 from engine.progress import console
+from engine.train.devices import DEVICES, RESERVED
 from engine.train.hardware import matmul_peak, precision
 
 RECOMPUTED = 4 / 3  # work of a step with activation checkpointing: the forward pass twice (Korthikanti et al. 2022)
@@ -72,7 +72,7 @@ def plan(config: Config) -> Plan:
     parameters, kind = parameter_count(model), precision(config.train) if config.plan.device == "here" else "bf16"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     peak, room, devices = device_of(config, kind)
-    tokens = config.train.global_batch * config.data.sequence_length
+    tokens = config.global_batch * config.data.sequence_length
     layout = fastest_layout(config, lambda c: memory(c, shape, parameters, trained, c.zero.stage, kind).total <= room)
     again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
     flops = flops_per_token(model, shape, config.data.sequence_length)

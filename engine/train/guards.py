@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import TrainConfig
+from engine.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,19 @@ def norm_fault(norm: float) -> str:
     return "" if math.isfinite(norm) else f"the gradient norm is {norm}"
 
 
-def decide(fault: str, skipped_in_a_row: int, rollbacks: int, train: TrainConfig) -> Decision:
-    """Decide on a step with that fault, after so many skipped steps in a row and so many roll-backs so far."""
+def decide(fault: str, state: TrainState, train: TrainConfig) -> Decision:
+    """Decide on a step with that fault, which was taken from that state."""
     if not fault:
         return Go()
-    if skipped_in_a_row < train.max_skipped:
+    allowed = train.max_skipped
+    if state.loss_scale:
+        allowed += int(math.log2(state.loss_scale))  # fp16: so often the scale can fall before that is a sign
+    if state.skipped_in_a_row < allowed:
         return Skip(fault)
-    before = f", after {skipped_in_a_row} in a row were skipped" if skipped_in_a_row else ""
-    if rollbacks < train.max_rollbacks:
+    before = f", after {state.skipped_in_a_row} in a row were skipped" if state.skipped_in_a_row else ""
+    if state.rollbacks < train.max_rollbacks:
         return RollBack(fault + before)
-    return GiveUp(fault + before + (f" and {rollbacks} roll-backs" if rollbacks else ""))
+    return GiveUp(fault + before + (f" and {state.rollbacks} roll-backs" if state.rollbacks else ""))
 
 
 def remember(recent: Sequence[float], loss: float, train: TrainConfig) -> tuple[float, ...]:

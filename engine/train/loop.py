@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from engine.objectives.contract import Batch, Objective, Samples, join_scores
 from engine.train.checkpoint import CheckpointWriter, latest_whole, remove, restore, step_folders
 from engine.train.group import Group
 from engine.train.guards import GiveUp, RollBack, Skip, decide, loss_fault, norm_fault, remember, told
+from engine.train.meter import Meter
 from engine.train.run_folder import RunFolder
 from engine.train.schedule import learning_rate
 from engine.train.state import TrainState
@@ -41,8 +43,7 @@ class Run:
     writer: CheckpointWriter
     about: dict[str, Any]  # what a checkpoint's manifest says of the run
     log: Callable[[Metrics], None]
-    flops_per_token: float
-    peak_flops: float  # measured, of all workers together, in FLOP/s
+    meter: Meter
     state: TrainState = field(default_factory=TrainState)
     saved_step: int = -1
     heart: Heartbeat = field(default_factory=Heartbeat)
@@ -89,7 +90,9 @@ def fit(run: Run) -> None:
             continue
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
-            found = validate(run)
+            run.meter.enter("evaluation")
+            with run.model.averaged() if train.use_ema else nullcontext():
+                found = validate(run)
             if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
                 raise UserError(
                     f"the validation {wrong[0]} is {found[wrong[0]]} at step {step}: use a lower optim.lr than {run.config.optim.lr:g}"
@@ -100,18 +103,23 @@ def fit(run: Run) -> None:
         best = train.keep_best and run.state.best_step == step
         due = (run.save_asked or step % train.checkpoint_every == 0) and not run.state.skipped_in_a_row
         if best or due or run.ended():
+            run.meter.enter("checkpoint")
             run.save()
-        run.log(metrics)
+        run.log(metrics | run.meter.read())
     run.finish()
 
 
 def train_step(run: Run) -> Metrics | None:
     """Take one optimizer step over the global batch and return what to log of it; None where it ended in a roll-back."""
-    start = time.perf_counter()
+    run.meter.enter("data")
     train, state = run.config.train, run.state
+    run.model.loss_scale = state.loss_scale
     ids = run.order.samples(state.place)
     batches, seen = collate_share(run, ids, run.order.draws(state.place))
+    run.meter.enter("forward")
+    batches = run.objective.before_step(run.model, batches, run.group)  # type: ignore[arg-type]
 
+    run.meter.enter("communication")
     # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
     count, tokens, new_hash, asked, failed = run.group.sum_integers(
         sum(batch.count for batch, weight in batches if weight),
@@ -124,18 +132,22 @@ def train_step(run: Run) -> Metrics | None:
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.group.device)
     for batch, weight in batches:
         run.heart.beat()
+        run.meter.enter("forward")
         loss = run.objective.loss(run.model, batch)  # type: ignore[arg-type]
+        run.meter.enter("backward")
         run.model.backward(loss.sum * (weight / count))
         loss_sum += loss.sum.detach() * weight
+    run.meter.enter("communication")
     loss_value = float(run.group.sum(loss_sum)) / count
 
+    run.meter.enter("optimizer")
     rate, grad_norm = learning_rate(run.config, state.step), math.nan
     if fault := loss_fault(loss_value, state.recent, train):  # known before the weights change
         run.model.discard()
     else:
         grad_norm = run.model.step(rate)
         fault = norm_fault(grad_norm)
-    decision = decide(fault, state.skipped_in_a_row, state.rollbacks, train)
+    decision = decide(fault, state, train)
     if isinstance(decision, GiveUp):
         give_up(run, decision.reason)
     if isinstance(decision, RollBack):
@@ -144,7 +156,7 @@ def train_step(run: Run) -> Metrics | None:
 
     skipped = isinstance(decision, Skip)
     run.state = state.after(len(ids), tokens, new_hash, skipped, remember(state.recent, loss_value, train))
-    seconds = time.perf_counter() - start
+    run.meter.count(tokens)
     notes, run.notes = run.notes, {}
     return {
         "step": run.state.step,
@@ -155,10 +167,7 @@ def train_step(run: Run) -> Metrics | None:
         "skipped": run.state.skipped,
         "rollbacks": run.state.rollbacks,
         "passed": run.state.passed,
-        "tokens_per_s": tokens / seconds,
-        "mfu": tokens * run.flops_per_token / seconds / run.peak_flops,
         "samples_hash": hash_hex(run.state.samples_hash),
-        "seconds": seconds,
         "time": time.time(),
         **told(decision),
         **notes,
@@ -228,4 +237,4 @@ def validate(run: Run) -> dict[str, float]:
     run.model.train()
     # A rank without a single sample of its own (more ranks than samples) has nothing to add.
     gathered = run.group.gather(join_scores(parts) if parts else {})
-    return run.objective.summarize(join_scores(scores for scores in gathered if scores))
+    return run.objective.summarize(run.objective.complete(join_scores(scores for scores in gathered if scores)))

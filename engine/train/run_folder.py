@@ -1,6 +1,6 @@
 """A run's folder: its config, its metrics, its state, and whether this command may go on in it.
 
-runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/
+runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/  profile/
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.bundle = path / "bundle"
         self.logs = path / "logs"
+        self.profile = path / "profile"
         self.events = self.logs / "events.log"  # what befell the run: faults, restarts, roll-backs
 
     def tell(self, text: str) -> None:

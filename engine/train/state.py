@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from engine.data.order import add_hashes
 
+FIRST_LOSS_SCALE = 2.0**16
+RESCALE_AFTER = 1000  # updates
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -22,6 +25,8 @@ class TrainState:
     best: float | None = None  # the best value so far of the objective's metric on the validation split
     best_step: int = 0  # the step that had it
     stale: int = 0  # validations since then
+    loss_scale: float | None = None  # fp16: what the loss is multiplied by
+    steady: int = 0  # fp16: updates since it changed
     samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
 
     @property
@@ -47,7 +52,20 @@ class TrainState:
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
             recent=self.recent if skipped else recent,
             samples_hash=add_hashes([self.samples_hash, ids_hash]),
-        )
+        ).rescaled(skipped)
+
+    def rescaled(self, skipped: bool) -> TrainState:
+        """Return the state with the loss scale of the next step: half after an overflow, twice after RESCALE_AFTER updates.
+
+        Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2.
+        """
+        if self.loss_scale is None:
+            return self
+        if skipped:
+            return replace(self, loss_scale=max(1.0, self.loss_scale / 2), steady=0)
+        if self.steady + 1 == RESCALE_AFTER:
+            return replace(self, loss_scale=self.loss_scale * 2, steady=0)
+        return replace(self, steady=self.steady + 1)
 
     def rolled_back(self, good: TrainState) -> TrainState:
         """Return the state of the good checkpoint, past the data of all steps up to the one that comes next here."""

@@ -27,7 +27,7 @@ from engine.models.size import flops_per_token
 from engine.train import hardware
 from engine.train.checkpoint import CheckpointWriter
 from engine.train.loop import Run, train_step
-from engine.train.worker import Job, local_group, make_model
+from engine.train.worker import Job, local_group, make_model, measure
 from engine.train.zero import Sharded, decay_groups, deepspeed_config
 from jobs.entry import compose
 from tests.bench.interleaved import interleave, show
@@ -65,11 +65,10 @@ def engine_step(job: Job, order: Order, precision: str) -> Callable[[], Any]:
         config=job.config, group=group, objective=objective, model=sharded,
         samples=objective.samples(Split.open(job.data, "train")), validation=None, order=order,
         writer=CheckpointWriter(folder, 0, 1, 1), about={}, log=print,
-        flops_per_token=flops_per_token(model, model.config, 256),
-        peak_flops=hardware.matmul_peak(group.device, torch.bfloat16 if precision == "bf16" else torch.float32),
+        meter=measure(group, torch.bfloat16 if precision == "bf16" else torch.float32, flops_per_token(model, model.config, 256)),
     )  # fmt: skip
     sharded.train()
-    return lambda: train_step(run)
+    return lambda: train_step(run) | run.meter.read()
 
 
 def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,7 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         "sweep",
         "evaluate",
         "deploy",
+        "convert",
         "plan",
         "demo",
         "runs",

@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.train import guards
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.run_folder import RunFolder
+from engine.train.state import TrainState
 from engine.train.worker import Job
 from tests.engine.train.ranks import losses, on_ranks, work_on
 
@@ -33,7 +34,7 @@ def poisoned(rank: int, world: int, specs: str) -> None:
 
     config = Job.from_dict(json.loads(specs)[0]).config
     blocks = Blocks(Split.open(prepare(config), "train"), config.data.sequence_length)
-    sample = Order(len(blocks), config.train.global_batch, config.seed).samples(BAD)[5]
+    sample = Order(len(blocks), config.global_batch, config.seed).samples(BAD)[5]
     tokens = torch.as_tensor(blocks[sample]["tokens"][:-1])
     sound = Objective.loss
 
@@ -143,7 +144,14 @@ def test_what_is_wrong_with_a_loss(loss: float, recent: list[float], sigma: floa
     ],
 )
 def test_decisions(fault: str, in_a_row: int, rollbacks: int, decision: guards.Decision) -> None:
-    assert guards.decide(fault, in_a_row, rollbacks, TrainConfig(max_skipped=2, max_rollbacks=1)) == decision
+    state = TrainState(skipped_in_a_row=in_a_row, rollbacks=rollbacks)
+    assert guards.decide(fault, state, TrainConfig(max_skipped=2, max_rollbacks=1)) == decision
+
+
+def test_in_fp16_the_scale_may_fall_all_the_way() -> None:
+    train = TrainConfig(max_skipped=2, max_rollbacks=0)
+    assert guards.decide("f", TrainState(skipped_in_a_row=17, loss_scale=2.0**16), train) == guards.Skip("f")
+    assert isinstance(guards.decide("f", TrainState(skipped_in_a_row=18, loss_scale=2.0**16), train), guards.GiveUp)
 
 
 def test_what_is_remembered() -> None:
