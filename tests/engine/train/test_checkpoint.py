@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import signal
@@ -20,6 +19,7 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
 from engine.train.group import Group
+from engine.train.run_folder import RunFolder
 from engine.train.state import TrainState
 from engine.train.worker import Job, local_group, work
 from engine.train.zero import Fragment
@@ -70,15 +70,15 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("harm", "said"),
-    [
-        (flip, "was changed"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "bytes, not"),
-        (lambda path: path.unlink(), "is missing"),
-        (lambda path: (path.parent / "manifest.json").write_text(""), "cannot be read"),
-    ],
-)
+HARM = [
+    (flip, "was changed"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-3]), "bytes, not"),
+    (lambda path: path.unlink(), "is missing"),
+    (lambda path: (path.parent / "manifest.json").write_text(""), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("harm", "said"), HARM)
 def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
     folder = write(tmp_path, 1)
     file = sorted(folder.glob("*.safetensors"))[1]
@@ -91,26 +91,31 @@ def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
 def test_the_one_before_is_used_and_never_a_silent_fresh_start(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = prepare(tiny)
-    config = with_values(tiny, {"name": "harmed", "schedule.total_steps": 9, "train.checkpoint_every": 3})
-    straight = with_values(config, {"name": "unharmed", "train.max_steps": 9})
-    folder = Path(tiny.runs_dir) / "harmed"
-    (folder / "logs").mkdir(parents=True)
-    (Path(tiny.runs_dir) / "unharmed" / "logs").mkdir(parents=True)
-    wanted = work(Job(straight, data), local_group())
-    work(Job(config, data), local_group())
-    flip(next(step_folder(folder / "checkpoints", 6).glob("*.safetensors")))
-    last = work(Job(with_values(config, {"train.max_steps": 9}), data), local_group())
-    assert last["loss"] == wanted["loss"]
-    assert last["samples_hash"] == wanted["samples_hash"]
-    assert "was changed" in capsys.readouterr().out
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(
-        range(1, 10)
+    data, group = prepare(tiny), local_group()
+    values = {"schedule.total_steps": 15, "train.checkpoint_every": 3, "zero.stage": 1, "optim.lr": 2e-3}
+    harmed, straight = (
+        with_values(tiny, values | {"name": name, "train.max_steps": 15}) for name in ("harmed", "unharmed")
     )
-    for found in step_folders(folder / "checkpoints"):
+    run = RunFolder(harmed.run_dir)
+    for config in (harmed, straight):
+        RunFolder(config.run_dir).logs.mkdir(parents=True)
+    work(Job(straight, data), group)
+    work(Job(with_values(harmed, {"train.max_steps": 6}), data), group)
+    for until, (harm, said) in zip((9, 12, 15, 15), HARM, strict=True):
+        latest = step_folders(run.checkpoints)[0]
+        harm(next(latest.glob("*.safetensors")))
+        work(Job(with_values(harmed, {"train.max_steps": until}), data), group)
+        assert said in capsys.readouterr().out
+        assert said in run.events.read_text()
+        assert (run.checkpoints / f"broken-{latest.name}").exists()
+    for name in ("step", "loss", "samples_hash"):
+        assert [line[name] for line in run.metrics()] == [
+            line[name] for line in RunFolder(straight.run_dir).metrics()
+        ], name
+    for found in step_folders(run.checkpoints):
         flip(next(found.glob("*.safetensors")))
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
-        work(Job(with_values(config, {"train.max_steps": 9}), data), local_group())
+        work(Job(harmed, data), group)
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
