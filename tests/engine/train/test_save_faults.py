@@ -70,7 +70,7 @@ while True:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     latest = latest_whole(run, Group(0, 1, torch.device("cpu")))
-    weight = latest.weight("a")
+    weight = latest.weights()["a"]
     left = sorted(path.name for path in run.checkpoints.iterdir())
     print("FOUND", json.dumps([os.WIFSIGNALED(status), latest.state.step, weight.unique().tolist(), left]))
     if not os.WIFSIGNALED(status):
