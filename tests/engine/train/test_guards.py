@@ -193,7 +193,9 @@ def jumpy(tiny: Config) -> dict[str, list[dict[str, Any]]]:
     """Return the lines of runs with three bad batches in a row, of which two may be skipped."""
 
     def some(name: str, world: int, stage: int, **changes: object) -> Job:
-        return make(tiny, name, world, JUMPY | {"zero.stage": stage} | {f"train.{k}": v for k, v in changes.items()})
+        return make(
+            tiny, f"jumpy-{name}", world, JUMPY | {"zero.stage": stage} | {f"train.{k}": v for k, v in changes.items()}
+        )
 
     # The halves stop after one skipped step, then two steps after the roll-back, where no checkpoint is due.
     alone = [some(name, 1, stage) for name, stage in (("zero", 0), ("two", 2), ("three", 3))]
@@ -204,7 +206,7 @@ def jumpy(tiny: Config) -> dict[str, list[dict[str, Any]]]:
 
 def test_spikes_are_skipped_then_rolled_back_past_the_data(jumpy: dict[str, list[dict[str, Any]]]) -> None:
     # Steps 13 and 14 are skipped, the third bad one goes back to the checkpoint of step 12 and past places 12, 13, 14.
-    lines = jumpy["zero"]
+    lines = jumpy["jumpy-zero"]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["passed"] for line in lines] == [0] * 12 + [3] * 12
     assert [line["rollbacks"] for line in lines] == [0] * 12 + [1] * 12
@@ -217,22 +219,24 @@ def test_the_data_passed_over_are_never_seen(tiny: Config, jumpy: dict[str, list
     blocks = Blocks(Split.open(prepare(tiny), "train"), tiny.data.sequence_length)
     order = Order(len(blocks), tiny.train.global_batch, tiny.seed)
     places = [place for place in range(STEPS + 3) if place not in LEAP]
-    assert jumpy["zero"][-1]["samples_hash"] == hash_hex(add_hashes(ids_hash(order.samples(p)) for p in places))
+    assert jumpy["jumpy-zero"][-1]["samples_hash"] == hash_hex(add_hashes(ids_hash(order.samples(p)) for p in places))
 
 
 @pytest.mark.parametrize("name", ["two", "three", "two-1", "two-3"])
 def test_a_roll_back_is_the_same_in_any_layout(jumpy: dict[str, list[dict[str, Any]]], name: str) -> None:
-    assert losses(jumpy[name]) == pytest.approx(losses(jumpy["zero"]), abs=1e-5)
-    assert [line["samples_hash"] for line in jumpy[name]] == [line["samples_hash"] for line in jumpy["zero"]]
+    assert losses(jumpy[f"jumpy-{name}"]) == pytest.approx(losses(jumpy["jumpy-zero"]), abs=1e-5)
+    assert [line["samples_hash"] for line in jumpy[f"jumpy-{name}"]] == [
+        line["samples_hash"] for line in jumpy["jumpy-zero"]
+    ]
 
 
 @pytest.mark.parametrize(("stage", "whole"), [(0, "zero"), (3, "three")])
 def test_a_resume_around_a_roll_back_is_bit_equal(
     tiny: Config, jumpy: dict[str, list[dict[str, Any]]], stage: int, whole: str
 ) -> None:
-    for line, other in zip(jumpy[f"halves-{stage}"], jumpy[whole], strict=True):
+    for line, other in zip(jumpy[f"jumpy-halves-{stage}"], jumpy[f"jumpy-{whole}"], strict=True):
         assert {name: line[name] for name in SAME} == {name: other[name] for name in SAME}
-    assert_equal(tiny, f"halves-{stage}", whole)
+    assert_equal(tiny, f"jumpy-halves-{stage}", f"jumpy-{whole}")
 
 
 @pytest.mark.parametrize(
@@ -248,4 +252,4 @@ def test_a_resume_around_a_roll_back_is_bit_equal(
 def test_the_end_comes_with_a_reason(
     tiny: Config, jumpy: dict[str, list[dict[str, Any]]], name: str, said: str
 ) -> None:
-    assert re.search(said, (Path(tiny.runs_dir) / name / "logs" / "failed.txt").read_text())
+    assert re.search(said, (Path(tiny.runs_dir) / f"jumpy-{name}" / "logs" / "failed.txt").read_text())
