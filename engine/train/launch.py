@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ from engine.train.run_folder import MetricsTail, RunFolder, Status, now
 from engine.train.worker import Job
 
 COUNTS = {"skipped": "skipped", "rollbacks": "rolled back"}  # in a line of metrics.jsonl -> on the bar
+
+
+SPARE_S = 7 * 24 * 3600  # that a spare process waits, at most
+Spare = Callable[..., None]  # (count, env_vars=..., nested=..., node_id=..., keep_s=...): starts processes on a node
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,11 @@ def packed(samples: Any, config: Config) -> str:
     return f"packing   {config.data.packing}: {len(samples):,} samples of up to {length:,} tokens, {100 * samples.padding:.2f} % padding"
 
 
-def train(config: Config) -> Outcome:
-    """Run a training job to its end, or go on with it where it was. Raises UserError with the reason of a failure."""
+def train(config: Config, spare: Spare | None = None) -> Outcome:
+    """Run a training job to its end, or go on with it where it was. Raises UserError with the reason of a failure.
+
+    `spare` starts processes that wait for a restart, if train.spares asks for them.
+    """
     run = RunFolder.claim(config)
     done = run.status()
     if done and done.state == "finished" and done.step >= config.train.max_steps and run.bundle.exists():
@@ -114,7 +123,7 @@ def train(config: Config) -> Outcome:
     watch = Watch(run, config, status)
     try:
         with watch:
-            run_workers(job, run)
+            run_workers(job, run, spare if config.train.spares else None)
     except BaseException as error:
         state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
@@ -126,7 +135,7 @@ def train(config: Config) -> Outcome:
     return Outcome(run, list(run.metrics())[-1])
 
 
-def run_workers(job: Job, run: RunFolder) -> None:
+def run_workers(job: Job, run: RunFolder, spare: Spare | None = None) -> None:
     """Run the job's worker group through Ray Train until it ends."""
     import ray
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -135,7 +144,7 @@ def run_workers(job: Job, run: RunFolder) -> None:
 
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    resources = worker_resources(job.config, ray.cluster_resources())
+    resources, (_, rank_environment) = worker_resources(job.config, ray.cluster_resources()), environments(job.config)
     failed = run.logs / "failed.txt"
     failed.unlink(missing_ok=True)
     train = job.config.train
@@ -143,6 +152,7 @@ def run_workers(job: Job, run: RunFolder) -> None:
         run=run,
         own_ray=job.config.cluster.address == "local",
         hang_timeout_s=train.hang_timeout_s,
+        spare=spare and functools.partial(spare, env_vars=rank_environment, nested=True, keep_s=SPARE_S),
         train_loop_per_worker=ray_train_worker,
         train_loop_config=job.to_dict() | {"driver_path": sys.path},
         backend_config=RendezvousConfig(),
@@ -175,10 +185,12 @@ def run_workers(job: Job, run: RunFolder) -> None:
         heartbeat.unlink()
 
 
-def environments() -> tuple[dict[str, str], dict[str, str]]:
+def environments(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Return the environment variables that Ray Train gives to its controller and to a rank, and to no other process."""
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+    from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR, get_env_vars_to_propagate
 
+    # A quarter of a second to notice a lost rank; longer where there are so many that to ask all of them is work.
+    os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(max(0.25, config.train.workers / 200)))
     controller = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
     return controller, controller | {preload.RANK: "1"}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,26 @@ from engine.train.elastic import Elastic
 from engine.train.run_folder import RunFolder
 from engine.train.watchdog import DUMP_S, Watcher, end_hung
 
+SPARE_AFTER_S = 30.0  # short runs shall not pay for processes that they don't need
+Spare = Callable[..., None]  # (count, node_id=...): starts processes that are ready to be ranks
 REACH_S = 30.0  # to start a process on a node with a hung rank
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no types
     """A DataParallelTrainer without the process that splits Ray datasets: our ranks read their shards themselves."""
 
-    def __init__(self, run: RunFolder, own_ray: bool, hang_timeout_s: float, **options: Any) -> None:
+    def __init__(
+        self, run: RunFolder, own_ray: bool, hang_timeout_s: float, spare: Spare | None = None, **options: Any
+    ) -> None:
         """Make a trainer of `run`; `own_ray`: Ray ends with this process, and its placement groups with it."""
         super().__init__(**options)
-        self._run, self._hang_timeout_s = run, hang_timeout_s
+        self._run, self._attendant = run, Attendant(run.path, hang_timeout_s, spare)
         self._unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_ray else set())
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         kept = [callback for callback in callbacks if type(callback).__name__ not in self._unused]
-        return [*kept, Attendant(self._run.path, self._hang_timeout_s)]
+        return [*kept, self._attendant]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         scaling: Any = self.scaling_config
@@ -49,9 +55,9 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no 
 class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Sits in Ray Train's controller: finds ranks that hang and ends their group; tells what becomes of the workers."""
 
-    def __init__(self, run: Path, hang_timeout_s: float) -> None:
-        """Watch the ranks of the run in this folder."""
-        self._run, self._hang_timeout_s = run, hang_timeout_s
+    def __init__(self, run: Path, hang_timeout_s: float, spare: Spare | None) -> None:
+        """Watch the ranks of the run in this folder, and have `spare` start processes for the next group."""
+        self._run, self._hang_timeout_s, self._spare = run, hang_timeout_s, spare
         self._workers: list[Any] = []
         self._size = 0
 
@@ -62,7 +68,8 @@ class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             run.tell(f"the run goes on with {len(self._workers)} workers instead of {self._size}")
         self._size = len(self._workers)
         files = [run.heartbeat(rank) for rank in range(self._size)]
-        self._watcher = Watcher(files, self._hang_timeout_s, time.monotonic())
+        self._started, self._spared = time.monotonic(), self._spare is None
+        self._watcher = Watcher(files, self._hang_timeout_s, self._started)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Tell of lost ranks; end a group in which a rank hangs. Raises WorkerGroupError then, which restarts it."""
@@ -73,6 +80,8 @@ class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             return
         if worker_group_status.finished:
             return
+        if not self._spared and time.monotonic() - self._started > SPARE_AFTER_S:
+            self._start_spares()
         if late := self._watcher.overdue(time.monotonic()):
             states = self._end_group(run)
             stopped = sorted(rank for rank in late if states.get(rank) == "stopped")
@@ -83,6 +92,13 @@ class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             )
             run.tell(text)
             raise WorkerGroupError(text, {rank: TimeoutError(text) for rank in late})
+
+    def _start_spares(self) -> None:
+        """Start a process for each rank of the next group, on its node."""
+        assert self._spare is not None
+        self._spared = True
+        for node, count in Counter(worker.metadata.node_id for worker in self._workers).items():
+            self._spare(count, node_id=node)
 
     def _end_group(self, run: RunFolder) -> dict[int, str]:
         nodes: dict[str, dict[int, tuple[int, str]]] = {}
