@@ -207,7 +207,11 @@ class ModelConfig(Frozen):
         most=0.9,
     )
     options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
-    attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = option(
+        "sdpa",
+        "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
 
 
 @dataclass
@@ -410,6 +414,12 @@ class PlanConfig(Frozen):
         None, "tokens to train on in all, for days and cost; None: those of max_steps", above=0
     )
     price: Optional[float] = option(None, "of a device for an hour, for the cost", least=0)
+    write_rate: Optional[float] = option(
+        None,
+        "bytes a second that a worker writes of a checkpoint; None: measured in runs_dir (device=here), else 1e9",
+        above=0,
+    )
+    json: Optional[str] = option(None, "file that gets all figures too, in bytes, seconds and FLOP/s")
 
 
 @dataclass

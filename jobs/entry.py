@@ -19,6 +19,7 @@ from cluster.environment import quiet_environment
 from cluster.errors import ClusterError
 from engine.config import Config, config_groups, declared, get, replace, resolve, to_dict, type_name, with_values
 from engine.errors import UserError, nearest
+from engine.train.requirements import check_machine
 
 Function = Callable[[Config], object]
 
@@ -97,6 +98,7 @@ def training_session(config: Config) -> Iterator[None]:
     check_input(config.data)
     own = config.cluster.address == "local"
     if own:
+        check_machine(config)
         os.environ.setdefault(
             "RAY_prestart_worker_first_driver", "0"
         )  # Ray's own choice of processes fits none of ours

@@ -233,7 +233,7 @@ def _survey_all(
     for part in corpus:
         try:
             found[part.number] = Survey.from_bytes(_survey_file(folder, part).read_bytes())
-        except (OSError, ValueError, BadZipFile):  # there is none, or it is damaged
+        except (OSError, ValueError, EOFError, BadZipFile):  # there is none, or it is damaged
             pass
     done = 0
 

@@ -51,7 +51,7 @@ class Survey:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Survey:
-        """Read what `to_bytes` wrote. Raises ValueError or BadZipFile where it is damaged."""
+        """Read what `to_bytes` wrote. Raises ValueError, EOFError or BadZipFile where it is damaged."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             facts = json.loads(arrays["facts"].tobytes())
             return cls(

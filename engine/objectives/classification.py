@@ -14,7 +14,7 @@ from engine.data.packing import Rows
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Scores, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 
 class Objective(contract.Objective):
@@ -38,7 +38,7 @@ class Objective(contract.Objective):
             "label2id": {label: i for i, label in enumerate(self.labels)},
         }
 
-    def samples(self, split: Split) -> Rows:
+    def samples(self, split: Split) -> Samples:
         """Take the labelled rows, cut at sequence_length."""
         return Rows(split, self.sequence_length)
 

@@ -113,7 +113,7 @@ class Objective(ABC):
         """Return what the task asks of the transformers config (the number of labels, say)."""
         return {}
 
-    def meet(self, config: Any) -> None:
+    def meet(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
         """Take note of the model's transformers config, before the first batch; most tasks need nothing of it."""
 
     def stacks(self, config: Any) -> list[Stack]:

@@ -129,9 +129,10 @@ class Objective(contract.Objective):
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):  # dropout drops the same again
             own = [embed(model, batch) for batch, _ in batches]
-        real = [torch.full((len(i), 1), float(weight > 0)) for (i, _), (_, weight) in zip(own, batches)]
-        number = [torch.full((len(i), 1), float(k)) for k, (i, _) in enumerate(own)]
-        rows = torch.cat([torch.cat([*pair, a.to(device), b.to(device)], 1) for pair, a, b in zip(own, real, number)])
+        marks = [torch.tensor([[weight, k]], device=device) for k, (_, weight) in enumerate(batches)]
+        rows = torch.cat(
+            [torch.cat([i, t, mark.expand(len(i), 2)], dim=1) for (i, t, _), mark in zip(own, marks, strict=True)]
+        )
         gathered = ranks.gather_rows(rows)
         every = torch.cat(gathered)
         first = sum(len(found) for found in gathered[: ranks.rank])
@@ -141,17 +142,16 @@ class Objective(contract.Objective):
         order = order[every[order, -2] > 0]
         width = own[0][0].shape[1]
         image_ND, text_ND = every[order, :width], every[order, width : 2 * width]
-        share = compared(image_ND, text_ND, scale_of(model))
+        share = compared(image_ND, text_ND, own[0][2])
 
         place = torch.full((len(every),), -1, device=device)
         place[order] = torch.arange(len(order), device=device)
-        mine = place[first : first + len(rows)].split([len(i) for i, _ in own])
+        mine = place[first : first + len(rows)].split([len(i) for i, _, _ in own])
         return [(share.of(batch, place_B), weight) for (batch, weight), place_B in zip(batches, mine)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the share of the global batch's loss, with its gradient; of a batch by itself, the loss within it."""
-        image_BD, text_BD = embed(model, batch)
-        scale = scale_of(model)
+        image_BD, text_BD, scale = embed(model, batch)
         if not isinstance(batch, Seen):
             logits_BB = text_BD @ image_BD.T * scale
             right_B = torch.arange(len(logits_BB), device=logits_BB.device)
@@ -167,11 +167,11 @@ class Objective(contract.Objective):
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Give the two embeddings of each pair, the scale of their product, and which caption it is."""
-        image_BD, text_BD = embed(model, batch)
+        image_BD, text_BD, scale = embed(model, batch)
         return {
             "image": image_BD.cpu().numpy(),
             "text": text_BD.cpu().numpy(),
-            "scale": np.full(len(image_BD), float(scale_of(model))),
+            "scale": np.full(len(image_BD), float(scale)),
             "caption": batch.targets.cpu().numpy(),
         }
 
@@ -210,8 +210,8 @@ class Objective(contract.Objective):
         batch = self.collate([{"pixels": image, "tokens": self._tokens(caption)} for caption in captions])
         batch = batch.to(next(model.parameters()).device)
         batch.inputs["pixel_values"] = batch.inputs["pixel_values"][:1]
-        image_D, text_BD = (rows.cpu() for rows in embed(model, batch))
-        found_B = (text_BD @ image_D[0] * scale_of(model).cpu()).softmax(0)
+        image_1D, text_BD, scale = (part.cpu() for part in embed(model, batch))
+        found_B = (text_BD @ image_1D[0] * scale).softmax(0)
         return {"label": captions[int(found_B.argmax())], "scores": dict(zip(captions, found_B.tolist(), strict=True))}
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
@@ -221,21 +221,24 @@ class Objective(contract.Objective):
         return [{"image": png(split.image(i)), "captions": sorted(set(captions))} for i in few]
 
 
-def embed(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of a batch's images and captions, each of length 1, in fp32: [B, D] both."""
+def embed(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the embeddings of a batch's images and captions, each of length 1, [B, D], and the learnt scale of their product; in fp32."""
+    module = getattr(model, "module", model)
+    if add_scale not in module._forward_hooks.values():
+        module.register_forward_hook(add_scale, prepend=True)
     outputs = model(**batch.inputs)
-    return outputs.image_embeds.float(), outputs.text_embeds.float()
+    return outputs.image_embeds.float(), outputs.text_embeds.float(), outputs["scale"].view(()).float()
+
+
+def add_scale(module: Any, inputs: Any, outputs: Any) -> Any:
+    """Add the scale to a model's outputs, while it is at hand: under ZeRO-3 a weight is whole during the forward pass only."""
+    outputs["scale"] = module.logit_scale.exp()
+    return outputs
 
 
 def nearest(rows: Tensor, others: Tensor) -> np.ndarray:
     """Return for each row, [n, D], the number of the most similar of the others: int64 [n]."""
     return torch.cat([(chunk @ others.T).argmax(1) for chunk in rows.split(CHUNK)]).numpy()
-
-
-def scale_of(model: Any) -> Tensor:
-    """Return what the model multiplies similarities by: learnt, a single number, which ZeRO-3 keeps whole on every rank."""
-    scale: Tensor = getattr(model, "module", model).logit_scale.float().exp()
-    return scale
 
 
 @dataclass(frozen=True)

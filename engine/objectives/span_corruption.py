@@ -46,7 +46,8 @@ class Objective(contract.Objective):
 
     def sentinels(self) -> list[int]:
         """Return the ids of <extra_id_0>, <extra_id_1>, ..., as many as the tokenizer has."""
-        vocabulary, found = self.tokenizer.get_vocab(), []
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        found: list[int] = []
         while (token := vocabulary.get(f"<extra_id_{len(found)}>")) is not None:
             found.append(token)
         return found

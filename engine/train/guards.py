@@ -10,7 +10,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from engine.config import TrainConfig
 from engine.train.state import TrainState
@@ -89,8 +88,3 @@ def remember(recent: Sequence[float], loss: float, train: TrainConfig) -> tuple[
     if train.spike_sigma is None:
         return ()
     return (*recent, loss)[-train.spike_window :]
-
-
-def told(decision: Decision) -> dict[str, Any]:
-    """Return what metrics.jsonl says of a step that was not good."""
-    return {} if isinstance(decision, Go) else {"fault": decision.reason}

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.objectives.contract import Batch, Objective, Samples, join_scores
 from engine.train.checkpoint import CheckpointWriter, latest_whole, remove, restore, step_folders
 from engine.train.group import Group
-from engine.train.guards import GiveUp, RollBack, Skip, decide, loss_fault, norm_fault, remember, told
+from engine.train.guards import GiveUp, RollBack, Skip, decide, loss_fault, norm_fault, remember
 from engine.train.meter import Meter
 from engine.train.run_folder import RunFolder
 from engine.train.schedule import learning_rate
@@ -66,18 +66,25 @@ class Run:
     def heed(self, asked: int, failed: int) -> None:
         """Act on what the ranks told each other: so many were asked for a checkpoint, so many could not write theirs."""
         self.save_asked = asked > 0
-        if failed:
-            fault = self.writer.clear_failed(self.group)
-            if self.config.train.on_failed_save == "stop":
-                raise UserError(fault)
-            self.notes["save_fault"] = fault
+        if not failed:
+            return
+        fault = self.writer.clear_failed(self.group)
+        if self.config.train.on_failed_save == "stop":
+            raise UserError(fault)
+        self.note("save_fault", fault)
 
-    def finish(self) -> None:
-        """Wait for the save under way. Raises UserError on all ranks if any could not write its part."""
+    def note(self, name: str, text: str) -> None:
+        """Have the next logged line, and the person who follows the run, told of an event."""
+        self.notes[name] = text
+        if self.group.rank == 0:
+            RunFolder(self.config.run_dir).tell(text)
+
+    def settle(self) -> str:
+        """Wait for the save under way, on all ranks at once; return what went wrong with it."""
         self.heart.slow()
         self.writer.wait()
-        if self.group.sum_integers(int(self.writer.failed))[0]:
-            raise UserError(self.writer.clear_failed(self.group))
+        failed = self.group.sum_integers(int(self.writer.failed))[0]
+        return self.writer.clear_failed(self.group) if failed else ""
 
 
 def fit(run: Run) -> None:
@@ -88,6 +95,7 @@ def fit(run: Run) -> None:
         metrics = train_step(run)
         if metrics is None:  # rolled back
             continue
+        run.heart.slow(False)
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
             run.meter.enter("evaluation")
@@ -106,7 +114,8 @@ def fit(run: Run) -> None:
             run.meter.enter("checkpoint")
             run.save()
         run.log(metrics | run.meter.read())
-    run.finish()
+    if fault := run.settle():
+        raise UserError(fault)
 
 
 def train_step(run: Run) -> Metrics | None:
@@ -169,14 +178,14 @@ def train_step(run: Run) -> Metrics | None:
         "passed": run.state.passed,
         "samples_hash": hash_hex(run.state.samples_hash),
         "time": time.time(),
-        **told(decision),
+        **({"fault": fault} if fault else {}),
         **notes,
     }
 
 
 def roll_back(run: Run, reason: str) -> None:
     """Go back to the last good checkpoint, past the data of the steps since then. Raises UserError where there is none."""
-    run.finish()
+    run.settle()
     good = latest_whole(RunFolder(run.config.run_dir), run.group, good=True)
     if good is None:
         give_up(run, f"{reason}, and there is no good checkpoint to go back to")
@@ -186,7 +195,7 @@ def roll_back(run: Run, reason: str) -> None:
             if folder > good.folder:
                 remove(folder)
     run.group.barrier()
-    run.notes["rolled_back"] = f"from step {run.state.step + 1}: {reason}"
+    run.note("rolled_back", f"from step {run.state.step + 1} back to step {good.state.step}: {reason}")
     run.state, run.saved_step = run.state.rolled_back(good.state), good.state.step
 
 
@@ -221,6 +230,7 @@ def validate(run: Run) -> dict[str, float]:
     """Return the objective's metrics on the validation split, the same for any number of ranks."""
     if run.validation is None:
         return {}
+    run.heart.slow()  # its first time may compile
     micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
     size = len(run.validation)
     count = min(size, run.config.train.evaluate_samples or size)

@@ -87,7 +87,7 @@ class RunFolder:
     def _refuse_another(self, config: Config) -> None:
         if config.resume:
             return
-        before, now = _identity_of(yaml.safe_load(self.config_file.read_text())), identity(config)
+        before, now = flat(yaml.safe_load(self.config_file.read_text())), identity(config)
         differences = [
             f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
         ]
@@ -192,16 +192,17 @@ def now() -> float:
     return time.time()
 
 
-def _identity_of(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of a config as nested dicts."""
     known = {key for key, _, _ in declared()}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         full = prefix + key
         if full not in known and isinstance(value, dict):
-            flat |= _identity_of(value, f"{full}.")
+            found |= flat(value, f"{full}.")
         else:
-            flat[full] = value
-    return flat
+            found[full] = value
+    return found
 
 
 def _is_alive(pid: int) -> bool:

@@ -35,15 +35,15 @@ class Heartbeat:
     def beat(self) -> None:
         """Say that the rank moves. Costs a clock's reading, and a small file now and then."""
         self._count += 1
-        if self._slow or time.monotonic() - self._written > min(1.0, self._limit_s / 10):
-            self._slow = False
+        if time.monotonic() - self._written > min(1.0, self._limit_s / 10):
             self._write()
 
-    def slow(self) -> None:
-        """Say that what comes now may take long."""
+    def slow(self, slow: bool = True) -> None:
+        """Say that what comes now may take long, or no longer."""
         self._count += 1
-        self._slow = True
-        self._write()
+        if slow != self._slow:
+            self._slow = slow
+            self._write()
 
     def _write(self) -> None:
         if self._file is None:

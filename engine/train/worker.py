@@ -28,6 +28,7 @@ from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
 from engine.train.micro_batch import fitting_micro_batch
 from engine.train.profile import Profile
+from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
@@ -71,6 +72,7 @@ def work(
     once. The process group must be up where there are several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
+    check_machine(config)
     heart = Heartbeat(folder.heartbeat(group.rank), config.train.hang_timeout_s)
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)

@@ -82,9 +82,16 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Built by a compiler at start-up (20 s) and used in inference only: training's collectives are torch's.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # All ranks have made equal weights; and it fails on a weight that is a single number (CLIP's temperature).
+    # All ranks have made equal weights, and sending them fails on one that is a single number (CLIP's temperature).
     deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
+    deepspeed.zero.Init._zero_init_param = convert_and_partition
     return deepspeed
+
+
+def convert_and_partition(init: Any, parameter: nn.Parameter) -> None:
+    """Shard a weight for stage 3: what DeepSpeed does, but for sending it to all ranks before."""
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

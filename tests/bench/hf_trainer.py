@@ -2,9 +2,9 @@
 
 The same model (llama_5m), shards, order, batch (16 x 256 tokens), ZeRO stage 1, precision, fused AdamW with clipping, one
 process with all cores. The Trainer logs once, at the end, and reads samples in a process beside it, as its users are told to.
-Predicted for the step: 1.05. Both run the same model through the same DeepSpeed; what the Trainer adds a step (Accelerate's
-wrappers, callbacks, a check of the loss for NaN, fp32 copies of the shifted logits) is some 5 % of 400 ms. Predicted for
-the command: 0.9 at 40 steps, as Ray's start is ours alone.
+Predicted for the step: 1.15. Both run the same model through the same DeepSpeed. The Trainer holds the logits whole, in fp32
+too, and goes over them some six times more than our chunked loss (10 ms each of some 400); its wrappers, callbacks and check
+of the loss for NaN add a few milliseconds. Predicted for the command: 0.95 at 40 steps, as Ray's start is ours alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from tests.bench.interleaved import interleave, show
 
 STEPS, WARM, BATCH, LENGTH = 40, 10, 16, 256
+ROOT = Path(__file__).parents[2]
+PEERS = Path(sys.prefix) / "peers"  # `make bench` installs accelerate there
 
 
 def trainer(data: str, out: str, precision: str) -> None:
@@ -80,6 +82,31 @@ def steady(ends: list[float]) -> float:
     return (len(ends) - WARM) * BATCH * LENGTH / (ends[-1] - ends[WARM - 1])
 
 
+def run_ours(folder: str, name: str, precision: str) -> tuple[float, float]:
+    """Run `manta pretrain`; return its tokens a second in the steady state and its seconds in all."""
+    command = [
+        sys.executable, "-m", "jobs.pretrain", f"runs_dir={folder}", f"name={name}", "zero.stage=1", f"train.max_steps={STEPS}",
+        f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", f"train.precision={precision}", "train.evaluate_samples=1",
+        "tracking.enabled=false",
+    ]  # fmt: skip
+    began = time.time()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    seconds = time.time() - began
+    lines = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()
+    return steady([json.loads(line)["time"] for line in lines]), seconds
+
+
+def run_trainer(data: Path, out: str, precision: str) -> tuple[float, float]:
+    """Run the peer; return the same."""
+    command = [sys.executable, "-m", "tests.bench.hf_trainer", str(data), out, precision]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(PEERS)])}
+    began = time.time()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | alone | paths)
+    seconds = time.time() - began
+    return steady(json.loads(done.stdout.strip().splitlines()[-1])), seconds
+
+
 def main() -> None:
     """Print the ratios of the steady state and of the whole command, for each precision."""
     from cluster.environment import quiet_environment
@@ -88,55 +115,31 @@ def main() -> None:
     from engine.train.hardware import has_bf16
     from jobs.entry import compose
 
+    if not PEERS.is_dir():
+        raise SystemExit(f"{PEERS} lacks accelerate, which the Trainer needs: make bench installs it there")
     quiet_environment()
-    root, turn = Path(__file__).parents[2], iter(range(1000))
+    turn = iter(range(1000))
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(with_values(compose("pretrain", []), {"runs_dir": folder}))
         for precision in ("bf16", "fp32") if has_bf16() else ("fp32",):
             seconds: dict[str, list[float]] = {"ours": [], "Trainer": []}
 
-            def ours(precision: str = precision, seconds: dict[str, list[float]] = seconds) -> float:
+            def measure(who: str, precision: str = precision, seconds: dict[str, list[float]] = seconds) -> float:
                 name = f"run{next(turn)}"
-                command = [
-                    sys.executable, "-m", "jobs.pretrain", f"runs_dir={folder}", f"name={name}", "zero.stage=1",
-                    f"train.max_steps={STEPS}", f"train.global_batch={BATCH}", f"train.precision={precision}",
-                    "train.evaluate_samples=1", "tracking.enabled=false",
-                ]  # fmt: skip
-                began = time.time()
-                subprocess.run(command, check=True, capture_output=True, cwd=root)
-                seconds["ours"].append(time.time() - began)
-                lines = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()
-                return steady([json.loads(line)["time"] for line in lines])
-
-            def theirs(precision: str = precision, seconds: dict[str, list[float]] = seconds) -> float:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tests.bench.hf_trainer",
-                    str(data),
-                    f"{folder}/hf{next(turn)}",
-                    precision,
-                ]
-                alone = {
-                    "RANK": "0",
-                    "LOCAL_RANK": "0",
-                    "WORLD_SIZE": "1",
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": "29571",
-                }
-                began = time.time()
-                done = subprocess.run(
-                    command, check=True, capture_output=True, text=True, cwd=root, env=os.environ | alone
+                run = (
+                    run_ours(folder, name, precision)
+                    if who == "ours"
+                    else run_trainer(data, f"{folder}/{name}", precision)
                 )
-                seconds["Trainer"].append(time.time() - began)
-                return steady(json.loads(done.stdout.strip().splitlines()[-1]))
+                seconds[who].append(run[1])
+                return run[0]
 
+            found = interleave({who: (lambda who=who, measure=measure: measure(who)) for who in seconds})
             print(f"\n{precision}, ZeRO 1, {os.cpu_count()} cores, steps {WARM + 1} to {STEPS}")
-            found = interleave({"ours": ours, "Trainer": theirs})
-            show(found, "tokens/s", "ours", {"Trainer": 1.3})
+            show(found, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {precision}")
             print(f"the whole command, {STEPS} steps")
-            whole = {name: [STEPS * BATCH * LENGTH / s for s in values[1:]] for name, values in seconds.items()}
-            show(whole, "tokens/s", "ours", {"Trainer": 1.0})
+            whole = {who: [STEPS * BATCH * LENGTH / s for s in values[1:]] for who, values in seconds.items()}
+            show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {precision}")
 
 
 if __name__ == "__main__":

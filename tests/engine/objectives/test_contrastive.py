@@ -13,14 +13,17 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import Config
 from engine.data.images import from_base64
-from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.objectives.contract import Batch, join_scores
-from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.worker import Job
-from tests.engine.objectives.conftest import gradients, made, relative_error
-from tests.engine.train.ranks import losses, run_ranks
+from tests.engine.objectives.conftest import (
+    Curves,
+    assert_resumed_bit_for_bit,
+    assert_same_in_every_layout,
+    gradients,
+    made,
+    relative_error,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -104,50 +107,18 @@ def test_recall_by_hand_and_whatever_the_batches(family: Callable[..., Config]) 
     assert found[0]["loss"] == pytest.approx(float(model(**whole.inputs, return_loss=True).loss), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def curves(family: Callable[..., Config]) -> dict[str, list[dict[str, float]]]:
-    def job(name: str, workers: int, stage: int, micro: int) -> Job:
-        config = family(
-            "contrastive", name=f"clip-{name}", train__workers=workers, zero__stage=stage, train__micro_batch=micro,
-            train__global_batch=7,
-        )  # fmt: skip
-        return Job(config, prepare(config))
-
-    found = {}
-    for workers, layouts in ((1, [("alone", 0, 7), ("small", 3, 2)]), (2, [("two", 2, 2), ("sharded", 3, 3)])):
-        jobs = [job(name, workers, stage, micro) for name, stage, micro in layouts]
-        found.update(zip([name for name, _, _ in layouts], run_ranks(jobs, workers), strict=True))
-    return found
+def test_the_curve_is_the_same_in_every_layout(curves: Curves) -> None:
+    assert_same_in_every_layout(curves, "contrastive")
 
 
-@pytest.mark.parametrize("name", ["small", "two", "sharded"])
-def test_the_curve_is_the_same_in_every_layout(curves: dict[str, list[dict[str, float]]], name: str) -> None:
-    assert len(curves[name]) == 6
-    assert losses(curves[name]) == pytest.approx(losses(curves["alone"]), abs=1e-5)
-    assert [line["grad_norm"] for line in curves[name]] == pytest.approx(
-        [line["grad_norm"] for line in curves["alone"]], rel=1e-4
-    )
-    assert curves[name][-1]["validation_loss"] == pytest.approx(curves["alone"][-1]["validation_loss"], abs=1e-5)
-    assert losses(curves[name])[-1] < losses(curves[name])[0]
+def test_resuming_is_bit_for_bit_the_straight_run(curves: Curves, runs_dir: Path) -> None:
+    assert_resumed_bit_for_bit(curves, "contrastive", runs_dir)
 
 
-def test_resuming_is_bit_for_bit_the_straight_run(family: Callable[..., Config]) -> None:
-    straight = family("contrastive", name="clip-straight", zero__stage=2)
-    halves = [
-        family("contrastive", name="clip-halves", zero__stage=2, train__max_steps=until, schedule__total_steps=6)
-        for until in (3, 6)
-    ]
-    results = run_ranks([Job(config, prepare(config)) for config in (straight, *halves)], 1)
-    assert losses(results[0]) == losses(results[2])
-    ours, theirs = (Checkpoint(step_folders(config.run_dir / "checkpoints")[0]) for config in (straight, halves[1]))
-    for name, weight in ours.weights().items():
-        assert torch.equal(weight, theirs.weights()[name]), name
-
-
-def test_the_bundle_is_plain_transformers(curves: object, family: Callable[..., Config], painted: Path) -> None:
+def test_the_bundle_is_plain_transformers(curves: Curves, runs_dir: Path) -> None:
     from transformers import AutoModel, AutoProcessor
 
-    bundle = Bundle.open(family("contrastive", name="clip-two").run_dir / "bundle")
+    bundle = Bundle.open(runs_dir / "contrastive-two" / "bundle")
     bundle.verify()
     bundle.replay(bundle.model())
     processor, model = AutoProcessor.from_pretrained(bundle.folder), AutoModel.from_pretrained(bundle.folder)

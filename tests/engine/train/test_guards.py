@@ -211,7 +211,7 @@ def test_spikes_are_skipped_then_rolled_back_past_the_data(jumpy: dict[str, list
     assert [line["passed"] for line in lines] == [0] * 12 + [3] * 12
     assert [line["rollbacks"] for line in lines] == [0] * 12 + [1] * 12
     assert {line["skipped"] for line in lines} == {0}
-    assert lines[12]["rolled_back"].startswith("from step 15: the loss")
+    assert lines[12]["rolled_back"].startswith("from step 15 back to step 12: the loss")
     assert all(line["loss"] < 10 for line in lines)
 
 

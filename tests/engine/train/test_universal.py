@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from engine.config import Config, to_dict, with_values
 from engine.data.prepare import prepare
@@ -199,7 +200,7 @@ def test_any_checkpoint_becomes_a_bundle(tmp_path: Path, tiny: Config, monkeypat
     asked = with_values(config, {"job": "convert", "convert.step": 2})
     with pytest.raises(UserError, match="has never trained"):
         convert_and_show(asked)
-    run.config_file.write_text(json.dumps(to_dict(config)))
+    run.config_file.write_text(yaml.safe_dump(to_dict(config)))
     run.write_status(Status("pretrain", "finished", 4, 4, updated=now(), data=str(data)))
     folder = convert_and_show(asked)
     assert folder == run.path / "bundle-00000002"

@@ -27,7 +27,7 @@ def test_a_rank_is_overdue_by_the_watchers_clock(tmp_path: Path) -> None:
     assert watcher.overdue(200.0) == []
     assert watcher.overdue(199.0 + LIMIT_S * SLOW) == []  # they start up still
     for heart in hearts:
-        heart.beat()
+        heart.slow(False)
     assert watcher.overdue(300.0) == []
     assert watcher.overdue(300.0 + LIMIT_S) == []
     assert watcher.overdue(300.1 + LIMIT_S) == [0, 1]
@@ -39,6 +39,7 @@ def test_a_rank_is_overdue_by_the_watchers_clock(tmp_path: Path) -> None:
 
 def test_beats_are_written_now_and_then(tmp_path: Path) -> None:
     heart = Heartbeat(tmp_path / "0", 0.5)
+    heart.slow(False)
     contents = set()
     until = time.monotonic() + 0.5
     while time.monotonic() < until:
