@@ -78,7 +78,7 @@ def main() -> None:
             train_step(run)
             run.writer.wait()
             began = time.perf_counter()
-            run.model.engine.save_checkpoint(str(folder / "theirs"), tag="latest")
+            run.model.engine.save_checkpoint(str(folder / "theirs"), tag="step")
             stall = 1000 * (time.perf_counter() - began)
             shutil.rmtree(folder / "theirs")
             return stall

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from tests.engine.train.ranks import losses, run_ranks
 
 STEPS = 30
 LONG = {"train.max_steps": STEPS, "optim.lr": 2e-3, "train.checkpoint_every": STEPS}  # at 1e-2 rounding grows past 1e-5
-RAGGED = {"data.packing": "best_fit"}  # samples have unequal counts of tokens, and so have the ranks
+RAGGED = {  # short documents, not cut to fill a sample: samples have unequal counts of tokens, and so have the ranks
+    "data.source": "files", "data.name": "ragged", "data.packing": "best_fit", "data.max_documents": None,
+}  # fmt: skip
 LAYOUTS: dict[int, list[tuple[str, dict[str, object]]]] = {  # by the number of ranks
     1: [("stage0", {"zero.stage": 0}), ("stage3", {"zero.stage": 3, "train.micro_batch": 8}),
         ("ragged", {"zero.stage": 0, **RAGGED})],
@@ -41,8 +45,12 @@ def job(config: Config, name: str, changes: dict[str, object], workers: int) -> 
 
 
 @pytest.fixture(scope="module")
-def curves(tiny: Config) -> dict[str, list[dict[str, Any]]]:
-    found = {}
+def curves(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    found, draw, texts = {}, random.Random(0), tmp_path_factory.mktemp("texts") / "short.jsonl"
+    words = Path(random.__file__).read_text().split()
+    documents = [" ".join(draw.sample(words, draw.randint(3, 12))) for _ in range(800)]
+    texts.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    tiny = with_values(tiny, {"data.path": str(texts)})
     for world, layouts in LAYOUTS.items():
         jobs = [job(tiny, name, LONG | changes, world) for name, changes in layouts]
         found.update(zip([name for name, _ in layouts], run_ranks(jobs, world), strict=True))
