@@ -21,12 +21,32 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.launch import worker_resources
 from engine.train.run_folder import RunFolder
-from engine.train.worker import Job, local_group, work
+from engine.train.worker import Job
 from tests.conftest import TINY
+from tests.engine.train.ranks import run_ranks
 
-LONG = {
-    "train.max_steps": 500, "train.global_batch": 64, "train.micro_batch": 8, "train.checkpoint_every": 1000, "optim.lr": 2e-4,
-}  # fmt: skip
+ROOT = Path(__file__).parents[3]
+STEPS = 250
+LONG = {"train.max_steps": STEPS, "train.checkpoint_every": 1000, "optim.lr": 5e-4}
+# A step takes a fifth of a second longer in all processes of the cluster: time for a node to be missed and to come back.
+SLOWLY = """
+import importlib.abc, importlib.machinery, sys, time
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "engine.train.loop":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            step = module.train_step
+            module.train_step = lambda run: (time.sleep(0.2), step(run))[1]
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
 NOTICE_S = 20
 DRAIN = """
 import sys, time
@@ -53,6 +73,8 @@ def test_fewer_workers_than_asked_need_room_only_for_the_least(tiny: Config) -> 
 def cluster(tmp_path: Path) -> Iterator[state.State]:
     """Two nodes of one core."""
     with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "sitecustomize.py").write_text(SLOWLY)
+        patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
         patch.setenv("MANTA_HOME", str(tmp_path / "home"))
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
             patch.delenv(name, raising=False)
@@ -73,9 +95,7 @@ def wait(what: Callable[[], object], process: subprocess.Popen[bytes], seconds: 
 @pytest.mark.slow
 def test_a_lost_node_and_its_return_change_nothing(tiny: Config, cluster: state.State, tmp_path: Path) -> None:
     alone = with_values(tiny, LONG | {"name": "not-elastic", "zero.stage": 0})
-    RunFolder(alone.run_dir).logs.mkdir(parents=True)
-    work(Job(alone, prepare(alone)), local_group())
-    wanted = list(RunFolder(alone.run_dir).metrics())
+    (wanted,) = run_ranks([Job(alone, prepare(alone))], 1)
 
     elastic = {
         "train.workers": 2,
@@ -124,11 +144,11 @@ def test_a_lost_node_and_its_return_change_nothing(tiny: Config, cluster: state.
         finally:
             process.terminate()
     lines = list(run.metrics())
-    assert [line["step"] for line in lines] == list(range(1, 501))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in wanted], abs=1e-5)
     assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in wanted]
     # No step was due for a checkpoint but the last: the notice asked for one, and so did the return of the node.
-    assert json.loads((run.checkpoints / "step-00000500" / "manifest.json").read_text())["state"]["step"] == 500
+    assert json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text())["state"]["step"] == STEPS
     assert re.search(r"warning: the run goes on with 1 workers instead of 2", (tmp_path / "said.txt").read_text())
 
 
