@@ -181,8 +181,6 @@ def run_workers(job: Job, run: RunFolder, spare: Spare | None = None) -> None:
         ) from error
     if failed.exists():
         raise UserError(failed.read_text())
-    for heartbeat in run.logs.glob("heartbeat-*"):
-        heartbeat.unlink()
 
 
 def environments(config: Config) -> tuple[dict[str, str], dict[str, str]]:
@@ -291,8 +289,9 @@ class Watch:
         """Leave out the lines that were shown before a restart; after a roll-back steps are new although taken before."""
         fresh = []
         for line in lines:
-            if line["step"] > self._shown or line["rollbacks"] > self._rollbacks:
-                self._shown, self._rollbacks = line["step"], line["rollbacks"]
+            rollbacks = line.get("rollbacks", 0)
+            if line["step"] > self._shown or rollbacks > self._rollbacks:
+                self._shown, self._rollbacks = line["step"], rollbacks
                 fresh.append(line)
         return fresh
 
@@ -311,7 +310,7 @@ class Watch:
     def _show(self, bar: Bar, line: dict[str, Any]) -> None:
         validation = next((f"  {k} {v:.4f}" for k, v in line.items() if k.startswith("validation_")), "")
         loss = self.status.loss if line["loss"] is None else line["loss"]
-        told = f"skipped: {line['fault']}" if line["loss"] is None else f"loss {loss:.4f}"
+        told = f"skipped: {line.get('fault', 'no finite gradient')}" if line["loss"] is None else f"loss {loss:.4f}"
         counts = "".join(f"  {line[name]} {word}" for name, word in COUNTS.items() if line.get(name))
         bar.update(line["step"], f"{told}  {line['tokens_per_s']:,.0f} tokens/s{counts}{validation}")
         self.status = replace(self.status, step=line["step"], loss=loss, updated=now())

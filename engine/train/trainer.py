@@ -10,7 +10,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -37,7 +36,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no 
     ) -> None:
         """Make a trainer of `run`; `own_ray`: Ray ends with this process, and its placement groups with it."""
         super().__init__(**options)
-        self._run, self._attendant = run, Attendant(run.path, hang_timeout_s, spare)
+        self._run, self._attendant = run, Attendant(run, hang_timeout_s, spare)
         self._unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_ray else set())
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -55,42 +54,41 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no 
 class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Sits in Ray Train's controller: finds ranks that hang and ends their group; tells what becomes of the workers."""
 
-    def __init__(self, run: Path, hang_timeout_s: float, spare: Spare | None) -> None:
-        """Watch the ranks of the run in this folder, and have `spare` start processes for the next group."""
+    def __init__(self, run: RunFolder, hang_timeout_s: float, spare: Spare | None) -> None:
+        """Watch the ranks of `run`, and have `spare` start processes for its next group."""
         self._run, self._hang_timeout_s, self._spare = run, hang_timeout_s, spare
         self._workers: list[Any] = []
         self._size = 0
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Begin to watch a group."""
-        self._workers, run = worker_group.get_workers(), RunFolder(self._run)
+        self._workers = worker_group.get_workers()
         if self._size and len(self._workers) != self._size:
-            run.tell(f"the run goes on with {len(self._workers)} workers instead of {self._size}")
+            self._run.tell(f"the run goes on with {len(self._workers)} workers instead of {self._size}")
         self._size = len(self._workers)
-        files = [run.heartbeat(rank) for rank in range(self._size)]
+        files = [self._run.heartbeat(rank) for rank in range(self._size)]
         self._started, self._spared = time.monotonic(), self._spare is None
         self._watcher = Watcher(files, self._hang_timeout_s, self._started)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Tell of lost ranks; end a group in which a rank hangs. Raises WorkerGroupError then, which restarts it."""
-        run = RunFolder(self._run)
         if errors := worker_group_status.errors:
             reason = (str(errors[min(errors)]).strip().splitlines() or ["no reason is known"])[-1][:200]
-            run.tell(f"worker {', '.join(map(str, sorted(errors)))} was lost ({reason})")
+            self._run.tell(f"worker {', '.join(map(str, sorted(errors)))} was lost ({reason})")
             return
         if worker_group_status.finished:
             return
         if not self._spared and time.monotonic() - self._started > SPARE_AFTER_S:
             self._start_spares()
         if late := self._watcher.overdue(time.monotonic()):
-            states = self._end_group(run)
+            states = self._end_group()
             stopped = sorted(rank for rank in late if states.get(rank) == "stopped")
             culprit = f"worker {', '.join(map(str, stopped))} is stopped" if stopped else "none of them is stopped"
             text = (
                 f"worker {', '.join(map(str, late))} made no progress for {self._hang_timeout_s:g} s ({culprit}): "
-                f"the group is ended, its Python stacks are in {run.logs}/stacks-worker-*.txt"
+                f"the group is ended, its Python stacks are in {self._run.logs}/stacks-worker-*.txt"
             )
-            run.tell(text)
+            self._run.tell(text)
             raise WorkerGroupError(text, {rank: TimeoutError(text) for rank in late})
 
     def _start_spares(self) -> None:
@@ -100,10 +98,10 @@ class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         for node, count in Counter(worker.metadata.node_id for worker in self._workers).items():
             self._spare(count, node_id=node)
 
-    def _end_group(self, run: RunFolder) -> dict[int, str]:
+    def _end_group(self) -> dict[int, str]:
         nodes: dict[str, dict[int, tuple[int, str]]] = {}
         for rank, worker in enumerate(self._workers):
-            nodes.setdefault(worker.metadata.node_id, {})[rank] = (worker.metadata.pid, str(run.stacks(rank)))
+            nodes.setdefault(worker.metadata.node_id, {})[rank] = (worker.metadata.pid, str(self._run.stacks(rank)))
         task = ray.remote(num_cpus=0)(end_hung)
         asked = [
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(ranks)

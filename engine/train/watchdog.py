@@ -45,6 +45,11 @@ class Heartbeat:
             self._slow = slow
             self._write()
 
+    def end(self) -> None:
+        """Leave nothing behind."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
     def _write(self) -> None:
         if self._file is None:
             return

@@ -152,6 +152,7 @@ def work(
         line = next(line for line in folder.metrics() if line["step"] == chosen)
         export(job, objective, step_folder(folder.checkpoints, chosen), dtype, line)
     group.barrier()
+    heart.end()
     return last
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.run_folder import RunFolder
+from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.worker import Job
 from tests.engine.train.ranks import losses, on_ranks, run_ranks, work_on
 
@@ -30,7 +32,7 @@ import torch
 from engine.train import checkpoint
 from engine.train.checkpoint import CheckpointWriter, latest_whole
 from engine.train.group import Group
-from engine.train.run_folder import RunFolder
+from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.state import TrainState
 from engine.train.zero import Fragment
 
@@ -172,3 +174,23 @@ def test_training_goes_on_or_stops_at_a_full_disk_and_the_last_checkpoint_is_who
     assert left.name == "step-00000003"
     Checkpoint(left).verify()
     assert os.listdir(run.checkpoints) == ["step-00000003"]  # the room of the failed one is free again
+
+
+def test_the_lines_of_a_log_wait_for_room(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    log = MetricsLog(run, 0)
+    log({"step": 1, "loss": 1.0})
+    room = run.metrics_file.stat().st_size + 10  # for a part of a line
+    before, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        log({"step": 2, "loss": 2.0})
+        assert [line["step"] for line in run.metrics()] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    log({"step": 3, "loss": 3.0})
+    assert [line["loss"] for line in run.metrics()] == [1.0, 2.0, 3.0]
+    log({"step": 2, "loss": 2.5})  # taken again after a roll-back
+    log.close()
+    assert [line["loss"] for line in run.metrics()] == [1.0, 2.5]

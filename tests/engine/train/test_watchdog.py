@@ -33,6 +33,8 @@ def test_a_rank_is_overdue_by_the_watchers_clock(tmp_path: Path) -> None:
     assert watcher.overdue(300.1 + LIMIT_S) == [0, 1]
     hearts[1].slow()
     assert watcher.overdue(400.0) == [0]
+    hearts[1].end()
+    assert not files[1].exists()
     assert watcher.overdue(399.0 + LIMIT_S * SLOW) == [0]
     assert watcher.overdue(401.0 + LIMIT_S * SLOW) == [0, 1]
 
