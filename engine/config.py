@@ -332,6 +332,11 @@ class TrainConfig(Frozen):
     use_ema: bool = option(False, "validate with that average, and make the bundle of it")
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
+    on_failed_save: str = option(
+        "go_on",
+        "a checkpoint that cannot be written (a full disk, say): go_on to the next one, or stop; the one before is whole",
+        choices=("go_on", "stop"),
+    )
     keep_best: bool = option(
         False, "keep the checkpoint with the best validation too, and make the bundle of it instead of the last"
     )
@@ -341,9 +346,30 @@ class TrainConfig(Frozen):
     evaluate_every: Optional[int] = option(None, "steps between validations; None: at the end only", least=1)
     evaluate_samples: Optional[int] = option(256, "samples in a validation; None: the whole split", least=1)
     max_skipped: int = option(
-        3, "steps in a row without a finite gradient that are skipped, on all workers, before the run ends", least=0
+        3, "steps in a row, with a spike or without a finite gradient, that all workers skip before they roll back", least=0
+    )  # fmt: skip
+    max_rollbacks: int = option(
+        2, "returns to the last good checkpoint, passing over the data since then, before the run ends", least=0
     )
-    max_failures: int = option(3, "restarts of the worker group after a lost worker; -1: no end", least=-1)
+    spike_sigma: Optional[float] = option(
+        None, "a loss so many standard deviations above the mean of spike_window steps is skipped (6, say); None: none",
+        above=0,
+    )  # fmt: skip
+    spike_window: int = option(128, "good steps that a loss is judged by; before there are so many, none is", least=2)
+    max_failures: int = option(3, "restarts of the worker group after a lost or hung worker; -1: no end", least=-1)
+    hang_timeout_s: float = option(
+        120.0, "seconds without any progress after which a worker is hung and the group restarts; ten times that for "
+        "starting up, the first step and the last files", above=0,
+    )  # fmt: skip
+    spares: bool = option(
+        True, "half a minute into a run, start a process for each worker that does all imports and waits for a restart, "
+        "which then takes seconds less (about 0.3 GB each)",
+    )  # fmt: skip
+    min_workers: Optional[int] = option(
+        None, "elastic: go on with so many workers, or more, where train.workers have no room; None: wait for all of them",
+        least=1,
+    )  # fmt: skip
+    resize_every_s: float = option(60.0, "elastic: seconds between looks for room for more workers", above=0)
 
 
 @dataclass
@@ -546,6 +572,8 @@ LAYOUT = (
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
+    "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
+    "train.spares",
     "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
@@ -802,6 +830,11 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
             f"use train.micro_batch={c.global_batch} or less"
+        )
+    if train.min_workers and train.min_workers > train.workers:
+        raise UserError(
+            f"train.min_workers {train.min_workers} is more than train.workers {train.workers}: "
+            f"use train.min_workers={train.workers} or less"
         )
     if train.use_ema and not train.ema:
         raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
