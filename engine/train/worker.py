@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, fingerprint, from_dict, to_dict
+from engine.config import Config, fingerprint, from_dict, identity, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.shards import Split
@@ -23,6 +23,7 @@ from engine.models.size import flops_per_token
 from engine.objectives.contract import Objective, objective_class
 from engine.train import hardware
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
+from engine.train.energy import EnergyMeter, total
 from engine.train.group import Group
 from engine.train.loop import Metrics, Run, fit
 from engine.train.run_folder import MetricsLog, RunFolder
@@ -85,9 +86,12 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
 
     state = checkpoint.state if checkpoint else TrainState()
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
+    energy = EnergyMeter(group.device, group.world)
     last: Metrics = {}
 
     def heard(metrics: Metrics) -> None:
+        if log:
+            metrics |= energy.lap()
         last.update(metrics)
         if log:
             log(metrics)
@@ -193,7 +197,17 @@ def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype,
         run={"name": job.config.name, "step": line["step"], "samples_hash": line["samples_hash"]},
         evaluation={name: value for name, value in line.items() if name.startswith("validation_")},
         dtype=dtype,
+        licence=job.config.card.licence or manifest.licence,
+        training=training_facts(job, line),
+        words={"intended_use": job.config.card.intended_use or "", "limits": job.config.card.limits or ""},
     )
+
+
+def training_facts(job: Job, line: Metrics) -> dict[str, Any]:
+    """Return what a bundle tells of its training up to the step of `line`: the config, the tokens, the energy."""
+    lines = [one for one in RunFolder(job.config.run_dir).metrics() if one["step"] <= line["step"]]
+    config, energy = identity(job.config), total(lines)
+    return {"job": job.config.job, "config": config, "tokens": line["tokens"], "energy": energy}
 
 
 def local_group() -> Group:
