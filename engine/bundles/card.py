@@ -63,7 +63,10 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
         "Licence": facts["licence"] if stated else "Not stated. The licence of the data may bind the model too.",
         "Training": _about_training(facts),
         "Energy": _about_energy((facts["training"] or {}).get("energy")),
-        "Evaluation": _table(("metric, on validation", "value"), facts["evaluation"].items())
+        "Evaluation": _table(
+            ("metric, on validation", "value"),
+            [(n.removeprefix("validation_"), v) for n, v in facts["evaluation"].items()],
+        )
         if facts["evaluation"]
         else "None when the bundle was written; later ones follow at the end.",
         "Slices": "None when the bundle was written. `manta evaluate evaluate.slice_column=COLUMN` adds figures by group.",

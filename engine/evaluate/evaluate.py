@@ -29,6 +29,7 @@ from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison, Interval, compare, count, intervals
 from engine.evaluate.evaluation_page import write_page
 from engine.evaluate.generation import Generation, check_generation
+from engine.evaluate.harness import run_harness
 from engine.evaluate.metrics import ByteCounter, details, from_libraries, quick
 from engine.evaluate.pairs import PairCheck, check_pairs
 from engine.evaluate.slices import Slice, by_group
@@ -210,6 +211,9 @@ def evaluate_and_show(config: Config) -> Comparison | None:
         raise UserError("evaluate needs a bundle: say which with bundle=NAME_OR_FOLDER")
     references = [name for name in (config.bundle, config.evaluate.against) if name]
     folders = [find_bundle(name, Path(config.runs_dir), config.tracking_uri) for name in references]
+    if config.evaluate.suite == "lm_eval":
+        show_harness(references, folders, config)
+        return None
     if len(folders) == 2:
         check_comparable(*(Bundle.open(folder) for folder in folders))
     found = [evaluate_bundle(folder, config) for folder in folders]
@@ -225,6 +229,23 @@ def evaluate_and_show(config: Config) -> Comparison | None:
     }
     keep(found, facts, config)
     return verdict
+
+
+def show_harness(references: Sequence[str], folders: Sequence[Path], config: Config) -> None:
+    """Run lm-eval's tasks on the bundles, show what was found, and keep it as lm_eval.json."""
+    table, kept = Table("bundle", "metric", "value", "95 % interval"), []
+    for name, folder in zip(references, folders, strict=True):
+        bundle = Bundle.open(folder)
+        bundle.verify()
+        found = run_harness(bundle, config.evaluate, config.seed)
+        kept.append({"bundle": name, "hash": bundle.hash, "metrics": found})
+        for metric, value in found.items():
+            table.add_row(name, metric, *_cells(Interval(**value)))
+    console.print(table)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    file = config.run_dir / "lm_eval.json"
+    file.write_text(json.dumps({"tasks": config.evaluate.tasks, "bundles": kept}, indent=1) + "\n")
+    console.print(f"kept in {file}")
 
 
 def show(references: Sequence[str], found: Sequence[Evaluation], config: Config) -> None:

@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle
 from engine.evaluate.generation import check_generation, statistics, summarize
 from engine.evaluate.pairs import check_pairs
+from tests.engine.bundles.making import fresh_bundle
 from tests.lives import BAD, GOOD, Lives
 
 PAIRS = [
@@ -124,7 +125,7 @@ def test_bleu_chrf_and_rouge_are_the_libraries() -> None:
 
 
 def test_written_text_is_measured(lives: Lives, tmp_path: Path) -> None:
-    bundle = lives.bundle("base")
+    bundle = fresh_bundle(lives.text, tmp_path / "writer" / "bundle")
     model, objective = bundle.model(), bundle.objective()
     starts = ["the film a", "an actor of"]
     own = [objective.predict(model, [{"prompt": s, "max_tokens": 6}])[0]["text"].strip() for s in starts]
@@ -135,6 +136,7 @@ def test_written_text_is_measured(lives: Lives, tmp_path: Path) -> None:
          "evaluate.max_new_tokens": 6, "evaluate.resamples": 100},
     ).evaluate  # fmt: skip
     found = check_generation(bundle, model, options, 0)
+    assert all(own)
     assert [one["written"] for one in found.shown] == own
     assert found.metrics["chrf"].value == pytest.approx(100)
     assert found.metrics["chrf"].low == pytest.approx(100)
