@@ -26,7 +26,15 @@ TASKS = {  # auto class -> (Hugging Face's name of the task, what such a model i
     "AutoModelForCausalLM": ("text-generation", "continuing text of the kind that it was trained on"),
     "AutoModelForMaskedLM": ("fill-mask", "filling masked tokens, and as the start of a fine-tuning"),
     "AutoModelForSequenceClassification": ("text-classification", "naming the class of a text among those below"),
-    "AutoModelForSeq2SeqLM": ("text2text-generation", "turning a text into another one as it was trained to"),
+    "AutoModelForSeq2SeqLM": (
+        "text2text-generation",
+        "filling spans left out of a text, and as the start of a fine-tuning",
+    ),
+    "AutoModelForImageClassification": ("image-classification", "naming the class of an image among those below"),
+    "AutoModelForZeroShotImageClassification": (
+        "zero-shot-image-classification",
+        "telling which of some captions fits an image best",
+    ),
 }
 
 

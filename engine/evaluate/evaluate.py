@@ -23,6 +23,7 @@ from engine.bundles.find import find_bundle
 from engine.config import Config, with_values
 from engine.data.groups import groups_of
 from engine.data.manifest import Manifest
+from engine.data.packing import Packing
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
@@ -33,7 +34,7 @@ from engine.evaluate.harness import run_harness
 from engine.evaluate.metrics import ByteCounter, details, from_libraries, quick
 from engine.evaluate.pairs import PairCheck, check_pairs
 from engine.evaluate.slices import Slice, by_group
-from engine.objectives.contract import Objective, Scores, join_scores
+from engine.objectives.contract import Objective, Scores, check_data, join_scores
 from engine.progress import Bar, console
 
 
@@ -65,23 +66,24 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     options = config.evaluate
     bundle = Bundle.open(folder)
     bundle.verify()
-    objective = bundle.objective()
-    check_task(folder, objective, config)
-    if options.slice_column and objective.auto_class != "AutoModelForSequenceClassification":
+    objective = bundle.objective(Packing.of(config.data))
+    check_data(objective.options.name, config.data, str(folder))
+    if options.slice_column and objective.reads != "labelled":
         raise UserError(
-            f"evaluate.slice_column groups rows, and {objective.options.name} is measured on blocks that go over them: leave it out"
+            f"evaluate.slice_column groups labelled texts, and {objective.options.name} is not measured on those: leave it out"
         )
     with Bar("prepare", total=100) as bar:
         data = prepare(config, folder, lambda stage, done, total: bar.update(99 * done // total if total else 0, stage))
         bar.update(100, str(data))
-    manifest, split = Manifest.load(data), Split.open(data, options.split)
-    classes = known_classes(folder, manifest.labels, objective.labels)
+    manifest, split, classes = Manifest.load(data), Split.open(data, options.split), np.empty(0, np.int64)
+    if objective.labels:
+        classes = known_classes(folder, manifest.labels, objective.labels)
     model = bundle.model().to("cuda" if torch.cuda.is_available() else "cpu")
     scores = score(model, objective, split, classes, options.batch)
     settings = options.confidence, options.resamples, config.seed
     summarize = partial(quick, objective)
     majority = None
-    if "label" in scores:
+    if "label" in scores and len(classes):
         frequent = classes[int(np.argmax(np.bincount(Split.open(data, "train").labels)))]
         always = scores | {"predicted": np.full_like(scores["label"], frequent)}
         majority = intervals(objective.summarize, always, *settings)["accuracy"]
@@ -100,20 +102,6 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     )  # fmt: skip
 
 
-def check_task(folder: Path, objective: Objective, config: Config) -> None:
-    """Raise UserError, before anything is prepared, where the data aren't for the bundle's task."""
-    task = objective.options.name
-    labelled = config.data.label_column is not None or config.data.source == "python_functions"
-    if task == "classification" and not labelled:
-        raise UserError(
-            f"{folder} is for classification and the data have no labels: say which column holds them with data.label_column=..."
-        )
-    if task != "classification" and labelled:
-        raise UserError(
-            f"{folder} is for {task} and the data are labelled rows: use data=python_stdlib, or no data.label_column"
-        )
-
-
 def known_classes(folder: Path, data_labels: Sequence[str], bundle_labels: Sequence[str]) -> np.ndarray:
     """Map the data's classes to the bundle's: int64 [data's classes]. Raises UserError for labels that it doesn't know."""
     name = folder.parent.name if folder.name == "bundle" else folder.name
@@ -128,10 +116,11 @@ def known_classes(folder: Path, data_labels: Sequence[str], bundle_labels: Seque
 def score(model: nn.Module, objective: Objective, split: Split, classes: np.ndarray, batch: int) -> Scores:
     """Score every sample of a split, in its order; those of like length go together, the longest first, to save padding."""
     device = next(model.parameters()).device
+    objective.meet(model.config)
     writes = objective.auto_class == "AutoModelForCausalLM"
     count_bytes = ByteCounter(objective.tokenizer) if writes else None
     samples = objective.samples(split)
-    order = np.argsort([-len(samples[i]["tokens"]) for i in range(len(samples))], kind="stable")
+    order = np.argsort([-len(samples[i].get("tokens", ())) for i in range(len(samples))], kind="stable")
     parts = []
     with Bar("evaluate", total=len(order)) as bar:
         for first in range(0, len(order), batch):
@@ -143,9 +132,8 @@ def score(model: nn.Module, objective: Objective, split: Split, classes: np.ndar
             if count_bytes:
                 parts[-1]["bytes"] = count_bytes(collated.targets.numpy())
             bar.update(first + len(chosen))
-    scores = join_scores(parts)
     back = np.argsort(order)
-    return {name: values[back] for name, values in scores.items()}
+    return objective.complete({name: values[back] for name, values in join_scores(parts).items()})
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, config: Config) -> Comparison:

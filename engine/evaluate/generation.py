@@ -42,16 +42,16 @@ def check_generation(bundle: Bundle, model: torch.nn.Module, options: EvaluateCo
     Raises UserError for a model that writes no text, and a file without the two columns.
     """
     objective = bundle.objective()
-    if objective.auto_class not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+    if objective.auto_class != "AutoModelForCausalLM":
         raise UserError(
-            f"evaluate.generation needs a model that writes text, and {bundle.folder} is for {objective.options.name}"
+            f"evaluate.generation needs a model that goes on with a text, and {bundle.folder} is for {objective.options.name}"
         )
     assert options.generation
     sources, targets = read_examples(Path(options.generation), options)
     written = []
     with Bar("generate", total=len(sources)) as bar:
         for source in sources:
-            request = {"prompt": source, "text": source, "max_tokens": options.max_new_tokens}
+            request = {"prompt": source, "max_tokens": options.max_new_tokens}
             written.append(objective.predict(model, [request])[0]["text"].strip())
             bar.update(len(written))
     scores = statistics(written, targets)

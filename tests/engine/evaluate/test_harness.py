@@ -75,7 +75,7 @@ def test_the_harness_and_the_direct_computation_agree(lives: Lives, task: Path, 
     )  # fmt: skip
     evaluate_and_show(config)
     found = json.loads((tmp_path / "h" / "lm_eval.json").read_text())["bundles"][0]
-    model, tokenizer = bundle.model(), bundle.tokenizer()
+    model, tokenizer = bundle.model(), bundle.objective().tokenizer
 
     def likelihood(start: str, choice: str) -> float:
         before, whole = tokenizer(start)["input_ids"], tokenizer(start + choice)["input_ids"]

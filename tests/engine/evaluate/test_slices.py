@@ -33,7 +33,7 @@ PAIRS = [
 def test_the_groups_are_those_of_the_rows(lives: Lives) -> None:
     folder = lives.bundle("good").folder
     split = Split.open(prepare(lives.labelled, folder), "test")
-    tokenizer = lives.bundle("good").tokenizer()
+    tokenizer = lives.bundle("good").objective().tokenizer
     found = groups_of(lives.labelled.data, "region", split, tokenizer)
     group = {row["text"]: row["region"] for row in lives.rows}
     texts = [tokenizer.decode(split.document(i).tolist(), skip_special_tokens=True) for i in range(split.rows)]
@@ -51,7 +51,7 @@ def test_rows_without_a_group_are_told(lives: Lives, tmp_path: Path) -> None:
     config = with_values(lives.labelled, {"data.path": str(tmp_path / "rows.jsonl")})
     split = Split.open(prepare(config, lives.bundle("good").folder), "test")
     with pytest.raises(UserError, match=r"of the \d+ test rows have nothing in column 'region'"):
-        groups_of(config.data, "region", split, lives.bundle("good").tokenizer())
+        groups_of(config.data, "region", split, lives.bundle("good").objective().tokenizer)
 
 
 def test_slices_are_the_figures_of_their_rows_and_their_gaps(lives: Lives) -> None:
@@ -69,7 +69,7 @@ def test_slices_are_the_figures_of_their_rows_and_their_gaps(lives: Lives) -> No
     assert found.slices[0].gaps["accuracy"].low > 0  # the south's labels are wrong in three of ten cases
     with pytest.raises(UserError, match=r"different values and groups need 2 to 50"):
         evaluate_bundle(lives.bundle("good").folder, with_values(config, {"evaluate.slice_column": "text"}))
-    with pytest.raises(UserError, match="measured on blocks"):
+    with pytest.raises(UserError, match="groups labelled texts"):
         evaluate_bundle(lives.bundle("base").folder, with_values(lives.text, {"evaluate.slice_column": "region"}))
 
 
