@@ -399,6 +399,47 @@ class EvaluateConfig(Frozen):
     confidence: float = option(0.95, "of the bootstrap intervals", above=0, most=0.999)
     resamples: int = option(2000, "bootstrap resamples (Efron & Tibshirani 1993)", least=100)
     against: Optional[str] = option(None, "a second bundle: paired comparison on the same examples")
+    slice_column: Optional[str] = option(
+        None, "column of the data's files that names a row's group: metrics by group, and the gaps between them"
+    )
+    pairs: Optional[str] = option(
+        None, "bias check: JSON lines with two texts, a and b, that differ only in whom they are about"
+    )
+    generation: Optional[str] = option(
+        None, "JSON lines with a text to start from and its reference: BLEU, chrF and ROUGE-L of what the model writes"
+    )
+    source_column: str = option("source", "generation: column with the text to start from")
+    target_column: str = option("target", "generation: column with the reference")
+    max_new_tokens: int = option(64, "generation: most tokens written for an example", least=1)
+    max_examples: Optional[int] = option(None, "generation: take the first so many examples (None: all)", least=1)
+    suite: str = option(
+        "own", "own: the metrics here; lm_eval: EleutherAI's harness (pip install 'manta-train[lm-eval]')",
+        choices=("own", "lm_eval"),
+    )  # fmt: skip
+    tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+
+
+@dataclass
+class CardConfig(Frozen):
+    """What the model card, README.md in a bundle, says in its author's words."""
+
+    licence: Optional[str] = option(None, "licence of the model (SPDX); None: that of the data")
+    intended_use: Optional[str] = option(None, "what the model is for; None: its task")
+    limits: Optional[str] = option(
+        None, "what it is not for, and where it fails; None: what follows from data and task"
+    )
+
+
+@dataclass
+class PromoteConfig(Frozen):
+    """How a registered version becomes the champion, and goes back."""
+
+    model: Optional[str] = option(
+        None, "registered name to promote under; None: the one that it has, else the bundle's own"
+    )
+    reason: Optional[str] = option(
+        None, "promote although it isn't shown to be better than the champion: why (kept with the promotion)"
+    )
 
 
 @dataclass
@@ -479,7 +520,7 @@ class TrackingConfig(Frozen):
     uri: Optional[str] = option(None, "MLflow server; None: an SQLite file, <runs_dir>/mlflow.db")
     experiment: str = option("manta", "MLflow experiment")
     enabled: bool = option(True, "log runs to MLflow (metrics.jsonl is written in any case)")
-    alias: str = option("champion", "registry alias that `deploy` looks up and the demo sets")
+    alias: str = option("champion", "registry alias that `deploy` looks up, and `promote` and `rollback` move")
 
 
 @dataclass
@@ -517,6 +558,8 @@ class Config(Frozen):
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+    promote: PromoteConfig = field(default_factory=PromoteConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -563,12 +606,17 @@ class Config(Frozen):
         """MLflow's store."""
         return self.tracking.uri or f"sqlite:///{Path(self.runs_dir).absolute()}/mlflow.db"
 
+    @property
+    def registry_dir(self) -> Path:
+        """Where registered bundles are kept: MLflow's artifacts where it has no server, else copies of the server's."""
+        return Path(self.runs_dir).absolute() / "registry"
+
 
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
-    "convert",
+    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
+    "promote", "plan", "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
@@ -880,6 +928,10 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"train.max_steps {train.max_steps} is more than schedule.total_steps {c.schedule.total_steps}: "
             f"use schedule.total_steps={train.max_steps} or more"
+        )
+    if (c.evaluate.suite == "lm_eval") != bool(c.evaluate.tasks):
+        raise UserError(
+            "evaluate.suite=lm_eval and evaluate.tasks=[NAME_OR_FILE,...] go together: give both or neither"
         )
     packs = c.data.packing != "end_to_end" or c.data.within_documents
     if packs and c.objective.name not in ("causal_lm", "masked_lm"):
