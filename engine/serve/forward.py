@@ -43,7 +43,10 @@ class Forward(Protocol):
     """A model with a cache of several lanes."""
 
     shares: bool  # whether a sequence may go on from what its lane, or another, holds
-    token_bytes: int  # of cache, for one token
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of cache for one token; 0: not known."""
 
     def shape(self, lanes: int, capacity: int, keep: Sequence[tuple[int, int]] = ()) -> None:
         """Make the cache anew; `keep` are (lane, tokens) that become lanes 0, 1, ... of the new one."""
@@ -169,7 +172,9 @@ class Step:
         """Take the parts: first those of one token, ordered by lane, then those of several."""
         self.cache, capacity, device = cache, cache.capacity, cache.device
         self.singles = sum(1 for part in parts if len(part.tokens) == 1)
-        ids, positions, places = [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []
         for part in parts:
             start, count = part.lane * capacity + part.past, len(part.tokens)
             ids += part.tokens
@@ -278,7 +283,7 @@ class Apart:
     """Any causal model of transformers, one sequence after the other, each with a cache of transformers' own."""
 
     shares = False
-    token_bytes = 0  # not known; lanes * capacity bounds the tokens all the same
+    token_bytes = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -302,7 +307,7 @@ class Apart:
         rows = []
         for lane, past, tokens, wanted in parts:
             if past == 0:
-                self._caches[lane] = DynamicCache(config=self.model.config)
+                self._caches[lane] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
             output = self.model(
                 input_ids=torch.tensor([tokens], device=self.device),
                 attention_mask=torch.ones((1, past + len(tokens)), dtype=torch.int64, device=self.device),

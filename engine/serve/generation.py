@@ -55,6 +55,7 @@ class Completion:
     client: str = ""  # whose turn it takes
     deadline: float = float("inf")  # on time.monotonic: a place must be free by then
     stepwise: bool = False  # its reader wants to hear of each token, not of the end alone
+    reader: Any = None  # whatever its reader knows it by
     cancelled: bool = False  # by a reader that left; its place is free at the next step
 
     tokens: list[int] = field(default_factory=list)  # written so far
