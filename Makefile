@@ -30,7 +30,7 @@ test-all: check
 	@$(BIN)/pytest
 
 bench: install
-	@for bench in step startup; do echo "== $$bench"; $(BIN)/python -m tests.bench.$$bench || exit 1; done
+	@for bench in step startup generation; do echo "== $$bench"; $(BIN)/python -m tests.bench.$$bench || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

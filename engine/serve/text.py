@@ -81,10 +81,28 @@ class Text:
         return decoded
 
 
-def token_text(tokenizer: Any, token: int) -> str:
-    """Return a token's text; its name in the vocabulary where it is a part of a character, so that no two are the same."""
+# How byte-level vocabularies write bytes (Radford et al. 2019, GPT-2): printable ones as themselves, the others moved up.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(0x100) if byte not in _PRINTABLE)}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """Return a token's bytes in UTF-8; None for a part of a character in a vocabulary that is not of bytes."""
     text: str = tokenizer.decode([token])
-    return text if BROKEN not in text else str(tokenizer.convert_ids_to_tokens(token))
+    if BROKEN not in text:
+        return text.encode()
+    name: str = tokenizer.convert_ids_to_tokens(token)
+    return bytes(_BYTES[it] for it in name) if set(name) <= set(_BYTES) else None
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Return a token's text; of a part of a character its bytes, as OpenAI writes them, or its name in the vocabulary."""
+    text: str = tokenizer.decode([token])
+    if BROKEN not in text:
+        return text
+    found = token_bytes(tokenizer, token)
+    return "bytes:" + "".join(f"\\x{it:02x}" for it in found) if found else str(tokenizer.convert_ids_to_tokens(token))
 
 
 class Logprobs:
@@ -132,5 +150,6 @@ class Logprobs:
         return {token_text(self.tokenizer, token): p for token, p in [*score.top, (score.token, score.logprob)]}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        found = token_bytes(self.tokenizer, token)
         text = token_text(self.tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": None if found is None else list(found)}

@@ -9,7 +9,7 @@ from engine.config import Config
 from engine.data.prepare import prepare
 from engine.data.tokenizer import load_tokenizer
 from engine.serve.generation import Completion, Score
-from engine.serve.text import Logprobs, Text, token_text
+from engine.serve.text import Logprobs, Text, token_bytes, token_text
 
 WORDS = "def naïve(x):\n    return '→ 日本語' + x  # done\n"
 
@@ -30,6 +30,13 @@ def test_the_parts_make_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     text.end()
     assert "".join([*parts, text.take(last=True)]) == WORDS
     assert text.count == len(ids)
+
+
+def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer(WORDS)["input_ids"]
+    assert b"".join(token_bytes(tokenizer, token) or b"" for token in ids).decode() == WORDS
+    (part,) = {token_text(tokenizer, token) for token in tokenizer("→")["input_ids"][:1]}
+    assert part == "bytes:\\xe2"
 
 
 def test_half_a_character_is_told_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
