@@ -78,7 +78,7 @@ class Packed:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.lanes, self.capacity = 0, 0
-        self._keys: dict[int, Tensor] = {}  # layer -> [N C, H D]
+        self._keys: dict[int, Tensor] = {}  # layer -> [N, H, C, D]
         self._values: dict[int, Tensor] = {}
         self._no_mask = torch.zeros((1, 1, 1, 1), device=self.device)  # four dimensions: the model makes none itself
         self.shape(len(PROBES), max(map(len, PROBES)) + 1)
@@ -92,30 +92,28 @@ class Packed:
     def token_bytes(self) -> int:
         """Bytes of keys and values for one token."""
         both = (*self._keys.values(), *self._values.values())
-        return sum(cache.shape[1] * cache.element_size() for cache in both)
+        return sum(cache.shape[1] * cache.shape[3] * cache.element_size() for cache in both)
 
     def shape(self, lanes: int, capacity: int, keep: Sequence[tuple[int, int]] = ()) -> None:
         """Make the cache anew, a layer at a time."""
         for caches in (self._keys, self._values):
             for layer, old in caches.items():
                 # Zeros: what lies beyond a sequence's end is masked, and must be a number for that.
-                new = old.new_zeros((lanes * capacity, old.shape[1]))
+                new = old.new_zeros((lanes, old.shape[1], capacity, old.shape[3]))
                 for lane, (source, tokens) in enumerate(keep):
-                    start = source * self.capacity
-                    new[lane * capacity : lane * capacity + tokens] = old[start : start + tokens]
+                    new[lane, :, :tokens] = old[source, :, :tokens]
                 caches[layer] = new
         self.lanes, self.capacity = lanes, capacity
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy keys and values of all layers."""
-        a, b = source * self.capacity, target * self.capacity
         for cache in (*self._keys.values(), *self._values.values()):
-            cache[b : b + tokens] = cache[a : a + tokens]
+            cache[target, :, :tokens] = cache[source, :, :tokens]
 
     def clear(self, lane: int) -> None:
         """Write zeros over a lane."""
         for cache in (*self._keys.values(), *self._values.values()):
-            cache[lane * self.capacity : (lane + 1) * self.capacity] = 0
+            cache[lane] = 0
 
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Run one forward for all parts: the decoding ones first, by lane, as they lie in the cache."""
@@ -137,16 +135,17 @@ class Packed:
         ).logits
         return logits_1RV[0]
 
-    def write(self, layer: int, places_T: Tensor, keys_TW: Tensor, values_TW: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values into the cache, and return the whole of it: [N C, H D] each."""
+    def write(self, layer: int, step: Step, keys_HTD: Tensor, values_HTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values into the cache, and return the whole of it: [N, H, C, D] each."""
+        heads = len(keys_HTD)
         if layer not in self._keys:
-            size = self.lanes * self.capacity
-            self._keys[layer] = keys_TW.new_zeros((size, keys_TW.shape[1]))
-            self._values[layer] = values_TW.new_zeros((size, values_TW.shape[1]))
-        keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, places_T, keys_TW)
-        values.index_copy_(0, places_T, values_TW)
-        return keys, values
+            size = (self.lanes, heads, self.capacity)
+            self._keys[layer] = keys_HTD.new_zeros((*size, keys_HTD.shape[2]))
+            self._values[layer] = values_HTD.new_zeros((*size, values_HTD.shape[2]))
+        places = step.places(heads)
+        for cache, new in ((self._keys[layer], keys_HTD), (self._values[layer], values_HTD)):
+            cache.view(-1, new.shape[2]).index_copy_(0, places, new.reshape(-1, new.shape[2]))
+        return self._keys[layer], self._values[layer]
 
     @torch.inference_mode()
     def _agree(self) -> None:
@@ -165,90 +164,109 @@ class Packed:
                 raise Unpackable(f"its logits are off by {off:.2g}")
 
 
+class Run(NamedTuple):
+    """Neighbouring lanes that decode, and attend together."""
+
+    rows: slice  # of the step's tokens
+    lanes: slice
+    length: int  # tokens attended, at most
+    mask_N11L: Tensor | None  # what is beyond a sequence's end
+
+
+class Chunk(NamedTuple):
+    """A part of a prompt, which attends by itself."""
+
+    rows: slice
+    lane: int
+    length: int
+    mask_TL: Tensor | None  # None: causal from its first token on
+
+
 class Step:
     """Where the tokens of one forward belong, worked out once for all layers."""
 
     def __init__(self, cache: Packed, parts: Sequence[Part]) -> None:
         """Take the parts: first those of one token, ordered by lane, then those of several."""
-        self.cache, capacity, device = cache, cache.capacity, cache.device
-        self.singles = sum(1 for part in parts if len(part.tokens) == 1)
+        self.cache, self.capacity = cache, cache.capacity
         ids: list[int] = []
         positions: list[int] = []
-        places: list[int] = []
+        lanes: list[int] = []
         for part in parts:
-            start, count = part.lane * capacity + part.past, len(part.tokens)
             ids += part.tokens
-            positions += range(part.past, part.past + count)
-            places += range(start, start + count)
-        table_3T = torch.tensor([ids, positions, places]).to(device)
-        self.ids_1T, self.positions_1T, self.places_T = table_3T[:1], table_3T[1:2], table_3T[2]
-        if self.singles:
-            self._lay_out_singles(parts[: self.singles])
-        self.chunks = [self._chunk(parts, i) for i in range(self.singles, len(parts))]
+            positions += range(part.past, part.past + len(part.tokens))
+            lanes += [part.lane] * len(part.tokens)
+        table_3T = torch.tensor([ids, positions, lanes]).to(cache.device)
+        self.ids_1T, self.positions_1T, self.lanes_T = table_3T[:1], table_3T[1:2], table_3T[2]
+        self._places: dict[int, Tensor] = {}
+        singles = [part for part in parts if len(part.tokens) == 1]
+        bounds = neighbours([part.lane for part in singles])
+        self.runs = [self._run(singles, start, end) for start, end in bounds]
+        self.chunks: list[Chunk] = []
+        start = len(singles)
+        for part in parts[len(singles) :]:
+            self.chunks.append(self._chunk(part, start))
+            start += len(part.tokens)
 
-    def _lay_out_singles(self, parts: Sequence[Part]) -> None:
-        """Find the lanes from the first to the last that decodes; those between that don't are computed for nothing."""
-        self.first, self.end = parts[0].lane, parts[-1].lane + 1
-        lengths = [1] * (self.end - self.first)
-        for part in parts:
-            lengths[part.lane - self.first] = part.past + 1
-        self.length = max(lengths)
-        self.rows_S: Tensor | None = None
-        if len(parts) < len(lengths):
-            self.rows_S = torch.tensor([part.lane - self.first for part in parts]).to(self.cache.device)
-        self.mask_N11L: Tensor | None = None
-        if min(lengths) < self.length:
-            ends_N1 = torch.tensor(lengths).to(self.cache.device)[:, None]
-            beyond_NL = torch.arange(self.length, device=self.cache.device) >= ends_N1
-            mask_NL = torch.zeros(beyond_NL.shape, dtype=self.cache.dtype, device=self.cache.device)
-            self.mask_N11L = mask_NL.masked_fill_(beyond_NL, -torch.inf)[:, None, None]
+    def _run(self, parts: Sequence[Part], start: int, end: int) -> Run:
+        lengths = [part.past + 1 for part in parts[start:end]]
+        longest, mask_N11L = max(lengths), None
+        if min(lengths) < longest:
+            device = self.cache.device
+            beyond_NL = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+            mask_NL = torch.zeros(beyond_NL.shape, dtype=self.cache.dtype, device=device)
+            mask_N11L = mask_NL.masked_fill_(beyond_NL, -torch.inf)[:, None, None]
+        return Run(slice(start, end), slice(parts[start].lane, parts[end - 1].lane + 1), longest, mask_N11L)
 
-    def _chunk(self, parts: Sequence[Part], i: int) -> tuple[int, int, int, int, Tensor | None]:
-        """Return (first token of the step, count, lane, length attended, mask) of a prompt's chunk."""
-        part, count = parts[i], len(parts[i].tokens)
-        start = sum(len(before.tokens) for before in parts[:i])
-        if part.past == 0:
-            return start, count, part.lane, count, None
+    def _chunk(self, part: Part, start: int) -> Chunk:
+        count, mask_TL = len(part.tokens), None
         length = part.past + count
-        mask_TL = torch.full((count, length), -torch.inf, dtype=self.cache.dtype, device=self.cache.device)
-        return start, count, part.lane, length, mask_TL.triu_(part.past + 1)
+        if part.past:
+            mask_TL = torch.full((count, length), -torch.inf, dtype=self.cache.dtype, device=self.cache.device)
+            mask_TL.triu_(part.past + 1)
+        return Chunk(slice(start, start + count), part.lane, length, mask_TL)
+
+    def places(self, heads: int) -> Tensor:
+        """Return the row of a cache seen as [N H C, D] where each head's key of each token belongs: [H T]."""
+        if heads not in self._places:
+            of_head_H1 = torch.arange(heads, device=self.cache.device)[:, None]
+            places_HT = (self.lanes_T * heads + of_head_H1) * self.capacity + self.positions_1T[0]
+            self._places[heads] = places_HT.flatten()
+        return self._places[heads]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """Write the keys and values [1, H, T, D], and attend to each sequence's own. Returns [1, T, heads, D]."""
-        _, heads, tokens, width = query.shape
-        key_heads, value_width = key.shape[1], value.shape[3]
+        _, heads, _, width = query.shape
+        key_heads = key.shape[1]
         group = heads // key_heads
-        keys_TW = key.transpose(1, 2).reshape(tokens, -1)
-        keys, values = self.cache.write(layer, self.places_T, keys_TW, value.transpose(1, 2).reshape(tokens, -1))
-        keys_NHCD = keys.view(-1, self.cache.capacity, key_heads, width).transpose(1, 2)
-        values_NHCD = values.view(-1, self.cache.capacity, key_heads, value_width).transpose(1, 2)
-        query_TE = query.transpose(1, 2).reshape(tokens, -1)
+        keys, values = self.cache.write(layer, self, key[0], value[0])
+        query_THD = query[0].transpose(0, 1)
         outputs = []
-        if self.singles:
-            query_SE = query_TE[: self.singles]
-            if self.rows_S is not None:
-                rows_NE = query_SE.new_zeros((self.end - self.first, query_SE.shape[1]))
-                query_SE = rows_NE.index_copy_(0, self.rows_S, query_SE)
+        for rows, lanes, length, mask_N11L in self.runs:
             attended = F.scaled_dot_product_attention(
-                query_SE.view(-1, key_heads, group, width),
-                keys_NHCD[self.first : self.end, :, : self.length],
-                values_NHCD[self.first : self.end, :, : self.length],
-                attn_mask=self.mask_N11L,
+                query_THD[rows].reshape(-1, key_heads, group, width),
+                keys[lanes, :, :length],
+                values[lanes, :, :length],
+                attn_mask=mask_N11L,
                 scale=scaling,
             )
-            output = attended.reshape(self.end - self.first, -1)
-            outputs.append(output if self.rows_S is None else output[self.rows_S])
-        for start, count, lane, length, mask_TL in self.chunks:
+            outputs.append(attended.reshape(len(attended), heads, -1))
+        for rows, lane, length, mask_TL in self.chunks:
             attended = F.scaled_dot_product_attention(
-                query_TE[start : start + count].view(1, count, heads, width).transpose(1, 2),
-                _repeat(keys_NHCD[lane : lane + 1, :, :length], group),
-                _repeat(values_NHCD[lane : lane + 1, :, :length], group),
+                query[:, :, rows],
+                _repeat(keys[lane : lane + 1, :, :length], group),
+                _repeat(values[lane : lane + 1, :, :length], group),
                 attn_mask=mask_TL,
                 is_causal=mask_TL is None,
                 scale=scaling,
             )
-            outputs.append(attended.transpose(1, 2).reshape(count, -1))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(1, tokens, heads, value_width)
+            outputs.append(attended[0].transpose(0, 1))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+
+def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (start, end) of the stretches of a rising sequence whose numbers follow each other."""
+    bounds = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1] + 1]
+    return list(zip(bounds, [*bounds[1:], len(numbers)], strict=False))
 
 
 def _attend(
