@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "deploy", "plan", "demo")
-PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "runs_dir")
+PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "data.image_processor", "runs_dir")
 NAMES_OR_PATHS = ("bundle", "evaluate.against")  # a run's name, or a folder
 LEFT_OUT = (
     ".git", ".venv", "venv", "runs", "outputs", "multirun", "mlruns", "tests", "build", "dist", "__pycache__",
@@ -39,11 +39,13 @@ def checkout(start: Path) -> Path | None:
 def absolute(overrides: list[str], folder: Path) -> list[str]:
     """Return the overrides with relative paths made absolute, for a job on this machine but in another folder."""
     fixed = []
+    named = {"data.source=huggingface", "data=huggingface"} & {override.lstrip("+") for override in overrides}
+    maybe = (*NAMES_OR_PATHS, "data.path") if named else NAMES_OR_PATHS
     for override in overrides:
         key, equals, value = override.partition("=")
         name = key.lstrip("+")
         bare = value.strip("'\"")
-        is_path = name in PATHS or (name in NAMES_OR_PATHS and (folder / bare).exists())
+        is_path = (folder / bare).exists() if name in maybe else name in PATHS
         if equals and is_path and bare not in ("", "null") and "://" not in bare and not Path(bare).is_absolute():
             override = f"{key}={quoted(str(folder / Path(bare).expanduser()))}"
         fixed.append(override)

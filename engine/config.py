@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import string
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,16 +52,25 @@ class Frozen:
 
 @dataclass
 class DataConfig(Frozen):
-    """Where examples come from and how they become shards on disk."""
+    """Where examples come from, which are kept, how they become shards on disk, and how these are packed into samples."""
 
     name: str = option("files", "short name of the prepared data; part of its folder's name")
+
+    # Where from
     source: str = option(
         "files",
-        "reader: files (your own), python_stdlib (the running Python's standard library), "
-        "python_functions (its function bodies, labelled with their package)",
-        choices=("files", "python_stdlib", "python_functions"),
+        "reader: files (your own), huggingface (a dataset, through `datasets`), python_stdlib (the running Python's "
+        "standard library), python_functions (its function bodies, labelled with their package)",
+        choices=("files", "huggingface", "python_stdlib", "python_functions"),
     )
-    path: Optional[str] = option(None, "source=files: file, folder or glob ('dir/*.jsonl') of the training examples")
+    sources: dict[str, Any] = option(
+        {},
+        "several at once, NAME: {path: ..., weight: 2.0, ...}: each has its own reader, path, columns, split, limits, filter, "
+        "mask and licence, else those of this group; weight: times that an epoch shows each of its samples (0.5: every other)",
+    )
+    path: Optional[str] = option(
+        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or s3://, gs://; huggingface: the dataset's name or folder",
+    )  # fmt: skip
     validation_path: Optional[str] = option(
         None, "source=files: the same for validation; else data.validation_fraction"
     )
@@ -69,22 +79,119 @@ class DataConfig(Frozen):
         "auto", "source=files: auto goes by the file's ending", choices=("auto", "text", "jsonl", "parquet", "arrow")
     )
     text_column: str = option("text", "column with the text")
-    label_column: Optional[str] = option(None, "column with the label; needed by objective=classification")
+    label_column: Optional[str] = option(None, "column with the label; needed by the classifications")
+    subset: Optional[str] = option(
+        None, "source=huggingface: the dataset's configuration; None: its only or default one"
+    )
+    split: str = option("train", "source=huggingface: its split to train on")
+    validation_split: Optional[str] = option(
+        None, "source=huggingface: its split for validation; else data.validation_fraction"
+    )
+    test_split: Optional[str] = option(
+        None, "source=huggingface: its split for the held-out test; else data.test_fraction"
+    )
+    revision: Optional[str] = option(None, "source=huggingface: branch, tag or commit of the dataset")
+    stream: Optional[bool] = option(
+        None, "source=huggingface: read it as it comes, without a copy; None: where it is over 4 GB or of unknown size"
+    )
+    packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
+    licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
+
+    # Images
+    image_column: Optional[str] = option(
+        None, "column with the image: its file's bytes, as `datasets` keeps them, or its path; None: the data are text"
+    )
+    image_size: int = option(32, "side of an image as the model sees it, in pixels", least=4)
+    image_processor: Optional[str] = option(
+        None,
+        "folder of a Hugging Face image processor; None: the start bundle's, else the architecture's own for image_size",
+    )
+    caption: Optional[str] = option(
+        None,
+        "caption of an image, for objective=contrastive: a text with {label} for the label and {COLUMN} for a column, "
+        "'a photo of a {label}'",
+    )
+
+    # Which are kept
     validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
     test_fraction: float = option(0.05, "share of the files (or rows) held out for the final test", least=0, most=0.5)
-    max_documents: Optional[int] = option(None, "read at most so many documents (None: all)", least=1)
-    sequence_length: int = option(256, "tokens in one training sample", least=2)
+    max_documents: Optional[int] = option(None, "read at most so many documents (None: all), of each source", least=1)
+    mask: list[str] = option(
+        [],
+        "replaced by a placeholder before anything else sees the text: emails, secrets",
+        choices=("emails", "secrets"),
+    )
+    min_characters: Optional[int] = option(None, "leave out shorter documents", least=1)
+    max_characters: Optional[int] = option(None, "leave out longer documents", least=1)
+    quality: bool = option(
+        False, "leave out what the rules of Rae et al. 2021 (Gopher, table A1) call no English prose"
+    )
+    language: Optional[str] = option(
+        None,
+        "leave out what is in none of these languages: en, or 'en,de' (ISO 639-1; pip install 'manta-train[language]')",
+    )
+    filter: Optional[str] = option(
+        None, "your own, 'module:function': text -> True to keep it, or False or a reason to leave it out"
+    )
+
+    # How they become shards
     tokenizer: Optional[str] = option(None, "folder of a Hugging Face tokenizer; None trains a byte-level BPE")
     vocab_size: int = option(4096, "tokens in the vocabulary of the BPE that is trained", least=300, most=65536)
-    shard_tokens: int = option(2**22, "tokens in one Arrow shard, about", least=1024)
-    packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
+    sentinel_tokens: int = option(
+        0, "<extra_id_N> tokens in the BPE that is trained; objective=span_corruption needs one a span", least=0
+    )
+    shard_tokens: int = option(
+        2**22, "tokens in one Arrow shard, about; also the piece of work of one process", least=1024
+    )
+
+    # How shards become samples
+    sequence_length: int = option(256, "tokens in one training sample", least=2)
+    packing: str = option(
+        "end_to_end",
+        "end_to_end: documents laid end to end and cut, no padding; best_fit: whole documents put together, cut only where "
+        "longer than a sample (Ding et al. 2024)",
+        choices=("end_to_end", "best_fit"),
+    )
+    within_documents: bool = option(False, "keep attention within a document: positions restart at each")
+
+
+# Options of DataConfig that one of data.sources may set for itself.
+PER_SOURCE = (
+    "source", "path", "validation_path", "test_path", "format", "text_column", "subset", "split", "validation_split",
+    "test_split", "revision", "stream", "licence", "validation_fraction", "test_fraction", "max_documents", "mask",
+    "min_characters", "max_characters", "quality", "language", "filter",
+)  # fmt: skip
+
+
+def data_kind(data: DataConfig) -> str:
+    """Name what these options prepare.
+
+    text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
+    captioned: images with a text each.
+    """
+    if data.image_column:
+        return "captioned" if data.caption else "images"
+    return "labelled" if data.label_column or data.source == "python_functions" else "text"
+
+
+def source_options(data: DataConfig) -> dict[str, dict[str, Any]]:
+    """Return the options of each source by its name; where there is but one, none, by the name of its reader."""
+    return {name: dict(options) for name, options in data.sources.items()} or {data.source: {}}
+
+
+def source_configs(data: DataConfig) -> dict[str, DataConfig]:
+    """Return the options that hold for each source by its name."""
+    return {
+        name: dataclasses.replace(data, **{key: value for key, value in options.items() if key != "weight"}, sources={})
+        for name, options in source_options(data).items()
+    }
 
 
 @dataclass
 class ModelConfig(Frozen):
     """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, ...")
+    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, ...")
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -100,33 +207,65 @@ class ModelConfig(Frozen):
         most=0.9,
     )
     options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
-    attention: str = option("sdpa", "attention implementation", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = option(
+        "sdpa",
+        "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
+        choices=("sdpa", "eager", "flex_attention", "flash_attention_2"),
+    )
 
 
 @dataclass
 class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
-    name: str = option("causal_lm", "file in engine/objectives/: causal_lm, masked_lm, classification")
+    name: str = option(
+        "causal_lm",
+        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive",
+    )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
     )
     mask_rate: float = option(
         0.15, "masked_lm: share of the tokens to be predicted (Devlin et al. 2019)", above=0, most=0.9
     )
+    noise_density: float = option(
+        0.15, "span_corruption: share of the tokens to be predicted (Raffel et al. 2020)", above=0, most=0.9
+    )
+    mean_span: float = option(
+        3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
+    )
+    z_loss: float = option(
+        0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
+    )
+    logits_chunk: Optional[int] = option(
+        None,
+        "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
+        least=0,
+    )
     num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
 
 @dataclass
 class OptimConfig(Frozen):
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), or Muon beside it."""
 
+    name: str = option(
+        "adamw",
+        "adamw for all, or muon for the matrices of the blocks and adamw for the rest "
+        "(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)",
+        choices=("adamw", "muon"),
+    )
     lr: float = option(1e-3, "peak learning rate", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay, on matrices only (Brown et al. 2020)", least=0)
     beta1: float = option(0.9, "decay of the first moment", least=0, most=0.9999)
     beta2: float = option(0.95, "decay of the second moment (Brown et al. 2020)", least=0, most=0.99999)
     eps: float = option(1e-8, "term added to the denominator", above=0)
+    momentum: float = option(0.95, "muon: decay of the momentum (Jordan et al. 2024)", least=0, most=0.9999)
     clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", least=0)
+    groups: dict[str, Any] = option(
+        {},
+        "pattern: {lr: FACTOR of optim.lr, weight_decay: VALUE}, for parameters in whose name the pattern (a regular expression) is found; the first holds",
+    )
 
 
 @dataclass
@@ -166,15 +305,31 @@ class TrainConfig(Frozen):
         None, "cores a worker; None: the cluster's cores / workers, at least 0.5", above=0
     )
     max_steps: int = option(100, "optimizer steps in all", least=1)
-    global_batch: int = option(32, "samples in one step, over all workers", least=1)
+    global_batch: Optional[int] = option(
+        None, "samples in one step, over all workers; None: those of global_batch_tokens, else 32", least=1
+    )
+    global_batch_tokens: Optional[int] = option(
+        None, "tokens in one step, over all workers: a multiple of data.sequence_length", least=2
+    )
     micro_batch: Optional[int] = option(
-        None, "samples in one forward; None: the most that divides up to 16 a worker's share", least=1
+        None,
+        "samples in one forward of a worker; None: the most that fit its memory, tried once and remembered (on a processor 16 at most)",
+        least=1,
     )
     precision: str = option(
-        "auto", "auto: bf16 where the processor has it in hardware, else fp32", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 where the processor has it in hardware, else fp32; fp16 (GPU) scales the loss as it goes",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    ema: float = option(
+        0.0,
+        "decay of a moving average of the weights, kept beside them; 0: none (less in the first steps)",
+        least=0,
+        most=0.99999,
+    )
+    use_ema: bool = option(False, "validate with that average, and make the bundle of it")
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
     keep_best: bool = option(
@@ -225,7 +380,7 @@ class PlanConfig(Frozen):
     """What `manta plan` assumes; nothing of a run depends on it."""
 
     device: str = option(
-        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/plan/devices.py)",
+        "here", "device of a worker: here (its matmul rate is measured), or one by its datasheet (engine/train/devices.py)",
         choices=("here", "v100_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"),
     )  # fmt: skip
     mfu: float = option(0.4, "share of the device's matrix-product rate that a step reaches", above=0, most=1)
@@ -233,6 +388,28 @@ class PlanConfig(Frozen):
         None, "tokens to train on in all, for days and cost; None: those of max_steps", above=0
     )
     price: Optional[float] = option(None, "of a device for an hour, for the cost", least=0)
+    write_rate: Optional[float] = option(
+        None,
+        "bytes a second that a worker writes of a checkpoint; None: measured in runs_dir (device=here), else 1e9",
+        above=0,
+    )
+    json: Optional[str] = option(None, "file that gets all figures too, in bytes, seconds and FLOP/s")
+
+
+@dataclass
+class ConvertConfig(Frozen):
+    """From a run's checkpoint to other formats, and back."""
+
+    to: str = option(
+        "bundle",
+        "bundle: a Hugging Face folder; universal: DeepSpeed's universal checkpoint; "
+        "checkpoint: a universal checkpoint becomes that of the run `name`, which then goes on from it",
+        choices=("bundle", "universal", "checkpoint"),
+    )
+    step: Optional[int] = option(None, "the run's checkpoint after so many steps; None: the latest", least=1)
+    folder: Optional[str] = option(
+        None, "folder to write, or of to=checkpoint to read; None: <run>/bundle-STEP or <run>/universal"
+    )
 
 
 @dataclass
@@ -307,6 +484,9 @@ class Config(Frozen):
     runs_dir: str = option("runs", "where runs are kept")
     seed: int = option(0, "seeds initialization, order and sampling", least=0)
     resume: bool = option(False, "go on with the run of that name although the config has changed")
+    profile: bool = option(
+        False, "training: record three steps after a warm-up; <runs_dir>/<name>/profile gets a trace and a summary"
+    )
     bundle: Optional[str] = option(
         None,
         "the start state, or what is evaluated or deployed: a run's name, a registered name or alias, or a bundle's or Hugging Face folder; deploy takes several: a+b",
@@ -321,6 +501,7 @@ class Config(Frozen):
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -344,10 +525,21 @@ class Config(Frozen):
         return round(self.schedule.warmup_fraction * self.total_steps)
 
     @property
+    def global_batch(self) -> int:
+        """Samples in one step, over all workers."""
+        if self.train.global_batch_tokens is not None:
+            return self.train.global_batch_tokens // self.data.sequence_length
+        return self.train.global_batch or 32
+
+    @property
+    def share(self) -> int:
+        """Samples of a step that one worker has to work on, at most."""
+        return math.ceil(self.global_batch / self.train.workers)
+
+    @property
     def micro_batch(self) -> int:
-        """Samples in one forward of one worker: what was asked for, else the most, up to 16, of a worker's share."""
-        share = math.ceil(self.train.global_batch / self.train.workers)
-        return min(self.train.micro_batch or 16, share)
+        """Samples in one forward of one worker: what was asked for or found to fit, else up to 16, of a worker's share."""
+        return min(self.train.micro_batch or 16, self.share)
 
     @property
     def tracking_uri(self) -> str:
@@ -358,11 +550,12 @@ class Config(Frozen):
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
+    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
+    "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
-    "train.keep_best", "train.patience",
+    "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
 
@@ -482,29 +675,147 @@ def check(config: Config) -> None:
         value = get(config, key)
         if value is None:
             continue
-        choices, least, above, most = (f.metadata.get(k) for k in ("choices", "least", "above", "most"))
-        if choices and value not in choices:
-            raise UserError(f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}={value} is not a finite number")
-        if least is not None and value < least:
-            raise UserError(f"{key}={value} is too small: use {least} or more")
-        if above is not None and value <= above:
-            raise UserError(f"{key}={value} is too small: use more than {above}")
-        if most is not None and value > most:
-            raise UserError(f"{key}={value} is too large: use {most} or less")
+        _check_range(key, f, value)
+    _check_sources(config.data)
+    _check_images(config.data)
     _check_contradictions(config)
+
+
+def _check_parameter_group(pattern: str, changes: Any) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"optim.groups: '{pattern}' is no regular expression ({error})") from error
+    known = ("lr", "weight_decay")
+    for key, value in changes.items() if isinstance(changes, dict) else [(str(changes), None)]:
+        if key not in known:
+            raise UserError(f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{nearest(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise UserError(f"optim.groups: {pattern}: {key}={value} is not a number of 0 or more")
+
+
+def _check_range(key: str, f: dataclasses.Field[Any], value: Any) -> None:
+    choices, least, above, most = (f.metadata.get(k) for k in ("choices", "least", "above", "most"))
+    for word in value if isinstance(value, list) else [value]:
+        if choices and word not in choices:
+            raise UserError(f"{key}={word} is not one of {', '.join(choices)}{nearest(str(word), choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} is not a finite number")
+    if least is not None and value < least:
+        raise UserError(f"{key}={value} is too small: use {least} or more")
+    if above is not None and value <= above:
+        raise UserError(f"{key}={value} is too small: use more than {above}")
+    if most is not None and value > most:
+        raise UserError(f"{key}={value} is too large: use {most} or less")
+
+
+def _check_sources(data: DataConfig) -> None:
+    """Check data.sources, whose options are those of DataConfig."""
+    fields, hints = {f.name: f for f in dataclasses.fields(DataConfig)}, get_type_hints(DataConfig)
+    for name, options in data.sources.items():
+        if not isinstance(options, dict) or not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
+            raise UserError(f"data.sources.{name} is no source: write NAME: {{path: ..., weight: 1.0}}")
+        for key, value in options.items():
+            where = f"data.sources.{name}.{key}"
+            if key == "weight":
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise UserError(f"{where}={value} is no weight: use a number above 0, or leave the source out")
+                continue
+            if key not in PER_SOURCE:
+                raise UserError(f"{where} is not an option of a source{nearest(key, [*PER_SOURCE, 'weight'])}")
+            if value is None:
+                continue
+            if not _is_of(value, hints[key]):
+                raise UserError(f"{where}={value} is not {type_name(hints[key])}")
+            _check_range(where, fields[key], value)
+    for name, source in source_configs(data).items():
+        where = f"data.sources.{name}." if data.sources else "data."
+        if data.sources and (data.label_column or source.source == "python_functions"):
+            raise UserError(
+                "data.sources are for text without labels: leave out data.label_column, or use data.path alone"
+            )
+        if source.validation_fraction + source.test_fraction >= 0.9:
+            raise UserError(
+                f"{where}validation_fraction and {where}test_fraction leave nothing to train on: use less than 0.9 in all"
+            )
+        if source.min_characters and source.max_characters and source.min_characters > source.max_characters:
+            raise UserError(
+                f"{where}min_characters {source.min_characters} is more than {where}max_characters {source.max_characters}"
+            )
+        if source.filter and not re.fullmatch(r"[\w.]+:\w+", source.filter):
+            raise UserError(f"{where}filter={source.filter} names no function: write 'module:function'")
+        if source.source == "huggingface" and not source.path:
+            raise UserError(
+                f"{where}source=huggingface needs the dataset's name or folder: say which with {where}path=..."
+            )
+
+
+def _check_images(data: DataConfig) -> None:
+    """Check the options of images, and that a caption's parts are there."""
+    if data.image_column and (data.source != "files" or data.sources):
+        raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
+    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+        raise UserError(
+            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+        )
+    if data.image_column and data.caption:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(data.caption) if name is not None}
+        except ValueError as error:
+            raise UserError(
+                f"data.caption='{data.caption}' cannot be read ({error}): write {{label}} or {{COLUMN}}, and a brace itself twice"
+            ) from error
+        if not names or "" in names:
+            raise UserError(
+                f"data.caption='{data.caption}' is the same for every image: write {{label}} or {{COLUMN}} into it"
+            )
+        if "label" in names and not data.label_column:
+            raise UserError(
+                "data.caption names {label}: say which column has it with data.label_column=..., or name a {COLUMN}"
+            )
+    if data.sentinel_tokens and data.sentinel_tokens + 300 > data.vocab_size:
+        raise UserError(
+            f"data.sentinel_tokens {data.sentinel_tokens} leave too few of data.vocab_size {data.vocab_size} for text: "
+            f"use data.vocab_size={data.sentinel_tokens + 300} or more"
+        )
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Say whether a value is of a declared type, for those types that DataConfig has."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_of(value, one) for one in get_args(hint) if one is not type(None))
+    kind = get_origin(hint) or hint
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _check_contradictions(c: Config) -> None:
     train, model = c.train, c.model
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
         raise UserError(f"name='{c.name}' cannot name a folder: use letters, digits, '.', '_' and '-' only")
-    if train.micro_batch and train.micro_batch > train.global_batch:
+    if train.global_batch_tokens is not None:
+        length = c.data.sequence_length
+        if train.global_batch is not None:
+            raise UserError(
+                f"train.global_batch {train.global_batch} and train.global_batch_tokens {train.global_batch_tokens:,} "
+                "both say how large a step is: use one of them"
+            )
+        if train.global_batch_tokens % length:
+            near = max(1, round(train.global_batch_tokens / length)) * length
+            raise UserError(
+                f"train.global_batch_tokens {train.global_batch_tokens:,} is no multiple of data.sequence_length {length:,}: "
+                f"use train.global_batch_tokens={near}"
+            )
+    if train.micro_batch and train.micro_batch > c.global_batch:
         raise UserError(
-            f"train.micro_batch {train.micro_batch} is more than train.global_batch {train.global_batch}: "
-            f"use train.micro_batch={train.global_batch} or less"
+            f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
+            f"use train.micro_batch={c.global_batch} or less"
         )
+    if train.use_ema and not train.ema:
+        raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
+    for pattern, changes in c.optim.groups.items():
+        _check_parameter_group(pattern, changes)
     if train.patience and not train.evaluate_every:
         raise UserError("train.patience counts validations and there are none: say how often with train.evaluate_every")
     if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:
@@ -526,6 +837,12 @@ def _check_contradictions(c: Config) -> None:
             f"model.num_attention_heads {model.num_attention_heads} is no multiple of model.num_key_value_heads "
             f"{model.num_key_value_heads}: use a divisor of {model.num_attention_heads}"
         )
+    if c.convert.to == "checkpoint" and not c.convert.folder and c.job == "convert":
+        raise UserError("convert.to=checkpoint reads a universal checkpoint: say which with convert.folder=...")
+    if c.convert.to == "checkpoint" and c.convert.step:
+        raise UserError(
+            "convert.step chooses among a run's checkpoints, and convert.to=checkpoint makes one: leave it out"
+        )
     if c.zero.offload_param != "none" and c.zero.stage != 3:
         raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")
     if c.zero.offload_optimizer != "none" and c.zero.stage == 0:
@@ -540,9 +857,18 @@ def _check_contradictions(c: Config) -> None:
             f"train.max_steps {train.max_steps} is more than schedule.total_steps {c.schedule.total_steps}: "
             f"use schedule.total_steps={train.max_steps} or more"
         )
-    if c.data.validation_fraction + c.data.test_fraction >= 0.9:
+    packs = c.data.packing != "end_to_end" or c.data.within_documents
+    if packs and c.objective.name not in ("causal_lm", "masked_lm"):
         raise UserError(
-            "data.validation_fraction and data.test_fraction leave nothing to train on: use less than 0.9 in all"
+            f"data.packing and data.within_documents are for objective=causal_lm and masked_lm: leave them out for {c.objective.name}"
+        )
+    if c.data.within_documents and model.attention == "flash_attention_2":
+        raise UserError(
+            "data.within_documents needs an attention with a mask, and flash_attention_2 takes none: use model.attention=sdpa"
+        )
+    if c.data.within_documents and c.objective.name == "masked_lm" and model.attention != "sdpa":
+        raise UserError(
+            f"data.within_documents and objective=masked_lm need model.attention=sdpa, not {model.attention}"
         )
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(

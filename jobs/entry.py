@@ -19,6 +19,7 @@ from cluster.environment import quiet_environment
 from cluster.errors import ClusterError
 from engine.config import Config, config_groups, declared, get, replace, resolve, to_dict, type_name, with_values
 from engine.errors import UserError, nearest
+from engine.train.requirements import check_machine
 
 Function = Callable[[Config], object]
 
@@ -88,9 +89,16 @@ def ray_session(config: Config) -> Iterator[None]:
 
 @contextmanager
 def training_session(config: Config) -> Iterator[None]:
-    """Be connected to the config's Ray for a run; a Ray of the job's own prepares the run's processes at once."""
+    """Be connected to the config's Ray for a run; a Ray of the job's own prepares the run's processes at once.
+
+    Raises UserError for input data that aren't there, before Ray starts.
+    """
+    from engine.data.corpus import check_input
+
+    check_input(config.data)
     own = config.cluster.address == "local"
     if own:
+        check_machine(config)
         os.environ.setdefault(
             "RAY_prestart_worker_first_driver", "0"
         )  # Ray's own choice of processes fits none of ours

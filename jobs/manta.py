@@ -18,6 +18,7 @@ COMMANDS = {
     "sweep": ("jobs.sweep", "search hyperparameters; the best trial becomes a bundle"),
     "evaluate": ("jobs.evaluate", "measure a bundle on held-out data, or compare two"),
     "deploy": ("jobs.deploy", "put a bundle behind an HTTP endpoint"),
+    "convert": ("jobs.convert", "a checkpoint to Hugging Face or to DeepSpeed's universal format, and back"),
     "plan": ("jobs.plan", "memory, step time and size of a job before it takes anything"),
     "demo": ("jobs.demo", "the whole life of a model, with a report"),
     "runs": ("jobs.runs", "list runs: state, loss, age, lineage"),

@@ -1,26 +1,50 @@
-"""List the runs: state, progress, loss, age, lineage."""
+"""List the runs (state, progress, loss, age, lineage), or show one: its options, curve, origin and checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from engine.train.run_folder import list_runs
+from engine.config import Config, identity
+from engine.errors import UserError, nearest
+from engine.train.run_folder import RunFolder, Status, flat, list_runs
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 64  # of a curve, in characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `manta runs`."""
     parser = argparse.ArgumentParser(prog="manta runs", description=__doc__)
+    parser.add_argument("name", nargs="?", help="show this run")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the run's checkpoints whole, and say which are sound"
+    )
     parser.add_argument("--runs-dir", default="runs", help="where runs are kept (default: runs)")
     options = parser.parse_args(argv)
     runs = list_runs(Path(options.runs_dir))
+    if options.name:
+        status = dict(runs).get(options.name)
+        if status is None:
+            raise UserError(
+                f"there is no run '{options.name}' in {options.runs_dir}{nearest(options.name, dict(runs))}"
+            )
+        console = Console(highlight=False, soft_wrap=True)
+        for title, lines in page(RunFolder(Path(options.runs_dir) / options.name), status, options.verify).items():
+            for i, line in enumerate(lines):
+                console.print(f"{title if i == 0 else '':<12}{line}", markup=False)
+        return 0
     if not runs:
         print(f"there is no run in {options.runs_dir} yet: manta pretrain starts one")
         return 0
@@ -36,6 +60,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     Console().print(table)
     return 0
+
+
+def page(run: RunFolder, status: Status, verify: bool) -> dict[str, list[str]]:
+    """Return what there is to say of one run, title -> lines."""
+    metrics = list(run.metrics())
+    told = f"{status.job}, {status.state}, step {status.step} of {status.max_steps}, {age(time.time() - status.updated)} ago"
+    shown = {"run": [told, *([status.message] if status.message else [])]}
+    shown["options"] = changed_options(yaml.safe_load(run.config_file.read_text())) if run.config_file.is_file() else []
+    for name in ("loss", "validation_loss"):
+        values = [line[name] for line in metrics if line.get(name) is not None]
+        if values:
+            shown[name.replace("_", " ")] = [
+                f"{curve(values)} {values[0]:.4f} -> {values[-1]:.4f}, least {min(values):.4f}"
+            ]
+    shown["from"] = [f"{what} {place}" for what, place in (("data", status.data), ("bundle", status.parent)) if place]
+    if (file := run.bundle / "manta.json").is_file():
+        bundle = json.loads(file.read_text())
+        shown["bundle"] = [f"{run.bundle} (step {bundle['run']['step']}, hash {bundle['hash'][:12]})"]
+    shown["checkpoints"] = checkpoint_lines(run, verify)
+    return shown
+
+
+def changed_options(tree: dict[str, Any]) -> list[str]:
+    """Return KEY=VALUE of each option of a run that isn't its declared default."""
+    before = identity(Config(), ignoring=())
+    return [f"{key}={value}" for key, value in flat(tree).items() if before.get(key, value) != value]
+
+
+def checkpoint_lines(run: RunFolder, verify: bool) -> list[str]:
+    """Return a line for each checkpoint: step, size, and whether it is sound, where that is to be found out."""
+    from engine.plan.plan import size  # with torch, which a list of runs does without
+    from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, step_folders
+
+    lines = []
+    for folder in step_folders(run.checkpoints):
+        try:
+            checkpoint = Checkpoint(folder)
+            if verify:
+                checkpoint.verify()
+            told = f"{size(sum(file['bytes'] for file in checkpoint.files))}{', sound' if verify else ''}"
+        except BrokenCheckpoint as error:
+            told = f"broken: {error}"
+        lines.append(f"{folder} ({told})")
+    return lines
+
+
+def curve(values: list[float]) -> str:
+    """Draw values in a line of at most WIDTH bars, each the mean of its stretch."""
+    count = min(WIDTH, len(values))
+    edges = [i * len(values) // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
 
 
 def age(seconds: float) -> str:

@@ -19,9 +19,10 @@ MAY = {
     "engine.sweep": {"engine.config", "engine.errors", "engine.progress", "engine.objectives", "engine.train"},
     "engine.evaluate": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.models"},
     "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.bundles", "engine.objectives", "engine.models"},
-    "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware"},
+    "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware", "engine.train.devices", "engine.train.optimizer"},
 }  # fmt: skip
 RAY = {
+    "engine/data/spread.py",
     "engine/train/launch.py",
     "engine/train/trainer.py",
     "engine/train/preload.py",

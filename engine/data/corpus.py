@@ -1,70 +1,137 @@
-"""Raw documents, each with its split: read, free of duplicates, thinned when only some are wanted."""
+"""Raw documents, each with its split: the corpus as parts that are read apart, and the choice of what is kept of all."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, islice
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.config import DataConfig
+from engine.config import DataConfig, source_configs
 
 if TYPE_CHECKING:
     from engine.data.files import File
 
 SPLITS = ("train", "validation", "test")
-TINY = 256  # documents up to which a held-out split that chance left empty is given one
+PART_BYTES = 4  # of text for a token of data.shard_tokens
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, the split it belongs to, the file it came from and, for labelled data, its label."""
+    """One text, the split it belongs to, the file it came from and, for labelled data, its label; or an image."""
 
-    text: str
+    text: str  # of an image: its caption, or nothing
     split: str
     source: str
     label: str | None = None
+    image: np.ndarray | None = None  # uint8 [S, S, 3]
 
 
-def documents(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
-    """Yield the corpus in a fixed order; add the number of documents left out to `counts`, by reason.
+@dataclass(frozen=True)
+class Piece:
+    """An input file or a stretch of it, in the units of its format (see `files._ends`)."""
 
-    The same (config, seed, files) always gives the same documents. Raises UserError for a path, column or format that
-    isn't there.
+    file: File
+    kind: str  # text, jsonl, parquet, arrow; or a reader's own
+    start: int
+    stop: int | None  # None: to the end
+    size: int  # bytes, about
+    cut: bool = False  # text is cut at paragraphs
+
+
+@dataclass(frozen=True)
+class Part:
+    """So much of one source as a process reads and tokenizes at a time; the same for any number of processes."""
+
+    number: int
+    source: str
+    config: DataConfig  # the source's own
+    pieces: tuple[Piece, ...]
+
+
+def parts(config: DataConfig) -> list[Part]:
+    """Cut the corpus into parts, in the order of their documents: those of held-out files come first, then by source.
+
+    Raises UserError for a path where nothing is.
     """
-    if config.source == "files":
-        from engine.data.files import read
+    size = config.shard_tokens * PART_BYTES
+    held: list[tuple[int, str, DataConfig, list[Piece]]] = []
+    for name, given in source_configs(config).items():
+        own = _without_given_splits(given)
+        room = 0
+        for piece in _reader(own.source).pieces(given, size):
+            rank = ("test", "validation", None).index(piece.file.split)
+            if room <= 0 or held[-1][:2] != (rank, name):
+                held.append((rank, name, own, []))
+                room = size
+            held[-1][3].append(piece)
+            room -= piece.size
+    held.sort(key=lambda item: item[0])  # stable
+    return [Part(i, name, own, tuple(pieces)) for i, (_, name, own, pieces) in enumerate(held)]
 
-        found = unique(read(config, seed, counts), counts)
-        if not (config.validation_path and config.test_path):
-            found = _hold_some_out(found, config, seed)
-    else:
-        from engine.data.stdlib import balanced, functions, modules
 
-        if config.source == "python_functions":
-            found = balanced(unique(functions(config, seed, counts), counts), counts)
+def inputs(config: DataConfig) -> list[tuple[str, str, File]]:
+    """Return (source, path, file) of each input file, without a look into it. Raises UserError for a path where nothing is."""
+    return [
+        (name, listed_as(own, piece.file), piece.file)
+        for name, own in source_configs(config).items()
+        for piece in _reader(own.source).pieces(own, 2**62)
+    ]
+
+
+def listed_as(config: DataConfig, file: File) -> str:
+    """Return the name under which a file is listed, which its documents give as their source."""
+    return file.name if config.source.startswith("python_") else file.path
+
+
+def read(part: Part, seed: int, skipped: Counter[str], masked: Counter[str]) -> Iterator[Document]:
+    """Yield a part's documents, masked, without those that are empty or filtered out; count what is masked and left out.
+
+    The same (part, seed, files) always gives the same documents. Raises UserError for a column or format that isn't there.
+    """
+    from engine.data.filters import reason_against
+    from engine.data.masking import masking
+
+    mask, against = masking(part.config.mask), reason_against(part.config)
+    for document in _reader(part.config.source).read(part, seed, skipped):
+        if mask:
+            document = dataclasses.replace(document, text=mask(document.text, masked))
+        if not document.text.strip() and document.image is None:
+            skipped["empty"] += 1
+        elif against and (reason := against(document.text)):
+            skipped[reason] += 1
         else:
-            found = unique(modules(config, seed, counts), counts)
-    return thinned(found, config, counts) if config.max_documents else found
+            yield document
 
 
-def inputs(config: DataConfig) -> dict[str, File]:
-    """Return the input files by the name that their documents give as source. Raises UserError where nothing is."""
-    from engine.data import files, stdlib
+def check_input(config: DataConfig) -> None:
+    """Raise UserError, before anything is begun, for a path, column, filter or package that isn't there."""
+    from engine.data.filters import reason_against
 
-    if config.source == "files":
-        return {file.path: file for file in files.list_files(config)}
-    return {file.name: file for file in stdlib.files()}
+    for given in source_configs(config).values():
+        reason_against(given)
+        _reader(given.source).check(given)
 
 
 def hash_fraction(*parts: object) -> float:
     """Return a uniform number in [0, 1) that depends on nothing but `parts`."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def no_label(value: Any) -> bool:
+    """Say whether a column's value is no label."""
+    return value is None or value == "" or isinstance(value, (list, dict))
+
+
+def label_name(value: Any) -> str | None:
+    """Name a label that may be a number."""
+    return None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def split_of(key: str, seed: int, config: DataConfig) -> str:
@@ -79,68 +146,28 @@ def split_of(key: str, seed: int, config: DataConfig) -> str:
     return "validation" if fraction >= 1 - config.validation_fraction else "train"
 
 
-def unique(found: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
-    """Drop and count empty documents, and those whose exact text came before (in any split)."""
-    seen: set[bytes] = set()
-    for document in found:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-        if not document.text.strip():
-            counts["empty"] += 1
-        elif digest in seen:
-            counts["duplicate"] += 1
-        else:
-            seen.add(digest)
-            yield document
-
-
-def thinned(found: Iterable[Document], config: DataConfig, counts: Counter[str]) -> Iterator[Document]:
-    """Yield `max_documents` documents spread evenly over each split, in their order; held-out splits keep their share.
-
-    One pass and at most twice that many documents in memory: whenever a split's list is full, every other one goes and
-    from then on only every second, fourth, eighth ... is taken.
-    """
-    assert config.max_documents
-    wanted = dict.fromkeys(SPLITS, 0)
-    for split, fraction, path in (
-        ("validation", config.validation_fraction, config.validation_path),
-        ("test", config.test_fraction, config.test_path),
-    ):
-        if fraction or path:
-            wanted[split] = max(1, round(config.max_documents * (fraction or 0.05)))
-    wanted["train"] = max(1, config.max_documents - sum(wanted.values()))
-
-    kept: dict[str, list[tuple[int, Document]]] = {split: [] for split in SPLITS}
-    stride, met = dict.fromkeys(SPLITS, 1), dict.fromkeys(SPLITS, 0)
-    total = 0
-    for total, document in enumerate(found, start=1):
-        split = document.split
-        if met[split] % stride[split] == 0:
-            kept[split].append((total, document))
-            if len(kept[split]) > 2 * wanted[split]:
-                kept[split] = kept[split][::2]
-                stride[split] *= 2
-        met[split] += 1
-    chosen = [kept[split][i] for split in SPLITS for i in evenly(len(kept[split]), wanted[split])]
-    counts["over data.max_documents"] += total - len(chosen)
-    yield from (document for _, document in sorted(chosen, key=lambda item: item[0]))
-
-
 def evenly(size: int, wanted: int) -> list[int]:
     """Return up to `wanted` indices below `size`, evenly spaced."""
     return list(range(size)) if wanted >= size else [int(i) for i in np.arange(wanted) * size // wanted]
 
 
-def _hold_some_out(found: Iterator[Document], config: DataConfig, seed: int) -> Iterator[Document]:
-    """See to it that a corpus of 3 to TINY documents has one at least in each split that is held out by a fraction."""
-    head = list(islice(found, TINY))
-    if 3 <= len(head) < TINY:
-        order = sorted(range(len(head)), key=lambda i: hash_fraction("hold out", seed, i))
-        for split, fraction, path in (
-            ("validation", config.validation_fraction, config.validation_path),
-            ("test", config.test_fraction, config.test_path),
-        ):
-            there = Counter(document.split for document in head)
-            if fraction and not path and not there[split] and there["train"] > 1:
-                i = next(i for i in order if head[i].split == "train")
-                head[i] = replace(head[i], split=split)
-    return chain(head, found)
+def given_split(config: DataConfig, split: str) -> str | None:
+    """Return the path (of files) or split (of a Hugging Face dataset) that holds a held-out split, if one is named."""
+    found: str | None = getattr(config, f"{split}_split" if config.source == "huggingface" else f"{split}_path")
+    return found
+
+
+def _without_given_splits(config: DataConfig) -> DataConfig:
+    """Take no share of the training examples for a split that has examples of its own."""
+    return dataclasses.replace(
+        config,
+        validation_fraction=0.0 if given_split(config, "validation") else config.validation_fraction,
+        test_fraction=0.0 if given_split(config, "test") else config.test_fraction,
+    )
+
+
+def _reader(source: str) -> ModuleType:
+    """Return the module that reads a source: it has `pieces`, `read` and `check`."""
+    from engine.data import files, hub, stdlib
+
+    return {"files": files, "huggingface": hub}.get(source, stdlib)

@@ -1,9 +1,7 @@
-"""Your own text: files, folders and globs, here or in object storage, as text, JSON lines, Parquet or Arrow."""
+"""Your own text: files, folders and globs, here or in object storage, as text, JSON lines, Parquet or Arrow, packed or not."""
 
 from __future__ import annotations
 
-import codecs
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -17,17 +15,19 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from engine.config import DataConfig
-from engine.data.corpus import Document, split_of
+from engine.data.corpus import Document, Part, Piece, label_name, no_label, split_of
+from engine.data.images import caption_fields, pictures
 from engine.errors import UserError, nearest
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSED = (".gz", ".zst")
 FEW_FILES = 20  # fewer text files than this are cut at paragraphs, since a share of so few cannot be held out
 PARAGRAPHS = 4096  # characters after which the next blank line ends a document; at four times that, the next line does
 
 
 @dataclass(frozen=True)
 class File:
-    """One input file: where it is, its name below the path given, the split it was given for (None: by hash), what dates it."""
+    """One input: where it is, its name below the path given, the split it was given for (None: by hash), what dates it."""
 
     path: str
     name: str
@@ -36,13 +36,29 @@ class File:
     stamp: str
     filesystem: Any
 
+    @property
+    def packed(self) -> bool:
+        """Whether it is compressed, so that it cannot be entered in the middle."""
+        return self.path.endswith(COMPRESSED)
+
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """Open it for reading bytes, unpacked if it ends in .gz. Raises UserError where it cannot be read."""
+        """Open it for reading bytes, unpacked if it ends in .gz or .zst. Raises UserError where it cannot be read."""
         try:
             with self.filesystem.open(self.path, "rb") as raw:
-                yield gzip.GzipFile(fileobj=raw) if self.path.endswith(".gz") else raw  # type: ignore[misc]
+                if self.path.endswith(".gz"):
+                    yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
+                elif self.path.endswith(".zst"):
+                    import pyarrow as pa
+
+                    yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"), 2**20)  # type: ignore[arg-type]
+                else:
+                    yield raw
         except (PermissionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {self.path} ({error}): mend it or leave it out of the path") from error
+        except OSError as error:
+            if error.errno is not None or not self.packed:
+                raise
             raise UserError(f"cannot read {self.path} ({error}): mend it or leave it out of the path") from error
 
     def sha256(self) -> str:
@@ -51,34 +67,84 @@ class File:
             return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
-def read(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
-    """Yield the documents of data.test_path, data.validation_path and data.path, in that order.
+def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of a part. Each row (or file, or run of paragraphs) goes to a split by a hash of its file's
+    name, its number and the seed, unless its file was given for one.
+    """
+    config = part.config
+    for piece in part.pieces:
+        file = piece.file
+        if piece.kind == "text":
+            rows: Iterable[tuple[Any, ...]] = ((text,) for text in _texts(piece, counts))
+        elif config.image_column:
+            rows = pictures(_rows(piece, config, counts), config, file, counts)
+        else:
+            rows = labelled(_rows(piece, config, counts), config, counts)
+        key = f"{file.name}:{piece.start}:" if piece.start else f"{file.name}:"
+        for number, (text, *others) in enumerate(rows):
+            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), file.path, *others)
 
-    Held-out files come first, so that of two copies of a text the training copy is the one that is dropped. Without
-    such paths each row (or file, or run of paragraphs) goes to a split by a hash of its file's name, its number and
-    the seed.
+
+def pieces(config: DataConfig, size: int) -> list[Piece]:
+    """Return the files of data.test_path, data.validation_path and data.path, in that order, the large ones in pieces.
+
+    Held-out files come first, so that of two copies of a text the training copy is the one that is dropped. A piece has
+    about `size` bytes where the format can be entered in the middle. Raises UserError for a path where nothing is.
     """
     given = list_files(config)
-    config = dataclasses.replace(  # what has a path of its own is not taken from data.path as well
-        config,
-        validation_fraction=0.0 if config.validation_path else config.validation_fraction,
-        test_fraction=0.0 if config.test_path else config.test_fraction,
-    )
     few = {split: sum(f.split == split for f in given) < FEW_FILES for split in {f.split for f in given}}
+    found: list[Piece] = []
     for file in given:
         kind = config.format if config.format != "auto" else _kind(file.name)
-        if kind == "text":
-            if config.label_column:
-                raise UserError(
-                    f"{file.path} is plain text and has no column '{config.label_column}': "
-                    "give labelled data as .jsonl, .parquet or .arrow (data.format says which)"
-                )
-            rows: Iterable[tuple[str, str | None]] = ((text, None) for text in _texts(file, few[file.split], counts))
-        else:
-            rows = _labelled_rows(file, kind, config, counts)
-        for number, (text, label) in enumerate(rows):
-            split = file.split or split_of(f"{file.name}:{number}", seed, config)
-            yield Document(text, split, file.path, label)
+        if kind == "text" and (column := config.image_column or config.label_column):
+            raise UserError(
+                f"{file.path} is plain text and has no column '{column}': "
+                "give labelled data as .jsonl, .parquet or .arrow (data.format says which)"
+            )
+        cut = kind == "text" and few[file.split] and _bare(file.name).endswith((".txt", ".md"))
+        ends = _ends(file, kind, cut, size) if file.size > size and not file.packed else []
+        starts = [0, *ends]
+        share = file.size // len(starts)
+        found += [Piece(file, kind, a, b, share, cut) for a, b in zip(starts, [*ends, None])]
+    return found
+
+
+def check(config: DataConfig) -> None:
+    """Raise UserError where the first file cannot be read as what it is, or lacks a column; reads no more than its head."""
+    counts = Counter[str]()
+    piece = pieces(config, 2**62)[0]
+    if piece.kind != "text":
+        next(_rows(piece, config, counts), None)
+
+
+def _ends(file: File, kind: str, cut: bool, size: int) -> list[int]:
+    """Return where to cut a large file: bytes of text and JSON lines, row groups of Parquet, record batches of Arrow."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == "jsonl" or cut:
+        return list(range(size, file.size, size))
+    try:
+        with file.open() as opened:
+            if kind == "parquet":
+                facts = pq.ParquetFile(opened).metadata
+                weights = [facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)]
+            elif kind == "arrow":
+                count = pa.ipc.open_file(opened).num_record_batches
+                weights = [file.size // max(count, 1)] * count
+            else:
+                return []
+    except (
+        pa.ArrowInvalid
+    ):  # a stream of batches cannot be entered in the middle; what is damaged is told when it is read
+        return []
+    ends, held = [], 0
+    for i, weight in enumerate(weights[:-1]):
+        held += weight
+        if held >= size:
+            ends.append(i + 1)
+            held = 0
+    return ends
 
 
 def list_files(config: DataConfig) -> list[File]:
@@ -137,30 +203,63 @@ def _stamp(info: dict[str, Any]) -> str:
 
 
 def _kind(name: str) -> str:
-    return ENDINGS.get(PurePosixPath(name.removesuffix(".gz")).suffix.lower(), "text")
+    return ENDINGS.get(PurePosixPath(_bare(name)).suffix.lower(), "text")
 
 
-def _texts(file: File, cut: bool, counts: Counter[str]) -> Iterator[str]:
+def _bare(name: str) -> str:
+    """Return the name without the ending of its compression."""
+    return name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _texts(piece: Piece, counts: Counter[str]) -> Iterator[str]:
     """Yield a text file whole or, when it is one of few and plain prose, in runs of paragraphs."""
-    with file.open() as opened:
-        problem = _not_text(opened)
+    if not piece.cut:
+        with piece.file.open() as opened:
+            content = opened.read()
+        if b"\0" in content:
+            counts["binary"] += 1
+            return
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            counts["not UTF-8"] += 1
+            return
+        yield _plain_ends(text) if "\r" in text else text
+        return
+    with piece.file.open() as opened:
+        problem = _not_text(_lines(opened, piece))
     if problem:
         counts[problem] += 1
         return
-    with file.open() as opened:
-        lines = io.TextIOWrapper(opened, encoding="utf-8-sig")
-        yield from _paragraphs(lines) if cut and file.name.endswith((".txt", ".txt.gz", ".md")) else [lines.read()]
+    with piece.file.open() as opened:
+        yield from _paragraphs(_plain_ends(line.decode("utf-8-sig")) for line in _lines(opened, piece))
 
 
-def _not_text(opened: IO[bytes]) -> str | None:
+def _lines(opened: IO[bytes], piece: Piece) -> Iterator[bytes]:
+    """Yield the lines that begin in the piece."""
+    if not piece.start and piece.stop is None:
+        yield from opened
+        return
+    at = max(piece.start - 1, 0)
+    opened.seek(at)
+    if piece.start:
+        at += len(opened.readline())  # the end of a line that began before, or just its line break
+    while (piece.stop is None or at < piece.stop) and (line := opened.readline()):
+        yield line
+        at += len(line)
+
+
+def _plain_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _not_text(lines: Iterable[bytes]) -> str | None:
     """Return why the bytes are no UTF-8 text, or None."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        while block := opened.read(2**20):
-            if b"\0" in block:
+        for line in lines:
+            if b"\0" in line:
                 return "binary"
-            decoder.decode(block)
-        decoder.decode(b"", final=True)
+            line.decode()
     except UnicodeDecodeError:
         return "not UTF-8"
     return None
@@ -180,18 +279,33 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(held)
 
 
-def _labelled_rows(file: File, kind: str, config: DataConfig, counts: Counter[str]) -> Iterator[tuple[str, str | None]]:
+def _rows(piece: Piece, config: DataConfig, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table with the columns that are needed."""
+    wanted = columns(config)
+    return _json_rows(piece, wanted, counts) if piece.kind == "jsonl" else _table_rows(piece, wanted)
+
+
+def columns(config: DataConfig) -> dict[str, str]:
+    """Return the columns that are read, and for each the option that names it."""
+    found = {config.label_column: "data.label_column"} if config.label_column else {}
+    if not config.image_column:
+        return {config.text_column: "data.text_column"} | found
+    of_caption = {name: "data.caption" for name in caption_fields(config.caption) if name != "label"}
+    return {config.image_column: "data.image_column"} | of_caption | found
+
+
+def labelled(
+    rows: Iterable[dict[str, Any]], config: DataConfig, counts: Counter[str]
+) -> Iterator[tuple[str, str | None]]:
     """Yield (text, label) of each row that has them; count those that don't."""
-    wanted = [config.text_column, *([config.label_column] if config.label_column else [])]
-    rows = _json_rows(file, wanted, counts) if kind == "jsonl" else _table_rows(file, kind, wanted)
     for row in rows:
         text, label = row.get(config.text_column), row.get(config.label_column) if config.label_column else None
         if not isinstance(text, str) or not _encodable(text):
             counts["without text"] += 1
-        elif config.label_column and (label is None or label == "" or isinstance(label, (list, dict))):
+        elif config.label_column and no_label(label):
             counts["without a label"] += 1
         else:
-            yield text, None if label is None else f"{label:g}" if isinstance(label, float) else str(label)
+            yield text, label_name(label)
 
 
 def _encodable(text: str) -> bool:
@@ -203,10 +317,10 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _json_rows(file: File, wanted: list[str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(piece: Piece, wanted: dict[str, str], counts: Counter[str]) -> Iterator[dict[str, Any]]:
     good, first_bad = False, 0
-    with file.open() as opened:
-        for number, line in enumerate(opened, start=1):
+    with piece.file.open() as opened:
+        for number, line in enumerate(_lines(opened, piece), start=1):
             if not line.strip():
                 continue
             try:
@@ -218,53 +332,60 @@ def _json_rows(file: File, wanted: list[str], counts: Counter[str]) -> Iterator[
                 first_bad = first_bad or number
                 continue
             if not good:
-                _need_columns(file, wanted, row)
+                need_columns(piece.file.path, wanted, row)
                 good = True
             yield row
-    if first_bad and not good:
+    if first_bad and not good and not piece.start and piece.stop is None:
         raise UserError(
-            f"no line of {file.path} is a JSON object (the first bad one is line {first_bad}): "
+            f"no line of {piece.file.path} is a JSON object (the first bad one is line {first_bad}): "
             "write one object a line, or set data.format=text"
         )
 
 
-def _table_rows(file: File, kind: str, wanted: list[str]) -> Iterator[dict[str, Any]]:
+def _table_rows(piece: Piece, wanted: dict[str, str]) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with file.open() as opened:
+    with piece.file.open() as opened:
+        if piece.file.packed:
+            opened = io.BytesIO(opened.read())  # a table's end is read first
         try:
-            if kind == "parquet":
+            if piece.kind == "parquet":
                 table = pq.ParquetFile(opened)
-                _need_columns(file, wanted, table.schema_arrow.names)
-                batches: Iterable[pa.RecordBatch] = table.iter_batches(batch_size=4096, columns=wanted)
+                need_columns(piece.file.path, wanted, table.schema_arrow.names)
+                groups = range(table.num_row_groups)[piece.start : piece.stop]
+                batches: Iterable[pa.RecordBatch] = table.iter_batches(4096, list(groups), list(wanted))
             else:
-                batches = _arrow_batches(file, opened, wanted)
+                batches = _arrow_batches(piece, opened, wanted)
             for batch in batches:
                 yield from batch.to_pylist()
         except pa.ArrowInvalid as error:
-            raise UserError(f"{file.path} is no {kind} file ({error}): mend it or set data.format") from error
+            raise UserError(
+                f"{piece.file.path} is no {piece.kind} file ({error}): mend it or set data.format"
+            ) from error
 
 
-def _arrow_batches(file: File, opened: IO[bytes], wanted: list[str]) -> Iterator[Any]:
+def _arrow_batches(piece: Piece, opened: IO[bytes], wanted: dict[str, str]) -> Iterator[Any]:
     """Read both of Arrow's layouts: the IPC file, and the stream that `datasets` writes."""
     import pyarrow as pa
 
     try:
         indexed = pa.ipc.open_file(opened)
-        batches: Iterable[pa.RecordBatch] = (indexed.get_batch(i) for i in range(indexed.num_record_batches))
+        there = range(indexed.num_record_batches)[piece.start : piece.stop]
+        batches: Iterable[pa.RecordBatch] = (indexed.get_batch(i) for i in there)
         names = indexed.schema.names
     except pa.ArrowInvalid:
         opened.seek(0)
         stream = pa.ipc.open_stream(opened)
         batches, names = stream, stream.schema.names
-    _need_columns(file, wanted, names)
-    yield from (batch.select(wanted) for batch in batches)
+    need_columns(piece.file.path, wanted, names)
+    yield from (batch.select(list(wanted)) for batch in batches)
 
 
-def _need_columns(file: File, wanted: list[str], there: Iterable[str]) -> None:
+def need_columns(place: str, wanted: dict[str, str], there: Iterable[str]) -> None:
+    """Raise UserError for a column that isn't there, naming the option that asks for it."""
     names = list(there)
-    for column, key in zip(wanted, ("data.text_column", "data.label_column")):
+    for column, key in wanted.items():
         if column not in names:
             hint = nearest(column, names) or f": set {key} to one of them"
-            raise UserError(f"{file.path} has no column '{column}' ({key}), only {', '.join(names) or 'none'}{hint}")
+            raise UserError(f"{place} has no column '{column}' ({key}), only {', '.join(names) or 'none'}{hint}")

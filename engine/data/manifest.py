@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from engine.errors import UserError
 
 FILE, SOURCES = "manifest.json", "sources.jsonl"
+TOKENIZER, PROCESSOR = "tokenizer", "processor"  # folders, the one of text and the other of images
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class Manifest:
     """The facts of one prepared folder, read from and written to its manifest.json."""
 
     name: str
-    kind: str  # "text": documents end with eos_id and are packed; "labelled": rows with a label
-    sources: dict[str, Any]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line a source in that file
-    licence: str
-    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json
+    kind: str  # what `data_kind` of engine/config.py calls it
+    sources: dict[
+        str, Any
+    ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file
+    origins: dict[str, dict[str, Any]]  # source -> {licence, files, bytes, documents, tokens, skipped, masked}
+    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; of images, that of the files in processor/
     vocab_size: int
     eos_id: int
     pad_id: int
@@ -30,20 +34,37 @@ class Manifest:
     labels: list[str]  # sorted; a row's label is an index of it
     splits: dict[
         str, dict[str, Any]
-    ]  # split -> {"shards": [{file, rows, tokens, bytes, sha256}], "documents", "tokens"}
-    skipped: dict[str, int]  # reason -> documents left out
+    ]  # split -> {"shards": [{file, source, rows, tokens, bytes, sha256}], "documents", "tokens"}
     config: dict[str, Any]  # the DataConfig
     seed: int
+    image_size: int = 0  # side of an image in pixels; 0: the data are text
     hash: str = field(default="")  # SHA-256 over the shards' hashes, the tokenizer's and the labels
 
     def __post_init__(self) -> None:
         if not self.hash:
             object.__setattr__(self, "hash", self.content_hash())
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Documents left out of all sources, by reason."""
+        return dict(sum((Counter(origin["skipped"]) for origin in self.origins.values()), Counter[str]()))
+
+    @property
+    def masked(self) -> dict[str, int]:
+        """Places masked in all sources, by kind."""
+        return dict(sum((Counter(origin["masked"]) for origin in self.origins.values()), Counter[str]()))
+
+    @property
+    def licence(self) -> str:
+        """The licences of all sources."""
+        return ", ".join(sorted({origin["licence"] for origin in self.origins.values()}))
+
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of all that a training run sees: shards, tokenizer, labels."""
         shards = {name: [shard["sha256"] for shard in split["shards"]] for name, split in sorted(self.splits.items())}
-        content = {"shards": shards, "tokenizer": self.tokenizer, "labels": self.labels}
+        content: dict[str, Any] = {"shards": shards, "tokenizer": self.tokenizer, "labels": self.labels}
+        if len(self.origins) > 1:
+            content["origins"] = [(shard["source"], shard["sha256"]) for shard in self.shards()]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -73,7 +94,7 @@ class Manifest:
         return [shard for split in self.splits.values() for shard in split["shards"]]
 
     def read_sources(self, folder: Path) -> list[dict[str, Any]]:
-        """Return each input file: path, sha256, bytes, documents by split."""
+        """Return each input file: source, path, sha256, bytes, documents by split."""
         return [json.loads(line) for line in (folder / self.sources["file"]).read_text("utf-8").splitlines()]
 
 
@@ -82,7 +103,15 @@ def verify(folder: Path | str) -> Manifest:
     folder = Path(folder)
     manifest = Manifest.load(folder)
     expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
-    expected |= {"tokenizer/tokenizer.json": manifest.tokenizer, SOURCES: manifest.sources["sha256"]}
+    expected |= {SOURCES: manifest.sources["sha256"]}
+    if manifest.image_size:
+        found = hash_of(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else ""
+        if found != manifest.tokenizer:
+            raise UserError(
+                f"{folder / PROCESSOR} was changed since it was prepared: delete {folder} and run `manta prepare` again"
+            )
+    else:
+        expected["tokenizer/tokenizer.json"] = manifest.tokenizer
     for name, digest in expected.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise UserError(
@@ -93,6 +122,14 @@ def verify(folder: Path | str) -> Manifest:
             f"{folder / FILE} was changed since it was prepared: delete {folder} and run `manta prepare` again"
         )
     return manifest
+
+
+def hash_of(folder: Path) -> str:
+    """Return the SHA-256 (hex) of all files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name}\x1f{sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

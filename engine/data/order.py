@@ -48,24 +48,29 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
 class Order:
     """The data order: epoch after epoch, each sample once in each, a global batch a step (batches may span two epochs)."""
 
-    def __init__(self, size: int, global_batch: int, seed: int) -> None:
-        """Raise UserError where there are fewer samples than one batch."""
+    def __init__(self, size: int, global_batch: int, seed: int, endless: bool = False) -> None:
+        """Raise UserError where there are fewer samples than one batch.
+
+        `endless`: ids go on counting from epoch to epoch, so that sample i of epoch e is i + e * size (what a `Mix` needs).
+        """
         if size < global_batch:
             raise UserError(
                 f"the data has {size:,} samples, fewer than one batch of {global_batch:,}: "
                 f"use train.global_batch={max(size, 1)} or less, a smaller data.sequence_length, or more data"
             )
-        self.size, self.global_batch, self.seed = size, global_batch, seed
+        self.size, self.global_batch, self.seed, self.endless = size, global_batch, seed, endless
 
     def samples(self, step: int) -> np.ndarray:
         """Return the sample indices of a step: int64 [global_batch]."""
         epoch, start = divmod(step * self.global_batch, self.size)
         positions = start + np.arange(self.global_batch, dtype=np.int64)
         here = positions < self.size
+        first = epoch * self.size if self.endless else 0
+        second = first + self.size if self.endless else 0
         return np.concatenate(
             [
-                permute(positions[here], self.size, self.seed, epoch),
-                permute(positions[~here] - self.size, self.size, self.seed, epoch + 1),
+                first + permute(positions[here], self.size, self.seed, epoch),
+                second + permute(positions[~here] - self.size, self.size, self.seed, epoch + 1),
             ]
         )
 
@@ -79,8 +84,8 @@ def ids_hash(ids: np.ndarray) -> int:
     """Return the sum modulo 2**64 of splitmix64 of each id, as a signed int64.
 
     A sum has no order: ranks add up theirs in any layout (`add_hashes`, or an all-reduce SUM of int64 tensors, which
-    wraps alike) and get the hash of the whole. After k epochs it must be k times `ids_hash(arange(size))` modulo 2**64;
-    a sample left out or seen twice changes it, but for a chance of 2**-64.
+    wraps alike) and get the hash of the whole. After k epochs it must be k times `ids_hash(arange(size))` modulo 2**64, or,
+    where the order is endless, `ids_hash(arange(k * size))`; a sample left out or seen twice changes it, but for a chance of 2**-64.
     """
     return _signed(int(splitmix64(np.asarray(ids)).sum(dtype=U64)))
 

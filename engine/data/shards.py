@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,66 +13,98 @@ import numpy as np
 from engine.data.manifest import Manifest
 from engine.errors import UserError
 
+IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
+
 
 class ShardWriter:
-    """Collect the documents of one split and write them as shards of about `shard_tokens` tokens."""
+    """Collect the documents of one split and give them out as shards of about `shard_tokens` tokens."""
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int, labelled: bool = False) -> None:
-        self.folder, self.split, self.shard_tokens, self.labelled = folder, split, shard_tokens, labelled
+    def __init__(
+        self,
+        write: Callable[[str, bytes], object],
+        stem: str,
+        vocab_size: int,
+        shard_tokens: int,
+        labelled: bool = False,
+    ) -> None:
+        """`write(name, content)` is called for each shard, named <stem>-<number>.arrow."""
+        self.write, self.stem, self.shard_tokens, self.labelled = write, stem, shard_tokens, labelled
         self.dtype = np.uint32 if vocab_size > 65535 else np.uint16
         self.shards: list[dict[str, Any]] = []
-        self._held: list[np.ndarray] = []
-        self._labels: list[int] = []
-        self._tokens = 0
+        self._tokens: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._images: list[np.ndarray] = []
+        self._held = 0
 
-    def add(self, tokens: np.ndarray, label: int = 0) -> None:
-        """Add one document: integers [length]."""
-        self._held.append(tokens.astype(self.dtype))
-        self._labels.append(label)
-        self._tokens += len(tokens)
-        if self._tokens >= self.shard_tokens:
+    def add(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        labels: np.ndarray | None = None,
+        images: np.ndarray | None = None,
+    ) -> None:
+        """Add documents: their tokens end to end, and the length and label of each; and images, uint8 [rows, S, S, 3]."""
+        self._tokens.append(tokens.astype(self.dtype))
+        self._lengths.append(lengths)
+        if labels is not None:
+            self._labels.append(labels)
+        if images is not None:
+            self._images.append(images)
+        self._held += len(tokens)
+        if self._held + sum(held.nbytes for held in self._images) // IMAGE_BYTES >= self.shard_tokens:
             self._write()
 
     def close(self) -> list[dict[str, Any]]:
         """Write what is held and return the shards: file, rows, tokens, bytes, sha256."""
-        if self._held:
+        if self._lengths:
             self._write()
         return self.shards
 
     def _write(self) -> None:
         import pyarrow as pa
 
-        offsets = np.zeros(len(self._held) + 1, np.int32)
-        np.cumsum([len(tokens) for tokens in self._held], out=offsets[1:])
-        columns = {"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._held)))}
+        lengths = np.concatenate(self._lengths)
+        offsets = np.zeros(len(lengths) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        columns = {"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._tokens)))}
         if self.labelled:
-            columns["label"] = pa.array(np.array(self._labels, np.int32))
+            columns["label"] = pa.array(np.concatenate(self._labels).astype(np.int32))
+        if self._images:
+            images = np.concatenate(self._images).reshape(len(lengths), -1)
+            columns["image"] = pa.FixedSizeListArray.from_arrays(pa.array(images.ravel()), images.shape[1])
         batch = pa.record_batch(columns)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         content = sink.getvalue()
-        name = f"{self.split}-{len(self.shards):05d}.arrow"
-        (self.folder / name).write_bytes(content)
-        digest = hashlib.sha256(content).hexdigest()
+        name = f"{self.stem}-{len(self.shards):05d}.arrow"
+        self.write(name, content)
         self.shards.append(
-            {"file": name, "rows": len(self._held), "tokens": self._tokens, "bytes": content.size, "sha256": digest}
+            {
+                "file": name,
+                "rows": len(lengths),
+                "tokens": self._held,
+                "bytes": content.size,
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
         )
-        self._held, self._labels, self._tokens = [], [], 0
+        self._tokens, self._lengths, self._labels, self._images, self._held = [], [], [], [], 0
 
 
 class Split:
     """The documents of one split, in order, over all its shards. Cheap to open and to pickle; shards open when touched."""
 
-    def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
-        shards = manifest.splits[name]["shards"]
-        self.folder, self.name, self.manifest = Path(folder), name, manifest
+    def __init__(self, folder: Path, name: str, manifest: Manifest, source: str | None = None) -> None:
+        """Take the shards of one split; of one source's, if given."""
+        shards = [shard for shard in manifest.splits[name]["shards"] if source in (None, shard["source"])]
+        self.folder, self.name, self.manifest, self.source = Path(folder), name, manifest, source
         self.rows: int = sum(shard["rows"] for shard in shards)
         self.tokens: int = sum(shard["tokens"] for shard in shards)
         self._files = [shard["file"] for shard in shards]
         self._first_row = np.cumsum([0, *(shard["rows"] for shard in shards)])
         self._first_token = np.cumsum([0, *(shard["tokens"] for shard in shards)])
-        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def open(cls, folder: Path | str, name: str) -> Split:
@@ -84,21 +117,38 @@ class Split:
         return cls(Path(folder), name, manifest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Split, (self.folder, self.name, self.manifest)
+        return Split, (self.folder, self.name, self.manifest, self.source)
 
     def __len__(self) -> int:
         return self.rows
 
+    def by_source(self) -> dict[str, Split]:
+        """Return the documents of each source that has some here, in the manifest's order."""
+        there = dict.fromkeys(shard["source"] for shard in self.manifest.splits[self.name]["shards"])
+        return {source: Split(self.folder, self.name, self.manifest, source) for source in there}
+
+    @property
+    def of_source(self) -> str:
+        """Words for a message: ` of wiki` where this is but one source."""
+        return f" of {self.source}" if self.source and len(self.manifest.origins) > 1 else ""
+
     def document(self, i: int) -> np.ndarray:
         """Return the tokens of document i, [length], read-only and without a copy."""
         shard, row = self._find(self._first_row, i, self.rows)
-        values, offsets, _ = self._shard(shard)
+        values, offsets, *_ = self._shard(shard)
         return values[offsets[row] : offsets[row + 1]]
 
     def label(self, i: int) -> int:
         """Return the label of document i, an index of the manifest's labels."""
         shard, row = self._find(self._first_row, i, self.rows)
         return int(self._shard(shard)[2][row])
+
+    def image(self, i: int) -> np.ndarray:
+        """Return the pixels of image i: uint8 [S, S, 3], read-only and without a copy."""
+        shard, row = self._find(self._first_row, i, self.rows)
+        side = self.manifest.image_size
+        found: np.ndarray = self._shard(shard)[3].reshape(-1, side, side, 3)[row]
+        return found
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -121,19 +171,30 @@ class Split:
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """Return where documents begin among tokens [start, stop) of the stream: int64, rising."""
+        first, last = np.searchsorted(self._first_token, [start, stop - 1], side="right") - 1
+        found = []
+        for shard in range(first, last + 1):
+            offsets = self._shard(shard)[1][:-1]
+            low, high = np.searchsorted(offsets, [start - self._first_token[shard], stop - self._first_token[shard]])
+            found.append(offsets[low:high].astype(np.int64) + self._first_token[shard])
+        return np.concatenate(found)
+
     def _find(self, starts: np.ndarray, i: int, size: int) -> tuple[int, int]:
         if not 0 <= i < size:
             raise IndexError(f"document {i} of {size}")
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         return shard, i - int(starts[shard])
 
-    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens, offsets, labels) of one shard, mapped into memory."""
+    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (tokens, offsets, labels, pixels) of one shard, mapped into memory."""
         if shard not in self._open:
             import pyarrow as pa
 
             batch = pa.ipc.open_file(pa.memory_map(str(self.folder / self._files[shard]))).get_batch(0)
             lists = batch.column("tokens")
             labels = batch.column("label").to_numpy() if "label" in batch.schema.names else np.empty(0, np.int32)
-            self._open[shard] = lists.values.to_numpy(), lists.offsets.to_numpy(), labels
+            images = batch.column("image").values.to_numpy() if "image" in batch.schema.names else np.empty(0, np.uint8)
+            self._open[shard] = lists.values.to_numpy(), lists.offsets.to_numpy(), labels, images
         return self._open[shard]

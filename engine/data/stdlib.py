@@ -15,11 +15,11 @@ import statistics
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from engine.config import DataConfig
-from engine.data.corpus import Document, evenly, split_of
+from engine.data.corpus import Document, Part, Piece, evenly, split_of
 from engine.data.files import File
 from engine.errors import UserError
 
@@ -60,9 +60,29 @@ def files() -> list[File]:
     ]
 
 
-def modules(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
-    """Yield each source file as one document."""
-    for name, text in _sources(counts):
+def pieces(config: DataConfig, size: int) -> list[Piece]:
+    """Return them as pieces of work; those of `functions` have no size, since which are chosen depends on all files."""
+    whole = config.source == "python_functions"
+    return [Piece(file, config.source, 0, None, 0 if whole else file.size) for file in files()]
+
+
+def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of a part."""
+    if part.config.source == "python_functions":
+        return functions(part.config, seed, counts)
+    return modules(part.config, seed, counts, {piece.file.name for piece in part.pieces})
+
+
+def check(config: DataConfig) -> None:
+    """Raise UserError where the library has no source."""
+    paths()
+
+
+def modules(
+    config: DataConfig, seed: int, counts: Counter[str], names: Container[str] | None = None
+) -> Iterator[Document]:
+    """Yield each source file, or those of these names, as one document."""
+    for name, text in _sources(counts, names=names):
         yield Document(text, split_of(f"python:{name}", seed, config), name)
 
 
@@ -114,15 +134,13 @@ def functions(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[D
                 yield Document(text, split_of(f"python:{name}", seed, config), name, package)
 
 
-def balanced(found: Iterable[Document], counts: Counter[str]) -> Iterator[Document]:
-    """Keep at most one and a half times the median package's number of functions of each, spread evenly over its files."""
-    by_label: dict[str | None, list[Document]] = defaultdict(list)
-    for document in found:
-        by_label[document.label].append(document)
+def balanced(labels: Sequence[str | None]) -> list[int]:
+    """Return which functions to keep: of each package at most one and a half times the median package's number, evenly spread."""
+    by_label: dict[str | None, list[int]] = defaultdict(list)
+    for i, label in enumerate(labels):
+        by_label[label].append(i)
     most = int(1.5 * statistics.median(len(group) for group in by_label.values())) if by_label else 0
-    for group in by_label.values():
-        counts["over its package's share"] += max(0, len(group) - most)
-        yield from (group[i] for i in evenly(len(group), most))
+    return sorted(group[i] for group in by_label.values() for i in evenly(len(group), most))
 
 
 def gives_away(names: Iterable[str]) -> Callable[[str], bool]:
@@ -148,12 +166,14 @@ def _plain(word: str) -> str:
     return word.replace("_", "").lower()
 
 
-def _sources(counts: Counter[str], packages_only: bool = False) -> Iterator[tuple[str, str]]:
+def _sources(
+    counts: Counter[str], packages_only: bool = False, names: Container[str] | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield (path relative to the library, text) of each file."""
     folder = root()
     for path in paths():
         name = path.relative_to(folder).as_posix()
-        if packages_only and "/" not in name:
+        if (packages_only and "/" not in name) or (names is not None and name not in names):
             continue
         try:
             yield name, path.read_text(encoding="utf-8")

@@ -6,7 +6,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ FILES = (
 )
 # GPT-2's pattern (Radford et al. 2019), written as tiktoken's r50k_base does, with possessive quantifiers for speed.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+NEVER = "<|\x00never\x00|>"  # tiktoken needs a special token; this one is not allowed, so that it too is plain text
 LONG_BLANK = re.compile(r"\s{2000}")  # tiktoken's regex engine overflows its stack on a far longer one
+MAYBE_LONG_BLANK = re.compile(r"\s{4}")  # what every 500th letter of such a text has
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,12 @@ class Specials:
     vocab_size: int
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: int = 0, closing: bool = False) -> None:
     """Train a byte-level BPE with GPT-2's pattern and write it as a Hugging Face fast tokenizer.
 
     It has `vocab_size` tokens, or fewer where the texts have too few pairs; `<|endoftext|>` begins and ends documents,
-    `<|pad|>` pads, `<|mask|>` stands for a token to be predicted.
+    `<|pad|>` pads, `<|mask|>` stands for a token to be predicted, `<extra_id_0>` and its like, `sentinels` of them, for a
+    span. With `closing` the tokenizer ends each sequence with `<|endoftext|>` by itself.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -53,7 +58,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PAD, MASK],
+        special_tokens=[END, PAD, MASK, *(f"<extra_id_{i}>" for i in range(sentinels))],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2,
         show_progress=False,
@@ -72,6 +77,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
         "model_max_length": 10**9,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    if closing:
+        close_with_eos(folder)
+
+
+def close_with_eos(folder: Path) -> None:
+    """Make a tokenizer end each sequence with its end token, unless it already puts something there."""
+    from tokenizers import Tokenizer, processors
+
+    special = specials(folder)
+    if special.closing:
+        return
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = tokenizer.id_to_token(special.eos_id)
+    ending = processors.TemplateProcessing(single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, special.eos_id)])  # fmt: skip
+    before = tokenizer.post_processor
+    tokenizer.post_processor = processors.Sequence([before, ending]) if before else ending
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -137,7 +164,7 @@ def specials(folder: Path) -> Specials:
 
 
 def fast_encoder(folder: Path, sample: Iterable[str] = ()) -> Encoder:
-    """Return texts -> ids (int64 arrays), without special tokens; a special token spelled out in a text is plain text.
+    """Return texts -> ids (integer arrays), without special tokens; a special token spelled out in a text is plain text.
 
     A byte-level BPE with GPT-2's pattern is run by tiktoken, on threads, from the very same merges (3 to 5 times the
     tokens/s) once its ids of `sample` equal those of `tokenizers`; any other tokenizer is run by `tokenizers`.
@@ -155,16 +182,30 @@ def fast_encoder(folder: Path, sample: Iterable[str] = ()) -> Encoder:
 
     import tiktoken
 
-    encoding = tiktoken.Encoding("manta", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("manta", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={NEVER: 2**31})
+    pool = ThreadPoolExecutor(threads)
+
+    def some(texts: list[str]) -> list[np.ndarray]:
+        return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def fast(texts: list[str]) -> list[np.ndarray]:
-        if any(LONG_BLANK.search(text) for text in texts):
+        if any(MAYBE_LONG_BLANK.search(text[::500]) and LONG_BLANK.search(text) for text in texts):
             return exact(texts)
-        return [np.asarray(ids, np.int64) for ids in encoding.encode_ordinary_batch(texts, num_threads=threads)]
+        if threads == 1 or len(texts) == 1:
+            return some(texts)
+        return [ids for group in pool.map(some, _groups(texts, 4 * threads)) for ids in group]
 
     probe = [*sample, "It's 12 naïve\t tests,\n\n  isn't it?\r\n \u3000\U0001f600 <|endoftext|> aaaaaaaaaaa" + " " * 9]
     same = all(np.array_equal(a, b) for a, b in zip(fast(probe), exact(probe)))
     return fast if same else exact
+
+
+def _groups(texts: list[str], count: int) -> list[list[str]]:
+    """Cut a list into about `count` runs of like size in characters."""
+    ends = np.cumsum([len(text) for text in texts])
+    at = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
+    bounds = sorted({0, *at.tolist(), len(texts)})
+    return [texts[a:b] for a, b in pairwise(bounds)]
 
 
 def _backend(folder: Path) -> Any:

@@ -16,11 +16,12 @@ from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
 from engine.config import Config
 from engine.data.manifest import Manifest
+from engine.data.packing import Packing
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison, Interval, compare, intervals
-from engine.objectives.contract import Objective, Scores, join_scores
+from engine.objectives.contract import Objective, Scores, check_data, join_scores
 from engine.progress import Bar, console
 
 
@@ -47,36 +48,24 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     began = time.perf_counter()
     bundle = Bundle.open(folder)
     bundle.verify()
-    objective = bundle.objective()
-    check_task(folder, objective, config)
+    objective = bundle.objective(Packing.of(config.data))
+    check_data(objective.options.name, config.data, str(folder))
     with Bar("prepare", total=100) as bar:
         data = prepare(config, folder, lambda stage, done, total: bar.update(99 * done // total if total else 0, stage))
         bar.update(100, str(data))
-    classes = known_classes(folder, Manifest.load(data).labels, objective.labels)
+    classes = np.empty(0, np.int64)
+    if objective.labels:
+        classes = known_classes(folder, Manifest.load(data).labels, objective.labels)
     scores = score(bundle, objective, Split.open(data, config.evaluate.split), classes, config.evaluate.batch)
     settings = config.evaluate.confidence, config.evaluate.resamples, config.seed
     majority = None
-    if "label" in scores:
+    if "label" in scores and len(classes):
         frequent = classes[int(np.argmax(np.bincount(Split.open(data, "train").labels)))]
         always = scores | {"predicted": np.full_like(scores["label"], frequent)}
         majority = intervals(objective, always, *settings)["accuracy"]
     metrics = intervals(objective, scores, *settings)
     examples = len(next(iter(scores.values())))
     return Evaluation(folder, objective, data, examples, metrics, majority, scores, time.perf_counter() - began)
-
-
-def check_task(folder: Path, objective: Objective, config: Config) -> None:
-    """Raise UserError, before anything is prepared, where the data aren't for the bundle's task."""
-    task = objective.options.name
-    labelled = config.data.label_column is not None or config.data.source == "python_functions"
-    if task == "classification" and not labelled:
-        raise UserError(
-            f"{folder} is for classification and the data have no labels: say which column holds them with data.label_column=..."
-        )
-    if task != "classification" and labelled:
-        raise UserError(
-            f"{folder} is for {task} and the data are labelled rows: use data=python_stdlib, or no data.label_column"
-        )
 
 
 def known_classes(folder: Path, data_labels: Sequence[str], bundle_labels: Sequence[str]) -> np.ndarray:
@@ -94,8 +83,9 @@ def score(bundle: Bundle, objective: Objective, split: Split, classes: np.ndarra
     """Score every sample of a split, in its order; those of like length go together, the longest first, to save padding."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = bundle.model().to(device)
+    objective.meet(model.config)
     samples = objective.samples(split)
-    order = np.argsort([-len(samples[i]["tokens"]) for i in range(len(samples))], kind="stable")
+    order = np.argsort([-len(samples[i].get("tokens", ())) for i in range(len(samples))], kind="stable")
     parts = []
     with Bar("evaluate", total=len(order)) as bar:
         for first in range(0, len(order), batch):
@@ -104,9 +94,8 @@ def score(bundle: Bundle, objective: Objective, split: Split, classes: np.ndarra
                 chosen = [sample | {"label": classes[sample["label"]]} for sample in chosen]
             parts.append(objective.score(model, objective.collate(chosen).to(device)))
             bar.update(first + len(chosen))
-    scores = join_scores(parts)
     back = np.argsort(order)
-    return {name: values[back] for name, values in scores.items()}
+    return objective.complete({name: values[back] for name, values in join_scores(parts).items()})
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, config: Config) -> Comparison:

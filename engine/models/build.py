@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +17,90 @@ from engine.errors import UserError, nearest
 OURS = {"type", "options", "attention", "dropout"}
 
 
-def transformers_config(model: ModelConfig, tokenizer: Any, options: dict[str, Any]) -> Any:
-    """Return the transformers config for `model`, with the tokenizer's special ids and the task's `options`."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is fed with, as far as it decides the model's shape. None: not known, or nothing of the kind."""
+
+    vocab_size: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    image_size: int | None = None  # pixels
+
+    @classmethod
+    def of(cls, processor: Any) -> Inputs:
+        """Read them from transformers' tokenizer, image processor, or processor of both."""
+        if isinstance(processor, Inputs):
+            return processor
+        tokenizer = getattr(processor, "tokenizer", processor)
+        images = getattr(processor, "image_processor", processor)
+        known: dict[str, Any] = {}
+        if hasattr(tokenizer, "pad_token_id"):
+            known = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+            known["vocab_size"] = len(tokenizer)
+        if hasattr(images, "image_mean"):
+            size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+            known["image_size"] = getattr(size, "height", None)
+        return cls(**known)
+
+
+def transformers_config(model: ModelConfig, processor: Any, options: dict[str, Any]) -> Any:
+    """Return the transformers config for `model`, with what the processor decides of it and the task's `options`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     if model.type not in CONFIG_MAPPING_NAMES:
         raise UserError(
             f"model.type={model.type} is no architecture of transformers{nearest(model.type, CONFIG_MAPPING_NAMES)}"
         )
-    kind = CONFIG_MAPPING[model.type]
     given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in OURS}
     given = {name: value for name, value in given.items() if value is not None} | dict(model.options)
+    made = _made(CONFIG_MAPPING[model.type], given, Inputs.of(processor), options)
+    return set_dropout(made, model)
+
+
+def _made(kind: Any, given: dict[str, Any], inputs: Inputs, options: dict[str, Any]) -> Any:
+    """Make a config of class `kind` from what is `given`; `inputs` go to whichever of it and its nested configs has such fields."""
     known = {*vars(kind()), *kind.attribute_map}
     for name in given:
         if name not in known:
-            raise UserError(f"model.{name} is no option of {kind.__name__}{nearest(name, known)}")
-    given.setdefault("vocab_size", len(tokenizer))
-    if given["vocab_size"] < len(tokenizer):
+            within = f": {kind.__name__} has them in model.options" if kind.sub_configs else ""
+            raise UserError(f"model.{name} is no option of {kind.__name__}{within}{nearest(name, known)}")
+    for name, part in kind.sub_configs.items():
+        given = given | {name: _made(part, dict(given.get(name) or {}), inputs, {})}
+    told = {name: value for name, value in vars(inputs).items() if name in known and value is not None}
+    if "vocab_size" in known:
+        told |= {name: getattr(inputs, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if (vocabulary := given.get("vocab_size")) and inputs.vocab_size and vocabulary < inputs.vocab_size:
         raise UserError(
-            f"model.vocab_size {given['vocab_size']:,} is less than the tokenizer's {len(tokenizer):,}: leave model.vocab_size out"
+            f"model.vocab_size {vocabulary:,} is less than the tokenizer's {inputs.vocab_size:,}: leave model.vocab_size out"
         )
-    given |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    given |= {"bos_token_id": tokenizer.bos_token_id, **options}
-    return set_dropout(kind(**given), model)
+    if (side := given.get("image_size")) and inputs.image_size and side != inputs.image_size:
+        raise UserError(
+            f"model.image_size {side} is not that of the images, {inputs.image_size}: leave it out, and set data.image_size"
+        )
+    # By the config's own names: what it derives in its making (T5's decoder layers) is else derived from its defaults.
+    return kind(**{kind.attribute_map.get(name, name): value for name, value in (told | given | options).items()})
 
 
 def set_dropout(config: Any, model: ModelConfig) -> Any:
-    """Set every dropout of a transformers config to model.dropout (many have 0.1), but for those in model.options."""
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, (int, float)) and name not in model.options:
-            setattr(config, name, model.dropout)
+    """Set every dropout of a transformers config and those in it to model.dropout (many have 0.1), but for those in model.options."""
+    _set_dropout(config, model.dropout, model.options)
     return config
 
 
-def build(model: ModelConfig, tokenizer: Any, auto_class: str, options: dict[str, Any], seed: int) -> nn.Module:
+def _set_dropout(config: Any, dropout: float, given: Any) -> None:
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, (int, float)) and name not in given:
+            setattr(config, name, dropout)
+        elif name in config.sub_configs and value is not None:
+            _set_dropout(value, dropout, given.get(name) or {})
+
+
+def build(model: ModelConfig, processor: Any, auto_class: str, options: dict[str, Any], seed: int) -> nn.Module:
     """Make a model with fresh fp32 weights that depend on the seed alone."""
     import transformers
 
-    config = transformers_config(model, tokenizer, options)
+    config = transformers_config(model, processor, options)
     torch.manual_seed(seed)
     built: nn.Module = getattr(transformers, auto_class).from_config(
         config, dtype=torch.float32, attn_implementation=model.attention

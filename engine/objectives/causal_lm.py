@@ -8,26 +8,30 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.data.packing import Blocks
+from engine.data.packing import pack
 from engine.data.shards import Split
+from engine.models.cross_entropy import summed_cross_entropy, token_scores
+from engine.models.documents import keep_apart
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Scores, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
+
+IGNORED = -100  # a target that isn't one
 
 
 class Objective(contract.Objective):
-    """Blocks of `sequence_length` tokens out of the documents laid end to end; every token is a target once."""
+    """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
+    architectures = ("ForCausalLM", "LMHeadModel")
     metric = "loss"
     mode = "min"
     over_vocabulary = True
 
-    def samples(self, split: Split) -> Blocks:
-        """Cut the split's stream into blocks."""
-        return Blocks(split, self.sequence_length)
+    def samples(self, split: Split) -> Samples:
+        """Pack the split's documents."""
+        return pack(split, self.sequence_length, self.packing, overlap=1)
 
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
         """Tokenize a text, at most sequence_length + 1 tokens of it."""
@@ -35,25 +39,31 @@ class Objective(contract.Objective):
         return {"tokens": np.asarray(ids, dtype=np.int64)}
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Shift: the target of a position is the next token."""
-        tokens_BM, _ = pad_rows([sample["tokens"] for sample in samples], pad_id=-100)
+        """Shift: the target of a position is the next token, unless that begins another document of a packed sample."""
+        rows = [sample["tokens"] for sample in samples]
+        tokens_BM, _ = pad_rows(rows, pad_id=IGNORED)
         inputs_BL, targets_BL = tokens_BM[:, :-1], tokens_BM[:, 1:].contiguous()
-        count = int((targets_BL >= 0).sum())
-        return Batch({"input_ids": inputs_BL.clamp(min=0)}, targets_BL, count=count, tokens=count)
+        inputs = {"input_ids": inputs_BL.clamp(min=0)}
+        if "starts" in samples[0]:
+            for i, sample in enumerate(samples):
+                targets_BL[i, torch.as_tensor(sample["starts"][1:] - 1)] = IGNORED
+            if self.packing.within_documents:
+                starts, lengths = [sample["starts"] for sample in samples], [len(row) - 1 for row in rows]
+                inputs |= keep_apart(starts, lengths, inputs_BL.shape[1], causal=True)
+        count = int((targets_BL != IGNORED).sum())
+        return Batch(inputs, targets_BL, count=count, tokens=sum(len(row) - 1 for row in rows))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the tokens."""
-        logits_BLV = model(**batch.inputs, use_cache=False).logits
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="sum"
-        )
+        inputs, options = {**batch.inputs, "use_cache": False}, self.options
+        total = summed_cross_entropy(model, inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk)
         return Loss(total, batch.count)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Give each example's summed negative log-likelihood in nats and its tokens."""
-        logits_BLV = model(**batch.inputs, use_cache=False).logits.float()
-        nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), batch.targets, ignore_index=-100, reduction="none")
+        inputs = {**batch.inputs, "use_cache": False}
+        nll_BL, _ = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
         return {
             "nll": nll_BL.sum(1).double().cpu().numpy(),
             "tokens": (batch.targets >= 0).sum(1).cpu().numpy(),
@@ -66,8 +76,14 @@ class Objective(contract.Objective):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Continue each {"prompt", "max_tokens"} greedily, alone, so that company cannot change an answer."""
-        return [self._complete(model, request) for request in requests]
+        """Continue each {"prompt", "max_tokens"} greedily, or judge each {"prompt", "continuation"} of token ids.
+
+        Each is alone, so that company cannot change an answer.
+        """
+        return [
+            self._judge(model, request) if "continuation" in request else self._complete(model, request)
+            for request in requests
+        ]
 
     def _complete(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
         prompt = self._prompt(request["prompt"], next(model.parameters()).device)
@@ -81,11 +97,19 @@ class Objective(contract.Objective):
         new = output[0, prompt.shape[1] :].tolist()
         return {"text": self.tokenizer.decode(new, skip_special_tokens=True), "tokens": new}
 
+    def _judge(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
+        """Give the log-probability, in nats, of each token of the continuation."""
+        prompt, continuation = request["prompt"], request["continuation"]
+        ids_BL = self._prompt(prompt + continuation, next(model.parameters()).device)
+        logits_LV = model(input_ids=ids_BL, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        found_L = logits_LV.log_softmax(1).gather(1, ids_BL[0, len(prompt) :, None])[:, 0]
+        return {"logprobs": found_L.tolist()}
+
     def _prompt(self, prompt: str | list[int], device: torch.device) -> Tensor:
         ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         return torch.tensor([ids or [self.tokenizer.eos_token_id]], device=device)
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
-        """Take the first tokens of three documents."""
-        starts = [split.document(i)[:12].tolist() for i in range(min(3, split.rows))]
-        return [{"prompt": ids, "max_tokens": 8} for ids in starts if ids]
+        """Take the first tokens of three documents, and what follows them."""
+        starts = [split.document(i)[:20].tolist() for i in range(min(3, split.rows))]
+        return [{"prompt": ids[:12], "continuation": ids[12:]} for ids in starts if len(ids) > 12]

@@ -14,13 +14,15 @@ from engine.data.packing import Rows
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Scores, pad_rows
+from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 
 class Objective(contract.Objective):
     """One label a row, cross-entropy over the classes."""
 
+    reads = "labelled"
     auto_class = "AutoModelForSequenceClassification"
+    architectures = ("ForSequenceClassification",)
     metric = "accuracy"
     mode = "max"
 
@@ -36,7 +38,7 @@ class Objective(contract.Objective):
             "label2id": {label: i for i, label in enumerate(self.labels)},
         }
 
-    def samples(self, split: Split) -> Rows:
+    def samples(self, split: Split) -> Samples:
         """Take the labelled rows, cut at sequence_length."""
         return Rows(split, self.sequence_length)
 
@@ -80,9 +82,8 @@ class Objective(contract.Objective):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Classify each {"text"}: its label and the probability of every class."""
-        samples = [self.prepare({"text": request["text"]}) for request in requests]
-        batch = self.collate(samples).to(next(model.parameters()).device)
+        """Classify each example, {"text"} here: its label and the probability of every class."""
+        batch = self.collate([self.prepare(request) for request in requests]).to(next(model.parameters()).device)
         probabilities_BC = model(**batch.inputs).logits.float().softmax(1).cpu()
         return [
             {"label": self.labels[int(row_C.argmax())], "scores": dict(zip(self.labels, row_C.tolist(), strict=True))}

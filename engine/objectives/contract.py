@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import ObjectiveConfig
+from engine.config import DataConfig, ObjectiveConfig, data_kind
+from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
+from engine.models.size import Stack, flops_per_token
 
-Scores = dict[str, np.ndarray]  # per example: name -> array [examples]
+Scores = dict[str, np.ndarray]  # per example: name -> array [examples, ...]
 
 
 class Samples(Protocol):
@@ -60,26 +62,68 @@ class Loss:
     count: int
 
 
+class Ranks(Protocol):
+    """The ranks of a run, of which this process is one."""
+
+    rank: int
+
+    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+        """Return every rank's rows, [n, ...] with an n of its own, in the order of the ranks."""
+
+
 class Objective(ABC):
     """One task, from example to prediction."""
 
+    reads: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config.py calls it
     auto_class: ClassVar[str]  # the transformers Auto class that loads its models
+    architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
 
     def __init__(
-        self, options: ObjectiveConfig, tokenizer: Any, sequence_length: int, labels: Sequence[str] = ()
+        self,
+        options: ObjectiveConfig,
+        processor: Any,
+        sequence_length: int,
+        labels: Sequence[str] = (),
+        packing: Packing | None = None,
     ) -> None:
-        """Take the tokenizer (transformers), the longest sample in tokens, and the names of the classes, if any."""
+        """Take the processor, the longest sample in tokens, the names of the classes, if any, and the packing.
+
+        The processor is transformers': a tokenizer, an image processor, or one that holds both.
+        """
         self.options = options
-        self.tokenizer = tokenizer
+        self.processor = processor
         self.sequence_length = sequence_length
         self.labels = list(labels)
+        self.packing = packing or Packing()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer, or the processor itself."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor's image processor, or the processor itself."""
+        return getattr(self.processor, "image_processor", self.processor)
 
     def model_options(self) -> dict[str, Any]:
         """Return what the task asks of the transformers config (the number of labels, say)."""
         return {}
+
+    def meet(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
+        """Take note of the model's transformers config, before the first batch; most tasks need nothing of it."""
+
+    def stacks(self, config: Any) -> list[Stack]:
+        """Return the stacks of blocks of a model with this transformers config, and a full sample's tokens in each."""
+        return [Stack(config, self.sequence_length)]
+
+    def flops(self, model: nn.Module) -> float:
+        """Return the floating-point operations of a full sample, forward and backward."""
+        (stack,) = self.stacks(model.config)
+        return stack.tokens * flops_per_token(model, stack.config, stack.tokens)
 
     @abstractmethod
     def samples(self, split: Split) -> Samples:
@@ -97,6 +141,15 @@ class Objective(ABC):
         time that training shows the sample, always the same in an evaluation, and in neither depends on the layout.
         """
 
+    def before_step(
+        self, model: nn.Module, batches: list[tuple[Batch, float]], ranks: Ranks
+    ) -> list[tuple[Batch, float]]:
+        """Return this rank's weighted micro-batches of a step with what their losses need to know of the global batch.
+
+        Most losses need nothing. All ranks call it, once a step, with equally many micro-batches.
+        """
+        return batches
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the summed loss of a micro-batch and the count of its terms."""
@@ -104,6 +157,10 @@ class Objective(ABC):
     @abstractmethod
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Return what the metrics need of each example of a batch: arrays of the batch's length."""
+
+    def complete(self, scores: Scores) -> Scores:
+        """Add, or put in place, what can be told of an example only once all of them have been scored."""
+        return scores
 
     @abstractmethod
     def summarize(self, scores: Scores) -> dict[str, float]:
@@ -120,7 +177,7 @@ class Objective(ABC):
     @torch.no_grad()
     def metrics(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the metrics of a model over some batches."""
-        return self.summarize(join_scores(self.score(model, batch) for batch in batches))
+        return self.summarize(self.complete(join_scores(self.score(model, batch) for batch in batches)))
 
 
 def join_scores(parts: Iterable[Scores]) -> Scores:
@@ -129,11 +186,38 @@ def join_scores(parts: Iterable[Scores]) -> Scores:
     return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
 
 
-def objective_class(name: str) -> type[Objective]:
-    """Return the class `Objective` of engine/objectives/<name>.py. Raises UserError for a name without a file."""
+KINDS = {  # kind of prepared data -> what it is, and how it comes about
+    "text": ("text without labels", "leave out data.label_column and data.image_column, or use data=python_stdlib"),
+    "labelled": ("texts with labels", "say which column holds the labels with data.label_column=..."),
+    "images": ("images with labels", "say which columns hold them with data.image_column=... and data.label_column=..."),
+    "captioned": ("images with captions", "say which column holds the images with data.image_column=..., and what their captions are with data.caption='a photo of a {label}' or '{COLUMN}'"),
+}  # fmt: skip
+
+
+def check_data(task: str, data: DataConfig, whose: str = "objective") -> None:
+    """Raise UserError, before anything is prepared, where data options aren't for a task; `whose` is it: a bundle's name, say."""
+    wanted, given = objective_class(task).reads, data_kind(data)
+    if wanted != given:
+        raise UserError(
+            f"{whose} is for {task}, which reads {KINDS[wanted][0]}, and the data are {KINDS[given][0]}: {KINDS[wanted][1]}"
+        )
+
+
+def objective_names() -> list[str]:
+    """Return the names of all tasks."""
     import engine.objectives as package
 
-    known = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "contract")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "contract")
+
+
+def objective_for(architecture: str) -> str | None:
+    """Return the task that a transformers class (its name) is for."""
+    return next((n for n in objective_names() if architecture.endswith(objective_class(n).architectures)), None)
+
+
+def objective_class(name: str) -> type[Objective]:
+    """Return the class `Objective` of engine/objectives/<name>.py. Raises UserError for a name without a file."""
+    known = objective_names()
     if name not in known:
         raise UserError(f"objective.name={name} is not one of {', '.join(known)}{nearest(name, known)}")
     found: type[Objective] = importlib.import_module(f"engine.objectives.{name}").Objective

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.data.order import splitmix64
-from engine.data.packing import Blocks
+from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
+from engine.models.documents import keep_apart
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Scores, pad_rows
-
-IGNORED = -100  # a target that isn't one
+from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 
 class Objective(contract.Objective):
-    """Blocks of `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
+    """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
+    architectures = ("ForMaskedLM",)
     metric = "loss"
     mode = "min"
     over_vocabulary = True
@@ -37,9 +37,9 @@ class Objective(contract.Objective):
             )
         return {}
 
-    def samples(self, split: Split) -> Blocks:
-        """Cut the split's stream into blocks."""
-        return Blocks(split, self.sequence_length)
+    def samples(self, split: Split) -> Samples:
+        """Pack the split's documents."""
+        return pack(split, self.sequence_length, self.packing, overlap=0)
 
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
         """Tokenize a text, at most sequence_length tokens of it."""
@@ -66,30 +66,32 @@ class Objective(contract.Objective):
         return inputs_L, targets_L
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Mask each sample by its draw."""
+        """Mask each sample by its draw; where attention keeps to a document, positions restart at each."""
         pairs = [self.mask(sample["tokens"][: self.sequence_length], int(sample.get("draw", 0))) for sample in samples]
         ids_BL, mask_BL = pad_rows([inputs for inputs, _ in pairs], self.tokenizer.pad_token_id)
         targets_BL, _ = pad_rows([targets for _, targets in pairs], IGNORED)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if self.packing.within_documents and "starts" in samples[0]:
+            starts, lengths = [sample["starts"] for sample in samples], [len(inputs) for inputs, _ in pairs]
+            inputs |= keep_apart(starts, lengths, ids_BL.shape[1], causal=False)
         return Batch(inputs, targets_BL, count=int((targets_BL != IGNORED).sum()), tokens=int(mask_BL.sum()))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the masked tokens."""
-        logits_BLV = model(**batch.inputs).logits
-        total = F.cross_entropy(
-            logits_BLV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        options = self.options
+        total = summed_cross_entropy(
+            model, batch.inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk
         )
         return Loss(total, batch.count)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Give each example's summed negative log-likelihood in nats, its masked tokens, and those found."""
-        logits_BLV = model(**batch.inputs).logits.float()
-        nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
+        nll_BL, found_BL = token_scores(model, batch.inputs, batch.targets, self.options.logits_chunk)
         return {
             "nll": nll_BL.sum(1).double().cpu().numpy(),
             "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
-            "found": (logits_BLV.argmax(2) == batch.targets).sum(1).cpu().numpy(),
+            "found": found_BL.sum(1).cpu().numpy(),
         }
 
     def summarize(self, scores: Scores) -> dict[str, float]:
@@ -104,17 +106,18 @@ class Objective(contract.Objective):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Fill the masks of each {"text"}, or {"tokens"}, alone: the likeliest token of each, in order."""
+        """Fill the masks of each {"text"}, or {"tokens"}, alone: the likeliest token of each, in order, and its log-probability in nats."""
         return [self._fill(model, request) for request in requests]
 
     def _fill(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
         ids = request["tokens"] if "tokens" in request else self.tokenizer(request["text"])["input_ids"]
         ids_BL = torch.tensor([ids], device=next(model.parameters()).device)
         masked_K = (ids_BL[0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
-        found_K = model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).logits[0, masked_K].argmax(1)
+        logits_LV = model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).logits[0].float()
+        logprobs_K, found_K = logits_LV[masked_K].log_softmax(1).max(1)
         ids_BL[0, masked_K] = found_K
         text = self.tokenizer.decode(ids_BL[0].tolist(), skip_special_tokens=True)
-        return {"text": text, "tokens": found_K.tolist()}
+        return {"text": text, "tokens": found_K.tolist(), "logprobs": logprobs_K.tolist()}
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
         """Take the first tokens of three documents and hide two of each."""

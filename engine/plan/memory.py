@@ -1,29 +1,62 @@
-"""Memory of a training worker by kind, for each ZeRO stage: computed, in bytes.
+"""Memory of a training worker by kind, for each ZeRO stage: computed, in bytes, at the moment of a step when most is held.
 
 Weights, gradients and optimizer follow Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054), section 3, for what
-engine/train/zero.py holds. Activations follow the accounting of Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198),
-section 4.1: what each operation keeps for the backward pass. Here these are transformers' own modules, run eagerly, with
-scaled-dot-product attention, which never holds the attention matrix, and without dropout masks.
+engine/train/zero.py holds; what DeepSpeed copies between them follows its stage_1_and_2.py and stage3.py. Activations follow
+the accounting of Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), section 4.1: what each operation keeps for the
+backward pass. Here these are transformers' own modules, run eagerly, with scaled-dot-product attention, which never holds
+the attention matrix, and without dropout masks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from engine.config import Config
-from engine.objectives.contract import objective_class
+from torch import nn
 
-MOMENTS = 8  # bytes a parameter: AdamW's two, in fp32
-MASTER = 4  # bytes a parameter: fp32 weights beside the model's own
+from engine.config import Config
+from engine.models.cross_entropy import chunk_rows
+from engine.models.size import parameter_count
+from engine.objectives.contract import objective_class
+from engine.train.optimizer import parameter_groups
+
+FP32 = 4  # bytes
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000  # parameters that stage 3 holds whole at a time: DeepSpeed's stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at a time: DeepSpeed's sub_group_size
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model decides its memory."""
+
+    parameters: int
+    trained: int  # of the parameters, those that aren't frozen
+    moments: int  # elements: AdamW keeps two for a trained parameter, Muon one
+    head: int  # elements of the output embedding, if the task has one
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Config) -> Sizes:
+        """Count them, on the meta device or any other."""
+        groups = parameter_groups(model, config.optim)
+        trained = {group["muon"]: 0 for group in groups} | {}
+        for group in groups:
+            trained[group["muon"]] += sum(p.numel() for p in group["params"])
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        return cls(
+            parameters=parameter_count(model),
+            trained=sum(trained.values()),
+            moments=2 * trained.get(False, 0) + trained.get(True, 0),
+            head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
+        )
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one worker: on its device, and what offload keeps in main memory (`host`)."""
+    """Bytes of one worker at one moment of a step: on its device, and what offload keeps in main memory (`host`)."""
 
+    moment: str  # loss, backward, reduction or update
     weights: float
     gradients: float
     optimizer: float
@@ -35,34 +68,96 @@ class MemoryPlan:
     @property
     def total(self) -> float:
         """All that is on the device."""
-        return sum(getattr(self, f.name) for f in fields(self) if f.name != "host")
+        return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("moment", "host"))
 
 
-def memory(config: Config, shape: Any, parameters: int, trained: int, stage: int, precision: str) -> MemoryPlan:
-    """Return a worker's memory for a transformers config `shape`; `trained` of its `parameters` aren't frozen."""
-    workers, width = config.train.workers, 2 if precision == "bf16" else 4
-    # DeepSpeed clones the part that a rank updates, in fp32 too; only without ZeRO are fp32 weights their own master copy.
-    master = 0 if precision == "fp32" and stage == 0 else MASTER
-    weights = parameters * width / (workers if stage == 3 else 1)
-    optimizer = trained * (MOMENTS + master) / (workers if stage >= 1 else 1)
+def memory(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str) -> MemoryPlan:
+    """Return a worker's memory at the moment when it is highest, for a transformers config `shape`."""
+    return max(moments(config, shape, sizes, stage, precision), key=lambda plan: plan.total)
+
+
+def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str) -> Iterator[MemoryPlan]:
+    """Yield a worker's memory at the four moments of a step's last micro-batch that may be the highest."""
+    workers, width = config.train.workers, FP32 if precision == "fp32" else 2
+    own = 1 / workers
+    trained = sizes.trained
+    weights = sizes.parameters * width * (own if stage == 3 else 1)
+    optimizer = optimizer_bytes(config, sizes, stage, precision)
     optimizer_away = stage >= 1 and config.zero.offload_optimizer != "none"
     weights_away = stage == 3 and config.zero.offload_param != "none"
+    # Offloaded, gradients are in main memory too: in fp32 for the update, and in the model's precision as they add up.
+    away = optimizer + trained * own * (FP32 + width) if optimizer_away else 0
+    gradients, flat = trained * width, trained * width * own
+    passes = -(-config.share // config.micro_batch)
+    held = {0: gradients, 1: gradients, 2: 0 if optimizer_away else flat, 3: flat}[stage] if passes > 1 else 0
+    if stage == 3:  # in one flat tensor that stays
+        held = 0 if optimizer_away else flat
+    bucket = min(REDUCE_BUCKET, trained) * width  # stage 3's stays, too
+    staying = bucket if stage == 3 else 0
+    # With one worker stage 3 gathers nothing.
+    live = min(LIVE, sizes.parameters) * width if stage == 3 and (workers > 1 or weights_away) else 0
+
+    def at(moment: str, gradients: float, activations: float, logits: float, buffers: float) -> MemoryPlan:
+        return MemoryPlan(
+            moment=moment, weights=0 if weights_away else weights, gradients=gradients,
+            optimizer=0 if optimizer_away else optimizer, activations=activations, logits=logits, buffers=buffers,
+            host=away + (weights if weights_away else 0),
+        )  # fmt: skip
+
     tokens = config.micro_batch * config.data.sequence_length
-    layers, block = shape.num_hidden_layers, tokens * width * block_widths(shape)
-    kept = (
-        tokens * width * shape.hidden_size * layers + block if config.train.activation_checkpointing else block * layers
-    )
-    logits = tokens * shape.vocab_size if objective_class(config.objective.name).over_vocabulary else 0
-    return MemoryPlan(
-        weights=0 if weights_away else weights,
-        gradients=trained * width / (workers if stage >= 2 else 1),
-        optimizer=0 if optimizer_away else optimizer,
-        activations=kept,
-        logits=logits * (width + 4 + 4),  # the model's, an fp32 copy, its gradient
-        buffers=(min(REDUCE_BUCKET, trained) if stage >= 1 else 0) * width
-        + (min(LIVE, parameters) if stage == 3 else 0) * width,
-        host=(weights if weights_away else 0) + (optimizer if optimizer_away else 0),
-    )
+    block = tokens * width * block_widths(shape)
+    kept = block * shape.num_hidden_layers
+    recomputed = 0.0
+    if config.train.activation_checkpointing:
+        kept, recomputed = tokens * width * shape.hidden_size * shape.num_hidden_layers, block
+    loss, after = loss_bytes(config, shape, sizes, tokens, width)
+    yield at("loss", held, kept, loss, staying + live)
+    yield at("backward", held, kept + recomputed, after, staying + live)
+    # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where
+    # the model doesn't fit a bucket, the others are reduced before.
+    inside = min(bucket, gradients)
+    if stage == 0:
+        yield at("reduction", gradients, 0, 0, inside)
+    elif stage < 3:
+        added = flat if stage == 2 and passes > 1 and not optimizer_away else 0
+        yield at("reduction", max(inside, flat) + added, 0, 0, inside)
+    else:
+        yield at("reduction", held, 0, 0, staying + inside)
+    # The update takes gradients in fp32: flat (stages 1 to 3, where a copy is made even of fp32), or each beside its own.
+    if stage == 0:
+        yield at("update", gradients, 0, 0, trained * FP32 if width < FP32 else 0)
+    elif not optimizer_away:
+        part = min(flat, SUB_GROUP * width) if stage == 3 else flat
+        yield at("update", flat, 0, 0, staying + part + (part / width * FP32 if width < FP32 else 0))
+
+
+def optimizer_bytes(config: Config, sizes: Sizes, stage: int, precision: str) -> float:
+    """Return the bytes of a worker's master weights, moments and moving average, wherever they are kept."""
+    # DeepSpeed clones the part that a rank updates, in fp32 too; only without ZeRO are fp32 weights their own master copy.
+    copies = (0 if precision == "fp32" and stage == 0 else 1) + (1 if config.train.ema else 0)
+    return FP32 * (sizes.trained * copies + sizes.moments) / (config.train.workers if stage >= 1 else 1)
+
+
+def loss_bytes(config: Config, shape: Any, sizes: Sizes, tokens: int, width: int) -> tuple[float, float]:
+    """Return the bytes of the loss over a vocabulary, at its highest and as the backward pass begins.
+
+    engine/models/cross_entropy.py holds logits, their logarithmic probabilities in fp32 and the slope of some tokens at a
+    time, and the gradients of hidden states and output embedding.
+    """
+    if not objective_class(config.objective.name).over_vocabulary or not sizes.head:
+        return 0.0, 0.0
+    if config.objective.name == "masked_lm":
+        tokens = round(tokens * config.objective.mask_rate)
+    chunk = config.objective.logits_chunk
+    if chunk == 0:
+        return tokens * shape.vocab_size * 2.0 * FP32, tokens * shape.vocab_size * 3.0 * FP32
+    rows = chunk or chunk_rows(shape.vocab_size)
+    single = tokens <= rows
+    hidden = tokens * shape.hidden_size * width
+    logits = min(tokens, rows) * shape.vocab_size * (width + FP32 + (width % FP32 if single else FP32))
+    stored = sizes.head * (width if single else FP32)
+    scaled = sizes.head * (width if single else FP32 + width % FP32)
+    return hidden + logits + stored, hidden * 2.0 + stored + scaled
 
 
 def block_widths(shape: Any) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,15 @@ from rich.table import Table
 from engine.config import Config, replace
 from engine.errors import UserError
 from engine.models.build import freeze_layers, transformers_config
-from engine.models.size import flops_per_token, parameter_count
+from engine.models.size import flops_per_token
 from engine.objectives.contract import objective_class
-from engine.plan.devices import DEVICES, RESERVED
-from engine.plan.memory import MemoryPlan, memory
+from engine.plan.memory import FP32, MemoryPlan, Sizes, memory
 from engine.progress import console
+from engine.train.devices import DEVICES, RESERVED
 from engine.train.hardware import matmul_peak, precision
 
+WRITE_RATE = 1e9  # bytes a second a worker: assumed, of one NVMe drive or a share of a parallel file system
+KEPT = 0.2  # share of a processor's memory for freed blocks that malloc keeps: measured
 RECOMPUTED = 4 / 3  # work of a step with activation checkpointing: the forward pass twice (Korthikanti et al. 2022)
 
 
@@ -31,18 +37,19 @@ class Plan:
     """What a job needs. All of it is computed, but for `peak_flops` of plan.device=here, which is measured."""
 
     shape: Any  # the transformers config
-    parameters: int
-    trained: int  # parameters that aren't frozen
+    sizes: Sizes
     flops_per_token: float  # forward + backward
     tokens_per_step: int
     precision: str
-    stages: dict[int, MemoryPlan]  # by ZeRO stage: one worker's
+    stages: dict[str, tuple[Config, MemoryPlan]]  # by name: a layout's config, and one worker's memory
     peak_flops: float  # FLOP/s of a matrix product on a worker's device
     device_bytes: float  # memory of a worker's device that a job can use
     layout: Config | None  # the config with the fastest layout that fits, None where none does
     step_s: float  # seconds, at plan.mfu of that peak
     total_s: float  # seconds of plan.tokens, or of train.max_steps
     checkpoint_bytes: int
+    write_rate: float  # bytes a second that one worker writes
+    write_s: float  # seconds until a checkpoint is written by all workers at once, beside the steps
 
     @property
     def fits(self) -> MemoryPlan | None:
@@ -51,7 +58,7 @@ class Plan:
 
     def need(self, layout: Config) -> MemoryPlan:
         """Return the memory of a worker in a layout."""
-        return memory(layout, self.shape, self.parameters, self.trained, layout.zero.stage, self.precision)
+        return memory(layout, self.shape, self.sizes, layout.zero.stage, self.precision)
 
 
 def plan(config: Config) -> Plan:
@@ -69,30 +76,72 @@ def plan(config: Config) -> Plan:
     with torch.device("meta"):
         model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(shape)
     freeze_layers(model, config.objective.frozen_layers)
-    parameters, kind = parameter_count(model), precision(config.train) if config.plan.device == "here" else "bf16"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
-    tokens = config.train.global_batch * config.data.sequence_length
-    layout = fastest_layout(config, lambda c: memory(c, shape, parameters, trained, c.zero.stage, kind).total <= room)
+    tokens = config.global_batch * config.data.sequence_length
+    shared = (
+        config.plan.device == "here" and not torch.cuda.is_available()
+    )  # a processor has no memory but the main one
+
+    def taken(layout: Config) -> float:
+        need = memory(layout, shape, sizes, layout.zero.stage, kind)
+        return need.total + (need.host if shared else 0)
+
+    layout = fastest_layout(config, lambda layout: taken(layout) <= room)
     again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
     flops = flops_per_token(model, shape, config.data.sequence_length)
     step_s = tokens * flops * again / (config.plan.mfu * peak * devices)
     steps = config.plan.tokens / tokens if config.plan.tokens else config.train.max_steps
+    checkpoint = FP32 * (sizes.parameters + sizes.moments + (sizes.trained if config.train.ema else 0))
+    rate = write_rate(config)
     return Plan(
         shape=shape,
-        parameters=parameters,
-        trained=trained,
+        sizes=sizes,
         flops_per_token=flops,
         tokens_per_step=tokens,
         precision=kind,
-        stages={stage: memory(config, shape, parameters, trained, stage, kind) for stage in range(4)},
+        stages={name: (c, memory(c, shape, sizes, c.zero.stage, kind)) for name, c in layouts(config).items()},
         peak_flops=peak,
         device_bytes=room,
         layout=layout,
         step_s=step_s,
         total_s=step_s * steps,
-        checkpoint_bytes=4 * parameters + 8 * trained,
+        checkpoint_bytes=checkpoint,
+        write_rate=rate,
+        write_s=checkpoint / (rate * config.train.workers),
     )
+
+
+def layouts(config: Config) -> dict[str, Config]:
+    """Return the config at each ZeRO stage, and at each with what can be offloaded in main memory."""
+    found = {}
+    for stage in range(4):
+        for offload in (False, True)[: 2 if stage else 1]:
+            away = "cpu" if offload else "none"
+            found[f"{stage} offload" if offload else str(stage)] = replace(
+                config,
+                zero__stage=stage,
+                zero__offload_optimizer=away,
+                zero__offload_param=away if stage == 3 else "none",
+            )
+    return found
+
+
+def write_rate(config: Config) -> float:
+    """Return the bytes a second that one worker writes: as asked, else assumed, or measured where the plan is for here."""
+    if config.plan.write_rate:
+        return config.plan.write_rate
+    if config.plan.device != "here":
+        return WRITE_RATE
+    folder = next(folder for folder in (Path(config.runs_dir), Path()) if folder.is_dir())
+    block = bytes(2**24)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        for _ in range(4):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return 4 * len(block) / (time.perf_counter() - began) / config.train.workers
 
 
 def device_of(config: Config, kind: str) -> tuple[float, float, int]:
@@ -104,7 +153,8 @@ def device_of(config: Config, kind: str) -> tuple[float, float, int]:
     peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if kind == "bf16" else torch.float32)
     if cuda:
         return peak, torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED), config.train.workers
-    return peak, psutil.virtual_memory().total / config.train.workers, 1  # the workers share the cores and the memory
+    # The workers share the cores and the memory.
+    return peak, psutil.virtual_memory().total * (1 - KEPT) / config.train.workers, 1
 
 
 def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | None:
@@ -151,22 +201,16 @@ class Vocabulary:
 
 
 def plan_and_show(config: Config) -> None:
-    """Compute the plan and print it."""
+    """Compute the plan and print it; write it to the file plan.json too, if that is asked for."""
     found = plan(config)
-    frozen = f" ({found.parameters - found.trained:,} of them frozen)" if found.trained < found.parameters else ""
+    sizes = found.sizes
+    frozen = f" ({sizes.parameters - sizes.trained:,} of them frozen)" if sizes.trained < sizes.parameters else ""
     workers = f"{config.train.workers} worker{'s' if config.train.workers > 1 else ''}"
     console.print(
-        f"{found.parameters:,} parameters{frozen}, {found.flops_per_token / 1e6:,.1f} MFLOP a token, "
+        f"{sizes.parameters:,} parameters{frozen}, {found.flops_per_token / 1e6:,.1f} MFLOP a token, "
         f"{found.tokens_per_step:,} tokens a step, {found.precision}, {workers} of {config.micro_batch} samples a forward"
     )
-    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
-    unit, scale = ("GiB", 2**30) if found.stages[0].total >= 2**30 else ("MiB", 2**20)
-    title = f"memory of a worker by ZeRO stage, {unit} (computed)"
-    table = Table("", *kinds, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for stage, need in found.stages.items():
-        mark = "*" if stage == config.zero.stage else " "
-        table.add_row(f"{stage}{mark}", *(f"{getattr(need, kind) / scale:,.2f}" for kind in kinds))
-    console.print(table)
+    console.print(memory_table(config, found))
     room = f"{size(found.device_bytes)} of {'this machine' if config.plan.device == 'here' else config.plan.device}"
     if found.layout is None or found.fits is None:
         console.print(f"fits        no layout, in {room}: use more train.workers or a smaller train.micro_batch")
@@ -181,7 +225,50 @@ def plan_and_show(config: Config) -> None:
     if config.plan.price is not None:
         hours = found.total_s / 3600 * config.train.workers
         console.print(f"cost        {hours * config.plan.price:,.0f} for {hours:,.0f} device-hours (computed)")
-    console.print(f"checkpoint  {size(found.checkpoint_bytes)} (computed: fp32 weights and two moments)")
+    told = "as asked" if config.plan.write_rate else "measured" if config.plan.device == "here" else "assumed"
+    console.print(
+        f"checkpoint  {size(found.checkpoint_bytes)} (computed: fp32 weights and the optimizer's state), "
+        f"written in {duration(found.write_s)} beside the steps at {size(found.write_rate)}/s a worker ({told})"
+    )
+    if config.plan.json:
+        Path(config.plan.json).write_text(json.dumps(facts(config, found), indent=1) + "\n")
+        console.print(f"written     {config.plan.json}")
+
+
+def memory_table(config: Config, found: Plan) -> Table:
+    """Return the memory of each stage by kind, with what is kept in main memory beside it."""
+    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
+    unit, scale = ("GiB", 2**30) if found.stages["0"][1].total >= 2**30 else ("MiB", 2**20)
+    title = f"memory of a worker by ZeRO stage, {unit}, when it is highest (computed)"
+    table = Table("", *kinds, "in", title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name, (layout, need) in found.stages.items():
+        mark = "*" if layout.zero == config.zero else " "
+        table.add_row(f"{name}{mark}", *(f"{getattr(need, kind) / scale:,.2f}" for kind in kinds), need.moment)
+    return table
+
+
+def facts(config: Config, found: Plan) -> dict[str, Any]:
+    """Return the plan's figures as plain values, in bytes, seconds and FLOP/s."""
+    return {
+        **asdict(found.sizes),
+        "flops_per_token": found.flops_per_token,
+        "tokens_per_step": found.tokens_per_step,
+        "precision": found.precision,
+        "workers": config.train.workers,
+        "micro_batch": config.micro_batch,
+        "device": config.plan.device,
+        "memory": {name: {**asdict(need), "total": need.total} for name, (_, need) in found.stages.items()},
+        "device_bytes": found.device_bytes,
+        "fits": None if found.layout is None else describe(found.layout),
+        "fits_bytes": None if found.fits is None else found.fits.total,
+        "peak_flops": found.peak_flops,
+        "mfu": config.plan.mfu,
+        "step_s": found.step_s,
+        "total_s": found.total_s,
+        "checkpoint_bytes": found.checkpoint_bytes,
+        "write_rate": found.write_rate,
+        "write_s": found.write_s,
+    }
 
 
 def describe(layout: Config) -> str:

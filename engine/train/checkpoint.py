@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from engine.errors import UserError
 from engine.train.state import TrainState
-from engine.train.zero import Fragment
+from engine.train.zero import AVERAGE, Fragment
 
 MANIFEST = "manifest.json"
 
@@ -203,14 +203,18 @@ class Checkpoint:
         if filled != into.numel():
             raise BrokenCheckpoint(f"{self.folder} lacks {into.numel() - filled:,} elements of {kind} {name}")
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return every parameter whole, in fp32."""
-        full = {}
-        for name, shape in self.shapes.items():
-            flat = torch.empty(int(torch.Size(shape).numel()))
-            self.copy("weight", name, 0, flat)
-            full[name] = flat.view(shape)
-        return full
+    def weights(self, kind: str = "weight") -> dict[str, torch.Tensor]:
+        """Return every parameter whole, in fp32; those without a tensor of the `kind` as they are."""
+        return {name: self._whole(kind if (kind, name) in self._index() else "weight", name) for name in self.shapes}
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Return all that is kept of a parameter, kind -> whole tensor: its weight, and its moments if it was trained."""
+        return {kind: self._whole(kind, name) for kind, of in self._index() if of == name}
+
+    def _whole(self, kind: str, name: str) -> torch.Tensor:
+        flat = torch.empty(int(torch.Size(self.shapes[name]).numel()))
+        self.copy(kind, name, 0, flat)
+        return flat.view(self.shapes[name])
 
     def load(self, fragments: Iterable[Fragment]) -> None:
         """Overwrite live fragments. Raises UserError where the model isn't the one that was saved."""
@@ -221,7 +225,15 @@ class Checkpoint:
                     f"{fragment.shape} here): use another name, or the model's former options"
                 )
             for kind, tensor in fragment.tensors.items():
-                self.copy(kind, fragment.name, fragment.start, tensor)
+                if (kind, fragment.name) in self._index():
+                    self.copy(kind, fragment.name, fragment.start, tensor)
+                elif kind == AVERAGE:  # asked for since: it begins with the weights
+                    self.copy("weight", fragment.name, fragment.start, tensor)
+                else:
+                    raise UserError(
+                        f"{self.folder} was written by another optimizer (it has no {kind} of {fragment.name}): "
+                        "use another name, or the former optim.name"
+                    )
 
     def _index(self) -> dict[tuple[str, str], list[Piece]]:
         if self._pieces is None:

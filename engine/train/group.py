@@ -36,6 +36,17 @@ class Group:
         if self.world > 1:
             dist.barrier()
 
+    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return every rank's rows, [n, ...] with an n of its own, in the order of the ranks."""
+        if self.world == 1:
+            return [rows]
+        counts = self.sum_integers(*(len(rows) if rank == self.rank else 0 for rank in range(self.world)))
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return [found[:count] for found, count in zip(gathered, counts, strict=True)]
+
     def gather(self, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Return every rank's arrays, in the order of the ranks."""
         if self.world == 1:

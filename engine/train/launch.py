@@ -18,8 +18,10 @@ from engine.data.order import Order
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.objectives.contract import check_data
 from engine.progress import Bar, console
 from engine.train import preload
+from engine.train.profile import PAGE
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
 from engine.train.worker import Job
 
@@ -47,6 +49,7 @@ def prepare_data(config: Config, start: Path | None = None) -> Path:
 
 def make_job(config: Config) -> Job:
     """Find the start bundle, prepare the data with its tokenizer, and check that they go together."""
+    check_data(config.objective.name, config.data)
     start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri) if config.bundle else None
     data = prepare_data(config, start)
     anywhere = with_values(
@@ -59,18 +62,34 @@ def make_job(config: Config) -> Job:
 
 def check_job(job: Job) -> None:
     """Raise UserError for a job that its data or its start bundle rules out, before a worker starts."""
-    objective = job.objective()
-    objective.model_options()
-    Order(len(objective.samples(Split.open(job.data, "train"))), job.config.train.global_batch, job.config.seed)
+    objective, config = job.objective(), job.config
+    options = objective.model_options()
+    samples = objective.samples(Split.open(job.data, "train"))
+    Order(len(samples), config.global_batch, config.seed)
+    if config.data.packing != "end_to_end":
+        console.print(packed(samples, config))
     if job.start:
         from transformers import AutoConfig
 
-        positions = getattr(AutoConfig.from_pretrained(job.start), "max_position_embeddings", None)
-        if positions and job.config.data.sequence_length > positions:
+        shape = AutoConfig.from_pretrained(job.start)
+        positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+        if positions and config.data.sequence_length > positions:
             raise UserError(
-                f"sequence length {job.config.data.sequence_length:,} is over the {positions:,} positions of "
+                f"sequence length {config.data.sequence_length:,} is over the {positions:,} positions of "
                 f"{job.start.name}: use data.sequence_length={positions}"
             )
+    if config.data.within_documents:
+        from engine.models.build import transformers_config
+        from engine.models.documents import check_kept_apart
+
+        shape = shape if job.start else transformers_config(config.model, objective.tokenizer, options)
+        check_kept_apart(shape, objective.auto_class, config.model.attention)
+
+
+def packed(samples: Any, config: Config) -> str:
+    """Say how the training split is packed, and how much of it is padding."""
+    length = config.data.sequence_length
+    return f"packing   {config.data.packing}: {len(samples):,} samples of up to {length:,} tokens, {100 * samples.padding:.2f} % padding"
 
 
 def train(config: Config) -> Outcome:
@@ -98,6 +117,8 @@ def train(config: Config) -> Outcome:
         run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
         raise
     run.write_status(replace(watch.status, state="finished", updated=now()))
+    if config.profile and (run.profile / PAGE).exists():
+        console.print(f"profile   {run.profile / PAGE}")
     console.print(f"bundle    {run.bundle}")
     return Outcome(run, list(run.metrics())[-1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.errors import UserError
 from engine.objectives.contract import Batch, Objective, Samples, join_scores
 from engine.train.checkpoint import CheckpointWriter
 from engine.train.group import Group
+from engine.train.meter import Meter
 from engine.train.schedule import learning_rate
 from engine.train.state import TrainState
 from engine.train.zero import Sharded
@@ -38,8 +40,7 @@ class Run:
     writer: CheckpointWriter
     about: dict[str, Any]  # what a checkpoint's manifest says of the run
     log: Callable[[Metrics], None]
-    flops_per_token: float
-    peak_flops: float  # measured, of all workers together, in FLOP/s
+    meter: Meter
     state: TrainState = field(default_factory=TrainState)
     saved_step: int = -1
     skipped_in_a_row: int = 0  # steps, up to the last one, whose gradient was not finite
@@ -65,7 +66,9 @@ def fit(run: Run) -> None:
         metrics = train_step(run)
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
-            found = validate(run)
+            run.meter.enter("evaluation")
+            with run.model.averaged() if train.use_ema else nullcontext():
+                found = validate(run)
             if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
                 raise UserError(
                     f"the validation {wrong[0]} is {found[wrong[0]]} at step {step}: use a lower optim.lr than {run.config.optim.lr:g}"
@@ -75,18 +78,23 @@ def fit(run: Run) -> None:
                 run.state = run.state.judged(found[run.objective.metric], run.objective.mode)
         best = train.keep_best and run.state.best_step == step
         if best or run.ended() or step % train.checkpoint_every == 0:
+            run.meter.enter("checkpoint")
             run.save()
-        run.log(metrics)
+        run.log(metrics | run.meter.read())
     run.writer.finish()
 
 
 def train_step(run: Run) -> Metrics:
     """Take one optimizer step over the global batch and return what to log of it."""
-    start = time.perf_counter()
+    run.meter.enter("data")
     step = run.state.step
+    run.model.loss_scale = run.state.loss_scale
     ids = run.order.samples(step)
     batches, seen = collate_share(run, ids, run.order.draws(step))
+    run.meter.enter("forward")
+    batches = run.objective.before_step(run.model, batches, run.group)  # type: ignore[arg-type]
 
+    run.meter.enter("communication")
     # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
     count, tokens, new_hash = run.group.sum_integers(
         sum(batch.count for batch, weight in batches if weight),
@@ -95,11 +103,15 @@ def train_step(run: Run) -> Metrics:
     )
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.group.device)
     for batch, weight in batches:
+        run.meter.enter("forward")
         loss = run.objective.loss(run.model, batch)  # type: ignore[arg-type]
+        run.meter.enter("backward")
         run.model.backward(loss.sum * (weight / count))
         loss_sum += loss.sum.detach() * weight
+    run.meter.enter("optimizer")
     rate = learning_rate(run.config, step)
     grad_norm = run.model.step(rate)
+    run.meter.enter("communication")
     loss_value = float(run.group.sum(loss_sum)) / count
 
     skipped = not math.isfinite(grad_norm)
@@ -107,7 +119,7 @@ def train_step(run: Run) -> Metrics:
         refuse_to_go_on(run, loss_value, grad_norm)
     run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
     run.state = run.state.after(len(ids), tokens, new_hash, skipped)
-    seconds = time.perf_counter() - start
+    run.meter.count(tokens)
     return {
         "step": run.state.step,
         "loss": None if skipped else loss_value,
@@ -115,10 +127,7 @@ def train_step(run: Run) -> Metrics:
         "lr": rate,
         "grad_norm": None if skipped else grad_norm,
         "skipped": run.state.skipped,
-        "tokens_per_s": tokens / seconds,
-        "mfu": tokens * run.flops_per_token / seconds / run.peak_flops,
         "samples_hash": hash_hex(run.state.samples_hash),
-        "seconds": seconds,
         "time": time.time(),
     }
 
@@ -126,6 +135,8 @@ def train_step(run: Run) -> Metrics:
 def refuse_to_go_on(run: Run, loss: float, grad_norm: float) -> None:
     """Raise UserError where the loss isn't finite although the weights took the step, and after too many skipped steps."""
     allowed = run.config.train.max_skipped
+    if run.state.loss_scale:
+        allowed += int(math.log2(run.state.loss_scale))  # so often it can fall before that is a sign
     if math.isfinite(grad_norm) or run.skipped_in_a_row >= allowed:
         raise UserError(
             f"the loss is {loss} and the gradient norm {grad_norm} at step {run.state.step + 1}"
@@ -172,4 +183,4 @@ def validate(run: Run) -> dict[str, float]:
     run.model.train()
     # A rank without a single sample of its own (more ranks than samples) has nothing to add.
     gathered = run.group.gather(join_scores(parts) if parts else {})
-    return run.objective.summarize(join_scores(scores for scores in gathered if scores))
+    return run.objective.summarize(run.objective.complete(join_scores(scores for scores in gathered if scores)))

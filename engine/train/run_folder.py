@@ -1,6 +1,6 @@
 """A run's folder: its config, its metrics, its state, and whether this command may go on in it.
 
-runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/
+runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/  profile/
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.bundle = path / "bundle"
         self.logs = path / "logs"
+        self.profile = path / "profile"
 
     @classmethod
     def claim(cls, config: Config) -> RunFolder:
@@ -70,7 +71,7 @@ class RunFolder:
     def _refuse_another(self, config: Config) -> None:
         if config.resume:
             return
-        before, now = _identity_of(yaml.safe_load(self.config_file.read_text())), identity(config)
+        before, now = flat(yaml.safe_load(self.config_file.read_text())), identity(config)
         differences = [
             f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
         ]
@@ -159,16 +160,17 @@ def now() -> float:
     return time.time()
 
 
-def _identity_of(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of a config as nested dicts."""
     known = {key for key, _, _ in declared()}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         full = prefix + key
         if full not in known and isinstance(value, dict):
-            flat |= _identity_of(value, f"{full}.")
+            found |= flat(value, f"{full}.")
         else:
-            flat[full] = value
-    return flat
+            found[full] = value
+    return found
 
 
 def _is_alive(pid: int) -> bool:

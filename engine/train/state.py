@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from engine.data.order import add_hashes
 
+FIRST_LOSS_SCALE = 2.0**16
+RESCALE_AFTER = 1000  # updates
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -18,6 +21,8 @@ class TrainState:
     best: float | None = None  # the best value so far of the objective's metric on the validation split
     best_step: int = 0  # the step that had it
     stale: int = 0  # validations since then
+    loss_scale: float | None = None  # fp16: what the loss is multiplied by
+    steady: int = 0  # fp16: updates since it changed
     samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
 
     @property
@@ -34,7 +39,20 @@ class TrainState:
             tokens=self.tokens + tokens,
             skipped=self.skipped + skipped,
             samples_hash=add_hashes([self.samples_hash, ids_hash]),
-        )
+        ).rescaled(skipped)
+
+    def rescaled(self, skipped: bool) -> TrainState:
+        """Return the state with the loss scale of the next step: half after an overflow, twice after RESCALE_AFTER updates.
+
+        Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2.
+        """
+        if self.loss_scale is None:
+            return self
+        if skipped:
+            return replace(self, loss_scale=max(1.0, self.loss_scale / 2), steady=0)
+        if self.steady + 1 == RESCALE_AFTER:
+            return replace(self, loss_scale=self.loss_scale * 2, steady=0)
+        return replace(self, steady=self.steady + 1)
 
     def judged(self, value: float, mode: str) -> TrainState:
         """Return the state after a validation that gave `value`, of which the `mode` ("min" or "max") is best."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -12,22 +13,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, fingerprint, from_dict, to_dict
+from engine.config import Config, fingerprint, from_dict, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
+from engine.data.packing import Mix, Packing
+from engine.data.processor import prepared_processor
 from engine.data.shards import Split
-from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.models.build import build, freeze_layers, load
-from engine.models.size import flops_per_token
 from engine.objectives.contract import Objective, objective_class
 from engine.train import hardware
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
 from engine.train.group import Group
 from engine.train.loop import Metrics, Run, fit
+from engine.train.meter import Meter
+from engine.train.micro_batch import fitting_micro_batch
+from engine.train.profile import Profile
+from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
-from engine.train.state import TrainState
-from engine.train.zero import Sharded
+from engine.train.state import FIRST_LOSS_SCALE, TrainState
+from engine.train.zero import AVERAGE, DTYPES, Sharded
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,11 @@ class Job:
         return cls(from_dict(tree["config"]), Path(tree["data"]), tree["start"] and Path(tree["start"]))
 
     def objective(self) -> Objective:
-        """Return the task, with the data's tokenizer and labels."""
+        """Return the task, with the data's processor and labels."""
         labels = Manifest.load(self.data).labels
-        tokenizer = load_tokenizer(self.data / "tokenizer")
-        options = self.config.objective
-        return objective_class(options.name)(options, tokenizer, self.config.data.sequence_length, labels)
+        processor, options = prepared_processor(self.data), self.config.objective
+        data = self.config.data
+        return objective_class(options.name)(options, processor, data.sequence_length, labels, Packing.of(data))
 
 
 def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
@@ -61,10 +66,11 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     `listen` hears rank 0's metrics of each step. The process group must be up where there are several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
+    check_machine(config)
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
-    order = Order(len(samples), config.train.global_batch, config.seed)
+    order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
     # The order: resume, else start from the bundle, else initialize.
     checkpoint = find_checkpoint(folder, group)
@@ -72,7 +78,8 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     if checkpoint:
         fill(model, checkpoint)
     freeze_layers(model, config.objective.frozen_layers)
-    flops = flops_per_token(model, model.config, config.data.sequence_length)
+    objective.meet(model.config)
+    flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if config.train.compile:
@@ -84,17 +91,27 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     group.barrier()
 
     state = checkpoint.state if checkpoint else TrainState()
+    if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
+        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
     last: Metrics = {}
+    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
+        metrics |= waste
         last.update(metrics)
+        if profile:
+            profile(metrics)
         if log:
             log(metrics)
             if listen:
                 listen(metrics)
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
+    meter = measure(group, dtype, flops_per_token)
+    sharded.time_collectives(meter)
+    left = config.train.max_steps - state.step
+    profile = Profile(folder.profile, config.name, group, meter, left) if config.profile and left > 0 else None
     run = Run(
         config=config,
         group=group,
@@ -108,14 +125,17 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         ),
         about={"config": fingerprint(config), "data": manifest.hash},
         log=heard,
-        flops_per_token=flops,
-        peak_flops=hardware.matmul_peak(group.device, dtype) * group.world,
+        meter=meter,
         state=state,
         saved_step=state.step if checkpoint else -1,
     )
+    if config.train.micro_batch is None:
+        run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
     try:
         fit(run)
     finally:
+        if profile:
+            profile.finish()
         if log:
             log.close()
     if group.rank == 0 and last:
@@ -124,6 +144,13 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         export(job, objective, step_folder(folder.checkpoints, chosen), dtype, line)
     group.barrier()
     return last
+
+
+def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:
+    """Measure what the hardware can do, and make the run's meter of it."""
+    datasheet = hardware.datasheet_flops(group.device, dtype)
+    peak = hardware.matmul_peak(group.device, dtype) * group.world
+    return Meter(group.device, flops_per_token, peak, datasheet * group.world if datasheet else None)
 
 
 def find_checkpoint(folder: RunFolder, group: Group) -> Checkpoint | None:
@@ -157,13 +184,13 @@ def make_model(job: Job, objective: Objective) -> Any:
     config, options = job.config, objective.model_options()
     if job.start:
         return load(job.start, objective.auto_class, options, config.model, config.seed)
-    return build(config.model, objective.tokenizer, objective.auto_class, options, config.seed)
+    return build(config.model, objective.processor, objective.auto_class, options, config.seed)
 
 
 @torch.no_grad()
-def fill(model: Any, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a whole fp32 model. Raises UserError where it is another model's."""
-    weights = checkpoint.weights()
+def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
+    """Copy a checkpoint's weights, or their average, into a whole fp32 model. Raises UserError where it is another model's."""
+    weights = checkpoint.weights(kind)
     for name, parameter in model.named_parameters():
         if name not in weights or weights[name].shape != parameter.shape:
             raise UserError(
@@ -172,18 +199,19 @@ def fill(model: Any, checkpoint: Checkpoint) -> None:
         parameter.copy_(weights[name])
 
 
-def export(job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics) -> None:
-    """Write the run's bundle from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
+def export(
+    job: Job, objective: Objective, checkpoint: Path, dtype: torch.dtype, line: Metrics, folder: Path | None = None
+) -> None:
+    """Write a bundle, the run's or at `folder`, from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     model = make_model(job, objective)
-    fill(model, Checkpoint(checkpoint))
+    fill(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
-        job.config.run_dir / "bundle",
+        folder or job.config.run_dir / "bundle",
         model=model,
-        tokenizer=objective.tokenizer,
         objective=objective,
         name=job.config.name,
         golden_requests=objective.golden_requests(Split.open(job.data, split)),

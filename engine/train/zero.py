@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,8 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.train.meter import Meter
+from engine.train.optimizer import MOMENTS, Muon, Part, make_optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names of the first and second moment
+AVERAGE = "ema"  # the kind of tensor that holds the moving average of the weights
+COLLECTIVES = (
+    "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced",
+    "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "barrier",
+)  # fmt: skip
+ALL_MOMENTS = [moment for moments in MOMENTS.values() for moment in moments]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_CLIP = 1e30  # DeepSpeed reports a gradient norm only while it clips
 
 
@@ -32,7 +40,7 @@ class Fragment:
     name: str
     shape: tuple[int, ...]
     start: int  # offset of the piece in the flattened parameter, in elements
-    tensors: dict[str, Tensor]  # "weight" always; the moments where the parameter is trained
+    tensors: dict[str, Tensor]  # "weight" always; the moments and "ema" where the parameter is trained
 
 
 def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[str, Any]:
@@ -53,19 +61,11 @@ def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[st
         "gradient_clipping": config.optim.clip or NO_CLIP,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the run's state holds the scale
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trained parameters: matrices decay; biases and norms, being vectors, don't."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def import_deepspeed() -> Any:
@@ -82,7 +82,16 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Built by a compiler at start-up (20 s) and used in inference only: training's collectives are torch's.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # All ranks have made equal weights, and sending them fails on one that is a single number (CLIP's temperature).
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
+    deepspeed.zero.Init._zero_init_param = convert_and_partition
     return deepspeed
+
+
+def convert_and_partition(init: Any, parameter: nn.Parameter) -> None:
+    """Shard a weight for stage 3: what DeepSpeed does, but for sending it to all ranks before."""
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -98,6 +107,40 @@ def without_mlflow() -> Iterator[None]:
             del sys.modules["mlflow"]
 
 
+def joined(full: Tensor) -> Tensor:
+    """Add up a tensor over the ranks."""
+    torch.distributed.all_reduce(full)
+    return full
+
+
+def timed(collective: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
+    """Return the collective, which notes its time, and that of the wait for it where it is asynchronous."""
+
+    @torch.compiler.disable
+    def noted(*args: Any, **options: Any) -> Any:
+        with meter.during("communication"):
+            work = collective(*args, **options)
+        return TimedWork(work, meter) if hasattr(work, "wait") else work
+
+    return noted
+
+
+class TimedWork:
+    """A collective under way, whose wait counts as communication."""
+
+    def __init__(self, work: Any, meter: Meter) -> None:
+        """Stand for `work`, torch's handle."""
+        self._work, self._meter = work, meter
+
+    def wait(self, *args: Any) -> Any:
+        """Wait for the end."""
+        with self._meter.during("communication"):
+            return self._work.wait(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
 class Sharded:
     """A model, its gradients and its optimizer, spread over the workers by ZeRO."""
 
@@ -105,13 +148,8 @@ class Sharded:
         """Shard `model` (fp32, with equal weights on all ranks). The process group must be up."""
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by the CPU accelerator
         deepspeed = import_deepspeed()
-        optimizer = torch.optim.AdamW(
-            decay_groups(model, config.optim.weight_decay),
-            lr=config.optim.lr,
-            betas=(config.optim.beta1, config.optim.beta2),
-            eps=config.optim.eps,
-            fused=True,
-        )
+        dtype = DTYPES[precision]
+        optimizer = make_optimizer(model, config.optim, dtype)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -121,9 +159,14 @@ class Sharded:
         self.base = optimizer
         self.world = world
         self.stage = config.zero.stage
+        self.average = config.train.ema
+        self.updates = 0
         self._max_norm = config.optim.clip or NO_CLIP
         self._grad_norm = 0.0
+        self._loss_scale: float | None = None
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
+        if isinstance(optimizer, Muon) and self.stage > 0:
+            optimizer.parts, optimizer.join = self._parts, joined
 
     @property
     def module(self) -> nn.Module:
@@ -141,7 +184,20 @@ class Sharded:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, whose sum over all ranks and micro-batches is the global batch's mean loss."""
+        if self._loss_scale and self.stage == 0:
+            loss = loss * self._loss_scale  # which DeepSpeed does at the other stages only
         self.engine.backward(loss * self.world, scale_wrt_gas=False)  # DeepSpeed divides by the world size
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by in fp16, so that small gradients aren't lost; None in other precisions."""
+        return self._loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float | None) -> None:
+        self._loss_scale = scale
+        if scale:
+            self.engine.optimizer.loss_scale = scale
 
     def step(self, lr: float) -> float:
         """Clip, update the weights with learning rate `lr`, clear the gradients; return the norm before clipping.
@@ -149,11 +205,23 @@ class Sharded:
         Where the norm is infinite or NaN, which it then is on all ranks, weights and moments stay as they are.
         """
         for group in self.base.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.engine.step()
-        if not self.engine.was_step_applied():
+        unscale = self._loss_scale if self._loss_scale and self.stage == 0 else 1.0
+        norm = float(self.engine.get_global_grad_norm() or self._grad_norm) / unscale
+        if not self.engine.was_step_applied() or not math.isfinite(norm):
             return math.inf
-        return float(self.engine.get_global_grad_norm() or self._grad_norm)
+        self.updates += 1
+        self._follow()
+        return norm
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Let the moving average follow the weights; faster at first, when it would else remember the fresh ones."""
+        if self.average:
+            decay = min(self.average, (1 + self.updates) / (10 + self.updates))
+            flats = [flat for flat, _ in self._masters()]
+            torch._foreach_lerp_([self.base.state[flat][AVERAGE] for flat in flats], flats, 1 - decay)
 
     def _clip_fp32_gradients(self) -> None:
         """Clip, keep the norm, and skip: what DeepSpeed's wrapped optimizers do, and stage 0 in fp32 has none."""
@@ -163,14 +231,56 @@ class Sharded:
             for p in parameters:
                 p.grad = None  # AdamW passes over it
 
-    def ensure_moments(self, step: int) -> None:
-        """Make AdamW's state, which torch makes only in a first step, and set its step count."""
-        for flat in self._flat_masters():
+    def time_collectives(self, meter: Meter) -> None:
+        """Have the meter tell DeepSpeed's communication from the phase that waits for it."""
+        if self.world == 1:
+            return
+        import deepspeed.comm.comm
+
+        backend = deepspeed.comm.comm.cdb
+        for name in COLLECTIVES:
+            setattr(backend, name, timed(getattr(type(backend), name).__get__(backend), meter))
+
+    def ensure_moments(self, updates: int) -> None:
+        """Make the optimizer's state, which torch makes only in a first step, and the average; `updates` were made."""
+        self.updates = updates
+        for flat, group in self._masters():
             state = self.base.state[flat]
-            for moment in MOMENTS:
+            for moment in MOMENTS[group["muon"]]:
                 if moment not in state:
                     state[moment] = torch.zeros_like(flat)
-            state["step"] = torch.tensor(float(step))
+            if self.average:
+                state[AVERAGE] = flat.detach().clone()
+            if not group["muon"]:
+                state["step"] = torch.tensor(float(updates))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the model work with the moving average of its weights for a while."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for flat, _ in self._masters():
+            average = self.base.state[flat][AVERAGE]
+            kept = flat.detach().clone()
+            flat.copy_(average)
+            average.copy_(kept)
+        wrapped = self.engine.optimizer
+        if self.stage == 3:
+            wrapped._partition_all_parameters()
+            for i in range(len(wrapped.fp16_groups)):
+                wrapped._reassign_or_swap_out_partitioned_parameters(i)
+            wrapped._post_step(set())
+        elif self.stage > 0:
+            wrapped.update_lp_params()
+        elif wrapped is not self.base:
+            for lows, highs in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+                torch._foreach_copy_(lows, highs)
 
     def fragments(self, rank: int, owned: bool = True) -> Iterator[Fragment]:
         """Yield the pieces that this rank holds.
@@ -189,25 +299,26 @@ class Sharded:
             if self.stage == 0:
                 if not owned or i % self.world == rank:
                     yield self._fragment(name, shape, 0, masters[id(p)], 0, p.numel())
-            elif self.stage == 3:
-                group, offset, partition = self.engine.optimizer.grad_position[self.engine.optimizer.get_param_id(p)]
-                start = rank * partition
-                numel = max(0, min(partition, p.ds_numel - start))  # the last partition is padded
-                if numel:
-                    flat = self.engine.optimizer.fp32_partitioned_groups_flat[group]
-                    yield self._fragment(name, shape, start, flat, offset, numel)
-            elif (link := p._hp_mapping) is not None:
-                flat = self.base.param_groups[link.param_group_index]["params"][0]
-                address = link.hp_fragment_address
-                yield self._fragment(name, shape, link.lp_fragment_address.start, flat, address.start, address.numel)
+            elif (part := self._part_of(p)).numel:
+                yield self._fragment(name, shape, part.start, self._flat_of(p), part.offset, part.numel)
 
     def _fragment(
         self, name: str, shape: tuple[int, ...], start: int, flat: Tensor, offset: int, numel: int
     ) -> Fragment:
-        kinds = {"weight": flat.data} | {moment: self.base.state[flat][moment] for moment in MOMENTS}
+        state = self.base.state[flat]
+        kinds = {"weight": flat.data} | {kind: state[kind] for kind in (*ALL_MOMENTS, AVERAGE) if kind in state}
         return Fragment(
             name, shape, start, {kind: full.view(-1).narrow(0, offset, numel) for kind, full in kinds.items()}
         )
+
+    def _flat_of(self, p: Any) -> Tensor:
+        wrapped = self.engine.optimizer
+        flat: Tensor
+        if self.stage == 3:
+            flat = wrapped.fp32_partitioned_groups_flat[wrapped.grad_position[wrapped.get_param_id(p)][0]]
+        else:
+            flat = self.base.param_groups[p._hp_mapping.param_group_index]["params"][0]
+        return flat
 
     def _frozen(self, p: Any, rank: int, skip: bool) -> tuple[int, Tensor]:
         if self.stage != 3:
@@ -223,7 +334,34 @@ class Sharded:
         pairs = zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True)
         return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
-    def _flat_masters(self) -> list[Tensor]:
+    def _masters(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return the fp32 tensors that the optimizer steps, each with its group."""
+        groups = self.base.param_groups
         if self.stage == 3:
-            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self.base.param_groups for p in group["params"]]
+            wrapped = self.engine.optimizer
+            return [
+                (flat, groups[wrapped.sub_group_to_group_id[i]])
+                for i, flat in enumerate(wrapped.fp32_partitioned_groups_flat)
+            ]
+        return [(p, group) for group in groups for p in group["params"]]
+
+    def _parts(self, flat: Tensor) -> list[Part]:
+        """Return where the matrices of a group lie in this rank's flat piece of it, those of which it has nothing too."""
+        wrapped = self.engine.optimizer
+        if self.stage == 3:
+            at = next(i for i, other in enumerate(wrapped.fp32_partitioned_groups_flat) if other is flat)
+            return [self._part_of(p) for p in wrapped.fp16_groups[at]]
+        at = next(i for i, other in enumerate(wrapped.single_partition_of_fp32_groups) if other is flat)
+        return [self._part_of(p) for p in wrapped.bit16_groups[at]]
+
+    def _part_of(self, p: Any) -> Part:
+        """Return where this rank holds a parameter, at stages 1 to 3."""
+        if self.stage == 3:
+            _, offset, partition = self.engine.optimizer.grad_position[self.engine.optimizer.get_param_id(p)]
+            start = torch.distributed.get_rank() * partition
+            numel = max(0, min(partition, p.ds_numel - start))  # the last partition is padded
+            return Part(tuple(p.ds_shape), start if numel else 0, offset, numel)
+        if (link := p._hp_mapping) is None:
+            return Part(tuple(p.shape), 0, 0, 0)
+        address = link.hp_fragment_address
+        return Part(tuple(p.shape), link.lp_fragment_address.start, address.start, address.numel)

@@ -37,3 +37,9 @@ def test_checkout_is_found_from_below():
 def test_an_override_without_equals_is_refused():
     with pytest.raises(ClusterError, match="'steps' is not of the form key=value"):
         main(["pretrain", "steps"])
+
+
+def test_a_dataset_of_the_hub_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for given, expected in (("squad", "squad"), ("me/data", "me/data"), ("mine", f"{tmp_path}/mine")):
+        assert absolute(["data=huggingface", f"data.path={given}"], tmp_path)[1] == f"data.path={expected}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import declared
+from engine.config import Config, declared
 from engine.errors import UserError
 from jobs.entry import compose, start
+from tests.engine.train.test_checkpoint import flip, write
 
 
 def manta(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -112,6 +114,7 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         "sweep",
         "evaluate",
         "deploy",
+        "convert",
         "plan",
         "demo",
         "runs",
@@ -134,3 +137,26 @@ def test_runs_are_listed(tmp_path: Path) -> None:
     run.write_status(Status("pretrain", "finished", 3, 3, 1.25, now() - 120, 1, data="runs/data/x-1"))
     done = manta("runs", cwd=tmp_path)
     assert all(word in done.stdout for word in ("mine", "finished", "3/3", "1.2500", "2 min", "x-1"))
+
+
+def test_one_run_is_shown(tmp_path: Path, tiny: Config) -> None:
+    from engine.config import to_dict, with_values
+    from engine.train.run_folder import RunFolder, Status, now
+
+    run = RunFolder(tmp_path / "runs" / "mine")
+    run.path.mkdir(parents=True)
+    run.write_status(
+        Status("pretrain", "failed", 3, 9, 1.25, now() - 120, 1, "runs/base/bundle", "runs/data/x-1", "no disk")
+    )
+    run.config_file.write_text(yaml.safe_dump(to_dict(with_values(tiny, {"optim.lr": 0.25, "name": "mine"}))))
+    run.metrics_file.write_text("".join(json.dumps({"step": i, "loss": 9.0 - i}) + "\n" for i in range(1, 4)))
+    flip(next(write(run.checkpoints, 3).glob("*.safetensors")))
+    write(run.checkpoints, 2)
+    shown = manta("runs", "mine", "--verify", cwd=tmp_path).stdout
+    for words in (
+        "pretrain, failed, step 3 of 9, 2 min ago", "no disk", "optim.lr=0.25", "█▅▁ 8.0000 -> 6.0000, least 6.0000",
+        "data runs/data/x-1", "bundle runs/base/bundle", "step-00000002 (", ", sound)", "broken: ", "was changed",
+    ):  # fmt: skip
+        assert words in shown, f"{words} in {shown}"
+    assert "optim.beta1" not in shown
+    assert "did you mean 'mine'?" in manta("runs", "mime", cwd=tmp_path).stderr

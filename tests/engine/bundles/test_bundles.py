@@ -76,14 +76,30 @@ def test_other_weights_do_not_pass_the_golden_replay(written: Bundle) -> None:
 def test_a_bundle_in_bf16_replays_in_its_own_precision_and_in_another(tiny: Config, tmp_path: Path) -> None:
     whole = fresh_bundle(tiny, tmp_path / "whole")
     objective = whole.objective()
-    requests = [{"prompt": "import os", "max_tokens": 6}]
+    ids = objective.tokenizer("import os\nimport sys\n")["input_ids"]
+    requests = [{"prompt": ids[:4], "continuation": ids[4:]}]
     half = write_bundle(
-        tmp_path / "half", model=whole.model(), tokenizer=objective.tokenizer, objective=objective, name="half",
+        tmp_path / "half", model=whole.model(), objective=objective, name="half",
         golden_requests=requests, dtype=torch.bfloat16,
     )  # fmt: skip
     assert next(half.model().parameters()).dtype == torch.bfloat16
     half.replay(half.model())
     half.replay(half.model(torch.float32))
+
+
+def test_a_tie_that_rounding_decides_is_no_other_answer(tiny: Config, tmp_path: Path) -> None:
+    bundle = fresh_bundle(tiny, tmp_path / "bundle")
+    model = bundle.model()
+    with torch.no_grad():  # two rows of the output embedding that are equal but for the last bit
+        model.lm_head.weight[7] = model.lm_head.weight[6] * (1 + 2**-23)
+    recorded = write_bundle(
+        tmp_path / "tie", model=model, objective=bundle.objective(), name="tie",
+        golden_requests=[{"prompt": [6, 7, 6, 7], "continuation": [7, 6, 7, 6]}],
+    )  # fmt: skip
+    other = recorded.model()
+    with torch.no_grad():
+        other.lm_head.weight[7] *= 1 - 2**-22
+    recorded.replay(other)
 
 
 def test_registry_and_names(tiny: Config, tmp_path: Path) -> None:
@@ -127,7 +143,7 @@ def test_writing_again_replaces_the_older_one(tiny: Config, tmp_path: Path) -> N
     old = fresh_bundle(tiny, tmp_path / "bundle", seed=1)
     objective = old.objective()
     new = write_bundle(
-        tmp_path / "bundle", model=fresh_bundle(tiny, tmp_path / "other", seed=2).model(), tokenizer=objective.tokenizer,
+        tmp_path / "bundle", model=fresh_bundle(tiny, tmp_path / "other", seed=2).model(),
         objective=objective, name="new", golden_requests=[], parent=old.hash, data={"folder": str(prepare(tiny)), "hash": "x"},
     )  # fmt: skip
     assert Bundle.open(tmp_path / "bundle").hash == new.hash != old.hash

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engine.config import Config, replace
+from engine.config import Config, DataConfig, replace
+from engine.data.corpus import SPLITS, Document, parts
+from engine.data.survey import DROPPED, choose, survey
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
+
+
+def documents(config: DataConfig, seed: int, counts: Counter[str]) -> list[Document]:
+    """Return what is kept of a corpus, in order; add what is left out to `counts`, by reason."""
+    corpus, held = parts(config), list[Document]()
+    surveys = [survey(part, seed, 0, held=held) for part in corpus]
+    splits, skipped = choose(corpus, surveys, seed)
+    counts.update(sum([*skipped.values(), *(found.skipped for found in surveys)], Counter[str]()))
+    numbered = zip(held, (int(number) for one in splits for number in one), strict=True)
+    return [dataclasses.replace(document, split=SPLITS[number]) for document, number in numbered if number != DROPPED]
 
 
 @pytest.fixture

@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from engine.config import Config, DataConfig
-from engine.data.corpus import Document, documents, evenly, hash_fraction, split_of, thinned
+from engine.data.corpus import SPLITS, Document, evenly, hash_fraction, split_of
 from engine.data.stdlib import _function_texts, gives_away, root
+from engine.data.survey import thinned
+from tests.engine.data.conftest import documents
 
 HELD_OUT = {"validation_fraction": 0.05, "test_fraction": 0.15}
 
@@ -126,12 +129,11 @@ def test_which_words_give_away() -> None:
 
 def test_max_documents_is_an_even_sample(functions: tuple[list[Document], Counter[str]]) -> None:
     config = DataConfig(source="python_functions", max_documents=320, **HELD_OUT)
-    counts: Counter[str] = Counter()
-    found = list(thinned(functions[0], config, counts))
+    there = functions[0]
+    found = [there[i] for i in thinned(np.array([SPLITS.index(f.split) for f in there]), config)]
     assert len(found) == 320
     assert Counter(f.split for f in found) == {"train": 256, "validation": 16, "test": 48}
     assert {f.label for f in found if f.split == "train"} == {f.label for f in functions[0]}
-    assert counts["over data.max_documents"] == len(functions[0]) - 320
     position = {f.text: i for i, f in enumerate(functions[0])}
     places = [position[f.text] for f in found]
     assert places == sorted(places)

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.config import Config
-from engine.data.corpus import Document, documents
+from engine.data.corpus import Document, check_input, parts
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
 from engine.errors import UserError
+from tests.engine.data.conftest import documents
 
 ROWS = [{"text": f"sentence number {i}", "label": i % 3} for i in range(200)]
 
@@ -91,6 +92,82 @@ def test_object_storage_is_read_alike(configured: Callable[..., Config]) -> None
             read(configured(path="memory://bucket/in/c.txt"))
     finally:
         storage.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("where", ["memory://packed", "file://{tmp_path}", "{tmp_path}"])
+def test_packed_files_are_read_from_anywhere(configured: Callable[..., Config], tmp_path: Path, where: str) -> None:
+    from fsspec.core import url_to_fs
+
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    table, whole = pa.table({"text": [f"row {i}" for i in range(30)]}), pa.BufferOutputStream()
+    pq.write_table(table, whole)
+    contents = {
+        "a.jsonl.zst": pa.compress(lines[:3000], "zstd", asbytes=True)
+        + pa.compress(lines[3000:], "zstd", asbytes=True),
+        "b.txt.zst": pa.compress(b"Some prose.\r\n", "zstd", asbytes=True),
+        "c.txt.gz": gzip.compress(b"Other prose."),
+        "d.parquet.zst": pa.compress(whole.getvalue(), "zstd", asbytes=True),
+    }
+    filesystem, place = url_to_fs(where.format(tmp_path=tmp_path) + "/in")
+    filesystem.makedirs(place, exist_ok=True)
+    try:
+        for name, content in contents.items():
+            filesystem.pipe(f"{place}/{name}", content)
+        found, counts = read(configured(path=filesystem.unstrip_protocol(place)))
+        rows = [str(r["text"]) for r in ROWS]
+        assert [d.text for d in found] == [*rows, "Some prose.\n", "Other prose.", *table["text"].to_pylist()]
+        assert not +counts
+    finally:
+        filesystem.rm(place, recursive=True)
+
+
+def test_a_packed_file_that_is_cut_short(configured: Callable[..., Config], tmp_path: Path) -> None:
+    content = pa.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode(), "zstd", asbytes=True)
+    (tmp_path / "a.jsonl.zst").write_bytes(content[: len(content) // 2])
+    (tmp_path / "b.jsonl.zst").write_bytes(b"no zstd at all")
+    for name in "ab":
+        with pytest.raises(UserError, match=rf"cannot read .*{name}\.jsonl\.zst .*mend it or leave it out"):
+            read(configured(path=str(tmp_path / f"{name}.jsonl.zst")))
+
+
+def test_large_files_are_read_in_pieces(configured: Callable[..., Config], tmp_path: Path) -> None:
+    rows = [{"text": f"row {i} é " + "x" * (i % 97)} for i in range(2000)]
+    jsonl(tmp_path / "a.jsonl", rows)
+    table = pa.table({"text": [r["text"] for r in rows]})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=50)
+    with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table, 50)
+    for name in ("a.jsonl", "c.parquet", "d.arrow"):
+        config = configured(path=str(tmp_path / name), shard_tokens=4096)
+        cut = parts(config.data)
+        assert len(cut) >= 2
+        assert [d.text for d in read(config)[0]] == [r["text"] for r in rows]
+        spread = Counter(d.split for d in read(config)[0])
+        assert 50 < spread["validation"] < 150
+    text = "".join(f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(400))
+    (tmp_path / "book.txt").write_text(text)
+    config = configured(path=str(tmp_path / "book.txt"), shard_tokens=4096)
+    assert len(parts(config.data)) >= 5
+    assert "".join(d.text for d in read(config)[0]) == text
+    for start in range(16384 - 3, 16384 + 3):  # a line that begins at, before and after the cut
+        lines = [{"text": "y" * (start - 13)}, {"text": "second"}, *rows]
+        config = configured(path=str(jsonl(tmp_path / "e.jsonl", lines)), shard_tokens=4096)
+        assert [d.text for d in read(config)[0]] == [r["text"] for r in lines]
+
+
+def test_mistakes_are_told_before_anything_is_prepared(configured: Callable[..., Config], tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", ROWS)
+    for options, told in (
+        ({"path": str(tmp_path / "b.jsonl")}, r"b\.jsonl is not there; did you mean 'a\.jsonl'"),
+        (
+            {"path": str(tmp_path / "a.jsonl"), "text_column": "txt"},
+            r"no column 'txt' \(data\.text_column\).*did you mean 'text'",
+        ),
+        ({"path": str(tmp_path / "a.jsonl"), "label_column": "lab"}, r"no column 'lab' \(data\.label_column\)"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_input(configured(**options).data)
+    check_input(configured(path=str(tmp_path / "a.jsonl"), label_column="label").data)
 
 
 def test_what_is_left_out_is_counted(configured: Callable[..., Config], tmp_path: Path) -> None:

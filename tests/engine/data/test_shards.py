@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.data.manifest import Manifest, sha256, verify
-from engine.data.packing import Blocks, Rows
+from engine.data.packing import Blocks, Packing, Rows, pack
 from engine.data.shards import ShardWriter, Split
 from engine.errors import UserError
 
@@ -14,15 +14,16 @@ from engine.errors import UserError
 def write(
     folder: Path, documents: list[np.ndarray], labels: list[int] | None = None, vocab_size: int = 5000, closing: int = 0
 ) -> Path:
-    writer = ShardWriter(folder, "train", vocab_size, 100, labelled=labels is not None)
+    write_file = lambda name, content: (folder / name).write_bytes(content)  # noqa: E731
+    writer = ShardWriter(write_file, "train", vocab_size, 100, labelled=labels is not None)
     for i, document in enumerate(documents):
-        writer.add(document, labels[i] if labels else 0)
-    shards = writer.close()
+        writer.add(document, np.array([len(document)]), np.array([labels[i]]) if labels else None)
+    shards = [shard | {"source": "files"} for shard in writer.close()]
     (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     (folder / "sources.jsonl").write_text("")
     Manifest(
-        name="small", kind="text" if labels is None else "labelled", licence="", seed=0, skipped={}, config={},
+        name="small", kind="text" if labels is None else "labelled", origins={"files": {}}, seed=0, config={},
         sources={"file": "sources.jsonl", "files": 0, "bytes": 0, "sha256": sha256(folder / "sources.jsonl")},
         tokenizer=sha256(folder / "tokenizer" / "tokenizer.json"), vocab_size=vocab_size, eos_id=0, pad_id=1,
         closing_tokens=closing, labels=[] if labels is None else ["a", "b"],
@@ -94,7 +95,7 @@ def test_rows_keep_their_closing_tokens(tmp_path: Path, documents: list[np.ndarr
     assert rows[0]["tokens"].tolist() == documents[0].tolist()
     assert rows[6]["tokens"].tolist() == [*documents[6][:49], documents[6][-1]]
     with pytest.raises(UserError, match="objective=classification"):
-        Blocks(split, 8)
+        pack(split, 8, Packing(), overlap=1)
 
 
 def test_a_flipped_byte_is_named(tmp_path: Path, documents: list[np.ndarray]) -> None:

@@ -149,7 +149,10 @@ def test_data_of_another_task_are_refused_before_they_are_prepared(
     tiny: Config, tiny_functions: Config, tmp_path: Path
 ) -> None:
     bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
-    with pytest.raises(UserError, match=r"is for classification and the data have no labels.*data.label_column"):
+    with pytest.raises(
+        UserError,
+        match=r"is for classification, which reads texts with labels, and the data are text without.*data.label_column",
+    ):
         evaluate_bundle(bundle.folder, tiny)
 
 

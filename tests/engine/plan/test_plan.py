@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import transformers
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.plan.memory import block_widths, memory
+from engine.plan.memory import Sizes, block_widths, memory, moments
 from engine.plan.plan import describe, plan, plan_and_show
 from jobs.entry import compose
 from tests.engine.train.ranks import on_ranks
@@ -24,13 +26,13 @@ def of(*overrides: str) -> Config:
 
 def test_sizes_are_exact() -> None:
     small = plan(of("model=llama_5m", "train.global_batch=8", "data.sequence_length=128", "train.max_steps=50"))
-    assert small.parameters == small.trained == P
+    assert small.sizes.parameters == small.sizes.trained == P
     assert small.flops_per_token == 6 * P + 12 * 5 * 256 * 128
     assert small.tokens_per_step == 1024
     assert small.checkpoint_bytes == 12 * P
     assert small.total_s == pytest.approx(50 * small.step_s)
     assert small.step_s == pytest.approx(1024 * small.flops_per_token / (0.4 * small.peak_flops))
-    assert plan(of("model=gpt2_124m", "model.vocab_size=50257")).parameters == 124_439_808
+    assert plan(of("model=gpt2_124m", "model.vocab_size=50257")).sizes.parameters == 124_439_808
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,10 @@ def test_sizes_are_exact() -> None:
     ],
 )  # fmt: skip
 def test_states_a_parameter(precision: str, stage: int, weights: float, gradients: float, optimizer: float) -> None:
-    need = plan(of("train.workers=4", f"train.precision={precision}")).stages[stage]
+    """As a later micro-batch of a step has run forward, so that gradients of those before it are held."""
+    config = of("train.workers=4", f"train.precision={precision}", "train.micro_batch=1")
+    need = next(iter(moments(config, plan(config).shape, Sizes(P, P, 2 * P, 4096 * 256), stage, precision)))
+    assert need.moment == "loss"
     assert (need.weights, need.gradients, need.optimizer) == (weights * P, gradients * P, optimizer * P)
     assert need.total == pytest.approx(
         need.weights + need.gradients + need.optimizer + need.activations + need.logits + need.buffers
@@ -49,18 +54,52 @@ def test_states_a_parameter(precision: str, stage: int, weights: float, gradient
 
 
 def test_offload_moves_states_to_main_memory() -> None:
-    away = plan(of("zero=stage3_offload", "train.workers=2", "train.precision=bf16"))
-    assert away.stages[3].optimizer == 0
-    assert away.stages[2].host == 12 * P / 2
-    assert away.stages[0].host == 0
+    found = plan(of("train.workers=2", "train.precision=bf16"))
+    layout, away = found.stages["3 offload"]
+    assert (layout.zero.offload_optimizer, layout.zero.offload_param) == ("cpu", "cpu")
+    assert away.optimizer == away.weights == away.gradients == 0
+    assert away.host == (12 + 4 + 2 + 2) * P / 2  # states, fp32 gradients, gradients as they add up, weights
+    assert found.stages["2 offload"][1].host == (12 + 4 + 2) * P / 2
+    assert found.stages["2"][1].host == 0
+    assert "0 offload" not in found.stages
 
 
 def test_frozen_layers_have_no_gradients() -> None:
-    found = plan(of("objective.frozen_layers=2", "train.precision=fp32"))
+    found = plan(of("objective.frozen_layers=2", "train.precision=fp32", "zero.stage=0"))
     block = 4 * 256 * 256 + 3 * 256 * 704 + 2 * 256
-    assert found.trained == P - 4096 * 256 - 2 * block
-    assert found.stages[0].gradients == 4 * found.trained
-    assert found.checkpoint_bytes == 4 * P + 8 * found.trained
+    assert found.sizes.trained == P - 4096 * 256 - 2 * block
+    assert found.stages["0"][1].optimizer == 8 * found.sizes.trained
+    assert found.checkpoint_bytes == 4 * P + 8 * found.sizes.trained
+
+
+def test_muon_and_an_average_are_counted() -> None:
+    found = plan(of("optim.name=muon", "train.ema=0.999", "train.precision=bf16"))
+    matrices = 5 * (4 * 256 * 256 + 3 * 256 * 704)
+    assert found.sizes.moments == matrices + 2 * (P - matrices)
+    assert found.stages["0"][1].optimizer == 4 * (2 * P + found.sizes.moments)
+    assert found.checkpoint_bytes == 4 * (2 * P + found.sizes.moments)
+
+
+def test_a_checkpoint_is_written_at_the_rate_that_is_stated(tmp_path: Path) -> None:
+    far = plan(of("plan.device=h100_80gb", "train.workers=8"))
+    assert (far.write_rate, far.write_s) == (1e9, 12 * P / 8e9)
+    here = plan(of(f"runs_dir={tmp_path}", "train.workers=2"))
+    assert 1e6 < here.write_rate < 1e11
+    assert here.write_s == pytest.approx(12 * P / (2 * here.write_rate))
+    assert plan(of("plan.write_rate=5e8")).write_s == 12 * P / 5e8
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_figures_as_json(tmp_path: Path) -> None:
+    config = of(f"plan.json={tmp_path}/plan.json", "plan.device=a100_80gb", "train.workers=8")
+    plan_and_show(config)
+    written, found = json.loads((tmp_path / "plan.json").read_text()), plan(config)
+    assert written["parameters"] == P
+    assert written["step_s"] == found.step_s
+    assert written["fits"] == "zero.stage=0"
+    assert written["memory"].keys() == {"0", "1", "1 offload", "2", "2 offload", "3", "3 offload"}
+    assert written["memory"]["3"]["total"] == found.stages["3"][1].total
+    assert written["memory"]["3 offload"]["host"] == found.stages["3 offload"][1].host > 0
 
 
 NAMED = [  # published: 124 M, 1.5 B, 335 M, 176,247,271,424 (the model card's figure), 175 B, 178 B
@@ -75,7 +114,7 @@ NAMED = [  # published: 124 M, 1.5 B, 335 M, 176,247,271,424 (the model card's f
 
 @pytest.mark.parametrize(("overrides", "parameters"), NAMED)
 def test_named_models_have_their_published_size(overrides: str, parameters: int) -> None:
-    assert plan(of(*overrides.split(), "plan.device=a100_80gb")).parameters == parameters
+    assert plan(of(*overrides.split(), "plan.device=a100_80gb")).sizes.parameters == parameters
 
 
 def test_the_fastest_layout_that_fits() -> None:
@@ -105,6 +144,7 @@ def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "5,065,472 parameters" in shown
     assert "computed from the measured matmul peak" in " ".join(shown.split())
     assert "1*" in shown
+    assert "/s a worker (measured)" in " ".join(shown.split())
 
 
 SHAPES = {
@@ -156,7 +196,7 @@ def _hold(_rank: int, _world: int) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
         parameters = 2 * 64 * 32
         shape = transformers.LlamaConfig()
-        need = memory(config, shape, parameters, parameters, stage, precision)
+        need = memory(config, shape, Sizes(parameters, parameters, 2 * parameters, 0), stage, precision)
         sharded = Sharded(model, config, 2, precision)
         sharded.ensure_moments(0)
         weights = bytes_of([getattr(p, "ds_tensor", p) for p in model.parameters()])

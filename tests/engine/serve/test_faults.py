@@ -115,7 +115,7 @@ def test_a_bundle_that_answers_otherwise_takes_no_traffic(
 ) -> None:
     copy = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
     manifest = json.loads((copy / "manta.json").read_text())
-    manifest["golden"][0]["output"]["text"] += "!"
+    manifest["golden"][0]["output"]["logprobs"][0] += 0.5
     (copy / "manta.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="does not answer as recorded"):
         Bundle.open(copy).replay(Bundle.open(copy).model())

@@ -29,7 +29,7 @@ def poisoned(rank: int, world: int, specs: str) -> None:
 
     config = Job.from_dict(json.loads(specs)[0]).config
     blocks = Blocks(Split.open(prepare(config), "train"), config.data.sequence_length)
-    sample = Order(len(blocks), config.train.global_batch, config.seed).samples(BAD)[5]
+    sample = Order(len(blocks), config.global_batch, config.seed).samples(BAD)[5]
     tokens = torch.as_tensor(blocks[sample]["tokens"][:-1])
     sound = Objective.loss
 

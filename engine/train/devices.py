@@ -22,3 +22,12 @@ DEVICES = {
     "h200_141gb": Device(989e12, 141e9),
 }
 RESERVED = 0.08  # share of the memory that the driver, NCCL and fragments take: assumed
+
+
+def known_device(name: str, memory_bytes: float) -> Device | None:
+    """Return the datasheet of the device that calls itself `name` ("NVIDIA A100-SXM4-80GB") and has so much memory."""
+    alike = [
+        device for key, device in DEVICES.items() if key.split("_")[0].upper() in name.upper().replace("-", " ").split()
+    ]
+    near = [device for device in alike if abs(memory_bytes / device.bytes - 1) < 0.15]
+    return near[0] if near and "PCIE" not in name.upper() else None

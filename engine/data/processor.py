@@ -1,0 +1,101 @@
+"""What turns raw examples into a model's inputs, in the Hugging Face layout: a tokenizer, an image processor, or both."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from engine.data.manifest import PROCESSOR, TOKENIZER
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import UserError
+
+OF_IMAGES = ("preprocessor_config.json", "processor_config.json")  # files that tell of an image processor
+
+
+def has_image_processor(folder: Path) -> bool:
+    """Say whether a folder holds an image processor."""
+    return any((folder / name).is_file() for name in OF_IMAGES)
+
+
+def load_processor(folder: Path) -> Any:
+    """Return the tokenizer, the image processor, or the processor that holds both, of a folder. Raises UserError where there is none."""
+    if not has_image_processor(folder):
+        return load_tokenizer(folder)
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{folder} has no processor that transformers can load: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def prepared_processor(folder: Path) -> Any:
+    """Return the processor of a prepared folder."""
+    return load_processor(folder / PROCESSOR if (folder / PROCESSOR).is_dir() else folder / TOKENIZER)
+
+
+@functools.lru_cache(maxsize=4)
+def load_image_processor(folder: str) -> Any:
+    """Return the image processor of a folder. Raises UserError where there is none."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"data.image_processor={folder} holds none that transformers can load: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def new_image_processor(model_type: str, size: int) -> Any:
+    """Make the image processor of an architecture for images of size x size pixels. Raises UserError where it has none."""
+    from transformers.models.auto.image_processing_auto import (
+        IMAGE_PROCESSOR_MAPPING_NAMES,
+        get_image_processor_class_from_name,
+    )
+
+    name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("pil")
+    if name is None:
+        raise UserError(
+            f"model.type={model_type} reads no images: use model=vit_5m or clip_5m, or no data.image_column"
+        )
+    kind = get_image_processor_class_from_name(name)
+    side = {"height": size, "width": size}
+    shape = side if "height" in (kind.size or {}) else {"shortest_edge": size}
+    made = kind(size=shape, crop_size=side) if getattr(kind, "do_center_crop", False) else kind(size=shape)
+    if side_of(made) != size:
+        raise UserError(
+            f"the image processor of model.type={model_type} makes no images of {size} x {size} pixels: "
+            "give the folder of one with data.image_processor=..."
+        )
+    return made
+
+
+def side_of(image_processor: Any) -> int | None:
+    """Return the side in pixels of the square images that an image processor makes; None where they aren't of one size."""
+    from PIL import Image
+
+    shapes = {
+        image_processor(Image.new("RGB", size), do_rescale=False, do_normalize=False)["pixel_values"][0].shape
+        for size in ((48, 64), (80, 40))
+    }
+    channels, height, width = shapes.pop()
+    return int(height) if not shapes and height == width and channels == 3 else None
+
+
+def join(model_type: str, image_processor: Any, tokenizer: Any) -> Any:
+    """Return one processor of both, of the architecture's kind. Raises UserError where it has none."""
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise UserError(
+            f"model.type={model_type} doesn't read images with captions: use model=clip_5m, or no data.caption"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return getattr(transformers, name)(image_processor=image_processor, tokenizer=tokenizer)

@@ -1,0 +1,212 @@
+"""What is known of the documents before they are tokenized, and which of them are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from engine.config import DataConfig
+from engine.data.corpus import SPLITS, Document, Part, evenly, given_split, hash_fraction, listed_as, read
+from engine.data.stdlib import balanced
+
+DROPPED = len(SPLITS)  # the number of a document's split where it is left out
+TINY = 256  # documents up to which a held-out split that chance left empty is given one
+
+
+@dataclass
+class Survey:
+    """What one pass over a part tells. D: its documents."""
+
+    digests: np.ndarray  # uint64 [D, 2]: BLAKE2b of the text
+    splits: np.ndarray  # uint8 [D], numbers of SPLITS
+    labels: list[str | None]  # [D], or empty where the data have no labels
+    origins: np.ndarray  # int32 [D]: which of `files` each is from
+    files: list[dict[str, Any]]  # path of each file, and sha256 and bytes of those that begin in this part
+    texts: list[str | None]  # [D]: of a sample of the training documents, or all where reading them again costs much
+    skipped: Counter[str]  # reason -> documents left out
+    masked: Counter[str]  # kind -> places masked
+
+    def to_bytes(self) -> bytes:
+        """Write it as numpy arrays, without pickle."""
+        facts = {"files": self.files, "skipped": self.skipped, "masked": self.masked}
+        arrays: dict[str, Any] = {"digests": self.digests, "splits": self.splits, "origins": self.origins}
+        arrays |= {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+        for name, words in (("text", self.texts), ("label", self.labels)):
+            encoded = [None if word is None else word.encode() for word in words]
+            arrays[f"{name}_sizes"] = np.array([-1 if word is None else len(word) for word in encoded], np.int64)
+            arrays[name] = np.frombuffer(b"".join(word for word in encoded if word), np.uint8)
+        out = io.BytesIO()
+        np.savez(out, **arrays)
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Survey:
+        """Read what `to_bytes` wrote. Raises ValueError, EOFError or BadZipFile where it is damaged."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            return cls(
+                digests=arrays["digests"],
+                splits=arrays["splits"],
+                labels=_words(arrays["label"].tobytes(), arrays["label_sizes"]),
+                origins=arrays["origins"],
+                files=facts["files"],
+                texts=_words(arrays["text"].tobytes(), arrays["text_sizes"]),
+                skipped=Counter(facts["skipped"]),
+                masked=Counter(facts["masked"]),
+            )
+
+
+def _words(content: bytes, sizes: np.ndarray) -> list[str | None]:
+    ends = np.cumsum(np.maximum(sizes, 0)).tolist()
+    return [None if size < 0 else content[end - size : end].decode() for size, end in zip(sizes.tolist(), ends)]
+
+
+def survey(
+    part: Part, seed: int, sample_characters: float, keep_texts: bool = False, held: list[Document] | None = None
+) -> Survey:
+    """Read a part and return what is known of it; its documents are added to `held`, if given.
+
+    The sample has `sample_characters` characters of the training documents, about: those whose digests are smallest.
+    """
+    skipped, masked = Counter[str](), Counter[str]()
+    files = _files(part)
+    number = {file["path"]: i for i, file in enumerate(files)}
+    labelled = part.config.label_column is not None or part.config.source == "python_functions"
+    digests, splits, origins = bytearray(), bytearray(), array("i")
+    labels: list[str | None] = []
+    texts: list[str | None] = []
+    sample = Sample(sample_characters)
+    for i, document in enumerate(read(part, seed, skipped, masked)):
+        content = document.text.encode()
+        if document.image is not None:
+            content += document.image.tobytes()
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        digests += digest
+        splits.append(SPLITS.index(document.split))
+        origins.append(number[document.source])
+        texts.append(document.text if keep_texts else None)
+        if labelled:
+            labels.append(document.label)
+        if document.split == "train" and not keep_texts:
+            sample.add(i, int.from_bytes(digest[:8], "little"), document.text)
+        if held is not None:
+            held.append(document)
+    for i, text in sample:
+        texts[i] = text
+    return Survey(
+        digests=np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2),
+        splits=np.frombuffer(bytes(splits), np.uint8),
+        labels=labels,
+        origins=np.array(origins, np.int32),
+        files=files,
+        texts=texts,
+        skipped=skipped,
+        masked=masked,
+    )
+
+
+class Sample:
+    """Those texts of a stream that rank lowest, up to `characters` of them; where ranks are hashes, spread evenly over it."""
+
+    def __init__(self, characters: float) -> None:
+        self.characters, self.size = characters, 0
+        self._held: list[tuple[int, int, str]] = []
+
+    def add(self, number: int, rank: int, text: str) -> None:
+        """Offer a text."""
+        if self._held and self.size >= self.characters and -rank <= self._held[0][0]:
+            return
+        heapq.heappush(self._held, (-rank, number, text))
+        self.size += len(text)
+        while len(self._held) > 1 and self.size - len(self._held[0][2]) >= self.characters:
+            self.size -= len(heapq.heappop(self._held)[2])
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return ((number, text) for _, number, text in self._held)
+
+
+def _files(part: Part) -> list[dict[str, Any]]:
+    """Describe each file of a part; with its hash where the part has its beginning."""
+    found: dict[str, dict[str, Any]] = {}
+    for piece in part.pieces:
+        facts: dict[str, Any] = {"path": listed_as(part.config, piece.file)}
+        if not piece.start:
+            digest = piece.file.stamp if piece.file.filesystem is None else piece.file.sha256()
+            facts |= {"sha256": digest, "bytes": piece.file.size}
+        found.setdefault(facts["path"], facts)
+    return list(found.values())
+
+
+def choose(
+    parts: Sequence[Part], surveys: Sequence[Survey], seed: int
+) -> tuple[list[np.ndarray], dict[str, Counter[str]]]:
+    """Return, by part, the split number of each document (DROPPED where it is left out), and the reasons by source.
+
+    Of equal documents the first one is kept, in whatever source and split it is.
+    """
+    bounds = np.cumsum([0, *(len(survey.splits) for survey in surveys)])
+    splits = np.concatenate([survey.splits for survey in surveys])
+    unique = first_of_each(np.concatenate([survey.digests for survey in surveys]))
+    skipped: dict[str, Counter[str]] = {part.source: Counter() for part in parts}
+    for source in skipped:
+        mine = [i for i, part in enumerate(parts) if part.source == source]
+        there = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in mine])
+        config, kept = parts[mine[0]].config, there[unique[there]]
+        skipped[source]["duplicate"] += len(there) - len(kept)
+        if config.source == "python_functions":
+            labels = [label for i in mine for label in surveys[i].labels]
+            shared = kept[balanced([labels[i] for i in np.searchsorted(there, kept).tolist()])]
+            skipped[source]["over its package's share"] += len(kept) - len(shared)
+            kept = shared
+        splits[kept] = _hold_some_out(splits[kept], config, seed)
+        if config.max_documents:
+            thin = kept[thinned(splits[kept], config)]
+            skipped[source]["over data.max_documents"] += len(kept) - len(thin)
+            kept = thin
+        dropped = np.ones(len(splits), bool)
+        dropped[kept] = False
+        splits[there[dropped[there]]] = DROPPED
+    return [splits[a:b] for a, b in pairwise(bounds)], skipped
+
+
+def first_of_each(digests: np.ndarray) -> np.ndarray:
+    """Say of each digest (uint64 [D, 2]) whether it is the first of its kind: bool [D]."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones stay in their order
+    ranked = digests[order]
+    first = np.ones(len(digests), bool)
+    first[order[1:]] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    return first
+
+
+def thinned(splits: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Return `max_documents` of these documents spread evenly over each split, rising; held-out splits keep their share."""
+    assert config.max_documents
+    wanted = dict.fromkeys(SPLITS, 0)
+    for split, fraction in (("validation", config.validation_fraction), ("test", config.test_fraction)):
+        if fraction or given_split(config, split):
+            wanted[split] = max(1, round(config.max_documents * (fraction or 0.05)))
+    wanted["train"] = max(1, config.max_documents - sum(wanted.values()))
+    there = {split: np.flatnonzero(splits == number) for number, split in enumerate(SPLITS)}
+    return np.sort(np.concatenate([there[split][evenly(len(there[split]), wanted[split])] for split in SPLITS]))
+
+
+def _hold_some_out(splits: np.ndarray, config: DataConfig, seed: int) -> np.ndarray:
+    """See to it that a source of 3 to TINY documents has one at least in each split that is held out by a fraction."""
+    splits = splits.copy()
+    if 3 <= len(splits) < TINY:
+        order = sorted(range(len(splits)), key=lambda i: hash_fraction("hold out", seed, i))
+        for split, fraction in (("validation", config.validation_fraction), ("test", config.test_fraction)):
+            number = SPLITS.index(split)
+            if fraction and not (splits == number).any() and (splits == 0).sum() > 1:
+                splits[next(i for i in order if splits[i] == 0)] = number
+    return splits

@@ -1,0 +1,146 @@
+"""`manta pretrain` against Hugging Face's Trainer with DeepSpeed, both as whole commands in processes of their own.
+
+The same model (llama_5m), shards, order, batch (16 x 256 tokens), ZeRO stage 1, precision, fused AdamW with clipping, one
+process with all cores. The Trainer logs once, at the end, and reads samples in a process beside it, as its users are told to.
+Predicted for the step: 1.15. Both run the same model through the same DeepSpeed. The Trainer holds the logits whole, in fp32
+too, and goes over them some six times more than our chunked loss (10 ms each of some 400); its wrappers, callbacks and check
+of the loss for NaN add a few milliseconds. Predicted for the command: 0.95 at 40 steps, as Ray's start is ours alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.bench.interleaved import interleave, show
+
+STEPS, WARM, BATCH, LENGTH = 40, 10, 16, 256
+ROOT = Path(__file__).parents[2]
+PEERS = Path(sys.prefix) / "peers"  # `make bench` installs accelerate there
+
+
+def trainer(data: str, out: str, precision: str) -> None:
+    """Be the peer: train, save the model, and print when each step ended."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from engine.data.order import Order
+    from engine.data.packing import Blocks
+    from engine.data.shards import Split
+    from engine.data.tokenizer import load_tokenizer
+    from engine.models.build import transformers_config
+    from jobs.entry import compose
+
+    config = compose("pretrain", [])
+    blocks = Blocks(Split.open(Path(data), "train"), LENGTH)
+    order = Order(len(blocks), BATCH, config.seed)
+
+    class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return STEPS * BATCH
+
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            tokens = torch.as_tensor(blocks[order.samples(i // BATCH)[i % BATCH]]["tokens"][:LENGTH])
+            return {"input_ids": tokens, "labels": tokens}
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            ends.append(time.time())
+
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 5_100_000}, "bf16": {"enabled": precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=out, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=1e-3, weight_decay=0.1,
+        adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=STEPS // 10, optim="adamw_torch_fused",
+        bf16=precision == "bf16", use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed, logging_strategy="no",
+        save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
+        dataloader_num_workers=1, dataloader_persistent_workers=True,
+    )  # fmt: skip
+    set_seed(0)
+    tokenizer = load_tokenizer(Path(data) / "tokenizer")
+    model = AutoModelForCausalLM.from_config(
+        transformers_config(config.model, tokenizer, {}), attn_implementation="sdpa"
+    )
+    teacher = Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[Clock()])
+    teacher.train()
+    teacher.save_model(out)
+    print(json.dumps(ends))
+
+
+def steady(ends: list[float]) -> float:
+    """Return tokens a second from the end of step WARM to that of the last."""
+    return (len(ends) - WARM) * BATCH * LENGTH / (ends[-1] - ends[WARM - 1])
+
+
+def run_ours(folder: str, name: str, precision: str) -> tuple[float, float]:
+    """Run `manta pretrain`; return its tokens a second in the steady state and its seconds in all."""
+    command = [
+        sys.executable, "-m", "jobs.pretrain", f"runs_dir={folder}", f"name={name}", "zero.stage=1", f"train.max_steps={STEPS}",
+        f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", f"train.precision={precision}", "train.evaluate_samples=1",
+        "tracking.enabled=false",
+    ]  # fmt: skip
+    began = time.time()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    seconds = time.time() - began
+    lines = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()
+    return steady([json.loads(line)["time"] for line in lines]), seconds
+
+
+def run_trainer(data: Path, out: str, precision: str) -> tuple[float, float]:
+    """Run the peer; return the same."""
+    command = [sys.executable, "-m", "tests.bench.hf_trainer", str(data), out, precision]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(PEERS)])}
+    began = time.time()
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | alone | paths)
+    seconds = time.time() - began
+    return steady(json.loads(done.stdout.strip().splitlines()[-1])), seconds
+
+
+def main() -> None:
+    """Print the ratios of the steady state and of the whole command, for each precision."""
+    from cluster.environment import quiet_environment
+    from engine.config import with_values
+    from engine.data.prepare import prepare
+    from engine.train.hardware import has_bf16
+    from jobs.entry import compose
+
+    if not PEERS.is_dir():
+        raise SystemExit(f"{PEERS} lacks accelerate, which the Trainer needs: make bench installs it there")
+    quiet_environment()
+    turn = iter(range(1000))
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(with_values(compose("pretrain", []), {"runs_dir": folder}))
+        for precision in ("bf16", "fp32") if has_bf16() else ("fp32",):
+            seconds: dict[str, list[float]] = {"ours": [], "Trainer": []}
+
+            def measure(who: str, precision: str = precision, seconds: dict[str, list[float]] = seconds) -> float:
+                name = f"run{next(turn)}"
+                run = (
+                    run_ours(folder, name, precision)
+                    if who == "ours"
+                    else run_trainer(data, f"{folder}/{name}", precision)
+                )
+                seconds[who].append(run[1])
+                return run[0]
+
+            found = interleave({who: (lambda who=who, measure=measure: measure(who)) for who in seconds})
+            print(f"\n{precision}, ZeRO 1, {os.cpu_count()} cores, steps {WARM + 1} to {STEPS}")
+            show(found, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {precision}")
+            print(f"the whole command, {STEPS} steps")
+            whole = {who: [STEPS * BATCH * LENGTH / s for s in values[1:]] for who, values in seconds.items()}
+            show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {precision}")
+
+
+if __name__ == "__main__":
+    trainer(*sys.argv[1:4]) if len(sys.argv) == 4 else main()

@@ -1,0 +1,167 @@
+"""Small models of each family over small data: painted images, and the standard library's source."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from engine.config import Config, with_values
+from engine.data.manifest import Manifest
+from engine.data.prepare import prepare
+from engine.data.processor import prepared_processor
+from engine.models.build import build
+from engine.objectives.contract import Objective, objective_class
+from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.worker import Job
+from tests.engine.train.ranks import losses, run_ranks
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+NO_TEXT = {"model.num_key_value_heads": None, "model.max_position_embeddings": None, "model.tie_word_embeddings": None}
+NO_SHAPE = {
+    f"model.{name}": None for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "patch_size": 8}
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+FAMILIES = {
+    "span_corruption": {
+        "model.type": "t5", **NO_TEXT, "model.intermediate_size": None, "data.sentinel_tokens": 20,
+        "model.options": {"d_kv": 8, "d_ff": 64, "feed_forward_proj": "gated-gelu"},
+    },
+    "image_classification": {"model.type": "vit", **NO_TEXT, "model.options": {"patch_size": 8}},
+    "contrastive": {
+        "model.type": "clip", **NO_TEXT, **NO_SHAPE, "data.caption": "a {label} picture, {words}", "data.sequence_length": 12,
+        "model.options": {"projection_dim": 16, "vision_config": VISION, "text_config": TEXT},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a table of 96 images in three colours, each with a caption's words of its own, and three faulty rows."""
+    numbers = np.random.default_rng(0)
+    rows = []
+    for i in range(96):
+        name = list(COLOURS)[i % 3]
+        canvas = numbers.integers(0, 60, (20, 24, 3)) + np.array(COLOURS[name]) // (1 + i % 2)
+        file = io.BytesIO()
+        Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "colour": name, "words": f"number {i % 7}"})
+    rows[3]["image"] = {"bytes": b"no image at all", "path": None}
+    rows[4]["image"] = {"bytes": None, "path": "gone.png"}
+    rows[5]["colour"] = None
+    path = tmp_path_factory.mktemp("painted") / "train.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def family(tiny: Config, painted: Path) -> Callable[..., Config]:
+    """Return a function of an objective's name and other options -> a config of a model of 30,000 parameters or so."""
+    images = {
+        "data.source": "files", "data.path": str(painted), "data.image_column": "image", "data.label_column": "colour",
+        "data.image_size": 16, "data.name": "painted", "data.max_documents": None, "data.validation_fraction": 0.2,
+        "data.test_fraction": 0.2,
+    }  # fmt: skip
+
+    def make(task: str, **changes: Any) -> Config:
+        values = {"objective.name": task, **FAMILIES[task], **(images if task != "span_corruption" else {})}
+        return with_values(tiny, values | {key.replace("__", "."): value for key, value in changes.items()})
+
+    return make
+
+
+def made(config: Config) -> tuple[Objective, torch.nn.Module, Path]:
+    """Return the objective, a model and the prepared data of a config."""
+    data = prepare(config)
+    objective = objective_class(config.objective.name)(
+        config.objective, prepared_processor(data), config.data.sequence_length, Manifest.load(data).labels
+    )
+    model = build(config.model, objective.processor, objective.auto_class, objective.model_options(), seed=1)
+    objective.meet(model.config)
+    return objective, model, data
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradient of each weight."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Return the largest distance of a weight's two gradients, relative to the norm of all gradients."""
+    assert ours.keys() == theirs.keys()
+    norm = torch.cat([g.flatten() for g in theirs.values()]).norm()
+    return max(float((ours[name] - theirs[name]).norm() / norm) for name in theirs)
+
+
+Curves = dict[tuple[str, str], list[dict[str, Any]]]
+LAYOUTS = {  # name -> workers, ZeRO stage, micro-batch
+    "alone": (1, 2, 7), "two": (2, 2, 2), "sharded": (2, 3, 3),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def curves(family: Callable[..., Config]) -> Curves:
+    """Train each family in each layout, and once in two goes; a global batch of 7 leaves a rank short of samples."""
+
+    def job(task: str, name: str, stage: int, micro: int, **changes: Any) -> Job:
+        layout = {"zero__stage": stage, "train__micro_batch": micro, "train__global_batch": 7}
+        config = family(task, name=f"{task}-{name}", **layout, **changes)
+        return Job(config, prepare(config))
+
+    found: Curves = {}
+    for world in (1, 2):
+        jobs = {
+            (task, name): job(task, name, stage, micro, train__workers=workers)
+            for task in FAMILIES
+            for name, (workers, stage, micro) in LAYOUTS.items()
+            if workers == world
+        }
+        if world == 1:
+            for until in (3, 6):
+                for task in FAMILIES:
+                    changes = {"train__max_steps": until, "schedule__total_steps": 6}
+                    jobs[task, f"half {until}"] = job(task, "halves", 2, 7, **changes)
+        found |= dict(zip(jobs, run_ranks(list(jobs.values()), world), strict=True))
+    return found
+
+
+def assert_same_in_every_layout(curves: Curves, task: str) -> None:
+    """Compare the curves of a task's layouts, step by step."""
+    alone = curves[task, "alone"]
+    assert len(alone) == 6
+    assert losses(alone)[-1] < losses(alone)[0]
+    for name in LAYOUTS:
+        lines = curves[task, name]
+        assert losses(lines) == pytest.approx(losses(alone), abs=1e-5), name
+        assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
+        assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in alone]
+        assert lines[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
+
+
+def assert_resumed_bit_for_bit(curves: Curves, task: str, runs: Path) -> None:
+    """Compare a run in two goes with one without a stop: losses and weights."""
+    assert losses(curves[task, "half 6"]) == losses(curves[task, "alone"])
+    ours, theirs = (
+        Checkpoint(step_folders(runs / f"{task}-{name}" / "checkpoints")[0]).weights() for name in ("alone", "halves")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name

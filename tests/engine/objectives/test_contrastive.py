@@ -1,0 +1,137 @@
+"""CLIP: the loss of the whole global batch, however it is split; recall; a bundle for plain transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.bundles.bundle import Bundle
+from engine.config import Config
+from engine.data.images import from_base64
+from engine.data.shards import Split
+from engine.errors import UserError
+from engine.objectives.contract import Batch, join_scores
+from tests.engine.objectives.conftest import (
+    Curves,
+    assert_resumed_bit_for_bit,
+    assert_same_in_every_layout,
+    gradients,
+    made,
+    relative_error,
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class OneOf:
+    """One of several ranks, which knows what the others gave."""
+
+    rank: int
+    all_rows: list[torch.Tensor]
+
+    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        if self.rank < len(self.all_rows):
+            return [rows if rank == self.rank else other for rank, other in enumerate(self.all_rows)]
+        self.all_rows.append(rows)
+        return self.all_rows
+
+
+def whole_batch(family: Callable[..., Config]) -> tuple[object, torch.nn.Module, list[dict[str, object]]]:
+    objective, model, data = made(family("contrastive"))
+    samples = objective.samples(Split.open(data, "train"))
+    return objective, model, [samples[i] | {"draw": i} for i in range(11)]
+
+
+def test_any_split_of_the_batch_gives_the_loss_and_gradients_of_transformers(family: Callable[..., Config]) -> None:
+    objective, model, samples = whole_batch(family)
+    whole = objective.collate(samples)  # type: ignore[attr-defined]
+    theirs = model(**whole.inputs, return_loss=True).loss
+    wanted = gradients(model, theirs)
+    by_itself = objective.loss(model, whole)  # type: ignore[attr-defined]
+    assert float(by_itself.sum.detach()) / 11 == pytest.approx(float(theirs.detach()), rel=1e-6)
+    assert relative_error(gradients(model, by_itself.sum / 11), wanted) < 1e-6
+
+    # Two ranks with two micro-batches each, the last of them short, and one that is there for company only.
+    cut = [[(samples[:4], 1.0), (samples[8:11], 1.0)], [(samples[4:8], 1.0), (samples[:1], 0.0)]]
+    shares: list[list[tuple[Batch, float]]] = [
+        [(objective.collate(part), weight) for part, weight in rank]  # type: ignore[attr-defined]
+        for rank in cut
+    ]
+    rows: list[torch.Tensor] = []
+    for number in (0, 1):  # what each sends
+        objective.before_step(model, shares[number], OneOf(len(rows), rows))  # type: ignore[attr-defined]
+    model.zero_grad()
+    total = 0.0
+    for number in (0, 1):
+        for batch, weight in objective.before_step(model, shares[number], OneOf(number, rows)):  # type: ignore[attr-defined]
+            loss = objective.loss(model, batch)  # type: ignore[attr-defined]
+            (loss.sum * weight / 11).backward()
+            total += float(loss.sum.detach()) * weight
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert total / 11 == pytest.approx(float(theirs.detach()), rel=1e-6)
+    assert relative_error(ours, wanted) < 1e-6
+    assert float(ours["logit_scale"]) == pytest.approx(float(wanted["logit_scale"]), rel=1e-5)
+
+
+def test_a_batch_larger_than_a_chunk(family: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.objectives import contrastive
+
+    image, text = (torch.nn.functional.normalize(torch.randn(10, 6), dim=1) for _ in range(2))
+    scale = torch.tensor(7.0)
+    whole = contrastive.compared(image, text, scale)
+    monkeypatch.setattr(contrastive, "CHUNK", 3)
+    in_chunks = contrastive.compared(image, text, scale)
+    torch.testing.assert_close(in_chunks.loss_N, whole.loss_N)
+    torch.testing.assert_close(in_chunks.image_gradient_ND, whole.image_gradient_ND)
+    torch.testing.assert_close(in_chunks.text_gradient_ND, whole.text_gradient_ND)
+    assert in_chunks.scale_gradient == pytest.approx(whole.scale_gradient, rel=1e-5)
+
+
+def test_recall_by_hand_and_whatever_the_batches(family: Callable[..., Config]) -> None:
+    objective, model, samples = whole_batch(family)
+    batches = [
+        [objective.collate(samples[a : a + size]) for a in range(0, 11, size)]  # type: ignore[attr-defined]
+        for size in (11, 3)
+    ]
+    found = [objective.metrics(model, some) for some in batches]  # type: ignore[attr-defined]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    scores = join_scores(objective.score(model, batch) for batch in batches[1])  # type: ignore[attr-defined]
+    captions, similar = scores["caption"], scores["image"] @ scores["text"].T
+    assert found[0]["accuracy"] == np.mean([captions[row.argmax()] == c for row, c in zip(similar, captions)])
+    assert found[0]["image_recall"] == np.mean([captions[row.argmax()] == c for row, c in zip(similar.T, captions)])
+    whole = batches[0][0]
+    assert found[0]["loss"] == pytest.approx(float(model(**whole.inputs, return_loss=True).loss), rel=1e-5)
+
+
+def test_the_curve_is_the_same_in_every_layout(curves: Curves) -> None:
+    assert_same_in_every_layout(curves, "contrastive")
+
+
+def test_resuming_is_bit_for_bit_the_straight_run(curves: Curves, runs_dir: Path) -> None:
+    assert_resumed_bit_for_bit(curves, "contrastive", runs_dir)
+
+
+def test_the_bundle_is_plain_transformers(curves: Curves, runs_dir: Path) -> None:
+    from transformers import AutoModel, AutoProcessor
+
+    bundle = Bundle.open(runs_dir / "contrastive-two" / "bundle")
+    bundle.verify()
+    bundle.replay(bundle.model())
+    processor, model = AutoProcessor.from_pretrained(bundle.folder), AutoModel.from_pretrained(bundle.folder)
+    request = bundle.manifest.golden[0]["request"]  # type: ignore[union-attr]
+    inputs = processor(
+        text=request["captions"], images=from_base64(request["image"]), return_tensors="pt", padding=True
+    )
+    assert processor.tokenizer.eos_token_id in inputs["input_ids"][0]
+    probabilities = model(**inputs).logits_per_image.softmax(1)[0].tolist()
+    (ours,) = bundle.objective().predict(bundle.model(), [request])
+    assert list(ours["scores"].values()) == pytest.approx(probabilities, abs=1e-6)
+
+
+def test_captions_over_the_models_positions_are_refused(family: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match=r"20 tokens are over the model's 16 positions: use data\.sequence_length=16"):
+        made(family("contrastive", data__sequence_length=20))

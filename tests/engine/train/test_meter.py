@@ -1,0 +1,98 @@
+"""A step's phases add up to its seconds, on one rank and on several; the profile says where they went."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+
+import pytest
+import torch
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.train.devices import DEVICES, known_device
+from engine.train.meter import PHASES, Meter
+from engine.train.worker import Job
+from tests.engine.train.ranks import losses, run_ranks
+
+IN_A_STEP = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]
+
+
+def test_phases_by_the_clock() -> None:
+    meter = Meter(torch.device("cpu"), flops_per_token=10.0, peak_flops=1e6, datasheet_flops=2e6)
+    meter.enter("forward")
+    time.sleep(0.02)
+    with meter.during("communication"):
+        time.sleep(0.01)
+    time.sleep(0.02)
+    meter.enter("evaluation")
+    with meter.during("communication"):  # part of the evaluation
+        time.sleep(0.01)
+    meter.count(500)
+    found = meter.read()
+    assert found["forward_s"] == pytest.approx(0.04, rel=0.3)
+    assert found["communication_s"] == pytest.approx(0.01, rel=0.5)
+    assert found["evaluation_s"] == pytest.approx(0.01, rel=0.5)
+    assert found["seconds"] == pytest.approx(sum(found[name] for name in IN_A_STEP), rel=1e-9)
+    assert found["tokens_per_s"] == pytest.approx(500 / found["seconds"])
+    assert found["mfu"] == pytest.approx(500 * 10 / found["seconds"] / 1e6)
+    assert found["mfu_datasheet"] == pytest.approx(found["mfu"] / 2)
+    assert meter.read()["seconds"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.3, "a100_80gb"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100_40gb"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100_80gb"),
+        ("NVIDIA H200", 139.8, "h200_141gb"),
+        ("Tesla V100-SXM2-32GB", 31.7, "v100_32gb"),
+        ("NVIDIA A100 80GB PCIe", 79.3, None),
+        ("NVIDIA GeForce RTX 4090", 23.6, None),
+    ],
+)
+def test_devices_are_known_by_name_and_memory(name: str, gibibytes: float, known: str | None) -> None:
+    assert known_device(name, gibibytes * 2**30) is (DEVICES[known] if known else None)
+
+
+def test_every_step_says_where_its_time_went(tiny: Config) -> None:
+    data = prepare(tiny)
+    values = {"name": "split", "zero.stage": 2, "train.workers": 2, "train.evaluate_every": 2}
+    (lines,) = run_ranks([Job(with_values(tiny, values), data)], 2)
+    for line in lines:
+        parts = [line[name] for name in IN_A_STEP]
+        assert sum(parts) == pytest.approx(line["seconds"], rel=1e-6)
+        assert all(line[f"{phase}_s"] > 0 for phase in ("data", "forward", "backward", "optimizer", "communication"))
+        assert (line["evaluation_s"] > 0) == (line["step"] % 2 == 0)
+        assert (line["checkpoint_s"] > 0) == (line["step"] % 3 == 0)
+        assert line["communication_s"] < line["seconds"]
+        assert 0 < line["mfu"] < 1
+        assert 2**24 < line["peak_memory_bytes"] < 2**34
+
+
+def test_a_profile_changes_nothing_and_leaves_a_trace_and_a_page(tiny: Config) -> None:
+    data = prepare(tiny)
+    plain = with_values(tiny, {"name": "unprofiled", "train.workers": 2, "train.max_steps": 7})
+    profiled = with_values(plain, {"name": "profiled", "profile": True})
+    short = with_values(plain, {"name": "short", "profile": True, "train.max_steps": 2, "schedule.total_steps": 7})
+    first, second, third = run_ranks([Job(config, data) for config in (plain, profiled, short)], 2)
+    assert losses(first) == losses(second)
+    assert losses(third) == losses(first)[:2]
+    for config in (profiled, short):
+        folder = config.run_dir / "profile"
+        assert {path.name for path in folder.iterdir()} == {
+            "trace-rank-0.json.gz", "trace-rank-1.json.gz", "summary.html"
+        }  # fmt: skip
+        events = json.loads(gzip.decompress((folder / "trace-rank-1.json.gz").read_bytes()))["traceEvents"]
+        names = {event.get("name") for event in events}
+        assert {"phase: forward", "phase: backward", "aten::mm"} <= names
+        page = (folder / "summary.html").read_text()
+        assert "aten::" in page
+        assert "without the profiler" in page or config is short
+        assert "http" not in page.replace("ui.perfetto.dev", "")
+    assert (
+        "Steps 4 to 6" in (profiled.run_dir / "profile" / "summary.html").read_text()
+        or "Steps 5 to 7" in (profiled.run_dir / "profile" / "summary.html").read_text()
+    )

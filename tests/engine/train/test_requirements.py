@@ -1,0 +1,94 @@
+"""What this machine lacks is told in one sentence, before a Ray starts; fp16 keeps its loss scale where it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.train import requirements
+from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.requirements import check_machine
+from engine.train.run_folder import RunFolder
+from engine.train.state import RESCALE_AFTER, TrainState
+from engine.train.worker import Job
+from jobs import pretrain
+from tests.engine.train.ranks import losses, on_ranks, run_ranks, work_on
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these")
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model.attention": "flex_attention"}, "trains on GPUs only, and here is none: use model.attention=sdpa"),
+        ({"model.attention": "flash_attention_2"}, "needs the package flash_attn, which is not installed: use model.attention=sdpa"),
+        ({"train.precision": "fp16"}, "needs a GPU, or a processor with fp16, and here is none: use train.precision=bf16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_here_is_one_sentence(
+    values: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "has_fp16", lambda: False)
+    with pytest.raises(UserError, match=said):
+        check_machine(with_values(Config(), values))
+    assert pretrain.main([f"{key}={value}" for key, value in values.items()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_torchs_own_attentions_run_anywhere() -> None:
+    for name in ("sdpa", "eager"):
+        check_machine(with_values(Config(), {"model.attention": name}))
+
+
+def test_the_loss_scale_falls_with_an_overflow_and_rises_after_many_updates() -> None:
+    state = TrainState(loss_scale=1024.0)
+    state = state.after(1, 1, 0, skipped=True)
+    assert (state.loss_scale, state.steady) == (512.0, 0)
+    for _ in range(RESCALE_AFTER - 1):
+        state = state.after(1, 1, 0)
+    assert (state.loss_scale, state.steady) == (512.0, RESCALE_AFTER - 1)
+    assert state.after(1, 1, 0).loss_scale == 1024.0
+    assert TrainState(loss_scale=1.0).after(1, 1, 0, skipped=True).loss_scale == 1.0
+    assert TrainState().after(1, 1, 0, skipped=True).loss_scale is None
+
+
+def in_fp16(rank: int, world: int, specs: str, first_scale: float) -> None:
+    """Run jobs in fp16 although this processor has to emulate it; the first scale is so large that it must fall."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from engine.train import worker
+
+    requirements.has_fp16 = lambda: True
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    worker.FIRST_LOSS_SCALE = first_scale
+    work_on(rank, world, specs)
+
+
+def test_fp16_follows_fp32_and_resumes_its_scale(tiny: Config) -> None:
+    data = prepare(tiny)
+    base = with_values(tiny, {"train.workers": 2, "train.max_steps": 8, "optim.lr": 1e-3, "train.max_skipped": 0})
+    (exact,) = run_ranks([Job(with_values(base, {"name": "exact"}), data)], 2)
+    for stage in (0, 2, 3):
+        half = with_values(base, {"zero.stage": stage, "train.precision": "fp16", "train.checkpoint_every": 4})
+        configs = [
+            with_values(half, {"name": f"whole{stage}"}),
+            with_values(half, {"name": f"parts{stage}", "train.max_steps": 4, "schedule.total_steps": 8}),
+            with_values(half, {"name": f"parts{stage}", "schedule.total_steps": 8}),
+        ]
+        on_ranks(in_fp16, 2, json.dumps([Job(config, data).to_dict() for config in configs]), 2.0**19)
+        whole, parts = (list(RunFolder(config.run_dir).metrics()) for config in configs[::2])
+        skipped = whole[-1]["skipped"]
+        assert 0 < skipped < 8
+        assert losses(parts) == losses(whole)
+        states = [Checkpoint(step_folders(config.run_dir / "checkpoints")[0]).state for config in configs[::2]]
+        assert states[0] == states[1]
+        assert states[0].loss_scale == 2.0 ** (19 - skipped)
+        # The first updates are those of fp32, as many steps later as were skipped; the norms are those of the unscaled loss.
+        norms = [line["grad_norm"] for line in whole if line["grad_norm"] is not None]
+        assert norms[0] == pytest.approx(exact[skipped]["grad_norm"], rel=0.5)
+        assert whole[skipped]["loss"] == pytest.approx(exact[0]["loss"], abs=0.5)
