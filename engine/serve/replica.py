@@ -99,7 +99,7 @@ class Replica:
         return {
             "task": TASKS.get(self.objective.auto_class, self.objective.options.name),
             "positions": self.generator.limit if self.generator else self.positions,
-            "vocabulary": config.vocab_size,
+            "vocabulary": getattr(config, "vocab_size", 0),
             "hash": self.bundle.hash,
         }
 

@@ -105,7 +105,7 @@ def test_greedy_completion_is_generate_alone_and_in_company(client: httpx.Client
     assert [answer["choices"][0]["text"] for answer in asked] == wanted
     together = complete(client, prompt=PROMPTS, max_tokens=8)
     assert [c["text"] for c in together["choices"]] == [greedy(bundles["writer"], p, 8) for p in PROMPTS]
-    ids = bundles["writer"].tokenizer()(PROMPTS[1])["input_ids"]
+    ids = bundles["writer"].processor()(PROMPTS[1])["input_ids"]
     answer = complete(client, prompt=ids, max_tokens=40, echo=True)
     assert answer["choices"][0]["text"] == PROMPTS[1] + wanted[1]
     spent = {"prompt_tokens": len(ids), "completion_tokens": 40, "total_tokens": len(ids) + 40}
@@ -162,7 +162,7 @@ def own_scores(bundle: Bundle, ids: list[int]) -> torch.Tensor:
 def test_prompts_are_scored_as_lm_eval_asks_for_it(
     client: httpx.Client, bundles: dict[str, Bundle], max_tokens: int
 ) -> None:
-    tokenizer = bundles["writer"].tokenizer()
+    tokenizer = bundles["writer"].processor()
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:4]]
     body = {"prompt": prompts, "max_tokens": max_tokens, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
     answer = complete(client, **body)
@@ -218,7 +218,7 @@ def test_embeddings_are_the_mean_of_the_last_states(client: httpx.Client, bundle
         bundle = bundles[name]
         rows = client.post("/v1/embeddings", json={"model": name, "input": PROMPTS[:3]}).json()
         for prompt, row in zip(PROMPTS, rows["data"], strict=False):
-            ids = torch.tensor([bundle.tokenizer()(prompt)["input_ids"]])
+            ids = torch.tensor([bundle.processor()(prompt)["input_ids"]])
             with torch.no_grad():
                 mean = bundle.model().base_model(input_ids=ids).last_hidden_state[0].mean(0)
             assert row["embedding"] == pytest.approx((mean / mean.norm()).tolist(), abs=1e-4)
