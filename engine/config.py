@@ -490,7 +490,16 @@ class ServeConfig(Frozen):
     target_ongoing_requests: int = option(8, "requests in flight a replica that the autoscaler aims at", least=1)
     cpus_per_replica: float = option(0.5, "cores a replica", least=0)
     gpus_per_replica: float = option(0.0, "GPUs a replica", least=0)
-    max_batch: int = option(16, "requests in one forward", least=1)
+    max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
+    step_tokens: int = option(
+        256,
+        "tokens in one forward of a generator, about: long prompts are read in parts, so that others go on",
+        least=1,
+    )
+    cache_tokens: Optional[int] = option(
+        None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
+    )  # fmt: skip
+    queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
     batch_wait_s: float = option(0.005, "seconds that a request waits for others to share its forward", least=0)
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)

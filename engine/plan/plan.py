@@ -79,9 +79,6 @@ def plan(config: Config) -> Plan:
     sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
     tokens = config.global_batch * config.data.sequence_length
-    shared = (
-        config.plan.device == "here" and not torch.cuda.is_available()
-    )  # a processor has no memory but the main one
 
     def taken(layout: Config) -> float:
         need = memory(layout, shape, sizes, layout.zero.stage, kind)
