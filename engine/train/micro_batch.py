@@ -83,12 +83,13 @@ def deciding(config: Config, group: Group) -> dict[str, Any]:
         key: value
         for key, value in identity(config, ignoring=()).items()
         if key.startswith(("model.", "objective.", "zero.")) or key in (
-            "data.sequence_length", "data.vocab_size", "data.tokenizer", "bundle", "optim.name", "train.workers", "train.ema",
+            "data.sequence_length", "data.vocab_size", "data.tokenizer", "bundle", "optim.name", "train.ema",
             "train.precision", "train.compile", "train.activation_checkpointing",
         )
     }  # fmt: skip
     machine = torch.cuda.get_device_name(group.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"machine": machine, "memory_gib": round(hardware.total_memory_bytes(group.device) / 2**30), **chosen}
+    return {"machine": machine, "memory_gib": round(hardware.total_memory_bytes(group.device) / 2**30),
+            "workers": group.world, **chosen}  # fmt: skip
 
 
 def recall(file: Path, facts: dict[str, Any]) -> int:
