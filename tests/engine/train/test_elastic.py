@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.train.launch import worker_resources
 from engine.train.run_folder import RunFolder
 from engine.train.worker import Job
+from jobs.entry import compose
 from tests.conftest import TINY
 from tests.engine.train.ranks import run_ranks
 
@@ -94,9 +95,6 @@ def wait(what: Callable[[], object], process: subprocess.Popen[bytes], seconds: 
 
 @pytest.mark.slow
 def test_a_lost_node_and_its_return_change_nothing(tiny: Config, cluster: state.State, tmp_path: Path) -> None:
-    alone = with_values(tiny, LONG | {"name": "not-elastic", "zero.stage": 0})
-    (wanted,) = run_ranks([Job(alone, prepare(alone))], 1)
-
     elastic = {
         "train.workers": 2,
         "train.min_workers": 1,
@@ -106,6 +104,10 @@ def test_a_lost_node_and_its_return_change_nothing(tiny: Config, cluster: state.
     }
     values = TINY | LONG | elastic | {"runs_dir": str(tiny.runs_dir), "cluster.address": "auto"}
     command = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+    alone = with_values(
+        compose("pretrain", command), {"name": "not-elastic", "train.workers": 1, "train.min_workers": None}
+    )
+    (wanted,) = run_ranks([Job(alone, prepare(alone))], 1)
     environment = os.environ | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_path, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     }  # fmt: skip
