@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -68,6 +69,47 @@ def test_fewer_workers_than_asked_need_room_only_for_the_least(tiny: Config) -> 
         worker_resources(with_values(tiny, values | {"train.min_workers": 3}), {"CPU": 2.0})
     with pytest.raises(UserError, match=r"use train\.min_workers=4 or less"):
         with_values(tiny, values | {"train.min_workers": 5})
+
+
+def test_a_group_grows_once_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+    from ray.train.v2.api.config import ScalingConfig
+
+    from engine.train import elastic
+
+    room = {"a": {"CPU": 1.0}}
+    monkeypatch.setattr(elastic.Elastic, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(elastic.Elastic, "_get_reserved_resources", lambda self: room)
+    monkeypatch.setattr(elastic, "all_answer", lambda: answers[0])
+    scaling = ScalingConfig(
+        num_workers=(1, 2), resources_per_worker={"CPU": 1.0}, elastic_resize_monitor_interval_s=0.0
+    )
+    policy, answers, asked = elastic.Elastic(scaling, tmp_path), [False], []
+    monkeypatch.setattr(elastic, "LOOK_S", 0.0)
+    # A node that Ray still counts, and that does not answer, is waited for.
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    answers[0] = True
+    assert policy.make_decision_for_non_running_worker_group() == ResizeDecision(1, {"CPU": 1.0})
+    group = SimpleNamespace(start_time=0.0, num_workers=1, workers=[SimpleNamespace(execute_async=asked.append)])
+
+    def decide() -> object:
+        return policy.make_decision_for_running_worker_group(group, None)
+
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "manifest.json").touch()
+    assert isinstance(decide(), NoopDecision)
+    assert asked == []
+    room["b"] = {"CPU": 4.0}
+    assert isinstance(decide(), NoopDecision)  # there is room: a checkpoint is asked for first
+    assert isinstance(decide(), NoopDecision)
+    assert asked == [elastic.ask_for_save]
+    (tmp_path / "step-00000007").mkdir()
+    assert isinstance(decide(), NoopDecision)
+    (tmp_path / "step-00000007" / "manifest.json").touch()
+    assert decide() == ResizeDecision(2, {"CPU": 1.0})
+    # Fewer than the least is no group.
+    room.clear()
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
 
 
 @pytest.fixture
