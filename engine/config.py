@@ -126,9 +126,9 @@ class DataConfig(Frozen):
     quality: bool = option(
         False, "leave out what the rules of Rae et al. 2021 (Gopher, table A1) call no English prose"
     )
-    language: Optional[str] = option(
-        None,
-        "leave out what is in none of these languages: en, or 'en,de' (ISO 639-1; pip install 'manta-train[language]')",
+    languages: list[str] = option(
+        [],
+        "leave out what is in none of these languages (ISO 639-1): [en] or [en,de]; needs pip install 'manta-train[language]'",
     )
     filter: Optional[str] = option(
         None, "your own, 'module:function': text -> True to keep it, or False or a reason to leave it out"
@@ -159,7 +159,7 @@ class DataConfig(Frozen):
 PER_SOURCE = (
     "source", "path", "validation_path", "test_path", "format", "text_column", "subset", "split", "validation_split",
     "test_split", "revision", "stream", "licence", "validation_fraction", "test_fraction", "max_documents", "mask",
-    "min_characters", "max_characters", "quality", "language", "filter",
+    "min_characters", "max_characters", "quality", "languages", "filter",
 )  # fmt: skip
 
 
@@ -399,6 +399,47 @@ class EvaluateConfig(Frozen):
     confidence: float = option(0.95, "of the bootstrap intervals", above=0, most=0.999)
     resamples: int = option(2000, "bootstrap resamples (Efron & Tibshirani 1993)", least=100)
     against: Optional[str] = option(None, "a second bundle: paired comparison on the same examples")
+    slice_column: Optional[str] = option(
+        None, "column of the data's files that names a row's group: metrics by group, and the gaps between them"
+    )
+    pairs: Optional[str] = option(
+        None, "bias check: JSON lines with two texts, a and b, that differ only in whom they are about"
+    )
+    generation: Optional[str] = option(
+        None, "JSON lines with a text to start from and its reference: BLEU, chrF and ROUGE-L of what the model writes"
+    )
+    source_column: str = option("source", "generation: column with the text to start from")
+    target_column: str = option("target", "generation: column with the reference")
+    max_new_tokens: int = option(64, "generation: most tokens written for an example", least=1)
+    max_examples: Optional[int] = option(None, "generation: take the first so many examples (None: all)", least=1)
+    suite: str = option(
+        "own", "own: the metrics here; lm_eval: EleutherAI's harness (pip install 'manta-train[lm-eval]')",
+        choices=("own", "lm_eval"),
+    )  # fmt: skip
+    tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+
+
+@dataclass
+class CardConfig(Frozen):
+    """What the model card, README.md in a bundle, says in its author's words."""
+
+    licence: Optional[str] = option(None, "licence of the model (SPDX); None: that of the data")
+    intended_use: Optional[str] = option(None, "what the model is for; None: its task")
+    limits: Optional[str] = option(
+        None, "what it is not for, and where it fails; None: what follows from data and task"
+    )
+
+
+@dataclass
+class PromoteConfig(Frozen):
+    """How a registered version becomes the champion, and goes back."""
+
+    model: Optional[str] = option(
+        None, "registered name to promote under; None: the one that it has, else the bundle's own"
+    )
+    reason: Optional[str] = option(
+        None, "promote although it isn't shown to be better than the champion: why (kept with the promotion)"
+    )
 
 
 @dataclass
@@ -449,7 +490,16 @@ class ServeConfig(Frozen):
     target_ongoing_requests: int = option(8, "requests in flight a replica that the autoscaler aims at", least=1)
     cpus_per_replica: float = option(0.5, "cores a replica", least=0)
     gpus_per_replica: float = option(0.0, "GPUs a replica", least=0)
-    max_batch: int = option(16, "requests in one forward", least=1)
+    max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
+    step_tokens: int = option(
+        256,
+        "tokens in one forward of a generator, about: long prompts are read in parts, so that others go on",
+        least=1,
+    )
+    cache_tokens: Optional[int] = option(
+        None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
+    )  # fmt: skip
+    queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
     batch_wait_s: float = option(0.005, "seconds that a request waits for others to share its forward", least=0)
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
@@ -479,7 +529,7 @@ class TrackingConfig(Frozen):
     uri: Optional[str] = option(None, "MLflow server; None: an SQLite file, <runs_dir>/mlflow.db")
     experiment: str = option("manta", "MLflow experiment")
     enabled: bool = option(True, "log runs to MLflow (metrics.jsonl is written in any case)")
-    alias: str = option("champion", "registry alias that `deploy` looks up and the demo sets")
+    alias: str = option("champion", "registry alias that `deploy` looks up, and `promote` and `rollback` move")
 
 
 @dataclass
@@ -517,6 +567,8 @@ class Config(Frozen):
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+    promote: PromoteConfig = field(default_factory=PromoteConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -563,12 +615,17 @@ class Config(Frozen):
         """MLflow's store."""
         return self.tracking.uri or f"sqlite:///{Path(self.runs_dir).absolute()}/mlflow.db"
 
+    @property
+    def registry_dir(self) -> Path:
+        """Where registered bundles are kept: MLflow's artifacts where it has no server, else copies of the server's."""
+        return Path(self.runs_dir).absolute() / "registry"
+
 
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
-    "convert",
+    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
+    "promote", "plan", "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
@@ -773,9 +830,9 @@ def _check_images(data: DataConfig) -> None:
     """Check the options of images, and that a caption's parts are there."""
     if data.image_column and (data.source != "files" or data.sources):
         raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
-    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+    if data.image_column and (data.mask or data.filter or data.quality or data.languages):
         raise UserError(
-            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+            "data.mask, data.filter, data.quality and data.languages are for text: leave them out with data.image_column"
         )
     if data.image_column and data.caption:
         try:
@@ -880,6 +937,10 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"train.max_steps {train.max_steps} is more than schedule.total_steps {c.schedule.total_steps}: "
             f"use schedule.total_steps={train.max_steps} or more"
+        )
+    if (c.evaluate.suite == "lm_eval") != bool(c.evaluate.tasks):
+        raise UserError(
+            "evaluate.suite=lm_eval and evaluate.tasks=[NAME_OR_FILE,...] go together: give both or neither"
         )
     packs = c.data.packing != "end_to_end" or c.data.within_documents
     if packs and c.objective.name not in ("causal_lm", "masked_lm"):

@@ -66,6 +66,7 @@ def dry_batch(run: Run, samples: int) -> None:
     batch = run.objective.collate([run.samples[longest] | {"draw": 0}] * samples).to(run.group.device)
     devices = [run.group.device] if run.group.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        ((batch, _),) = run.objective.before_step(run.model, [(batch, 1.0)], run.group)  # type: ignore[arg-type]
         loss = run.objective.loss(run.model, batch)  # type: ignore[arg-type]
         run.model.backward(loss.sum * 0.0)
 

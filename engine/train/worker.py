@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, fingerprint, from_dict, replace, to_dict
+from engine.config import Config, fingerprint, from_dict, identity, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix, Packing
@@ -23,6 +23,7 @@ from engine.models.build import build, freeze_layers, load
 from engine.objectives.contract import Objective, objective_class
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
+from engine.train.energy import EnergyMeter, total
 from engine.train.group import Group
 from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
@@ -101,11 +102,14 @@ def work(
     if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
         state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
+    energy = EnergyMeter(group.device, group.world)
     last: Metrics = {}
     waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
         metrics |= waste
+        if log:
+            metrics |= energy.lap()
         last.update(metrics)
         if profile:
             profile(metrics)
@@ -205,7 +209,17 @@ def export(
         run={"name": job.config.name, "step": line["step"], "samples_hash": line["samples_hash"]},
         evaluation={name: value for name, value in line.items() if name.startswith("validation_")},
         dtype=dtype,
+        licence=job.config.card.licence or manifest.licence,
+        training=training_facts(job, line),
+        words={"intended_use": job.config.card.intended_use or "", "limits": job.config.card.limits or ""},
     )
+
+
+def training_facts(job: Job, line: Metrics) -> dict[str, Any]:
+    """Return what a bundle tells of its training up to the step of `line`: the config, the tokens, the energy."""
+    lines = [one for one in RunFolder(job.config.run_dir).metrics() if one["step"] <= line["step"]]
+    config, energy = identity(job.config), total(lines)
+    return {"job": job.config.job, "config": config, "tokens": line["tokens"], "energy": energy}
 
 
 def local_group() -> Group:
