@@ -24,9 +24,7 @@ from engine.train.optimizer import parameter_groups
 FP32 = 4  # bytes
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000  # parameters that stage 3 holds whole at a time: DeepSpeed's stage3_max_live_parameters
-PREFETCH = (
-    50_000_000  # parameters that stage 3 gathers at a time, twice there for a moment: stage3_prefetch_bucket_size
-)
+PREFETCH = 50_000_000  # parameters that stage 3 gathers at a time, and copies then: stage3_prefetch_bucket_size
 SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at a time: DeepSpeed's sub_group_size
 
 
@@ -131,9 +129,8 @@ def moments(config: Config, sizes: Sizes, stage: int, precision: str) -> Iterato
         added = flat if stage == 2 and passes > 1 and not optimizer_away else 0
         yield at("reduction", max(inside, flat) + added, 0, 0, inside)
     else:
-        yield at(
-            "reduction", held, 0, 0, staying + inside * (2 if on_processor(config) else 1)
-        )  # Gloo copies its input
+        copies = 2 if on_processor(config) else 1  # Gloo copies its input
+        yield at("reduction", held, 0, 0, staying + inside * copies)
     # The update takes gradients in fp32: flat (stages 1 to 3, where a copy is made even of fp32), or each beside its own.
     if stage == 0:
         yield at("update", gradients, 0, 0, trained * FP32 if width < FP32 else 0)
