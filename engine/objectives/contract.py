@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import DataConfig, ObjectiveConfig, data_kind
+from engine.config import Config, DataConfig, ObjectiveConfig, data_kind
 from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
@@ -222,6 +222,11 @@ def objective_class(name: str) -> type[Objective]:
         raise UserError(f"objective.name={name} is not one of {', '.join(known)}{nearest(name, known)}")
     found: type[Objective] = importlib.import_module(f"engine.objectives.{name}").Objective
     return found
+
+
+def task(config: Config) -> Objective:
+    """Return a config's task without its processor, which is enough to reckon with."""
+    return objective_class(config.objective.name)(config.objective, None, config.data.sequence_length)
 
 
 def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:

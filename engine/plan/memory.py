@@ -18,7 +18,7 @@ from torch import nn
 from engine.config import Config
 from engine.models.cross_entropy import chunk_rows
 from engine.models.size import parameter_count
-from engine.objectives.contract import objective_class
+from engine.objectives.contract import objective_class, task
 from engine.train.optimizer import parameter_groups
 
 FP32 = 4  # bytes
@@ -104,13 +104,18 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
             host=away + (weights if weights_away else 0),
         )  # fmt: skip
 
-    tokens = config.micro_batch * config.data.sequence_length
-    block = tokens * width * block_widths(shape)
-    kept = block * shape.num_hidden_layers
+    stacks = task(config).stacks(shape)
+    tokens = [config.micro_batch * stack.tokens for stack in stacks]
+    blocks = [count * width * block_widths(stack.config) for count, stack in zip(tokens, stacks)]
+    kept = sum(block * stack.config.num_hidden_layers for block, stack in zip(blocks, stacks))
     recomputed = 0.0
     if config.train.activation_checkpointing:
-        kept, recomputed = tokens * width * shape.hidden_size * shape.num_hidden_layers, block
-    loss, after = loss_bytes(config, shape, sizes, tokens, width)
+        kept = sum(
+            count * width * stack.config.hidden_size * stack.config.num_hidden_layers
+            for count, stack in zip(tokens, stacks)
+        )
+        recomputed = max(blocks)
+    loss, after = loss_bytes(config, shape, sizes, tokens[-1], width)
     yield at("loss", held, kept, loss, staying + live)
     yield at("backward", held, kept + recomputed, after, staying + live)
     # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where
@@ -168,5 +173,5 @@ def block_widths(shape: Any) -> float:
     """
     hidden = shape.hidden_size
     grouped = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) / shape.num_attention_heads
-    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * hidden
+    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or getattr(shape, "d_ff", 4 * hidden)
     return (10 + 2 * grouped) * hidden + 4 * inner

@@ -19,9 +19,8 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import freeze_layers, transformers_config
-from engine.models.size import flops_per_token
-from engine.objectives.contract import objective_class
+from engine.models.build import Inputs, freeze_layers, from_config, transformers_config
+from engine.objectives.contract import task
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory
 from engine.progress import console
 from engine.train.devices import DEVICES, RESERVED
@@ -67,6 +66,8 @@ def plan(config: Config) -> Plan:
     Raises UserError for an unknown architecture, or for a sequence that is longer than the model's positions.
     """
     shape = model_shape(config)
+    objective = task(config)
+    objective.meet(shape)
     positions = getattr(shape, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise UserError(
@@ -74,11 +75,12 @@ def plan(config: Config) -> Plan:
             f"use data.sequence_length={positions}"
         )
     with torch.device("meta"):
-        model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(shape)
+        model: Any = from_config(shape, objective.auto_class)
     freeze_layers(model, config.objective.frozen_layers)
     sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
-    tokens = config.global_batch * config.data.sequence_length
+    sample = sum(stack.tokens for stack in objective.stacks(shape))
+    tokens = config.global_batch * sample
     shared = (
         config.plan.device == "here" and not torch.cuda.is_available()
     )  # a processor has no memory but the main one
@@ -89,7 +91,7 @@ def plan(config: Config) -> Plan:
 
     layout = fastest_layout(config, lambda layout: taken(layout) <= room)
     again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
-    flops = flops_per_token(model, shape, config.data.sequence_length)
+    flops = objective.flops(model) / sample
     step_s = tokens * flops * again / (config.plan.mfu * peak * devices)
     steps = config.plan.tokens / tokens if config.plan.tokens else config.train.max_steps
     checkpoint = FP32 * (sizes.parameters + sizes.moments + (sizes.trained if config.train.ema else 0))
@@ -184,20 +186,8 @@ def model_shape(config: Config) -> Any:
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    return transformers_config(config.model, Vocabulary(config.model.vocab_size or config.data.vocab_size), {})
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Stands for a tokenizer of which only the size is known yet."""
-
-    size: int
-    pad_token_id: int | None = None
-    eos_token_id: int | None = None
-    bos_token_id: int | None = None
-
-    def __len__(self) -> int:
-        return self.size
+    inputs = Inputs(config.model.vocab_size or config.data.vocab_size, image_size=config.data.image_size)
+    return transformers_config(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:
