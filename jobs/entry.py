@@ -125,7 +125,7 @@ def training_session(config: Config) -> Iterator[None]:
         from engine.train.launch import environments
 
         if own:
-            controller, rank = environments()
+            controller, rank = environments(config)
             prestart(CONTROLLER_PROCESSES, controller)
             prestart(min(config.train.workers, os.cpu_count() or 1), rank, nested=True)
         imported()

@@ -147,7 +147,7 @@ def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path,
         if not (folder / "tokenizer").exists():
             part = folder / "tokenizer.part"
             shutil.rmtree(part, ignore_errors=True)
-            if given and has_tokenizer(given):
+            if given and (has_tokenizer(given) or str(given) == data.tokenizer):
                 copy_tokenizer(given, part)
             else:
                 train_bpe(

@@ -31,7 +31,9 @@ class Survey:
     splits: np.ndarray  # uint8 [D], numbers of SPLITS
     labels: list[str | None]  # [D], or empty where the data have no labels
     origins: np.ndarray  # int32 [D]: which of `files` each is from
-    files: list[dict[str, Any]]  # path of each file, and sha256 and bytes of those that begin in this part
+    files: list[
+        dict[str, Any]
+    ]  # path of each file, and sha256 (or a dataset's fingerprint) and bytes of those that begin here
     texts: list[str | None]  # [D]: of a sample of the training documents, or all where reading them again costs much
     skipped: Counter[str]  # reason -> documents left out
     masked: Counter[str]  # kind -> places masked
@@ -140,9 +142,10 @@ def _files(part: Part) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for piece in part.pieces:
         facts: dict[str, Any] = {"path": listed_as(part.config, piece.file)}
-        if not piece.start:
-            digest = piece.file.stamp if piece.file.filesystem is None else piece.file.sha256()
-            facts |= {"sha256": digest, "bytes": piece.file.size}
+        if piece.file.filesystem is None:
+            facts |= {"fingerprint": piece.file.stamp, "bytes": piece.file.size}
+        elif not piece.start:
+            facts |= {"sha256": piece.file.sha256(), "bytes": piece.file.size}
         found.setdefault(facts["path"], facts)
     return list(found.values())
 

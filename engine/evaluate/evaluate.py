@@ -66,7 +66,7 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     options = config.evaluate
     bundle = Bundle.open(folder)
     bundle.verify()
-    objective = bundle.objective(Packing.of(config.data))
+    objective = bundle.objective(Packing(config.data.packing, config.data.within_documents))  # each sample once
     check_data(objective.options.name, config.data, str(folder))
     if options.slice_column and objective.reads != "labelled":
         raise UserError(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from engine.config import Config
@@ -24,6 +25,9 @@ from engine.train.optimizer import parameter_groups
 FP32 = 4  # bytes
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000  # parameters that stage 3 holds whole at a time: DeepSpeed's stage3_max_live_parameters
+PREFETCH = (
+    50_000_000  # parameters that stage 3 gathers at a time, twice there for a moment: stage3_prefetch_bucket_size
+)
 SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at a time: DeepSpeed's sub_group_size
 
 
@@ -95,7 +99,9 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
     bucket = min(REDUCE_BUCKET, trained) * width  # stage 3's stays, too
     staying = bucket if stage == 3 else 0
     # With one worker stage 3 gathers nothing.
-    live = min(LIVE, sizes.parameters) * width if stage == 3 and (workers > 1 or weights_away) else 0
+    live = (min(LIVE, sizes.parameters) + min(PREFETCH, sizes.parameters)) * width
+    if stage < 3 or (workers == 1 and not weights_away):
+        live = 0
 
     def at(moment: str, gradients: float, activations: float, logits: float, buffers: float) -> MemoryPlan:
         return MemoryPlan(
@@ -122,13 +128,20 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
         added = flat if stage == 2 and passes > 1 and not optimizer_away else 0
         yield at("reduction", max(inside, flat) + added, 0, 0, inside)
     else:
-        yield at("reduction", held, 0, 0, staying + inside)
+        yield at(
+            "reduction", held, 0, 0, staying + inside * (2 if on_processor(config) else 1)
+        )  # Gloo copies its input
     # The update takes gradients in fp32: flat (stages 1 to 3, where a copy is made even of fp32), or each beside its own.
     if stage == 0:
         yield at("update", gradients, 0, 0, trained * FP32 if width < FP32 else 0)
     elif not optimizer_away:
         part = min(flat, SUB_GROUP * width) if stage == 3 else flat
         yield at("update", flat, 0, 0, staying + part + (part / width * FP32 if width < FP32 else 0))
+
+
+def on_processor(config: Config) -> bool:
+    """Tell whether the plan is for this machine's processor, which has no memory but the main one."""
+    return config.plan.device == "here" and not torch.cuda.is_available()
 
 
 def optimizer_bytes(config: Config, sizes: Sizes, stage: int, precision: str) -> float:

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.models.build import freeze_layers, transformers_config
 from engine.models.size import flops_per_token
 from engine.objectives.contract import objective_class
-from engine.plan.memory import FP32, MemoryPlan, Sizes, memory
+from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
 from engine.progress import console
 from engine.train.devices import DEVICES, RESERVED
 from engine.train.hardware import matmul_peak, precision
@@ -79,13 +79,10 @@ def plan(config: Config) -> Plan:
     sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
     tokens = config.global_batch * config.data.sequence_length
-    shared = (
-        config.plan.device == "here" and not torch.cuda.is_available()
-    )  # a processor has no memory but the main one
 
     def taken(layout: Config) -> float:
         need = memory(layout, shape, sizes, layout.zero.stage, kind)
-        return need.total + (need.host if shared else 0)
+        return need.total + (need.host if on_processor(config) else 0)
 
     layout = fastest_layout(config, lambda layout: taken(layout) <= room)
     again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
