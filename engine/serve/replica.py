@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ class Reader:
         self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
 
     def wake(self) -> None:
-        """Let it look. Raises RuntimeError where its loop has ended."""
-        self.loop.call_soon_threadsafe(self.news.set)
+        """Let it look, if it still can."""
+        with contextlib.suppress(RuntimeError):  # its loop has ended
+            self.loop.call_soon_threadsafe(self.news.set)
 
 
 def wake_readers(news: Sequence[Completion]) -> None:
