@@ -225,6 +225,8 @@ class Api:
 
         async def answer(name: str) -> Response:
             inputs = body.inputs()
+            if not self.about[name]["embeds"]:
+                raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
             if len(inputs) > MOST_INPUTS:
                 raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MOST_INPUTS}: send fewer", "input")
             self._check_tokens(name, inputs, "input")

@@ -23,6 +23,7 @@ from engine.serve.sampling import Sampling
 from engine.serve.text import Logprobs, Text
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
+EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
 
 
@@ -102,6 +103,7 @@ class Replica:
             "task": TASKS.get(self.objective.auto_class, self.objective.options.name),
             "positions": self.generator.limit if self.generator else self.positions,
             "vocabulary": getattr(config, "vocab_size", 0),
+            "embeds": self.objective.auto_class in EMBEDS,
             "hash": self.bundle.hash,
         }
 
