@@ -120,6 +120,10 @@ class Objective(ABC):
         """Return the stacks of blocks of a model with this transformers config, and a full sample's tokens in each."""
         return [Stack(config, self.sequence_length)]
 
+    def predicted(self, tokens: int) -> int:
+        """Return of how many of a full sample's `tokens` the loss asks logits over the vocabulary."""
+        return tokens if self.over_vocabulary else 0
+
     def flops(self, model: nn.Module) -> float:
         """Return the floating-point operations of a full sample, forward and backward."""
         (stack,) = self.stacks(model.config)

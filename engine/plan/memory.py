@@ -42,23 +42,20 @@ class Sizes:
     @classmethod
     def of(cls, model: Any, config: Config) -> Sizes:
         """Count them, on the meta device or any other."""
-        task = objective_class(config.objective.name)
-        stacks = task(config.objective, None, config.data.sequence_length).stacks(model.config)
+        task = objective_class(config.objective.name)(config.objective, None, config.data.sequence_length)
+        stacks = task.stacks(model.config)
         groups = parameter_groups(model, config.optim)
         trained = {False: 0, True: 0}
         for group in groups:
             trained[group["muon"]] += sum(p.numel() for p in group["params"])
         head = model.get_output_embeddings() if task.over_vocabulary else None
-        predicted = stacks[-1].tokens
-        if config.objective.name == "masked_lm":
-            predicted = round(predicted * config.objective.mask_rate)
         return cls(
             parameters=parameter_count(model),
             trained=sum(trained.values()),
             moments=2 * trained[False] + trained[True],
             stacks=stacks,
             head=tuple(head.weight.shape) if head is not None else (0, 0),
-            predicted=predicted if head is not None else 0,
+            predicted=task.predicted(stacks[-1].tokens),
         )
 
 
