@@ -173,5 +173,9 @@ def block_widths(shape: Any) -> float:
     """
     hidden = shape.hidden_size
     grouped = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) / shape.num_attention_heads
-    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or getattr(shape, "d_ff", 4 * hidden)
+    inner = (
+        getattr(shape, "intermediate_size", None)
+        or getattr(shape, "n_inner", None)
+        or getattr(shape, "d_ff", 4 * hidden)
+    )
     return (10 + 2 * grouped) * hidden + 4 * inner
