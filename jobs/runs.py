@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -27,14 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `manta runs`."""
     parser = argparse.ArgumentParser(prog="manta runs", description=__doc__)
     parser.add_argument("name", nargs="?", help="show this run")
-    parser.add_argument("--verify", action="store_true", help="read the run's checkpoints whole, and say which are sound")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the run's checkpoints whole, and say which are sound"
+    )
     parser.add_argument("--runs-dir", default="runs", help="where runs are kept (default: runs)")
     options = parser.parse_args(argv)
     runs = list_runs(Path(options.runs_dir))
     if options.name:
         status = dict(runs).get(options.name)
         if status is None:
-            raise UserError(f"there is no run '{options.name}' in {options.runs_dir}{nearest(options.name, dict(runs))}")
+            raise UserError(
+                f"there is no run '{options.name}' in {options.runs_dir}{nearest(options.name, dict(runs))}"
+            )
         console = Console(highlight=False, soft_wrap=True)
         for title, lines in page(RunFolder(Path(options.runs_dir) / options.name), status, options.verify).items():
             for i, line in enumerate(lines):
@@ -66,7 +71,9 @@ def page(run: RunFolder, status: Status, verify: bool) -> dict[str, list[str]]:
     for name in ("loss", "validation_loss"):
         values = [line[name] for line in metrics if line.get(name) is not None]
         if values:
-            shown[name.replace("_", " ")] = [f"{curve(values)} {values[0]:.4f} -> {values[-1]:.4f}, least {min(values):.4f}"]
+            shown[name.replace("_", " ")] = [
+                f"{curve(values)} {values[0]:.4f} -> {values[-1]:.4f}, least {min(values):.4f}"
+            ]
     shown["from"] = [f"{what} {place}" for what, place in (("data", status.data), ("bundle", status.parent)) if place]
     if (file := run.bundle / "manta.json").is_file():
         bundle = json.loads(file.read_text())
@@ -103,7 +110,7 @@ def curve(values: list[float]) -> str:
     """Draw values in a line of at most WIDTH bars, each the mean of its stretch."""
     count = min(WIDTH, len(values))
     edges = [i * len(values) // count for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
 

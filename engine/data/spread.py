@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from engine.errors import UserError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -20,11 +22,9 @@ def connected() -> bool:
 def spread(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Yield the result of each item as it comes, in any order, worked out by the cluster's processes, one item a task.
 
-    Raises what the function raises.
+    Raises the UserError that the function raises.
     """
-    import ray
     import ray.data
-    from ray.exceptions import RayTaskError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -34,15 +34,13 @@ def spread(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         sys.path[:] = [*dict.fromkeys([*sys.path, *path])]  # a filter may lie in the folder of the command
-        return {"result": function(row["item"])}
+        try:
+            return {"result": function(row["item"]), "mistake": ""}
+        except UserError as error:
+            return {"result": None, "mistake": str(error)}
 
-    try:
-        for row in (
-            ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-            .map(work)
-            .iter_rows()
-        ):
-            yield row["result"]
-    except RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, Exception) else error from error
+    rows = ray.data.from_items([{"item": item} for item in items], override_num_blocks=len(items)).map(work)
+    for row in rows.iter_rows():
+        if row["mistake"]:
+            raise UserError(row["mistake"])
+        yield row["result"]

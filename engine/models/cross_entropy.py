@@ -4,7 +4,7 @@ The output embedding itself gives the loss: its `forward` is another one while a
 on that module (ZeRO-3's hooks gather its weight) works as ever. The gradients of hidden states and weight are computed
 chunk by chunk in the forward pass, when the logits are at hand; the backward pass only scales them.
 
-Shapes: B batch, L length, T tokens, C tokens of a chunk, D width, V vocabulary.
+Shapes: B batch, L length, T tokens, C tokens of a chunk, N of a block in it, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100  # a target that isn't one, as in torch
-CHUNK_LOGITS, CHUNK_TOKENS = (
-    2**25,
-    1024,
-)  # in a chunk, unless told otherwise: matrices of fewer tokens are multiplied slowly
+CACHED_LOGITS = 2**18  # on a processor, in fp32: a megabyte
+# In a chunk, unless told otherwise: matrices of fewer tokens are multiplied slowly.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**25, 1024
 
 
 def summed_cross_entropy(
@@ -100,9 +99,8 @@ class Desk:
         self.head, self.logits_are_final = head, True
         self._give: Give | None = None
         self._given: Tensor | None = None
-        self._forward = torch.compiler.disable(
-            self._answer
-        )  # always the same function, or a compiled model starts over
+        # Always the same function, or a compiled model starts over.
+        self._forward = torch.compiler.disable(self._answer)
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of the model gets a desk of its own when it is asked
@@ -135,6 +133,28 @@ def chunk_rows(vocabulary: int) -> int:
     return max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 
 
+def losses_and_slopes(logits_CV: Tensor, targets_C: Tensor, z_loss: float, graded: bool) -> Tensor:
+    """Return the summed loss in fp64; if `graded`, put its derivative by the logits in their place."""
+    total = torch.zeros((), dtype=torch.float64, device=logits_CV.device)
+    tokens, vocabulary = logits_CV.shape
+    # A processor works on what its cache holds: beyond that these passes take as long as the matrix products.
+    block = tokens if logits_CV.is_cuda else max(16, CACHED_LOGITS // vocabulary)
+    for start in range(0, tokens, block):
+        logits_NV, targets_N1 = logits_CV[start : start + block], targets_C[start : start + block, None]
+        chosen_N1 = logits_NV.gather(1, targets_N1).float()
+        log_p_NV = F.log_softmax(logits_NV, dim=1, dtype=torch.float32)
+        nll_N1 = -log_p_NV.gather(1, targets_N1)
+        normalizer_N1 = chosen_N1 + nll_N1
+        total += (nll_N1 + z_loss * normalizer_N1.square()).sum(dtype=torch.float64)
+        if graded:
+            slope_NV = log_p_NV.exp_()  # probabilities, less 1 at the target
+            if z_loss:
+                slope_NV *= 1 + 2 * z_loss * normalizer_N1
+            slope_NV.scatter_add_(1, targets_N1, torch.full_like(nll_N1, -1.0))
+            logits_NV.copy_(slope_NV)
+    return total
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of hidden_TD @ weight_VD.T (+ bias_V) against targets_T, summed, in chunks of `rows` tokens."""
 
@@ -148,19 +168,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         gradients = Gradients(hidden_TD, weight_VD, of_hidden, of_weight, of_bias, single=len(targets_T) <= rows)
         total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
         for start in range(0, len(targets_T), rows):
-            hidden_CD, targets_C1 = hidden_TD[start : start + rows], targets_T[start : start + rows, None]
+            hidden_CD, targets_C = hidden_TD[start : start + rows], targets_T[start : start + rows]
             logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
-            chosen_C1 = logits_CV.gather(1, targets_C1).float()
-            log_p_CV = F.log_softmax(logits_CV, dim=1, dtype=torch.float32)
-            nll_C1 = -log_p_CV.gather(1, targets_C1)
-            normalizer_C1 = chosen_C1 + nll_C1
-            total += (nll_C1 + z_loss * normalizer_C1.square()).sum(dtype=torch.float64)
+            total += losses_and_slopes(logits_CV, targets_C, z_loss, graded)
             if graded:
-                slope_CV = log_p_CV.exp_()  # the loss by the logits: their probabilities, less 1 at the target
-                if z_loss:
-                    slope_CV *= 1 + 2 * z_loss * normalizer_C1
-                slope_CV.scatter_add_(1, targets_C1, torch.full_like(nll_C1, -1.0))
-                gradients.add(start, slope_CV.to(hidden_TD.dtype), hidden_CD)
+                gradients.add(start, logits_CV, hidden_CD)
         ctx.gradients = gradients
         return total.float()
 

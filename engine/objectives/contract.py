@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import Config, DataConfig, ObjectiveConfig, data_kind
+from engine.config import DataConfig, ObjectiveConfig, data_kind
 from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
@@ -79,6 +79,7 @@ class Objective(ABC):
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
+    served: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
 
     def __init__(
@@ -224,14 +225,9 @@ def objective_class(name: str) -> type[Objective]:
     return found
 
 
-def task(config: Config) -> Objective:
-    """Return a config's task without its processor, which is enough to reckon with."""
-    return objective_class(config.objective.name)(config.objective, None, config.data.sequence_length)
-
-
-def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad token rows on the right: ids_BL int64 and mask_BL int64 (1 where a token is)."""
-    length = max(len(row) for row in rows)
+def pad_rows(rows: Sequence[np.ndarray], pad_id: int, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad token rows on the right, to `width` tokens at least: ids_BL int64 and mask_BL int64 (1 where a token is)."""
+    length = max(width, *(len(row) for row in rows))
     ids_BL = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     mask_BL = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):

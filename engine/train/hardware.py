@@ -30,9 +30,9 @@ def has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") or capabilities.get("bf16"))
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Measure the rate of a large square matrix product, in FLOP/s: the best of some tries. Costs about 0.1 s."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = size or (8192 if device.type == "cuda" else 1024)
     a = torch.ones(size, size, dtype=dtype, device=device)
     best = 0.0
     for _ in range(8):

@@ -102,9 +102,7 @@ def run_trainer(data: Path, out: str, precision: str) -> tuple[float, float]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(PEERS)])}
     began = time.time()
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | alone | paths
-    )
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | alone | paths)
     seconds = time.time() - began
     return steady(json.loads(done.stdout.strip().splitlines()[-1])), seconds
 
@@ -128,7 +126,11 @@ def main() -> None:
 
             def measure(who: str, precision: str = precision, seconds: dict[str, list[float]] = seconds) -> float:
                 name = f"run{next(turn)}"
-                run = run_ours(folder, name, precision) if who == "ours" else run_trainer(data, f"{folder}/{name}", precision)
+                run = (
+                    run_ours(folder, name, precision)
+                    if who == "ours"
+                    else run_trainer(data, f"{folder}/{name}", precision)
+                )
                 seconds[who].append(run[1])
                 return run[0]
 

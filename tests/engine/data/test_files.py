@@ -140,7 +140,7 @@ def test_large_files_are_read_in_pieces(configured: Callable[..., Config], tmp_p
     for name in ("a.jsonl", "c.parquet", "d.arrow"):
         config = configured(path=str(tmp_path / name), shard_tokens=4096)
         cut = parts(config.data)
-        assert len(cut) >= 5
+        assert len(cut) >= 2
         assert [d.text for d in read(config)[0]] == [r["text"] for r in rows]
         spread = Counter(d.split for d in read(config)[0])
         assert 50 < spread["validation"] < 150

@@ -1,5 +1,6 @@
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -189,6 +190,103 @@ def test_two_at_once_make_one(tmp_path: Path, corpus: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]
     verify(outputs[0])
+
+
+KILLED = """
+import os, signal, sys
+from engine.config import Config, replace
+from engine.data.prepare import prepare
+calls, last = 0, int(sys.argv[3])
+def say(stage, done, total):
+    global calls
+    calls += 1
+    if calls == last: os.kill(os.getpid(), signal.SIGKILL)
+config = replace(
+    Config(), runs_dir=sys.argv[1], data__path=sys.argv[2], data__vocab_size=300, data__shard_tokens=1024, data__mask=["emails"]
+)
+print(prepare(config, progress=say), calls)
+"""
+
+
+def killed_after(calls: int, runs: Path, corpus: Path) -> str | None:
+    """Prepare in a process that is killed at its so many-th word of progress; return what it printed, if it lived."""
+    command = [sys.executable, "-c", KILLED, str(runs), str(corpus), str(calls)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], text=True, capture_output=True, timeout=120)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.stdout if done.returncode == 0 else None
+
+
+def test_killed_again_and_again_no_token_is_lost_or_doubled(
+    tmp_path: Path, corpus: Path, configured: Callable[..., Config]
+) -> None:
+    for i in range(40, 120):
+        (corpus / f"{i}.txt").write_text(f"Text number {i}: " + f"what it says is {i * i} by a@b.org. " * 20)
+    (corpus / "zz.txt").write_text((corpus / "50.txt").read_text())  # a copy, in another part than the first
+    words = killed_after(10**9, tmp_path / "whole", corpus)
+    assert words
+    whole, calls = Path(words.split()[0]), int(words.split()[1])
+    assert calls > 40
+    runs, rng, kills, kept = tmp_path / "runs", random.Random(0), 0, 0
+    while (words := killed_after(rng.randint(calls // 10, calls // 3), runs, corpus)) is None:
+        kills += 1
+        assert not list((runs / "data").glob("files-*"))
+        finished = len([*(runs / "data").glob(".files-*.partial/part-*")])
+        assert finished >= kept
+        kept = finished
+        assert kills < 60
+    assert kills >= 3
+    folder = Path(words.split()[0])
+    assert verify(folder).hash == verify(whole).hash
+    assert Manifest.load(folder).origins == Manifest.load(whole).origins
+    assert Manifest.load(folder).skipped == {"duplicate": 1}
+    assert [p.name for p in sorted(folder.iterdir())] == [p.name for p in sorted(whole.iterdir())]
+    assert all((whole / p.name).read_bytes() == p.read_bytes() for p in folder.glob("*.arrow"))
+
+
+def test_a_damaged_piece_of_unfinished_work_is_done_again(
+    tmp_path: Path, corpus: Path, configured: Callable[..., Config]
+) -> None:
+    def say(stage: str, done: int, total: int) -> None:
+        if stage == "tokenize" and done >= 30:
+            raise KeyboardInterrupt
+
+    config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, progress=say)
+    [partial] = (tmp_path / "runs" / "data").glob(".*.partial")
+    shards, surveys = sorted(partial.glob("train-*")), sorted(partial.glob("survey-*"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-9])
+    shards[1].unlink()
+    surveys[0].write_bytes(b"")
+    surveys[1].write_bytes(surveys[1].read_bytes()[:100])
+    folder = prepare(config)
+    assert verify(folder).hash == verify(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere")))).hash
+
+
+def test_the_cluster_gives_the_same_bytes(
+    ray: None, tmp_path: Path, corpus: Path, configured: Callable[..., Config]
+) -> None:
+    (corpus / "zz.txt").write_text((corpus / "20.txt").read_text())
+    config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
+    here = verify(prepare(config))
+    there = verify(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere"), cluster__address="auto")))
+    assert there.hash == here.hash
+    assert there.skipped == {"duplicate": 1}
+    (corpus / "bad.jsonl").write_text('{"txt": 1}\n')
+    with pytest.raises(UserError, match="has no column 'text'"):
+        prepare(replace(config, runs_dir=str(tmp_path / "elsewhere"), cluster__address="auto"))
+
+
+def test_a_filter_that_changes_its_mind_is_found_out(
+    tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fickle.py").write_text(
+        "calls = []\ndef keep(text):\n    calls.append(1)\n    return len(calls) != 50\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
+    with pytest.raises(UserError, match=r"gave other documents the second time .*data\.filter"):
+        prepare(configured(path=str(corpus), vocab_size=300, filter="fickle:keep"))
 
 
 def test_a_full_disk_is_one_sentence(

@@ -1,0 +1,122 @@
+"""What saves memory or time changes no number: offload, recomputed activations, compilation, tied weights, the micro-batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.micro_batch import REMEMBERED, most_that_fit, recall, remember
+from engine.train.worker import Job
+from tests.engine.train.ranks import losses, run_here, run_ranks
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "plain": {"zero.stage": 0},
+    "recomputed": {"zero.stage": 0, "train.activation_checkpointing": True},
+    "recomputed3": {"zero.stage": 3, "train.activation_checkpointing": True},
+    "offloaded1": {"zero.stage": 1, "zero.offload_optimizer": "cpu"},
+    "offloaded2": {"zero.stage": 2, "zero.offload_optimizer": "cpu"},
+    "offloaded3": {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_param": "cpu"},
+    "tried": {"zero.stage": 2, "train.micro_batch": None},
+    "tried3": {"zero.stage": 3, "train.micro_batch": None},
+}
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return Checkpoint(step_folders(config.run_dir / "checkpoints")[0]).weights()
+
+
+def test_every_layout_option_gives_the_same_curve(tiny: Config, tmp_path: Path) -> None:
+    data = prepare(tiny)
+    base = with_values(tiny, {"train.workers": 2, "runs_dir": str(tmp_path), "model.tie_word_embeddings": True})
+    jobs = [Job(with_values(base, {**change, "name": name}), data) for name, change in LAYOUTS.items()]
+    found = dict(zip(LAYOUTS, run_ranks(jobs, 2), strict=True))
+    first = losses(found["plain"])
+    assert len(first) == 6
+    for name, lines in found.items():
+        assert losses(lines) == pytest.approx(first, abs=1e-5), name
+        assert lines[-1]["validation_loss"] == pytest.approx(found["plain"][-1]["validation_loss"], abs=1e-5), name
+    # Each worker has 4 of the 8 samples of a step: that fits at once.
+    entries = json.loads((tmp_path / REMEMBERED).read_text())
+    assert [entry["micro_batch"] > 4 for entry in entries.values()] == [True, True]
+
+
+@pytest.mark.slow
+def test_offload_resumes_bit_for_bit_and_elsewhere(tiny: Config, tmp_path: Path) -> None:
+    data = prepare(tiny)
+    base = with_values(tiny, {"train.workers": 2, "runs_dir": str(tmp_path), "schedule.total_steps": 6})
+    for stage in (2, 3):
+        away = with_values(base, {"zero.stage": stage, "zero.offload_optimizer": "cpu"})
+        straight = with_values(away, {"name": f"straight{stage}"})
+        halves = [with_values(away, {"name": f"halves{stage}", "train.max_steps": until}) for until in (3, 6)]
+        travelled = [
+            with_values(away, {"name": f"travels{stage}", "train.max_steps": 3}),
+            with_values(base, {"name": f"travels{stage}", "zero.stage": 1}),
+        ]
+        lines, _, resumed, _, elsewhere = run_ranks([Job(c, data) for c in (straight, *halves, *travelled)], 2)
+        assert losses(resumed) == losses(lines)
+        assert losses(elsewhere) == pytest.approx(losses(lines), abs=1e-5)
+        for name, tensor in weights(straight).items():
+            assert torch.equal(tensor, weights(halves[1])[name]), name
+
+
+def test_a_dry_batch_changes_no_bit(tiny: Config, tmp_path: Path) -> None:
+    data = prepare(tiny)
+    for stage in (0, 1, 2, 3):
+        base = with_values(
+            tiny, {"runs_dir": str(tmp_path), "zero.stage": stage, "model.dropout": 0.1, "train.max_steps": 4}
+        )
+        tried = with_values(base, {"name": f"tried{stage}", "train.micro_batch": None})
+        known = with_values(base, {"name": f"known{stage}", "train.micro_batch": 8})
+        again = with_values(base, {"name": f"again{stage}", "train.micro_batch": None})
+        results = run_here([Job(config, data) for config in (tried, known, again)])
+        assert losses(results[0]) == losses(results[1]) == losses(results[2])
+        for name, tensor in weights(tried).items():
+            assert torch.equal(tensor, weights(known)[name]), name
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_curve(tiny: Config) -> None:
+    data = prepare(tiny)
+    changes = {"train.max_steps": 3, "zero.stage": 1, "train.evaluate_samples": 4}
+    jobs = [
+        Job(with_values(tiny, {**changes, "name": name, "train.compile": name == "compiled"}), data)
+        for name in ("interpreted", "compiled")
+    ]
+    interpreted, compiled = run_here(jobs)
+    assert losses(compiled) == pytest.approx(losses(interpreted), abs=1e-5)
+
+
+def test_memory_grows_by_the_sample() -> None:
+    assert most_that_fit(one=1000, three=1400, room=2000) == 6
+    assert most_that_fit(one=1000, three=1400, room=500) == 1
+    assert most_that_fit(one=1000, three=1000, room=1e6) > 10_000
+
+
+def test_what_fitted_is_remembered_for_the_same_facts_only(tmp_path: Path) -> None:
+    file = tmp_path / REMEMBERED
+    facts = {"machine": "m", "model.type": "llama", "zero.stage": 2}
+    assert recall(file, facts) == 0
+    remember(file, facts, 7)
+    remember(file, facts | {"zero.stage": 3}, 9)
+    assert recall(file, facts) == 7
+    assert recall(file, facts | {"machine": "another"}) == 0
+    file.write_text("{")
+    assert recall(file, facts) == 0
+
+
+def test_a_batch_in_tokens_is_one_in_samples(tiny: Config) -> None:
+    config = with_values(tiny, {"train.global_batch": None, "train.global_batch_tokens": 8 * 32})
+    assert config.global_batch == 8
+    assert with_values(Config(), {}).global_batch == 32
+    with pytest.raises(UserError, match=r"both say how large a step is: use one of them"):
+        with_values(tiny, {"train.global_batch_tokens": 256})
+    with pytest.raises(UserError, match=r"no multiple of data\.sequence_length 32: use train\.global_batch_tokens=256"):
+        with_values(config, {"train.global_batch_tokens": 250})

@@ -1,0 +1,70 @@
+"""Packed documents of several sources: the same curve in every layout, each virtual sample once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.config import Config, with_values
+from engine.data.order import Order, add_hashes, hash_hex, ids_hash
+from engine.data.packing import Mix, Packing, pack
+from engine.data.prepare import prepare
+from engine.data.shards import Split
+from engine.errors import UserError
+from engine.train.launch import check_job
+from engine.train.worker import Job
+from tests.engine.train.ranks import losses, run_ranks
+
+
+@pytest.fixture
+def mixed(tiny: Config, tmp_path: Path) -> Config:
+    """A few dozen samples of two sources, so that six steps of eight are over an epoch."""
+    rows = {
+        "facts": [f"{i} and {i + 1} are {2 * i + 1}; " * (1 + i % 5) for i in range(60)],
+        "tales": [f"The fox number {i} went out of the wood. " * (1 + i % 3) for i in range(40)],
+    }
+    for name, texts in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return with_values(
+        tiny,
+        {
+            "data.source": "files", "data.max_documents": None, "data.vocab_size": 400, "data.sequence_length": 64,
+            "data.packing": "best_fit", "data.within_documents": True, "runs_dir": str(tmp_path / "runs"),
+            "data.sources": {
+                "facts": {"path": str(tmp_path / "facts.jsonl"), "weight": 0.5},
+                "tales": {"path": str(tmp_path / "tales.jsonl"), "weight": 2},
+            },
+        },
+    )  # fmt: skip
+
+
+def test_a_mix_of_packed_documents_has_one_curve(mixed: Config) -> None:
+    data = prepare(mixed)
+    samples = pack(Split.open(data, "train"), 64, Packing.of(mixed.data), overlap=1)
+    assert isinstance(samples, Mix)
+    assert len(samples) < 6 * 8 < 4 * len(samples)
+    check_job(Job(mixed, data))
+
+    def job(name: str, workers: int, stage: int, until: int = 6) -> Job:
+        changes = {"name": name, "train.workers": workers, "zero.stage": stage, "train.max_steps": until}
+        return Job(with_values(mixed, changes | {"schedule.total_steps": 6, "train.micro_batch": 3}), data)
+
+    (alone,) = run_ranks([job("alone", 1, 0)], 1)
+    run_ranks([job("travels", 2, 2, until=3)], 2)
+    (travels,) = run_ranks([job("travels", 1, 3)], 1)
+    assert losses(travels) == pytest.approx(losses(alone), abs=1e-5)
+    assert travels[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
+    order = Order(len(samples), 8, mixed.seed, endless=True)
+    seen = add_hashes(ids_hash(order.samples(step)) for step in range(6))
+    assert alone[-1]["samples_hash"] == travels[-1]["samples_hash"] == hash_hex(seen)
+    assert alone[-1]["padding"] == samples.padding
+    tokens = sum(len(samples[i]["tokens"]) - 1 for step in range(6) for i in order.samples(step))
+    assert alone[-1]["tokens"] == tokens
+
+
+def test_an_architecture_that_cannot_is_refused_before_training(mixed: Config) -> None:
+    changes = {"model.type": "opt", "model.num_key_value_heads": None, "model.intermediate_size": None}
+    with pytest.raises(UserError, match=r"within_documents is not for model\.type=opt"):
+        check_job(Job(with_values(mixed, changes), prepare(mixed)))

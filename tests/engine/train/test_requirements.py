@@ -1,0 +1,99 @@
+"""What this machine lacks is told in one sentence, before a Ray starts; fp16 keeps its loss scale where it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.train import requirements
+from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.requirements import check_machine
+from engine.train.run_folder import RunFolder
+from engine.train.state import RESCALE_AFTER, TrainState
+from engine.train.worker import Job
+from jobs import pretrain
+from tests.engine.train.ranks import losses, on_ranks, work_on
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these")
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model.attention": "flex_attention"}, "trains on GPUs only, and here is none: use model.attention=sdpa"),
+        ({"model.attention": "flash_attention_2"}, "needs the package flash_attn, which is not installed: use model.attention=sdpa"),
+        ({"train.precision": "fp16"}, "needs a GPU, or a processor with fp16, and here is none: use train.precision=bf16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_here_is_one_sentence(
+    values: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "has_fp16", lambda: False)
+    with pytest.raises(UserError, match=said):
+        check_machine(with_values(Config(), values))
+    assert pretrain.main([f"{key}={value}" for key, value in values.items()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_torchs_own_attentions_run_anywhere() -> None:
+    for name in ("sdpa", "eager"):
+        check_machine(with_values(Config(), {"model.attention": name}))
+
+
+def test_the_loss_scale_falls_with_an_overflow_and_rises_after_many_updates() -> None:
+    state = TrainState(loss_scale=1024.0)
+    state = state.after(1, 1, 0, skipped=True)
+    assert (state.loss_scale, state.steady) == (512.0, 0)
+    for _ in range(RESCALE_AFTER - 1):
+        state = state.after(1, 1, 0)
+    assert (state.loss_scale, state.steady) == (512.0, RESCALE_AFTER - 1)
+    assert state.after(1, 1, 0).loss_scale == 1024.0
+    assert TrainState(loss_scale=1.0).after(1, 1, 0, skipped=True).loss_scale == 1.0
+    assert TrainState().after(1, 1, 0, skipped=True).loss_scale is None
+
+
+def in_fp16(rank: int, world: int, specs: str, first_scale: float) -> None:
+    """Run jobs in fp16 although this processor has to emulate it; the first scale is so large that it must fall."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from engine.train import worker
+
+    requirements.has_fp16 = lambda: True
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    worker.FIRST_LOSS_SCALE = first_scale
+    worker.hardware.matmul_peak = lambda device, dtype: 1e9  # emulated, a large product takes minutes
+    work_on(rank, world, specs)
+
+
+@pytest.mark.slow
+def test_fp16_unscales_what_it_scaled_and_resumes_its_scale(tiny: Config) -> None:
+    data = prepare(tiny)
+    base = with_values(tiny, {"train.workers": 2, "train.max_steps": 8, "optim.lr": 1e-9, "train.max_skipped": 0})
+    trios = []
+    for stage in (0, 2, 3):
+        half = with_values(base, {"zero.stage": stage, "train.precision": "fp16", "train.checkpoint_every": 4})
+        part = with_values(half, {"name": f"parts{stage}", "schedule.total_steps": 8})
+        trios.append([with_values(half, {"name": f"whole{stage}"}), with_values(part, {"train.max_steps": 4}), part])
+    exact = with_values(base, {"name": "exact"})
+    configs = [exact, *(config for trio in trios for config in trio)]
+    on_ranks(in_fp16, 2, json.dumps([Job(config, data).to_dict() for config in configs]), 2.0**22)
+    wanted = list(RunFolder(exact.run_dir).metrics())
+    for whole, _, part in trios:
+        lines, parts = (list(RunFolder(config.run_dir).metrics()) for config in (whole, part))
+        states = [Checkpoint(step_folders(config.run_dir / "checkpoints")[0]).state for config in (whole, part)]
+        assert losses(parts) == losses(lines)
+        assert [(state.loss_scale, state.steady, state.skipped) for state in states[:1]] == [
+            (state.loss_scale, state.steady, state.skipped) for state in states[1:]
+        ]
+        skipped = lines[-1]["skipped"]
+        assert 0 < skipped < 8
+        assert states[0].loss_scale == 2.0 ** (22 - skipped)
+        for line, other in zip(lines, wanted, strict=True):  # the rate is so small that the weights stay what they were
+            if line["loss"] is not None:
+                assert line["loss"] == pytest.approx(other["loss"], abs=1e-2)
+                assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
