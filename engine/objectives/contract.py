@@ -79,6 +79,7 @@ class Objective(ABC):
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
+    served: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
 
     def __init__(
