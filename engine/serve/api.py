@@ -1,7 +1,9 @@
 """The HTTP interface: OpenAI's paths and error bodies, on FastAPI. Each bundle is a model of its name."""
 
 import asyncio
+import base64
 import json
+import struct
 import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
@@ -12,13 +14,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from engine.serve.requests import ClassifyRequest, CompletionRequest
+from engine.serve.answers import ChatForm, CompletionForm, Form, usage
+from engine.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generation
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+MOST_INPUTS = 1024  # of one embeddings request
 REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
 
 
@@ -98,16 +102,6 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 
 
 # Serve copies the class where it is decorated, so what its methods call stands above it.
-async def _whole(stream: AsyncIterator[dict[str, Any]]) -> tuple[str, str, int]:
-    """Collect a stream: its text, why it ended, its tokens."""
-    text, reason, tokens = "", "error", 0
-    async for event in stream:
-        text, reason, tokens = text + event["text"], event["reason"] or reason, event["tokens"]
-    if reason == "error":
-        raise ApiError(500, text)
-    return text, reason, tokens
-
-
 async def _counted(events: AsyncIterable[Any], count: Callable[[int], None]) -> AsyncIterator[Any]:
     """Pass a stream on, and count it at its end: 200, 500 if it told an error, 499 if the client left before."""
     status = 499
@@ -128,8 +122,16 @@ def _refusal(error: Exception) -> ApiError:
     return ApiError(503, "the model's replica was lost and is being replaced: try again in some seconds")
 
 
-def _choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return a replica's answer. Raises ApiError where it refuses."""
+    if "error" in answer:
+        raise ApiError(answer["status"], answer["error"], answer["param"])
+    return answer
+
+
+def _base64(numbers: list[float]) -> str:
+    """Return little-endian float32s in base64."""
+    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -217,121 +219,134 @@ class Api:
 
         return await self._answer(request, body.model, "classification", answer)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
+        """Embed each input: the mean of the model's last hidden states, of length 1."""
+
+        async def answer(name: str) -> Response:
+            inputs = body.inputs()
+            if not self.about[name]["embeds"]:
+                raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
+            if len(inputs) > MOST_INPUTS:
+                raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MOST_INPUTS}: send fewer", "input")
+            self._check_tokens(name, inputs, "input")
+            found = await self.bundles[name].embed.remote(inputs)
+            _checked(found[0])
+            tokens = sum(it["tokens"] for it in found)
+            self.tokens.labels(name, "prompt").inc(tokens)
+            encoded = [
+                _base64(it["embedding"]) if body.encoding_format == "base64" else it["embedding"] for it in found
+            ]
+            data = [{"object": "embedding", "index": i, "embedding": it} for i, it in enumerate(encoded)]
+            return JSONResponse(
+                {
+                    "object": "list",
+                    "model": name,
+                    "data": data,
+                    "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                }
+            )
+
+        return await self._answer(request, body.model, None, answer)
+
     @app.post("/v1/completions")
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue each prompt, as OpenAI's completions do; with `stream`, by server-sent events."""
 
         async def answer(name: str) -> Response:
-            about = self.about[name]
-            if body.max_tokens > self.max_new_tokens:
-                raise ApiError(
-                    400,
-                    f"max_tokens {body.max_tokens} is over this endpoint's {self.max_new_tokens}: use less",
-                    "max_tokens",
-                )
+            self._check_length(body.max_tokens, "max_tokens")
             prompts = body.prompts()
-            if len(prompts) * body.n > self.max_sequences:
-                raise ApiError(
-                    400,
-                    f"{len(prompts)} prompts x n {body.n} are over this endpoint's {self.max_sequences} completions a request: send fewer",
-                    "prompt",
-                )
-            for prompt in prompts:
-                if isinstance(prompt, list) and max(prompt) >= about["vocabulary"]:
-                    raise ApiError(
-                        400, f"token id {max(prompt)} is over the vocabulary's {about['vocabulary'] - 1}", "prompt"
-                    )
-            streams = [self._stream(name, prompt, body, copy) for prompt in prompts for copy in range(body.n)]
-            try:
-                firsts = await asyncio.gather(*(anext(stream) for stream in streams))
-                for first in firsts:
-                    if "error" in first:
-                        raise ApiError(first.get("status", 400), first["error"], first["param"])
-            except BaseException:  # the request is refused whole, so its other completions have no reader
-                for stream in streams:
-                    stream.cancel()
-                raise
-            head = {
-                "id": f"cmpl-{uuid.uuid4().hex}",
-                "object": "text_completion",
-                "created": int(time.time()),
-                "model": name,
-            }
-            if body.stream:
-                return StreamingResponse(
-                    self._events(name, head, body, firsts, streams), media_type="text/event-stream"
-                )
-            ended = await asyncio.gather(*(_whole(stream) for stream in streams))
-            choices = [
-                {
-                    "index": i,
-                    "text": (first["prompt_text"] if body.echo else "") + text,
-                    "finish_reason": reason,
-                    "logprobs": None,
-                }
-                for i, (first, (text, reason, _)) in enumerate(zip(firsts, ended, strict=True))
-            ]
-            usage = self._usage(name, firsts, sum(tokens for *_, tokens in ended), body.n)
-            return JSONResponse(head | {"choices": choices, "usage": usage})
+            self._check_count(len(prompts), body.n, "prompt")
+            self._check_tokens(name, prompts, "prompt")
+            return await self._generate(name, body, CompletionForm())
 
         return await self._answer(request, body.model, "completion", answer)
 
-    def _stream(self, name: str, prompt: str | list[int], body: CompletionRequest, copy: int) -> Any:
-        """Begin a completion; return Serve's stream of its events."""
-        options = {
-            "max_tokens": body.max_tokens, "temperature": body.temperature, "top_p": body.top_p, "stop": body.stops(),
-            "seed": None if body.seed is None else body.seed + copy,
-        }  # fmt: skip
-        return self.bundles[name].options(stream=True).complete.remote(prompt, options)
+    @app.post("/v1/chat/completions")
+    async def chat(self, request: Request, body: ChatRequest) -> Response:
+        """Answer a chat's last message, as OpenAI's chat completions do; with `stream`, by server-sent events."""
+
+        async def answer(name: str) -> Response:
+            self._check_length(
+                body.most_tokens or 1, "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+            )
+            self._check_count(1, body.n, "n")
+            return await self._generate(name, body, ChatForm())
+
+        return await self._answer(request, body.model, "completion", answer)
+
+    def _check_length(self, tokens: int, param: str) -> None:
+        if tokens > self.max_new_tokens:
+            raise ApiError(400, f"{param} {tokens} is over this endpoint's {self.max_new_tokens}: use less", param)
+
+    def _check_count(self, prompts: int, n: int, param: str) -> None:
+        if prompts * n > self.max_sequences:
+            raise ApiError(
+                400,
+                f"{prompts} prompts x n {n} are over this endpoint's {self.max_sequences} completions a request: send fewer",
+                param,
+            )
+
+    def _check_tokens(self, name: str, prompts: list[str | list[int]], param: str) -> None:
+        """Raise ApiError for a token id that the model doesn't know."""
+        most = self.about[name]["vocabulary"] - 1
+        for prompt in prompts:
+            if isinstance(prompt, list) and max(prompt) > most:
+                raise ApiError(400, f"token id {max(prompt)} is over the vocabulary's {most}", param)
+
+    async def _generate(self, name: str, body: Generation, form: Form) -> Response:
+        """Have a replica do a job, and give its answer in a form."""
+        job = body.job()
+        self._check_tokens(name, [list(job["sampling"]["bias"])] if job["sampling"]["bias"] else [], "logit_bias")
+        about = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if body.stream:
+            stream = self.bundles[name].options(stream=True).stream.remote(job)
+            head = _checked(await anext(stream))["head"]
+            usage_too = bool(body.stream_options and body.stream_options.include_usage)
+            events = self._events(name, about | {"object": form.part}, form, head, stream, usage_too)
+            return StreamingResponse(events, media_type="text/event-stream")
+        done = _checked(await self.bundles[name].complete.remote(job))
+        texts = done["head"]["texts"] or [""] * len(done["choices"])
+        choices = [form.choice(choice, text) for choice, text in zip(done["choices"], texts, strict=True)]
+        spent = self._usage(name, done["head"], sum(choice["tokens"] for choice in done["choices"]))
+        return JSONResponse(about | {"object": form.whole, "choices": choices, "usage": spent})
 
     async def _events(
-        self, name: str, head: dict[str, Any], body: CompletionRequest, firsts: list[Any], streams: list[Any]
+        self, name: str, about: dict[str, Any], form: Form, head: dict[str, Any], stream: Any, usage_too: bool
     ) -> AsyncIterator[str]:
         """Yield server-sent events of all choices as they come, and [DONE]."""
-        merged: asyncio.Queue[tuple[int, dict[str, Any] | None]] = asyncio.Queue()
-
-        async def pump(index: int) -> None:
-            try:
-                async for event in streams[index]:
-                    await merged.put((index, event))
-            except Exception as error:  # the replica died: the client is told, the others go on
-                await merged.put(
-                    (index, {"text": f"{type(error).__name__}: the replica was lost", "reason": "error", "tokens": 0})
-                )
-            await merged.put((index, None))
-
-        pumps = [asyncio.create_task(pump(i)) for i in range(len(streams))]
-        tokens = [0] * len(streams)
+        tokens: dict[int, int] = {}
+        texts = dict(enumerate(head["texts"]))
+        ended = False
         try:
-            for i, first in enumerate(firsts):
-                if body.echo:
-                    yield _event(head | {"choices": [_choice(i, first["prompt_text"], None)]})
-            left = len(streams)
-            while left:
-                index, event = await merged.get()
-                if event is None:
-                    left -= 1
-                elif event["reason"] == "error":
-                    yield _event(ApiError(500, event["text"]).body())
-                else:
+            async for message in stream:
+                for event in _checked(message)["events"]:
+                    index = event["index"]
+                    choice = form.delta(event, texts.pop(index, ""), index not in tokens)
                     tokens[index] = event["tokens"]
-                    yield _event(head | {"choices": [_choice(index, event["text"], event["reason"])]})
-            usage = self._usage(name, firsts, sum(tokens), body.n)
-            if body.stream_options and body.stream_options.include_usage:
-                yield _event(head | {"choices": [], "usage": usage})
-            yield "data: [DONE]\n\n"
+                    yield _event(about | {"choices": [choice]})
+            ended = True
+            spent = self._usage(name, head, sum(tokens.values()))
+            if usage_too:
+                yield _event(about | {"choices": [], "usage": spent})
+        except ApiError as error:
+            ended = True
+            yield _event(error.body())
+        except (*REFUSALS, RayTaskError) as error:  # the replica died
+            ended = True
+            yield _event(ApiError(500, f"{type(error).__name__}: the replica was lost").body())
         finally:
-            for task in pumps:
-                task.cancel()
+            if not ended:  # the client has hung up
+                stream.cancel()
+        yield "data: [DONE]\n\n"
 
-    def _usage(self, name: str, firsts: list[dict[str, Any]], new: int, n: int) -> dict[str, int]:
-        read = sum(first["prompt_tokens"] for first in firsts[::n])
-        self.tokens.labels(name, "prompt").inc(read)
-        self.tokens.labels(name, "completion").inc(new)
-        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+    def _usage(self, name: str, head: dict[str, Any], written: int) -> dict[str, Any]:
+        self.tokens.labels(name, "prompt").inc(head["prompt_tokens"])
+        self.tokens.labels(name, "completion").inc(written)
+        return usage(head, written)
 
     async def _answer(
-        self, request: Request, model: str | None, task: str, answer: Callable[[str], Awaitable[Response]]
+        self, request: Request, model: str | None, task: str | None, answer: Callable[[str], Awaitable[Response]]
     ) -> Response:
         """Find the model, answer, and count what became of it."""
         began, path, status, name = time.perf_counter(), request.url.path, 500, model or ""
@@ -348,6 +363,9 @@ class Api:
             told = error if isinstance(error, ApiError) else _refusal(error)
             status = told.status
             raise told from error
+        except asyncio.CancelledError:  # the client has hung up
+            status = 499
+            raise
         else:
             if isinstance(response, StreamingResponse):
                 response.body_iterator = _counted(response.body_iterator, count)
@@ -359,16 +377,16 @@ class Api:
             if status:
                 count(status)
 
-    async def _model(self, model: str | None, task: str) -> str:
-        """Return the name of the model that a request means. Raises ApiError where there is none for the task."""
+    async def _model(self, model: str | None, task: str | None) -> str:
+        """Return the name of the model that a request means; `task` None: of any. Raises ApiError where there is none."""
         about = await self._ready()
-        fitting = [known for known, it in about.items() if it["task"] == task]
+        fitting = [known for known, it in about.items() if task in (None, it["task"])]
         if model is None and len(fitting) != 1:
             raise ApiError(400, f"say which model: {', '.join(fitting) or 'none here does this'}", "model")
         name = model or fitting[0]
         if name not in about:
             there = ", ".join(sorted(about))
             raise ApiError(404, f"model '{name}' is not served here; there are {there}", "model", "model_not_found")
-        if about[name]["task"] != task:
+        if task not in (None, about[name]["task"]):
             raise ApiError(400, f"model '{name}' does {about[name]['task']}, not {task}", "model")
         return name

@@ -1,198 +1,373 @@
-"""Iteration-level batching (Yu et al. 2022, Orca): completions join and leave a running batch between decode steps.
+"""Completions with iteration-level batching (Yu et al. 2022, Orca): they join and leave between forwards.
 
-Each sequence is prefilled alone and then decoded with the others in one left-padded key/value cache, with positions and
-masks of its own; so greedy output is that of `model.generate`, whatever shares the batch. Shapes: B batch, L length.
+A `Generator` takes completions and gives tokens; text is its readers' affair. The one here runs a transformers model in a
+thread of its own: `scheduling` decides what goes into a step, `forward` runs it, `sampling` picks the tokens. Shapes:
+R rows (sequences), V vocabulary.
 """
 
 from __future__ import annotations
 
-import queue
+import random
+import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+
+from engine.serve.forward import Forward, Part, make_forward
+from engine.serve.sampling import Sampling, choose
+from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
+
+MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
+LOOK_EVERY_S = 0.05  # at the queue, for deadlines
+NOTHING = np.zeros(0, dtype=np.int64)
 
 
 class QueueFull(Exception):
     """As many completions wait as may."""
 
 
+@dataclass(frozen=True)
+class Score:
+    """The model's own log-probability (nats) of a token, before temperature and penalties, and of the likeliest ones."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass(eq=False)
 class Completion:
-    """One sequence under way. `tell(text, reason)` hears each new text, and at the end why it ended (else None)."""
+    """One sequence under way. The generator's thread appends to it; a reader may cancel it, and reads."""
 
     prompt: list[int]
     max_tokens: int
-    tell: Callable[[str, str | None], None]
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
-    stop: Sequence[str] = ()
-    cancelled: bool = False  # set by a client that hung up; its place is free at the next step
-    tokens: list[int] = field(default_factory=list)  # generated so far
-    told: int = 0  # characters told so far
-    sampler: torch.Generator | None = None
+    logprobs: int | None = None  # so many of the likeliest are told with each token; None: none, nor the token's own
+    score_prompt: bool = False  # the same for the prompt's tokens
+    client: str = ""  # whose turn it takes
+    deadline: float = float("inf")  # on time.monotonic: a place must be free by then
+    stepwise: bool = False  # its reader wants to hear of each token, not of the end alone
+    reader: Any = None  # whatever its reader knows it by
+    cancelled: bool = False  # by a reader that left; its place is free at the next step
 
-    def say(self, text: str, reason: str | None) -> None:
-        """Tell the client; one that cannot hear any more has hung up."""
-        try:
-            self.tell(text, reason)
-        except Exception:
-            self.cancelled = True
+    tokens: list[int] = field(default_factory=list)  # written so far
+    scores: list[Score] = field(default_factory=list)  # of the tokens
+    prompt_scores: list[Score] = field(default_factory=list)  # of the prompt from its second token on
+    reason: str | None = None  # why it ended: stop, length, error, expired
+    error: str = ""
+    reused: int = 0  # prompt tokens that were in the cache already
 
-    def choose(self, logits_V: Tensor) -> int:
-        """Pick the next token: the likeliest, or a draw from the nucleus (Holtzman et al. 2020)."""
-        if self.temperature == 0:
-            return int(logits_V.argmax())
-        if self.sampler is None:
-            self.sampler = torch.Generator().manual_seed(torch.seed() if self.seed is None else self.seed)
-        logits_V = logits_V.float().cpu()
-        # The largest is taken off first, so that no temperature, however small, overflows.
-        probabilities_V, ids_V = ((logits_V - logits_V.max()) / self.temperature).softmax(0).sort(descending=True)
-        outside_V = probabilities_V.cumsum(0) - probabilities_V >= self.top_p
-        pick = torch.multinomial(probabilities_V.masked_fill(outside_V, 0.0), 1, generator=self.sampler)
-        return int(ids_V[pick])
+    lane: int = -1
+    cached: int = 0  # its tokens in the cache
+    dice: random.Random = field(default_factory=random.Random)
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(secrets.randbits(64) if self.seed is None else self.seed)
+
+    @property
+    def need(self) -> int:
+        """Tokens that it may come to hold in the cache."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def known(self) -> int:
+        """Tokens it has, of prompt and text."""
+        return len(self.prompt) + len(self.tokens)
+
+    def upcoming(self, count: int) -> list[int]:
+        """Return the next tokens to go through the model."""
+        if self.cached < len(self.prompt):
+            return self.prompt[self.cached : self.cached + count]
+        return self.tokens[self.cached - len(self.prompt) :]
 
 
-class Generator:
-    """Owns a model and the thread that runs it."""
+class Generator(Protocol):
+    """What a replica needs of whatever writes its completions; another engine is another class of this kind."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_batch: int, max_queue: int) -> None:
-        """Decode up to `max_batch` sequences together; up to `max_queue` more wait."""
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self.device = next(model.parameters()).device
-        eos = model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id  # type: ignore[union-attr]
+    limit: int  # tokens that a completion may have, its prompt included
+
+    def submit(self, completions: Sequence[Completion]) -> None:
+        """Queue completions, all or none. Raises QueueFull."""
+
+    def cancel(self, completions: Sequence[Completion]) -> None:
+        """Let completions go at the next step, whose readers have left."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether completions still end."""
+
+    @property
+    def load(self) -> dict[str, int]:
+        """What is under way: completions waiting and running, tokens in the cache and room for them."""
+
+
+class TransformersGenerator:
+    """Owns a transformers model and the thread that runs it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        positions: int,
+        *,
+        max_batch: int,
+        max_queue: int,
+        step_tokens: int,
+        cache_tokens: int | None = None,
+        tell: Callable[[list[Completion]], None] = lambda _: None,
+    ) -> None:
+        """Run up to `max_batch` sequences of `positions` tokens together, `step_tokens` in a forward; `max_queue` more wait.
+
+        `cache_tokens` bounds the cache (None: by `max_batch` whole sequences and the free memory). `tell` is called from
+        the thread, once a step, with the completions that have something new for their readers.
+        """
+        self.forward: Forward = make_forward(model)
+        room = max_batch * positions if cache_tokens is None else cache_tokens
+        if cache_tokens is None and self.forward.token_bytes:
+            room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // self.forward.token_bytes, 1))
+        self.cache_tokens, self.max_batch, self.max_queue = room, max_batch, max_queue
+        self.positions, self.step_tokens, self.tell = positions, step_tokens, tell
+        self.limit = min(positions, room)
+        generation: Any = model.generation_config
+        eos = generation.eos_token_id if generation else None
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
-        self.waiting: queue.Queue[Completion] = queue.Queue(max_queue)
-        self.running: list[Completion] = []
-        self._cache: list[tuple[Tensor, Tensor]] = []  # a (key, value) [B, heads, L, width] a layer
-        self._mask_BL = torch.zeros((0, 0), dtype=torch.int64, device=self.device)
-        self._last_B: list[int] = []  # each sequence's newest token, not in the cache yet
+        self.running: list[Completion] = []  # the eldest first
+        self.steps = 0
+        self.shape = shape_for([], max_batch, room, positions)
+        self.forward.shape(self.shape.lanes, self.shape.capacity)
+        self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
+        self._used = [0] * self.shape.lanes
+        self._waiting: FairQueue[Completion] = FairQueue()
+        self._work = threading.Condition()
+        self._left = False  # somebody was cancelled
+        self._looked = 0.0  # when the queue was last looked through
+        self._news: list[Completion] = []
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
 
-    def submit(self, completion: Completion) -> None:
-        """Queue a completion. Raises QueueFull."""
-        try:
-            self.waiting.put_nowait(completion)
-        except queue.Full as error:
-            raise QueueFull from error
+    def submit(self, completions: Sequence[Completion]) -> None:
+        """Queue completions, all or none. Raises QueueFull; ValueError for one that is over the limit."""
+        if max(completion.need for completion in completions) > self.limit:
+            raise ValueError(f"a completion may have {self.limit} tokens, its prompt included")
+        with self._work:
+            if len(self._waiting) + len(completions) > self.max_queue:
+                raise QueueFull
+            for completion in completions:
+                self._waiting.push(completion.client, completion)
+            self._work.notify()
+
+    def cancel(self, completions: Sequence[Completion]) -> None:
+        """Let completions go at the next step."""
+        with self._work:
+            for completion in completions:
+                completion.cancelled = True
+            self._left = True
+            self._work.notify()
 
     @property
     def alive(self) -> bool:
         """Whether the thread still runs; it ends only by an error that is nobody's request's."""
         return self._thread.is_alive()
 
+    @property
+    def load(self) -> dict[str, int]:
+        """Completions waiting and running, tokens in the cache and room for them."""
+        running = list(self.running)
+        held = sum(completion.cached for completion in running)
+        return {
+            "waiting": len(self._waiting), "running": len(running), "cached_tokens": held,
+            "cache_tokens": self.shape.lanes * self.shape.capacity,
+        }  # fmt: skip
+
     @torch.inference_mode()
     def _run(self) -> None:
         while True:
-            while len(self.running) < self.max_batch and (not self.running or not self.waiting.empty()):
-                new = self.waiting.get()
-                try:
-                    self._join(new)
-                except Exception as error:  # of this one request; the others go on
-                    new.say(f"{type(error).__name__}: {error}", "error")
-            try:
+            with self._work:
+                while not self.running and not len(self._waiting):
+                    self._work.wait()
+                self._let_go()
+                self._admit()
+            if self.running:
                 self._step()
-            except Exception as error:  # told to every client of the batch; the thread lives on for the next
-                for completion in self.running:
-                    completion.say(f"{type(error).__name__}: {error}", "error")
-                self._keep([])
+            self._tell_news()
 
-    def _join(self, new: Completion) -> None:
-        """Prefill a newcomer and lay its cache beside the others'; nothing of theirs changes before all of it has worked."""
-        if new.cancelled:
-            return
-        ids_BL = torch.tensor([new.prompt], device=self.device)
-        output = self.model(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
-        token = new.choose(output.logits[0, -1])
-        if self._took(new, token):
-            return
-        cache = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        mask_BL = torch.ones_like(ids_BL)
-        if self.running:
-            length = max(self._mask_BL.shape[1], ids_BL.shape[1])
-            cache = [
-                (_beside(keys, new_keys, length, 2), _beside(values, new_values, length, 2))
-                for (keys, values), (new_keys, new_values) in zip(self._cache, cache, strict=True)
-            ]
-            mask_BL = _beside(self._mask_BL, mask_BL, length, 1)
-        self._cache, self._mask_BL = cache, mask_BL
-        self.running.append(new)
-        self._last_B.append(token)
+    def _tell_news(self) -> None:
+        if self._news:
+            news, self._news = self._news, []
+            self.tell(news)
+
+    def _let_go(self) -> None:
+        """Take off who left, and whose deadline is over before a place was free."""
+        now = time.monotonic()
+        if self._left or now > self._looked + LOOK_EVERY_S:
+            self._looked = now
+            for completion in self._waiting.remove(lambda it: it.cancelled or it.deadline < now):
+                completion.reason = "expired"
+                self._news.append(completion)
+        if self._left:
+            self._left = False
+            for completion in [it for it in self.running if it.cancelled]:
+                self._end(completion, "cancelled")
+
+    def _admit(self) -> None:
+        """Give lanes to those whose turn it is, until one has to wait."""
+        while turn := self._waiting.first():
+            client, completion = turn
+            if not self._place(completion):
+                return
+            self._waiting.start(client, completion.need)
+            self.running.append(completion)
+
+    def _place(self, completion: Completion) -> bool:
+        """Find a lane with room for a completion, and what of its prompt is in the cache; False: not now."""
+        if completion.need > self.shape.capacity or len(self.running) >= self.shape.lanes:
+            needs = [it.need for it in (*self.running, completion)]
+            shape = shape_for(needs, self.max_batch, self.cache_tokens, self.positions)
+            if shape == self.shape or shape.lanes <= len(self.running):
+                return False
+            self._reshape(shape)
+        # A prompt to be scored goes through the model whole, for its logits.
+        prompt = np.asarray(completion.prompt[: 1 if completion.score_prompt else None])
+        found: Place | None
+        if self.forward.shares:
+            found = place(prompt, self._lanes())
+        else:
+            busy = {it.lane for it in self.running}
+            free = next(lane for lane in range(self.shape.lanes) if lane not in busy)
+            found = Place(free, free, 0)
+        if found is None:
+            return False
+        if found.source != found.lane and found.shared:
+            self.forward.copy(found.source, found.lane, found.shared)
+        completion.lane, completion.cached, completion.reused = found.lane, found.shared, found.shared
+        return True
+
+    def _reshape(self, shape: Shape) -> None:
+        """Make the cache anew; what runs is kept, what was only held for its prefix is not."""
+        self.forward.shape(shape.lanes, shape.capacity, [(it.lane, it.cached) for it in self.running])
+        for lane, completion in enumerate(self.running):
+            completion.lane = lane
+        self.shape, self._held, self._used = shape, [NOTHING] * shape.lanes, [0] * shape.lanes
+
+    def _lanes(self) -> list[Lane]:
+        lanes = [Lane(held, held, False, used) for held, used in zip(self._held, self._used, strict=True)]
+        for it in self.running:
+            whole = np.asarray([*it.prompt, *it.tokens])
+            lanes[it.lane] = Lane(whole[: it.cached], whole, True, self.steps)
+        return lanes
 
     def _step(self) -> None:
-        """Decode one token of every running sequence; let those that end go."""
-        self._keep([i for i, completion in enumerate(self.running) if not completion.cancelled])
-        if not self.running:
-            return
-        positions_B1 = self._mask_BL.sum(1, keepdim=True)
-        self._mask_BL = F.pad(self._mask_BL, (0, 1), value=1)
-        output = self.model(
-            input_ids=torch.tensor(self._last_B, device=self.device)[:, None],
-            attention_mask=self._mask_BL,
-            position_ids=positions_B1,
-            past_key_values=DynamicCache(self._cache),
-            use_cache=True,
-        )
-        self._cache = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        self._last_B = [c.choose(logits_V) for c, logits_V in zip(self.running, output.logits[:, -1], strict=True)]
-        ended = [self._took(completion, token) for completion, token in zip(self.running, self._last_B, strict=True)]
-        if any(ended):
-            self._keep([i for i, over in enumerate(ended) if not over])
+        """Run one forward, and take its tokens."""
+        self.steps += 1
+        pending = [completion.known - completion.cached for completion in self.running]
+        counts = shares(pending, self.step_tokens)
+        batch, parts = [], []
+        for completion, left, count in zip(self.running, pending, counts, strict=True):
+            if count:
+                wanted = count if completion.score_prompt and not completion.tokens else int(count == left)
+                batch.append(completion)
+                parts.append(Part(completion.lane, completion.cached, completion.upcoming(count), wanted))
+        try:
+            logits_RV = self.forward.run(parts)
+            self._take(batch, parts, logits_RV)
+        except Exception:
+            self._one_by_one(batch, parts)
 
-    def _took(self, completion: Completion, token: int) -> bool:
-        """Take a token into a completion, tell its client the new text, and say whether that was its end."""
-        if token in self.eos_ids:
-            self._tell(completion, "stop")
-            return True
-        completion.tokens.append(token)
-        over = len(completion.tokens) >= completion.max_tokens
-        return self._tell(completion, "length" if over else None)
+    def _one_by_one(self, batch: Sequence[Completion], parts: Sequence[Part]) -> None:
+        """Run a failed step again, part by part: an error is that of one request, and the others go on."""
+        for completion, part in zip(batch, parts, strict=True):
+            if completion.cached != part.past or completion.reason:
+                continue  # it had its token before the step failed
+            try:
+                self._take([completion], [part], self.forward.run([part]))
+            except Exception as error:
+                completion.error = f"{type(error).__name__}: {error}"
+                self._end(completion, "error")
 
-    def _tell(self, completion: Completion, reason: str | None) -> bool:
-        text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-        found = min((at for word in completion.stop if (at := text.find(word)) >= 0), default=-1)
-        if found >= 0:
-            text, reason = text[:found], "stop"
-        # Hold back what may yet become a stop text, or is half a character.
-        held = 0 if reason else max((len(word) - 1 for word in completion.stop), default=0)
-        safe = len(text) - held if reason or not text.endswith("\ufffd") else completion.told
-        if safe > completion.told or reason:
-            completion.say(text[completion.told : max(safe, completion.told)], reason)
-            completion.told = max(safe, completion.told)
-        return reason is not None
+    def _take(self, batch: Sequence[Completion], parts: Sequence[Part], logits_RV: Tensor) -> None:
+        """Give each sequence whose last token went through its next one, and those that ask their scores."""
+        row, rows, writers = 0, [], []
+        for completion, part in zip(batch, parts, strict=True):
+            through = part.past + len(part.tokens)
+            if completion.score_prompt and not completion.tokens:
+                self._score_prompt(completion, part, logits_RV[row : row + part.wanted])
+            row += part.wanted
+            if through == completion.known and completion.max_tokens:
+                rows.append(row - 1)
+                writers.append(completion)
+        picked: list[int] = []
+        if writers:
+            if len(rows) < len(logits_RV):
+                logits_RV = logits_RV[rows]
+            picked = choose(logits_RV, [it.sampling for it in writers], [it.tokens for it in writers], [it.dice for it in writers])  # fmt: skip
+            self._score(writers, picked, logits_RV)
+        for completion, part in zip(batch, parts, strict=True):
+            completion.cached = part.past + len(part.tokens)
+            if completion.cached == completion.known and not completion.max_tokens:
+                self._end(completion, "length")
+        for completion, token in zip(writers, picked, strict=True):
+            self._took(completion, token)
 
-    def _keep(self, rows: list[int]) -> None:
-        """Drop all rows but these, and the columns that were padding in all that stay."""
-        if len(rows) == len(self.running):
-            return
-        self.running = [self.running[i] for i in rows]
-        self._last_B = [self._last_B[i] for i in rows]
-        if not rows:
-            self._cache, self._mask_BL = [], self._mask_BL[:0, :0]
-            return
-        mask_BL = self._mask_BL[rows]
-        first = int(mask_BL.any(0).int().argmax())
-        self._mask_BL = mask_BL[:, first:]
-        self._cache = [(keys[rows, :, first:], values[rows, :, first:]) for keys, values in self._cache]
+    def _took(self, completion: Completion, token: int) -> None:
+        if token < 0:
+            completion.error = "the model's output is not a finite number"
+            self.forward.clear(completion.lane)
+            completion.cached = 0
+            self._end(completion, "error")
+        elif token in self.eos_ids:
+            self._end(completion, "stop")
+        else:
+            completion.tokens.append(token)
+            if len(completion.tokens) >= completion.max_tokens:
+                self._end(completion, "length")
+            elif completion.stepwise:
+                self._news.append(completion)
+
+    def _end(self, completion: Completion, reason: str) -> None:
+        """Free a lane; what it holds stays there for whoever begins with the same tokens."""
+        self.running.remove(completion)
+        held = np.asarray([*completion.prompt, *completion.tokens])[: completion.cached]
+        self._held[completion.lane], self._used[completion.lane] = held, self.steps
+        with self._work:
+            self._waiting.end(completion.client, completion.need - completion.known)
+        completion.reason = reason
+        self._news.append(completion)
+
+    def _score(self, writers: Sequence[Completion], picked: Sequence[int], logits_RV: Tensor) -> None:
+        """Append the scores of picked tokens, before the tokens themselves: a reader takes as many of both."""
+        asking = [i for i, it in enumerate(writers) if it.logprobs is not None and picked[i] not in {-1, *self.eos_ids}]
+        if asking:
+            most = max(writers[i].logprobs or 0 for i in asking)
+            for i, score in zip(asking, scores(logits_RV[asking], [picked[i] for i in asking], most), strict=True):
+                writers[i].scores.append(Score(score.token, score.logprob, score.top[: writers[i].logprobs]))
+
+    def _score_prompt(self, completion: Completion, part: Part, logits_TV: Tensor) -> None:
+        """Append the scores of the prompt's tokens that follow those of a chunk."""
+        following = completion.prompt[part.past + 1 : part.past + 1 + len(part.tokens)]
+        if following:
+            completion.prompt_scores += scores(logits_TV[: len(following)], following, completion.logprobs or 0)
 
 
-def _beside(running: Tensor, new: Tensor, length: int, dim: int) -> Tensor:
-    """Lay a newcomer's row under the running ones, all padded to `length`."""
-    return torch.cat([_pad_left(running, length, dim), _pad_left(new, length, dim)])
+def scores(logits_RV: Tensor, tokens: Sequence[int], most: int) -> list[Score]:
+    """Return the log-probability of a token in each row, and of the `most` likeliest."""
+    logits_RV = logits_RV.float()
+    log_p_RV = logits_RV.log_softmax(-1)
+    own = log_p_RV.gather(1, torch.tensor(tokens, device=log_p_RV.device)[:, None])[:, 0].tolist()
+    if not most:
+        return [Score(token, logprob, []) for token, logprob in zip(tokens, own, strict=True)]
+    best_RK, ids_RK = log_p_RV.topk(min(most, log_p_RV.shape[-1]))
+    tops = [list(zip(*pair, strict=True)) for pair in zip(ids_RK.tolist(), best_RK.tolist(), strict=True)]
+    return [Score(token, logprob, top) for token, logprob, top in zip(tokens, own, tops, strict=True)]
 
 
-def _pad_left(tensor: Tensor, length: int, dim: int) -> Tensor:
-    """Pad a dimension with zeros on the left, up to `length`."""
-    missing = length - tensor.shape[dim]
-    if missing <= 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+def free_memory(model: nn.Module) -> int:
+    """Return the bytes that are free where a model is."""
+    device = next(model.parameters()).device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

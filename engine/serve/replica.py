@@ -3,18 +3,65 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from ray import serve
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
-from engine.serve.generation import Completion, Generator, QueueFull
+from engine.objectives.contract import pad_rows
+from engine.serve.chat import TemplateError, chat_prompt
+from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
+from engine.serve.sampling import Sampling
+from engine.serve.text import Logprobs, Text
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
+EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
+LONG_TEXT = 20_000  # characters that are tokenized off the event loop
+
+
+class Refused(Exception):
+    """A job that this replica doesn't take, as told to the client."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.told = {"error": message, "param": param, "status": status}
+
+
+class Reader:
+    """Wakes the coroutine that reads a job's completions, from the generator's thread."""
+
+    def __init__(self) -> None:
+        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(self) -> None:
+        """Let it look, if it still can."""
+        with contextlib.suppress(RuntimeError):  # its loop has ended
+            self.loop.call_soon_threadsafe(self.news.set)
+
+
+def wake_readers(news: Sequence[Completion]) -> None:
+    """Wake each reader once."""
+    for reader in {completion.reader for completion in news}:
+        reader.wake()
+
+
+@dataclass
+class Followed:
+    """A completion, and what its reader was told of it."""
+
+    completion: Completion
+    text: Text
+    logprobs: Logprobs
+    seen: int = 0  # tokens
+    ended: bool = False
 
 
 class Replica:
@@ -32,14 +79,17 @@ class Replica:
             model = model.float()
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle.replay(self.model)
-        self.generator = None
+        self.positions = positions(self.model.config) or self.objective.sequence_length
+        self.generator: Generator | None = None
         if self.objective.auto_class == "AutoModelForCausalLM":
-            self.generator = Generator(
-                self.model, self.objective.tokenizer, self.options.max_batch, self.options.max_queue
-            )
-        together: Any = self.classify_batch  # Serve gives the decorated method these setters
-        together.set_max_batch_size(self.options.max_batch)
-        together.set_batch_wait_timeout_s(self.options.batch_wait_s)
+            self.generator = TransformersGenerator(
+                self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
+                step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens, tell=wake_readers,
+            )  # fmt: skip
+        together: Any
+        for together in (self.classify_batch, self.embed_batch):  # Serve gives the decorated methods these setters
+            together.set_max_batch_size(self.options.max_batch)
+            together.set_batch_wait_timeout_s(self.options.batch_wait_s)
 
     def check_health(self) -> None:
         """Raise if no completion would end any more; Serve then replaces this replica."""
@@ -51,10 +101,15 @@ class Replica:
         config: Any = self.model.config
         return {
             "task": TASKS.get(self.objective.auto_class, self.objective.options.name),
-            "positions": positions(config) or self.objective.sequence_length,
-            "vocabulary": config.vocab_size,
+            "positions": self.generator.limit if self.generator else self.positions,
+            "vocabulary": getattr(config, "vocab_size", 0),
+            "embeds": self.objective.auto_class in EMBEDS,
             "hash": self.bundle.hash,
         }
+
+    def load(self) -> dict[str, int]:
+        """Return what the generator has under way; nothing for a bundle of another task."""
+        return self.generator.load if self.generator else {}
 
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""
@@ -68,39 +123,150 @@ class Replica:
         lengths = [len(ids) for ids in self.objective.tokenizer(texts)["input_ids"]]
         return [answer | {"tokens": length} for answer, length in zip(answers, lengths, strict=True)]
 
-    async def complete(self, prompt: str | list[int], options: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Yield {"prompt_tokens", "prompt_text"}, then {"text", "reason", "tokens"} as they come; or one {"error"}."""
+    async def embed(self, inputs: list[str | list[int]]) -> list[dict[str, Any]]:
+        """Return {"embedding", "tokens"} of each input, or one {"error"}: the mean of the last hidden states, of length 1."""
+        ids = [await self._ids(text) for text in inputs]
+        longest = max(map(len, ids))
+        if longest > self.positions:
+            told = f"an input has {longest:,} tokens, over the model's {self.positions:,} positions: use less"
+            return [Refused(told, "input").told]
+        vectors = await asyncio.gather(*(self.embed_batch(row) for row in ids))
+        return [{"embedding": vector, "tokens": len(row)} for vector, row in zip(vectors, ids, strict=True)]
+
+    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
+    async def embed_batch(self, rows: list[list[int]]) -> list[list[float]]:
+        """Embed a batch off the event loop."""
+        return await asyncio.to_thread(self._embed, rows)
+
+    @torch.inference_mode()
+    def _embed(self, rows: list[list[int]]) -> list[list[float]]:
+        ids_BL, mask_BL = (it.to(self.model.device) for it in pad_rows(rows, self.objective.tokenizer.pad_token_id))  # type: ignore[arg-type]
+        hidden_BLD = self.model.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()  # type: ignore[operator]
+        mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
+        found: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()
+        return found
+
+    async def complete(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Run a job to its end: {"head", "choices": [{"text", "reason", "tokens", "logprobs"}]}, or {"error", "param", "status"}."""
+        try:
+            head, followed = await self._begin(job)
+            choices = [event async for events in self._follow(job, followed) for event in events]
+            choices.sort(key=lambda choice: choice["index"])
+            return {"head": head | self._reused(followed), "choices": choices}
+        except Refused as refused:
+            return refused.told
+
+    async def stream(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Yield {"head"}, then {"events"} as they come; {"error", "param", "status"} at any time, and nothing after it."""
+        try:
+            head, followed = await self._begin(job)
+            told = False
+            async for events in self._follow(job, followed):
+                if not told:
+                    yield {"head": head | self._reused(followed)}
+                told = True
+                yield {"events": events}
+        except Refused as refused:
+            yield refused.told
+
+    async def _begin(self, job: dict[str, Any]) -> tuple[dict[str, Any], list[Followed]]:
+        """Tokenize a job's prompts and queue its completions, `n` of each. Raises Refused."""
         assert self.generator is not None
+        tokenizer, stop = self.objective.tokenizer, list(job["stop"])
+        if "messages" in job:
+            try:
+                ids, more = chat_prompt(tokenizer, job["messages"])
+            except TemplateError as error:
+                raise Refused(str(error), "messages") from error
+            prompts, stop = [ids or [tokenizer.eos_token_id]], stop + more
+            texts = [""]
+        else:
+            prompts = [await self._ids(prompt) for prompt in job["prompts"]]
+            texts = (
+                [it if isinstance(it, str) else tokenizer.decode(it) for it in job["prompts"]] if job["echo"] else []
+            )
+        reader, copies = Reader(), range(job["n"])
+        completions = [self._completion(job, prompt, copy, bool(stop), reader) for prompt in prompts for copy in copies]
+        try:
+            self.generator.submit(completions)
+        except QueueFull as error:
+            raise Refused("too many requests wait: try again in a second", status=429) from error
+        head = {"prompt_tokens": sum(map(len, prompts)), "texts": [text for text in texts for _ in range(job["n"])]}
+        return head, [
+            Followed(it, Text(tokenizer, it.prompt, stop), Logprobs(tokenizer, it, job["echo"])) for it in completions
+        ]
+
+    async def _ids(self, prompt: str | list[int]) -> list[int]:
         tokenizer = self.objective.tokenizer
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        ids = ids or [tokenizer.eos_token_id]
-        positions = self.describe()["positions"]
-        if len(ids) + options["max_tokens"] > positions:
-            yield {"error": f"the prompt's {len(ids):,} tokens and max_tokens {options['max_tokens']:,} are over the model's {positions:,} positions: use less", "param": "max_tokens"}  # fmt: skip
-            return
-        events: asyncio.Queue[tuple[str, str | None]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        if not isinstance(prompt, str):
+            return prompt
+        long = len(prompt) > LONG_TEXT
+        ids: list[int] = (await asyncio.to_thread(tokenizer, prompt) if long else tokenizer(prompt))["input_ids"]
+        return ids or [tokenizer.eos_token_id]
 
-        def tell(text: str, reason: str | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (text, reason))
+    def _completion(self, job: dict[str, Any], prompt: list[int], copy: int, stops: bool, reader: Reader) -> Completion:
+        assert self.generator is not None
+        limit, most = self.generator.limit, job["max_tokens"]
+        if most is None:
+            most = min(self.options.max_new_tokens, max(limit - len(prompt), 1))
+        if len(prompt) + most > limit:
+            raise Refused(
+                f"the prompt's {len(prompt):,} tokens and max_tokens {most:,} are over the model's {limit:,} positions: use less",
+                "max_tokens",
+            )
+        return Completion(
+            prompt, most, Sampling(**job["sampling"]),
+            seed=None if job["seed"] is None else job["seed"] + copy,
+            logprobs=job["logprobs"], score_prompt=job["echo"] and job["logprobs"] is not None, client=job["client"],
+            deadline=time.monotonic() + self.options.queue_timeout_s, stepwise=job["stream"] or stops, reader=reader,
+        )  # fmt: skip
 
-        completion = Completion(ids, tell=tell, **options)
+    async def _follow(self, job: dict[str, Any], followed: list[Followed]) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield what is new of a job's completions until all have ended. Raises Refused for one that failed."""
+        assert self.generator is not None
+        reader = followed[0].completion.reader
         try:
-            self.generator.submit(completion)
-        except QueueFull:
-            yield {"error": "too many requests wait: try again in a second", "param": None, "status": 429}
-            return
-        try:
-            yield {
-                "prompt_tokens": len(ids),
-                "prompt_text": prompt if isinstance(prompt, str) else tokenizer.decode(ids),
-            }
-            reason = None
-            while reason is None:
-                text, reason = await events.get()
-                yield {"text": text, "reason": reason, "tokens": len(completion.tokens)}
-        finally:
-            completion.cancelled = True  # frees the place when the client has hung up
+            while not all(it.ended for it in followed):
+                await reader.news.wait()
+                reader.news.clear()
+                events = [self._event(job, i, it) for i, it in enumerate(followed) if not it.ended]
+                if new := [event for event in events if event]:
+                    yield new
+        finally:  # also when the client has hung up
+            if left := [it.completion for it in followed if not it.completion.reason]:
+                self.generator.cancel(left)
+
+    def _event(self, job: dict[str, Any], index: int, it: Followed) -> dict[str, Any] | None:
+        """Return what is new of a completion, if its reader wants to know."""
+        assert self.generator is not None
+        reason = it.completion.reason  # read first: it is set last
+        if reason == "error":
+            raise Refused(it.completion.error, status=500)
+        if reason == "expired":
+            raise Refused("no place was free in time: try again in a second", status=503)
+        tokens = it.completion.tokens[it.seen :]
+        it.seen += len(tokens)
+        it.text.add(tokens)
+        if reason:
+            it.text.end()
+        if it.text.stopped and not reason:
+            self.generator.cancel([it.completion])
+        it.ended = it.text.stopped or reason is not None
+        if not (it.ended or job["stream"]):
+            return None
+        text = it.text.take(last=it.ended)
+        if not (text or it.ended):
+            return None
+        logprobs = None
+        if job["logprobs"] is not None:
+            logprobs = it.logprobs.for_chat(it.text.count) if "messages" in job else it.logprobs.take(it.text.count)
+        return {
+            "index": index, "text": text, "tokens": it.text.count, "logprobs": logprobs,
+            "reason": ("stop" if it.text.stopped else reason) if it.ended else None,
+        }  # fmt: skip
+
+    def _reused(self, followed: list[Followed]) -> dict[str, int]:
+        return {"cached_tokens": sum(it.completion.reused for it in followed)}
 
 
 def positions(config: Any) -> int | None:

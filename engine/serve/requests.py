@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 Token = Annotated[StrictInt, Field(ge=0)]
 Prompt = str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
+Bias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]]
+MOST_LOGPROBS = 20  # likeliest tokens told with each
 
 
 class Strict(BaseModel):
@@ -22,28 +24,55 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class CompletionRequest(Strict):
-    """POST /v1/completions."""
+class Generation(Strict):
+    """What completions and chats have in common."""
 
     model: str | None = None
-    prompt: Prompt
-    max_tokens: int = Field(16, ge=1)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0, le=2**31)
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int = Field(1, ge=1, le=16)
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    presence_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: Bias | None = Field(None, max_length=300)
+    user: str | None = Field(None, max_length=256)  # whom the client asks for; users take turns
+
+    def stops(self) -> list[str]:
+        """Return the stop texts."""
+        return [word for word in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if word]
+
+    def job(self) -> dict[str, Any]:
+        """Return what a replica needs to know of all its completions."""
+        return {
+            "n": self.n, "stop": self.stops(), "seed": self.seed, "client": self.user or "", "stream": self.stream,
+            "sampling": {
+                "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
+                "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty,
+                "bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            },
+        }  # fmt: skip
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: int = Field(16, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool = False
-    user: str | None = None  # whom the client asks for; used for nothing
     # Not served: clients that send the neutral value are understood.
-    logprobs: None = None
     suffix: None = None
     best_of: int | None = Field(None, ge=1, le=1)
-    presence_penalty: float = Field(0, ge=0, le=0)
-    frequency_penalty: float = Field(0, ge=0, le=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> CompletionRequest:
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens 0 leaves nothing to answer: use 1 or more, or echo")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one."""
@@ -53,9 +82,69 @@ class CompletionRequest(Strict):
             return [list(self.prompt)]  # type: ignore[arg-type]
         return list(self.prompt)  # type: ignore[arg-type]
 
-    def stops(self) -> list[str]:
-        """Return the stop texts."""
-        return [word for word in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if word]
+    def job(self) -> dict[str, Any]:
+        """Return what a replica needs."""
+        own = {"prompts": self.prompts(), "max_tokens": self.max_tokens, "logprobs": self.logprobs, "echo": self.echo}
+        return super().job() | own
+
+
+class ContentPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return it as chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+class ResponseFormat(Strict):
+    """Text is what is answered."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _told_once(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Return how many tokens are asked for; None: as many as there is room for."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def job(self) -> dict[str, Any]:
+        """Return what a replica needs."""
+        messages = [message.plain() for message in self.messages]
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return super().job() | {
+            "messages": messages,
+            "max_tokens": self.most_tokens,
+            "logprobs": logprobs,
+            "echo": False,
+        }
 
 
 class ClassifyRequest(Strict):
@@ -63,3 +152,20 @@ class ClassifyRequest(Strict):
 
     model: str | None = None
     input: str | Annotated[list[str], Field(min_length=1, max_length=1024)]
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings."""
+
+    model: str | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None  # used for nothing here
+
+    def inputs(self) -> list[str | list[int]]:
+        """Return the inputs one by one."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [list(self.input)]  # type: ignore[arg-type]
+        return list(self.input)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -23,8 +24,9 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.generation import Completion, Generator
+from engine.serve.generation import Completion, TransformersGenerator
 from engine.serve.replica import Replica
+from engine.serve.requests import CompletionRequest
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_serve import free_port
 
@@ -125,36 +127,73 @@ def test_replicas_that_cannot_be_placed_are_refused(ray: None, tiny: Config, bun
         deploy(config, {"writer": bundle.folder})
 
 
-def test_a_place_is_free_once_the_client_left(bundle: Bundle) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_place_is_free_once_the_client_left(endpoint: Endpoint, stream: bool) -> None:
+    """With one place, who comes next has it at once: a whole completion would take some tenths of a second more."""
+    before = counted(endpoint, 499)
+    body = {"prompt": "import os", "max_tokens": 120, "stream": stream, "logit_bias": {"0": -100}}
+
+    async def leave() -> None:
+        async with httpx.AsyncClient() as client:
+            asking = asyncio.create_task(client.post(f"{endpoint.url}/v1/completions", json=body))
+            await asyncio.sleep(0.05)
+            asking.cancel()
+
+    asyncio.run(leave())
+    wait_for(lambda: counted(endpoint, 499) == before + 1)
+
+
+def job(**options: Any) -> dict[str, Any]:
+    body = {"prompt": "import os", "max_tokens": 100, "temperature": 0, "stream": True} | options
+    return CompletionRequest(**body).job()
+
+
+def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig()))
     generator = replica.generator
-    assert generator is not None
+    assert isinstance(generator, TransformersGenerator)
 
-    async def leave() -> Completion:
-        options = {"max_tokens": 50, "temperature": 0.0, "top_p": 1.0, "stop": [], "seed": None}
-        events = replica.complete("import os", options)
-        await anext(events)
-        await anext(events)
-        (completion,) = generator.running or [None]
-        await events.aclose()  # type: ignore[attr-defined]
-        return completion
+    async def leave() -> list[Completion]:
+        messages = replica.stream(job(n=3))
+        await anext(messages)
+        running = list(generator.running)
+        await messages.aclose()  # type: ignore[attr-defined]
+        whole = asyncio.create_task(replica.complete(job(stream=False)))
+        while not whole.done() and not any(it not in running for it in generator.running):
+            await asyncio.sleep(0)
+        running += generator.running
+        whole.cancel()
+        return running
 
     left = asyncio.run(leave())
-    wait_for(lambda: not generator.running)
-    assert left is None or (left.cancelled and len(left.tokens) < 50)
+    wait_for(lambda: generator.load["running"] == 0)
+    assert generator.load["waiting"] == 0
+    assert all(it.cancelled and len(it.tokens) < 100 for it in left if it.reason == "cancelled")
+    assert any(it.reason == "cancelled" for it in left)
+
+
+def test_who_waits_too_long_is_told(bundle: Bundle) -> None:
+    replica = Replica(str(bundle.folder), asdict(ServeConfig(max_batch=1, queue_timeout_s=0.05)))
+
+    async def ask() -> list[dict[str, Any]]:
+        jobs = [job(stream=False, max_tokens=110, logit_bias={"0": -100}) for _ in range(20)]
+        return list(await asyncio.gather(*(replica.complete(it) for it in jobs)))
+
+    answers = asyncio.run(ask())
+    assert "choices" in answers[0]
+    assert answers[-1] == {"error": "no place was free in time: try again in a second", "param": None, "status": 503}
 
 
 def test_an_error_of_one_request_is_told_and_the_others_go_on(bundle: Bundle) -> None:
-    model, tokenizer = bundle.model(), bundle.objective().tokenizer
-    generator = Generator(model, tokenizer, max_batch=2, max_queue=4)
-    heard: dict[str, list[tuple[str, str | None]]] = {"good": [], "bad": []}
-    good = Completion([10, 11, 12], 40, lambda *said: heard["good"].append(said))
-    bad = Completion([10**9], 5, lambda *said: heard["bad"].append(said))  # no such token
-    generator.submit(good)
-    generator.submit(bad)
-    wait_for(lambda: all(said and said[-1][1] for said in heard.values()))
-    assert heard["bad"][-1][1] == "error"
-    assert heard["good"][-1][1] in ("length", "stop")
+    model = bundle.model()
+    generator = TransformersGenerator(model, 128, max_batch=2, max_queue=4, step_tokens=64)
+    good = Completion([10, 11, 12], 40)
+    bad = Completion([10**9], 5)  # no such token
+    generator.submit([good, bad])
+    wait_for(lambda: good.reason and bad.reason)
+    assert bad.reason == "error"
+    assert "index out of range" in bad.error
+    assert good.reason in ("length", "stop")
     assert generator.alive
     with torch.inference_mode():
         alone = model.generate(

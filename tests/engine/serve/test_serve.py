@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
@@ -104,10 +105,11 @@ def test_greedy_completion_is_generate_alone_and_in_company(client: httpx.Client
     assert [answer["choices"][0]["text"] for answer in asked] == wanted
     together = complete(client, prompt=PROMPTS, max_tokens=8)
     assert [c["text"] for c in together["choices"]] == [greedy(bundles["writer"], p, 8) for p in PROMPTS]
-    ids = bundles["writer"].tokenizer()(PROMPTS[1])["input_ids"]
+    ids = bundles["writer"].processor()(PROMPTS[1])["input_ids"]
     answer = complete(client, prompt=ids, max_tokens=40, echo=True)
     assert answer["choices"][0]["text"] == PROMPTS[1] + wanted[1]
-    assert answer["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 40, "total_tokens": len(ids) + 40}
+    spent = {"prompt_tokens": len(ids), "completion_tokens": 40, "total_tokens": len(ids) + 40}
+    assert answer["usage"] == spent | {"prompt_tokens_details": {"cached_tokens": len(ids) - 1}}
 
 
 def test_a_stream_is_the_same_text(client: httpx.Client) -> None:
@@ -121,7 +123,7 @@ def test_a_stream_is_the_same_text(client: httpx.Client) -> None:
     events = [json.loads(line) for line in lines[:-1]]
     assert "".join(choice["text"] for event in events for choice in event["choices"]) == whole["choices"][0]["text"]
     assert events[-2]["choices"][0]["finish_reason"] == "length"
-    assert events[-1]["usage"] == whole["usage"]
+    assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 20
 
 
 def test_a_seed_repeats_whatever_shares_the_batch(client: httpx.Client) -> None:
@@ -149,6 +151,82 @@ def test_stop_ends_before_the_stop_text(client: httpx.Client) -> None:
     assert stopped["finish_reason"] == "stop"
 
 
+def own_scores(bundle: Bundle, ids: list[int]) -> torch.Tensor:
+    """Return the model's log-probabilities [tokens, vocabulary] after each token."""
+    with torch.no_grad():
+        scores: torch.Tensor = bundle.model()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return scores
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_prompts_are_scored_as_lm_eval_asks_for_it(
+    client: httpx.Client, bundles: dict[str, Bundle], max_tokens: int
+) -> None:
+    tokenizer = bundles["writer"].processor()
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:4]]
+    body = {"prompt": prompts, "max_tokens": max_tokens, "logprobs": 1, "echo": True, "temperature": 0, "seed": 1234}
+    answer = complete(client, **body)
+    assert len(answer["choices"]) == 4
+    for ids, choice in zip(prompts, answer["choices"], strict=True):
+        told, right = choice["logprobs"], own_scores(bundles["writer"], ids)
+        assert told["token_logprobs"][0] is None
+        found = told["token_logprobs"][1 : len(ids)]
+        assert found == pytest.approx([float(right[i, token]) for i, token in enumerate(ids[1:])], abs=1e-4)
+        greedy_tokens = [max(top, key=top.get) == token for token, top in zip(told["tokens"][1 : len(ids)], told["top_logprobs"][1 : len(ids)], strict=True)]  # fmt: skip
+        assert greedy_tokens == (right[:-1].argmax(-1) == torch.tensor(ids[1:])).tolist()
+        assert len(told["tokens"]) == len(ids) + max_tokens - (choice["finish_reason"] == "stop")
+        assert choice["text"].startswith(tokenizer.decode(ids))
+        places = zip(told["tokens"], told["text_offset"], strict=True)
+        assert all(choice["text"][at:].startswith(token) for token, at in places if token.isascii())
+    assert answer["usage"]["completion_tokens"] <= 4 * max_tokens
+
+
+def test_log_probabilities_stream_as_they_come_whole(client: httpx.Client) -> None:
+    body = {"prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0, "logprobs": 2, "echo": True}
+    whole = complete(client, **body)["choices"][0]
+    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        streamed = [value for choice in choices for value in choice["logprobs"][name]]
+        if name == "token_logprobs":
+            assert streamed[0] is values[0] is None
+            assert streamed[1:] == pytest.approx(values[1:], abs=1e-4)
+        elif name != "top_logprobs":
+            assert streamed == values
+
+
+def test_a_chat_is_its_template_completed(client: httpx.Client, bundles: dict[str, Bundle]) -> None:
+    messages = [{"role": "system", "content": "Say it."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    prompt = "system: Say it.\nuser: Hi\nassistant:"
+    right = complete(client, prompt=prompt, max_tokens=20)
+    body = {"messages": messages, "max_completion_tokens": 20, "temperature": 0}
+    answer = client.post("/v1/chat/completions", json=body).json()
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["content"] == right["choices"][0]["text"]
+    assert answer["usage"]["prompt_tokens"] == right["usage"]["prompt_tokens"]
+    long = client.post("/v1/chat/completions", json={"messages": messages, "temperature": 0}).json()
+    assert long["choices"][0]["finish_reason"] in ("length", "stop")
+    assert long["usage"]["total_tokens"] <= 128
+    refused = client.post("/v1/chat/completions", json={"messages": [{"role": "king", "content": "x"}]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+
+
+def test_embeddings_are_the_mean_of_the_last_states(client: httpx.Client, bundles: dict[str, Bundle]) -> None:
+    for name in ("writer", "namer"):
+        bundle = bundles[name]
+        rows = client.post("/v1/embeddings", json={"model": name, "input": PROMPTS[:3]}).json()
+        for prompt, row in zip(PROMPTS, rows["data"], strict=False):
+            ids = torch.tensor([bundle.processor()(prompt)["input_ids"]])
+            with torch.no_grad():
+                mean = bundle.model().base_model(input_ids=ids).last_hidden_state[0].mean(0)
+            assert row["embedding"] == pytest.approx((mean / mean.norm()).tolist(), abs=1e-4)
+        assert rows["usage"]["prompt_tokens"] > 3
+    refused = client.post("/v1/embeddings", json={"model": "writer", "input": "word " * 300})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
+
+
 def test_openais_client_works(endpoint: Endpoint, client: httpx.Client) -> None:
     import openai
 
@@ -159,6 +237,19 @@ def test_openais_client_works(endpoint: Endpoint, client: httpx.Client) -> None:
     stream = api.completions.create(model="writer", prompt=PROMPTS[2], max_tokens=10, temperature=0, stream=True)
     assert "".join(event.choices[0].text for event in stream) == whole
     assert {model.id for model in api.models.list()} == {"writer", "namer"}
+    talk: Any = [{"role": "user", "content": "x = 1"}]
+    chat = api.chat.completions.create(model="writer", messages=talk, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2)  # fmt: skip
+    said = chat.choices[0].message.content
+    assert chat.choices[0].logprobs
+    heard = b"".join(bytes(entry.bytes or []) for entry in chat.choices[0].logprobs.content or [])
+    assert heard.decode(errors="replace") == said
+    parts = api.chat.completions.create(model="writer", messages=talk, max_tokens=8, temperature=0, n=2, stream=True)
+    texts = {0: "", 1: ""}
+    for event in parts:
+        texts[event.choices[0].index] += event.choices[0].delta.content or ""
+    assert set(texts.values()) == {said}
+    vector = api.embeddings.create(model="writer", input=["x = 1", "y"]).data[0].embedding
+    assert math.hypot(*vector) == pytest.approx(1, abs=1e-5)
     with pytest.raises(openai.NotFoundError, match="not served here"):
         api.completions.create(model="other", prompt="x")
 
@@ -177,6 +268,13 @@ def test_openais_client_works(endpoint: Endpoint, client: httpx.Client) -> None:
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": 3}, 400, "prompt"),
         ({}, 400, "prompt"),
+        ({"prompt": "x", "max_tokens": 0}, 400, None),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
+        ({"prompt": "x", "top_k": -1}, 400, "top_k"),
+        ({"prompt": "x", "frequency_penalty": 3}, 400, "frequency_penalty"),
+        ({"prompt": "x", "logit_bias": {"900": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "stream": True, "prompts": 1}, 400, "prompts"),
         ({"prompt": "x", "model": "other"}, 404, "model"),
         ({"prompt": "x", "model": "namer"}, 400, "model"),
         ({"prompt": "x" * 30_000}, 413, None),

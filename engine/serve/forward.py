@@ -1,0 +1,347 @@
+"""The forward of a step: tokens of many sequences, at whatever lengths, through the model at once.
+
+`Packed` lays the new tokens of all sequences end to end in one row, so that every product of the model is done once
+for all (Yu et al. 2022, Orca), and does attention itself: keys and values are written in place into lanes of a cache
+that is made once, and those that decode read the lanes where they lie. `Apart` runs any other causal model, one sequence
+after the other. Shapes: T tokens of the step, N lanes, C tokens a lane, L tokens attended, H heads, G query heads to a
+key head, D width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "manta_lanes"
+# What a model may tell its attention without changing what comes out; a window does so only past its length.
+NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
+PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
+
+
+class Unpackable(Exception):
+    """The model's attention does more than lanes can give."""
+
+
+class Part(NamedTuple):
+    """One sequence's part of a forward."""
+
+    lane: int
+    past: int  # its tokens in the cache already
+    tokens: Sequence[int]  # the next ones
+    wanted: int  # of how many of these, from the end, the logits are wanted
+
+
+class Forward(Protocol):
+    """A model with a cache of several lanes."""
+
+    shares: bool  # whether a sequence may go on from what its lane, or another, holds
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of cache for one token; 0: not known."""
+
+    def shape(self, lanes: int, capacity: int, keep: Sequence[tuple[int, int]] = ()) -> None:
+        """Make the cache anew; `keep` are (lane, tokens) that become lanes 0, 1, ... of the new one."""
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Return the wanted logits, [rows, V], in the parts' order; the tokens are in the cache then."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Give a lane another's first tokens."""
+
+    def clear(self, lane: int) -> None:
+        """Forget what a lane holds."""
+
+
+class Packed:
+    """All tokens of a step in one row, attention over lanes."""
+
+    shares = True
+
+    def __init__(self, model: nn.Module) -> None:
+        """Set the model's attention to this one; without a step it stays what it was. Raises Unpackable."""
+        if not getattr(model, "_supports_attention_backend", False):
+            raise Unpackable(f"{type(model).__name__} has an attention of its own")
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+        self.model = model
+        self.before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
+        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.lanes, self.capacity = 0, 0
+        self._keys: dict[int, Tensor] = {}  # layer -> [N, H, C, D]
+        self._values: dict[int, Tensor] = {}
+        self._no_mask = torch.zeros((1, 1, 1, 1), device=self.device)  # four dimensions: the model makes none itself
+        self.shape(len(PROBES), max(map(len, PROBES)) + 1)
+        try:
+            self._agree()
+        except Exception as error:
+            model.set_attn_implementation(self.before)  # type: ignore[operator]
+            raise error if isinstance(error, Unpackable) else Unpackable(f"{type(error).__name__}: {error}") from error
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values for one token."""
+        both = (*self._keys.values(), *self._values.values())
+        return sum(cache.shape[1] * cache.shape[3] * cache.element_size() for cache in both)
+
+    def shape(self, lanes: int, capacity: int, keep: Sequence[tuple[int, int]] = ()) -> None:
+        """Make the cache anew, a layer at a time."""
+        for caches in (self._keys, self._values):
+            for layer, old in caches.items():
+                # Zeros: what lies beyond a sequence's end is masked, and must be a number for that.
+                new = old.new_zeros((lanes, old.shape[1], capacity, old.shape[3]))
+                for lane, (source, tokens) in enumerate(keep):
+                    new[lane, :, :tokens] = old[source, :, :tokens]
+                caches[layer] = new
+        self.lanes, self.capacity = lanes, capacity
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy keys and values of all layers."""
+        for cache in (*self._keys.values(), *self._values.values()):
+            cache[target, :, :tokens] = cache[source, :, :tokens]
+
+    def clear(self, lane: int) -> None:
+        """Write zeros over a lane."""
+        for cache in (*self._keys.values(), *self._values.values()):
+            cache[lane] = 0
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Run one forward for all parts: the decoding ones first, by lane, as they lie in the cache."""
+        order = sorted(range(len(parts)), key=lambda i: (len(parts[i].tokens) > 1, parts[i].lane))
+        step = Step(self, [parts[i] for i in order])
+        at, rows = 0, {}
+        for i in order:
+            at += len(parts[i].tokens)
+            rows[i] = range(at - parts[i].wanted, at)
+        wanted = [row for i in range(len(parts)) for row in rows[i]]
+        everything = wanted == list(range(at))
+        logits_1RV = self.model(
+            input_ids=step.ids_1T,
+            position_ids=step.positions_1T,
+            attention_mask=self._no_mask,
+            use_cache=False,
+            logits_to_keep=0 if everything else torch.tensor(wanted, dtype=torch.int64, device=self.device),
+            lanes=step,
+        ).logits
+        return logits_1RV[0]
+
+    def write(self, layer: int, step: Step, keys_HTD: Tensor, values_HTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values into the cache, and return the whole of it: [N, H, C, D] each."""
+        heads = len(keys_HTD)
+        if layer not in self._keys:
+            size = (self.lanes, heads, self.capacity)
+            self._keys[layer] = keys_HTD.new_zeros((*size, keys_HTD.shape[2]))
+            self._values[layer] = values_HTD.new_zeros((*size, values_HTD.shape[2]))
+        places = step.places(heads)
+        for cache, new in ((self._keys[layer], keys_HTD), (self._values[layer], values_HTD)):
+            cache.view(-1, new.shape[2]).index_copy_(0, places, new.reshape(-1, new.shape[2]))
+        return self._keys[layer], self._values[layer]
+
+    @torch.inference_mode()
+    def _agree(self) -> None:
+        """Try the probes, in chunks and together, against the model's own forward. Raises Unpackable."""
+        vocabulary: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
+        prompts = [[token % vocabulary for token in probe] for probe in PROBES]
+        self.run([Part(0, 0, prompts[0][:3], 0), Part(1, 0, prompts[1][:-1], 1)])
+        logits_RV = self.run(
+            [Part(0, 3, prompts[0][3:], 1), Part(1, 3, prompts[1][-1:], 1), Part(2, 0, prompts[2], 1)]
+        ).float()
+        for row_V, prompt in zip(logits_RV, prompts, strict=True):
+            ids_1L = torch.tensor([prompt], device=self.device)
+            own_V = self.model(input_ids=ids_1L, use_cache=False).logits[0, -1].float()
+            off, scale = float((row_V - own_V).abs().max()), float(own_V.abs().max())
+            if not off <= (1e-3 if self.dtype == torch.float32 else 0.1) * max(scale, 1.0):
+                raise Unpackable(f"its logits are off by {off:.2g}")
+
+
+class Run(NamedTuple):
+    """Neighbouring lanes that decode, and attend together."""
+
+    rows: slice  # of the step's tokens
+    lanes: slice
+    length: int  # tokens attended, at most
+    mask_N11L: Tensor | None  # what is beyond a sequence's end
+
+
+class Chunk(NamedTuple):
+    """A part of a prompt, which attends by itself."""
+
+    rows: slice
+    lane: int
+    length: int
+    mask_TL: Tensor | None  # None: causal from its first token on
+
+
+class Step:
+    """Where the tokens of one forward belong, worked out once for all layers."""
+
+    def __init__(self, cache: Packed, parts: Sequence[Part]) -> None:
+        """Take the parts: first those of one token, ordered by lane, then those of several."""
+        self.cache, self.capacity = cache, cache.capacity
+        ids: list[int] = []
+        positions: list[int] = []
+        lanes: list[int] = []
+        for part in parts:
+            ids += part.tokens
+            positions += range(part.past, part.past + len(part.tokens))
+            lanes += [part.lane] * len(part.tokens)
+        table_3T = torch.tensor([ids, positions, lanes]).to(cache.device)
+        self.ids_1T, self.positions_1T, self.lanes_T = table_3T[:1], table_3T[1:2], table_3T[2]
+        self._places: dict[int, Tensor] = {}
+        singles = [part for part in parts if len(part.tokens) == 1]
+        bounds = neighbours([part.lane for part in singles])
+        self.runs = [self._run(singles, start, end) for start, end in bounds]
+        self.chunks: list[Chunk] = []
+        start = len(singles)
+        for part in parts[len(singles) :]:
+            self.chunks.append(self._chunk(part, start))
+            start += len(part.tokens)
+        self.longest = max(part.past + len(part.tokens) for part in parts)
+
+    def _run(self, parts: Sequence[Part], start: int, end: int) -> Run:
+        lengths = [part.past + 1 for part in parts[start:end]]
+        longest, mask_N11L = max(lengths), None
+        if min(lengths) < longest:
+            device = self.cache.device
+            beyond_NL = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
+            mask_NL = torch.zeros(beyond_NL.shape, dtype=self.cache.dtype, device=device)
+            mask_N11L = mask_NL.masked_fill_(beyond_NL, -torch.inf)[:, None, None]
+        return Run(slice(start, end), slice(parts[start].lane, parts[end - 1].lane + 1), longest, mask_N11L)
+
+    def _chunk(self, part: Part, start: int) -> Chunk:
+        count, mask_TL = len(part.tokens), None
+        length = part.past + count
+        if part.past:
+            mask_TL = torch.full((count, length), -torch.inf, dtype=self.cache.dtype, device=self.cache.device)
+            mask_TL.triu_(part.past + 1)
+        return Chunk(slice(start, start + count), part.lane, length, mask_TL)
+
+    def places(self, heads: int) -> Tensor:
+        """Return the row of a cache seen as [N H C, D] where each head's key of each token belongs: [H T]."""
+        if heads not in self._places:
+            of_head_H1 = torch.arange(heads, device=self.cache.device)[:, None]
+            places_HT = (self.lanes_T * heads + of_head_H1) * self.capacity + self.positions_1T[0]
+            self._places[heads] = places_HT.flatten()
+        return self._places[heads]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Write the keys and values [1, H, T, D], and attend to each sequence's own. Returns [1, T, heads, D]."""
+        _, heads, _, width = query.shape
+        key_heads = key.shape[1]
+        group = heads // key_heads
+        keys, values = self.cache.write(layer, self, key[0], value[0])
+        query_THD = query[0].transpose(0, 1)
+        outputs = []
+        for rows, lanes, length, mask_N11L in self.runs:
+            attended = F.scaled_dot_product_attention(
+                query_THD[rows].reshape(-1, key_heads, group, width),
+                keys[lanes, :, :length],
+                values[lanes, :, :length],
+                attn_mask=mask_N11L,
+                scale=scaling,
+            )
+            outputs.append(attended.reshape(len(attended), heads, -1))
+        for rows, lane, length, mask_TL in self.chunks:
+            attended = F.scaled_dot_product_attention(
+                query[:, :, rows],
+                _repeat(keys[lane : lane + 1, :, :length], group),
+                _repeat(values[lane : lane + 1, :, :length], group),
+                attn_mask=mask_TL,
+                is_causal=mask_TL is None,
+                scale=scaling,
+            )
+            outputs.append(attended[0].transpose(0, 1))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+
+def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (start, end) of the stretches of a rising sequence whose numbers follow each other."""
+    bounds = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1] + 1]
+    return list(zip(bounds, [*bounds[1:], len(numbers)], strict=False))
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lanes: Step | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks it of an attention function; without `lanes`, as its own `sdpa`."""
+    if lanes is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return output
+    unknown = [name for name, value in others.items() if value is not None and name not in NEUTRAL]
+    if unknown:
+        raise Unpackable(f"its attention takes {', '.join(unknown)}")
+    if others.get("sliding_window") and lanes.longest > others["sliding_window"]:
+        raise Unpackable(f"{lanes.longest} tokens are over its window of {others['sliding_window']}")
+    return lanes.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+def _repeat(heads_1HLD: Tensor, group: int) -> Tensor:
+    """Repeat each key head for its group of query heads."""
+    return heads_1HLD if group == 1 else heads_1HLD.repeat_interleave(group, dim=1)
+
+
+class Apart:
+    """Any causal model of transformers, one sequence after the other, each with a cache of transformers' own."""
+
+    shares = False
+    token_bytes = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._caches: dict[int, DynamicCache] = {}
+
+    def shape(self, lanes: int, capacity: int, keep: Sequence[tuple[int, int]] = ()) -> None:
+        """Keep some lanes under their new numbers."""
+        self._caches = {new: self._caches[old] for new, (old, _) in enumerate(keep) if old in self._caches}
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Never called: lanes share nothing."""
+        raise NotImplementedError
+
+    def clear(self, lane: int) -> None:
+        """Drop a lane's cache."""
+        self._caches.pop(lane, None)
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        """Run a forward for each part."""
+        rows = []
+        for lane, past, tokens, wanted in parts:
+            if past == 0:
+                self._caches[lane] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=self.device),
+                attention_mask=torch.ones((1, past + len(tokens)), dtype=torch.int64, device=self.device),
+                past_key_values=self._caches[lane],
+                use_cache=True,
+            )
+            rows.append(output.logits[0, len(tokens) - wanted :])
+        return torch.cat(rows)
+
+
+def make_forward(model: nn.Module) -> Forward:
+    """Return the quickest way to run a model that gives what the model itself gives."""
+    try:
+        return Packed(model)
+    except Unpackable:
+        return Apart(model)
