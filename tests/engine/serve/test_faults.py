@@ -129,8 +129,7 @@ def test_replicas_that_cannot_be_placed_are_refused(ray: None, tiny: Config, bun
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_place_is_free_once_the_client_left(endpoint: Endpoint, stream: bool) -> None:
-    """With one place, who comes next has it at once: a whole completion would take some tenths of a second more."""
+def test_a_client_that_left_at_once_is_counted(endpoint: Endpoint, stream: bool) -> None:
     before = counted(endpoint, 499)
     body = {"prompt": "import os", "max_tokens": 120, "stream": stream, "logit_bias": {"0": -100}}
 
