@@ -81,6 +81,7 @@ def start(cluster: state.State, cores: int, number: int, arguments: list[str]) -
     quiet_environment()
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
     environment |= LOOPBACK | {
+        "RAY_health_check_period_ms": "1000",  # Ray misses a node after five of these: 3 s each by default
         state.MARK: cluster.mark,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": cluster.token_path,

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 KEEP_S = 120  # an unused process ends after this
 
 
-def prestart(count: int, env_vars: Mapping[str, str], nested: bool = False) -> None:
-    """Have this node start `count` worker processes that actors with just these `env_vars` will take.
+def prestart(
+    count: int, env_vars: Mapping[str, str], nested: bool = False, node_id: str | None = None, keep_s: int = KEEP_S
+) -> None:
+    """Have a node (this one by default) start `count` worker processes that actors with just these `env_vars` will take.
 
-    `nested`: they are for actors that are made by an actor with environment variables of its own. Ray has no public call
-    for this, so it speaks to the node's raylet; a Ray that answers otherwise only starts slower.
+    `nested`: they are for actors that are made by an actor with environment variables of its own. Those that none takes
+    for `keep_s` seconds end. Ray has no public call for this, so it speaks to the node's raylet; a Ray that answers
+    otherwise only starts slower.
     """
     with contextlib.suppress(Exception):
         import ray
@@ -26,7 +29,7 @@ def prestart(count: int, env_vars: Mapping[str, str], nested: bool = False) -> N
         from ray.runtime_env import RuntimeEnv
 
         here = ray.get_runtime_context()
-        node = next(n for n in ray.nodes() if n["NodeID"] == here.get_node_id())
+        node = next(n for n in ray.nodes() if n["NodeID"] == (node_id or here.get_node_id()))
         environment = get_runtime_env_info(RuntimeEnv(env_vars=dict(env_vars)), serialize=True)
         info = json_format.Parse(environment, RuntimeEnvInfo())
         if nested:  # Ray compares environments as text, and writes one that it merged with the parent's without spaces
@@ -35,7 +38,7 @@ def prestart(count: int, env_vars: Mapping[str, str], nested: bool = False) -> N
         request = PrestartWorkersRequest(
             job_id=bytes.fromhex(here.get_job_id()),
             num_workers=count,
-            keep_alive_duration_secs=KEEP_S,
+            keep_alive_duration_secs=keep_s,
             runtime_env_info=info,
         )
         with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:

@@ -139,7 +139,7 @@ def joined_ray(address: str, log_dir: Path | None) -> Iterator[Session]:
         logs = Path(info.get("session_dir") or "") / "logs"
         if log_dir:
             link(logs, log_dir)
-        core = [m for m in cluster.members if m.name in state.CORE] if cluster else []
+        core = cluster.core if cluster else []
         watch = Watch(core, "the cluster's Ray was killed: `manta cluster down`, then `manta cluster up`")
         with watch.raising():
             yield session_of(address, logs)

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 MARK = "MANTA_CLUSTER"  # environment variable that every process of a cluster inherits; its value is State.mark
-CORE = ("gcs_server", "raylet")  # a cluster that has lost one of these is dead
+CORE = ("gcs_server", "raylet")  # a cluster whose head has lost one of these is dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Member:
     pid: int
     started: float  # seconds since the epoch
     name: str
+    head: bool = True  # whether it is of the head node; of another, the cluster outlives it
 
     @property
     def alive(self) -> bool:
@@ -57,13 +58,19 @@ class State:
 
     @property
     def lost(self) -> list[str]:
-        """Names of the core processes that no longer run: none for a healthy cluster."""
-        return [m.name for m in self.members if m.name in CORE and not m.alive]
+        """Names of the head's core processes that no longer run: none for a healthy cluster."""
+        return [m.name for m in self.core if not m.alive]
+
+    @property
+    def core(self) -> list[Member]:
+        """The processes that the cluster can't live without."""
+        return [m for m in self.members if m.name in CORE and m.head]
 
 
 def member(process: psutil.Process) -> Member:
-    """Note down a process."""
-    return Member(process.pid, process.create_time(), process.name())
+    """Note down a process. Ray starts the head's raylet with `--head`."""
+    name = process.name()
+    return Member(process.pid, process.create_time(), name, name != "raylet" or "--head" in process.cmdline())
 
 
 def processes(cluster: State) -> list[psutil.Process]:

@@ -126,9 +126,9 @@ class DataConfig(Frozen):
     quality: bool = option(
         False, "leave out what the rules of Rae et al. 2021 (Gopher, table A1) call no English prose"
     )
-    language: Optional[str] = option(
-        None,
-        "leave out what is in none of these languages: en, or 'en,de' (ISO 639-1; pip install 'manta-train[language]')",
+    languages: list[str] = option(
+        [],
+        "leave out what is in none of these languages (ISO 639-1): [en] or [en,de]; needs pip install 'manta-train[language]'",
     )
     filter: Optional[str] = option(
         None, "your own, 'module:function': text -> True to keep it, or False or a reason to leave it out"
@@ -159,7 +159,7 @@ class DataConfig(Frozen):
 PER_SOURCE = (
     "source", "path", "validation_path", "test_path", "format", "text_column", "subset", "split", "validation_split",
     "test_split", "revision", "stream", "licence", "validation_fraction", "test_fraction", "max_documents", "mask",
-    "min_characters", "max_characters", "quality", "language", "filter",
+    "min_characters", "max_characters", "quality", "languages", "filter",
 )  # fmt: skip
 
 
@@ -332,6 +332,11 @@ class TrainConfig(Frozen):
     use_ema: bool = option(False, "validate with that average, and make the bundle of it")
     checkpoint_every: int = option(100, "steps between checkpoints; the last step always has one", least=1)
     keep_checkpoints: int = option(2, "so many of the latest are kept", least=1)
+    on_failed_save: str = option(
+        "go_on",
+        "a checkpoint that cannot be written (a full disk, say): go_on to the next one, or stop; the one before is whole",
+        choices=("go_on", "stop"),
+    )
     keep_best: bool = option(
         False, "keep the checkpoint with the best validation too, and make the bundle of it instead of the last"
     )
@@ -341,9 +346,30 @@ class TrainConfig(Frozen):
     evaluate_every: Optional[int] = option(None, "steps between validations; None: at the end only", least=1)
     evaluate_samples: Optional[int] = option(256, "samples in a validation; None: the whole split", least=1)
     max_skipped: int = option(
-        3, "steps in a row without a finite gradient that are skipped, on all workers, before the run ends", least=0
+        3, "steps in a row, with a spike or without a finite gradient, that all workers skip before they roll back", least=0
+    )  # fmt: skip
+    max_rollbacks: int = option(
+        2, "returns to the last good checkpoint, passing over the data since then, before the run ends", least=0
     )
-    max_failures: int = option(3, "restarts of the worker group after a lost worker; -1: no end", least=-1)
+    spike_sigma: Optional[float] = option(
+        None, "a loss so many standard deviations above the mean of spike_window steps is skipped (6, say); None: none",
+        above=0,
+    )  # fmt: skip
+    spike_window: int = option(128, "good steps that a loss is judged by; before there are so many, none is", least=2)
+    max_failures: int = option(3, "restarts of the worker group after a lost or hung worker; -1: no end", least=-1)
+    hang_timeout_s: float = option(
+        120.0, "seconds without any progress after which a worker is hung and the group restarts; ten times that for "
+        "starting up, the first step and the last files", above=0,
+    )  # fmt: skip
+    spares: bool = option(
+        True, "half a minute into a run, start a process for each worker that does all imports and waits for a restart, "
+        "which then takes seconds less (about 0.3 GB each)",
+    )  # fmt: skip
+    min_workers: Optional[int] = option(
+        None, "elastic: go on with so many workers, or more, where train.workers have no room; None: wait for all of them",
+        least=1,
+    )  # fmt: skip
+    resize_every_s: float = option(60.0, "elastic: seconds between looks for room for more workers", above=0)
 
 
 @dataclass
@@ -373,6 +399,47 @@ class EvaluateConfig(Frozen):
     confidence: float = option(0.95, "of the bootstrap intervals", above=0, most=0.999)
     resamples: int = option(2000, "bootstrap resamples (Efron & Tibshirani 1993)", least=100)
     against: Optional[str] = option(None, "a second bundle: paired comparison on the same examples")
+    slice_column: Optional[str] = option(
+        None, "column of the data's files that names a row's group: metrics by group, and the gaps between them"
+    )
+    pairs: Optional[str] = option(
+        None, "bias check: JSON lines with two texts, a and b, that differ only in whom they are about"
+    )
+    generation: Optional[str] = option(
+        None, "JSON lines with a text to start from and its reference: BLEU, chrF and ROUGE-L of what the model writes"
+    )
+    source_column: str = option("source", "generation: column with the text to start from")
+    target_column: str = option("target", "generation: column with the reference")
+    max_new_tokens: int = option(64, "generation: most tokens written for an example", least=1)
+    max_examples: Optional[int] = option(None, "generation: take the first so many examples (None: all)", least=1)
+    suite: str = option(
+        "own", "own: the metrics here; lm_eval: EleutherAI's harness (pip install 'manta-train[lm-eval]')",
+        choices=("own", "lm_eval"),
+    )  # fmt: skip
+    tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+
+
+@dataclass
+class CardConfig(Frozen):
+    """What the model card, README.md in a bundle, says in its author's words."""
+
+    licence: Optional[str] = option(None, "licence of the model (SPDX); None: that of the data")
+    intended_use: Optional[str] = option(None, "what the model is for; None: its task")
+    limits: Optional[str] = option(
+        None, "what it is not for, and where it fails; None: what follows from data and task"
+    )
+
+
+@dataclass
+class PromoteConfig(Frozen):
+    """How a registered version becomes the champion, and goes back."""
+
+    model: Optional[str] = option(
+        None, "registered name to promote under; None: the one that it has, else the bundle's own"
+    )
+    reason: Optional[str] = option(
+        None, "promote although it isn't shown to be better than the champion: why (kept with the promotion)"
+    )
 
 
 @dataclass
@@ -466,7 +533,7 @@ class TrackingConfig(Frozen):
     uri: Optional[str] = option(None, "MLflow server; None: an SQLite file, <runs_dir>/mlflow.db")
     experiment: str = option("manta", "MLflow experiment")
     enabled: bool = option(True, "log runs to MLflow (metrics.jsonl is written in any case)")
-    alias: str = option("champion", "registry alias that `deploy` looks up and the demo sets")
+    alias: str = option("champion", "registry alias that `deploy` looks up, and `promote` and `rollback` move")
 
 
 @dataclass
@@ -504,6 +571,8 @@ class Config(Frozen):
     train: TrainConfig = field(default_factory=TrainConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    card: CardConfig = field(default_factory=CardConfig)
+    promote: PromoteConfig = field(default_factory=PromoteConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -550,15 +619,22 @@ class Config(Frozen):
         """MLflow's store."""
         return self.tracking.uri or f"sqlite:///{Path(self.runs_dir).absolute()}/mlflow.db"
 
+    @property
+    def registry_dir(self) -> Path:
+        """Where registered bundles are kept: MLflow's artifacts where it has no server, else copies of the server's."""
+        return Path(self.runs_dir).absolute() / "registry"
+
 
 # Keys that say where, how long or under which name a job runs, and not what it computes: they are no part of the
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
-    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "plan",
-    "convert",
+    "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
+    "promote", "plan", "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
+    "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
+    "train.spares",
     "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
@@ -758,9 +834,9 @@ def _check_images(data: DataConfig) -> None:
     """Check the options of images, and that a caption's parts are there."""
     if data.image_column and (data.source != "files" or data.sources):
         raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
-    if data.image_column and (data.mask or data.filter or data.quality or data.language):
+    if data.image_column and (data.mask or data.filter or data.quality or data.languages):
         raise UserError(
-            "data.mask, data.filter, data.quality and data.language are for text: leave them out with data.image_column"
+            "data.mask, data.filter, data.quality and data.languages are for text: leave them out with data.image_column"
         )
     if data.image_column and data.caption:
         try:
@@ -816,6 +892,11 @@ def _check_contradictions(c: Config) -> None:
             f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
             f"use train.micro_batch={c.global_batch} or less"
         )
+    if train.min_workers and train.min_workers > train.workers:
+        raise UserError(
+            f"train.min_workers {train.min_workers} is more than train.workers {train.workers}: "
+            f"use train.min_workers={train.workers} or less"
+        )
     if train.use_ema and not train.ema:
         raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
     for pattern, changes in c.optim.groups.items():
@@ -860,6 +941,10 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"train.max_steps {train.max_steps} is more than schedule.total_steps {c.schedule.total_steps}: "
             f"use schedule.total_steps={train.max_steps} or more"
+        )
+    if (c.evaluate.suite == "lm_eval") != bool(c.evaluate.tasks):
+        raise UserError(
+            "evaluate.suite=lm_eval and evaluate.tasks=[NAME_OR_FILE,...] go together: give both or neither"
         )
     packs = c.data.packing != "end_to_end" or c.data.within_documents
     if packs and c.objective.name not in ("causal_lm", "masked_lm"):

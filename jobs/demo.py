@@ -20,10 +20,12 @@ def demo(config: Config) -> None:
     from rich.table import Table
 
     from engine.bundles.bundle import Bundle
-    from engine.bundles.registry import promote, register
+    from engine.bundles.promotion import Alias
+    from engine.bundles.registry import Registry
     from engine.evaluate.bootstrap import compare
     from engine.evaluate.evaluate import evaluate_bundle
     from engine.evaluate.facts import machine_facts, version_facts
+    from engine.evaluate.metrics import details
     from engine.evaluate.report import write_report
     from engine.progress import console
     from engine.sweep.launch import sweep, trial_folder
@@ -71,12 +73,14 @@ def demo(config: Config) -> None:
     from engine.serve.deploy import deploy
 
     bundles = {config.name: winner, f"{config.name}-pretrain": pretrained.run.bundle}
+    registry = Registry(config.tracking_uri, config.registry_dir)
+    champion = Alias(registry, config.name, config.tracking.alias)
     with ray_session(config):
         with stages("deploy"):
             for name, folder in bundles.items():
-                version = register(Bundle.open(folder), name, config.tracking_uri)
-                if name == config.name:
-                    promote(version, config.tracking.alias, config.tracking_uri)
+                version = registry.register(Bundle.open(folder), name)
+                if name == config.name and (start := champion.present()) != version.number:
+                    champion.move("promote", start, version.number, "the demo's winner")
             endpoint = deploy(config, bundles)
             requests = ask(endpoint.url, config.name)
         facts: dict[str, Any] = {
@@ -87,6 +91,7 @@ def demo(config: Config) -> None:
                 "scratch": plain.metrics["accuracy"].to_dict(),
                 "majority": tuned.majority.to_dict() if tuned.majority else None,
             },
+            "details": details(tuned.objective, tuned.scores),
             "perplexity": language.metrics["perplexity"].to_dict(),
             "pretraining_paid": {
                 "verdict": paid.verdict, "difference": paid.difference, "low": paid.low, "high": paid.high,

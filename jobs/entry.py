@@ -29,11 +29,14 @@ HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_sub
 CONTROLLER_PROCESSES = 3  # Ray Train's controller and what it starts beside the ranks
 
 
-def start(job: str, function: Function, argv: Sequence[str] | None = None) -> int:
-    """Run `function` on the config that `argv` asks of job `job`; return the exit code."""
+def start(job: str, function: Function, argv: Sequence[str] | None = None, positions: Sequence[str] = ()) -> int:
+    """Run `function` on the config that `argv` asks of job `job`; return the exit code, which the function may choose.
+
+    Words that aren't KEY=VALUE stand for the keys in `positions`, in their order.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = named([word for word in words if word != "--debug"], positions)
     quiet_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kind kill ends like Ctrl-C
     try:
@@ -55,8 +58,8 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None) -> in
         unknown = [word for word in words if word.startswith("-")]
         if unknown:
             raise UserError(f"{unknown[0]} is no flag of manta {job}: see manta {job} --help")
-        function(compose(job, overrides))
-        return 0
+        code = function(compose(job, overrides))
+        return code if isinstance(code, int) else 0
     except (UserError, ClusterError) as error:
         if debug:
             traceback.print_exc()
@@ -75,6 +78,21 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None) -> in
             file=sys.stderr,
         )
         return 1
+
+
+def named(words: Sequence[str], positions: Sequence[str]) -> list[str]:
+    """Turn the first words that aren't KEY=VALUE or a flag into values of the keys in `positions`."""
+    keys, found = iter(positions), []
+    for word in words:
+        bare = "=" not in word and not word.startswith("-")
+        key = next(keys, None) if bare else None
+        found.append(f"{key}={word}" if key else word)
+    return found
+
+
+def names_data(words: Sequence[str]) -> bool:
+    """Tell whether a command says which data to use."""
+    return any(word.lstrip("+").startswith(("data=", "data.", "experiment=")) for word in words)
 
 
 @contextmanager
@@ -107,7 +125,7 @@ def training_session(config: Config) -> Iterator[None]:
         from engine.train.launch import environments
 
         if own:
-            controller, rank = environments()
+            controller, rank = environments(config)
             prestart(CONTROLLER_PROCESSES, controller)
             prestart(min(config.train.workers, os.cpu_count() or 1), rank, nested=True)
         imported()

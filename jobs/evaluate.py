@@ -1,4 +1,7 @@
-"""Measure a bundle on held-out data, with confidence intervals; against another one on the same examples."""
+"""Measure a bundle on held-out data, with confidence intervals; against another one on the same examples.
+
+suite=lm_eval tasks=[NAME_OR_FILE,...] runs EleutherAI's harness; both are short for evaluate.suite and evaluate.tasks.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 
 from engine.config import Config
 from jobs.entry import start
+
+SHORT = ("suite=", "tasks=")
 
 
 def evaluate(config: Config) -> None:
@@ -18,7 +23,8 @@ def evaluate(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("evaluate", evaluate, argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    return start("evaluate", evaluate, [f"evaluate.{w}" if w.startswith(SHORT) else w for w in words], ("bundle",))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from jobs.entry import start, training_session
 def pretrain(config: Config) -> None:
     """Train, and say where the bundle is."""
     with training_session(config):
+        from cluster.prestart import prestart
         from engine.train.launch import train
 
-        train(config)
+        train(config, spare=prestart)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,10 @@ from jobs.entry import ray_session, start
 
 def sweep(config: Config) -> None:
     """Run the trials, and say which is best and where its bundle is."""
+    from engine.data.corpus import check_input
     from engine.sweep.launch import sweep
 
+    check_input(config.data)
     with ray_session(config):
         sweep(config)
 

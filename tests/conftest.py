@@ -15,6 +15,7 @@ quiet_environment()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from engine.config import Config, with_values  # noqa: E402
+from tests.lives import Lives, make_lives  # noqa: E402
 
 TINY = {  # about 60,000 parameters
     "model.type": "llama",
@@ -64,6 +65,12 @@ def tiny_functions(tiny: Config) -> Config:
             "objective.name": "classification",
         },
     )
+
+
+@pytest.fixture(scope="session")
+def lives(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    """Bundles with whole lineages, made once: nothing may change them (`shutil.copytree` them first)."""
+    return make_lives(tiny, tmp_path_factory.mktemp("lives"))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ RAY = {
     "engine/data/spread.py",
     "engine/train/launch.py",
     "engine/train/trainer.py",
+    "engine/train/elastic.py",
     "engine/train/preload.py",
     "engine/sweep/launch.py",
     "engine/sweep/space.py",

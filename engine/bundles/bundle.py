@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.bundles.card import CARD, base_of, check_card, write_card
 from engine.config import ObjectiveConfig
 from engine.data.packing import Packing
 from engine.data.processor import load_processor
@@ -48,10 +49,13 @@ class Manifest:
     created: str = ""
     format: int = 1
     hash: str = field(default="")  # SHA-256 over all other fields
+    training: dict[str, Any] | None = None  # job, config (dotted key -> value), tokens, energy; None: not known
 
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of everything else in the manifest, the files' hashes among it."""
         content = asdict(replace(self, hash=""))
+        if self.training is None:  # a bundle from before this field was known keeps its hash
+            del content["training"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,6 +101,8 @@ class Bundle:
         if self.manifest.hash != self.manifest.content_hash():
             raise UserError(f"{self.folder / MANIFEST} was changed since the bundle was written: refused")
         now = _file_hashes(self.folder)
+        if CARD in self.manifest.files and CARD in now:  # the rest of it is a chain from the manifest's hash
+            now[CARD] = hashlib.sha256(base_of(self.folder / CARD)).hexdigest()
         for name, expected in self.manifest.files.items():
             if name not in now:
                 raise UserError(f"{self.folder / name} is missing: the bundle is refused")
@@ -104,6 +110,7 @@ class Bundle:
                 raise UserError(f"{self.folder / name} was changed since the bundle was written: refused")
         if added := sorted(set(now) - set(self.manifest.files)):
             raise UserError(f"{self.folder / added[0]} was added since the bundle was written: refused")
+        check_card(self.folder, self.manifest.hash)
 
     def processor(self) -> Any:
         """Load the tokenizer, the image processor, or what holds both; a tokenizer without padding pads with its end of text."""
@@ -176,8 +183,13 @@ def write_bundle(
     evaluation: dict[str, Any] | None = None,
     licence: str = "not stated",
     dtype: torch.dtype = torch.float32,
+    training: dict[str, Any] | None = None,
+    words: dict[str, str] | None = None,
 ) -> Bundle:
-    """Write a bundle in `dtype` and record what it answers to `golden_requests`; it is renamed into place last."""
+    """Write a bundle in `dtype` and record what it answers to `golden_requests`; it is renamed into place last.
+
+    `training` and `words` (intended_use, limits) are what its card tells beside what the manifest holds.
+    """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -199,11 +211,15 @@ def write_bundle(
         run=run,
         evaluation=evaluation or {},
         golden=golden,
-        files=_file_hashes(part),
+        files={},
         versions={package: _version(package) for package in ("manta-train", "torch", "transformers")},
         licence=licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        training=training,
     )
+    facts = asdict(manifest) | {"parameters": sum(p.numel() for p in model.parameters()), "auto": objective.auto_class}
+    write_card(part, facts, words or {})
+    manifest = replace(manifest, files=_file_hashes(part))
     manifest = replace(manifest, hash=manifest.content_hash())
     (part / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
     old = folder.with_name(f".{folder.name}.old")

@@ -110,11 +110,11 @@ def pieces(config: DataConfig, size: int) -> list[Piece]:
 
 
 def check(config: DataConfig) -> None:
-    """Raise UserError where the first file cannot be read as what it is, or lacks a column; reads no more than its head."""
-    counts = Counter[str]()
-    piece = pieces(config, 2**62)[0]
-    if piece.kind != "text":
-        next(_rows(piece, config, counts), None)
+    """Raise UserError where the first file of a path cannot be read as what it is, or lacks a column; reads but its head."""
+    first = {piece.file.split: piece for piece in reversed(pieces(config, 2**62))}
+    for piece in first.values():
+        if piece.kind != "text":
+            next(_rows(piece, config, Counter()), None)
 
 
 def _ends(file: File, kind: str, cut: bool, size: int) -> list[int]:

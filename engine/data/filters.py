@@ -43,8 +43,8 @@ def reason_against(config: DataConfig) -> Rule | None:
         rules.append(lambda text: "longer than data.max_characters" if len(text) > longest else None)
     if config.quality:
         rules.append(poor_prose)
-    if config.language:
-        rules.append(other_language(tuple(config.language.replace(" ", "").split(","))))
+    if config.languages:
+        rules.append(other_language(tuple(config.languages)))
     if config.filter:
         rules.append(own_filter(config.filter))
     if not rules:
@@ -112,7 +112,7 @@ def other_language(wanted: tuple[str, ...]) -> Rule:
     identifier = _identifier()
     known = sorted(set(identifier.nb_classes))
     if unknown := [code for code in wanted if code not in known]:
-        raise UserError(f"data.language={unknown[0]} is not one of {', '.join(known)}")
+        raise UserError(f"data.languages={unknown[0]} is not one of {', '.join(known)}")
 
     def rule(text: str) -> str | None:
         code = identifier.classify(text[:4000])[0]
@@ -126,7 +126,7 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise UserError("data.language needs the package py3langid: pip install 'manta-train[language]'") from error
+        raise UserError("data.languages needs the package py3langid: pip install 'manta-train[language]'") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 

@@ -64,15 +64,15 @@ class Order:
         """Return the sample indices of a step: int64 [global_batch]."""
         epoch, start = divmod(step * self.global_batch, self.size)
         positions = start + np.arange(self.global_batch, dtype=np.int64)
-        here = positions < self.size
-        first = epoch * self.size if self.endless else 0
-        second = first + self.size if self.endless else 0
-        return np.concatenate(
-            [
-                first + permute(positions[here], self.size, self.seed, epoch),
-                second + permute(positions[~here] - self.size, self.size, self.seed, epoch + 1),
-            ]
-        )
+        found = []
+        for e, here in (
+            (epoch, positions[positions < self.size]),
+            (epoch + 1, positions[positions >= self.size] - self.size),
+        ):
+            if len(here):
+                first = e * self.size if self.endless else 0
+                found.append(first + permute(here, self.size, self.seed, e))
+        return np.concatenate(found)
 
     def draws(self, step: int) -> np.ndarray:
         """Return a random number for each place in a step's batch: uint64 [global_batch], new each time, equal in any layout."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -35,16 +35,17 @@ class Comparison:
     verdict: str  # A is "better" or "worse" than B, or they are "not told apart"
 
 
-def intervals(
-    objective: Objective, scores: Scores, confidence: float, resamples: int, seed: int
-) -> dict[str, Interval]:
+Summary = Callable[[Scores], dict[str, float]]  # from the scores of some examples to metrics, in microseconds
+
+
+def intervals(summarize: Summary, scores: Scores, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
     """Return each metric of the scores with its interval at `confidence` (0.95: 95 %).
 
     Raises UserError where there is no example.
     """
-    drawn = [objective.summarize(take(scores, pick)) for pick in picks(count(scores), resamples, seed)]
+    drawn = [summarize(take(scores, pick)) for pick in picks(count(scores), resamples, seed)]
     found = {}
-    for name, value in objective.summarize(scores).items():
+    for name, value in summarize(scores).items():
         low, high = np.quantile([draw[name] for draw in drawn], edges(confidence))
         found[name] = Interval(value, float(low), float(high))
     return found
@@ -67,6 +68,19 @@ def compare(objective: Objective, a: Scores, b: Scores, confidence: float, resam
     drawn = [difference(pick) for pick in picks(count(a), resamples, seed)]
     low, high = (float(edge) for edge in np.quantile(drawn, edges(confidence)))
     return Comparison(metric, difference(slice(None)), low, high, verdict(low, high, objective.mode))
+
+
+def gap(summarize: Summary, a: Scores, b: Scores, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
+    """Return each metric of A minus that of B, two groups of different examples, each drawn by itself."""
+    drawn = []
+    for pick_a, pick_b in zip(picks(count(a), resamples, seed), picks(count(b), resamples, seed + 1), strict=True):
+        one, other = summarize(take(a, pick_a)), summarize(take(b, pick_b))
+        drawn.append({name: one[name] - other[name] for name in one})
+    found, one, other = {}, summarize(a), summarize(b)
+    for name in one:
+        low, high = np.quantile([draw[name] for draw in drawn], edges(confidence))
+        found[name] = Interval(one[name] - other[name], float(low), float(high))
+    return found
 
 
 def verdict(low: float, high: float, mode: str) -> str:

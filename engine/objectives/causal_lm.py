@@ -41,7 +41,10 @@ class Objective(contract.Objective):
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """Shift: the target of a position is the next token, unless that begins another document of a packed sample."""
         rows = [sample["tokens"] for sample in samples]
-        tokens_BM, _ = pad_rows(rows, pad_id=IGNORED)
+        width = (
+            self.sequence_length + 1 if self.packing.how == "best_fit" else 0
+        )  # one shape, which torch.compile asks for
+        tokens_BM, _ = pad_rows(rows, pad_id=IGNORED, width=width)
         inputs_BL, targets_BL = tokens_BM[:, :-1], tokens_BM[:, 1:].contiguous()
         inputs = {"input_ids": inputs_BL.clamp(min=0)}
         if "starts" in samples[0]:

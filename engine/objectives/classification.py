@@ -65,12 +65,13 @@ class Objective(contract.Objective):
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each row's negative log-likelihood in nats, its label and the class found likeliest."""
+        """Give each row's negative log-likelihood in nats, its label, the class found likeliest and its probability."""
         logits_BC = model(**batch.inputs).logits.float()
         return {
             "nll": F.cross_entropy(logits_BC, batch.targets, reduction="none").double().cpu().numpy(),
             "label": batch.targets.cpu().numpy(),
             "predicted": logits_BC.argmax(1).cpu().numpy(),
+            "confidence": logits_BC.softmax(1).amax(1).cpu().numpy(),
         }
 
     def summarize(self, scores: Scores) -> dict[str, float]:

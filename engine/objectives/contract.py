@@ -224,9 +224,9 @@ def objective_class(name: str) -> type[Objective]:
     return found
 
 
-def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad token rows on the right: ids_BL int64 and mask_BL int64 (1 where a token is)."""
-    length = max(len(row) for row in rows)
+def pad_rows(rows: Sequence[np.ndarray], pad_id: int, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad token rows on the right, to `width` tokens at least: ids_BL int64 and mask_BL int64 (1 where a token is)."""
+    length = max(width, *(len(row) for row in rows))
     ids_BL = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     mask_BL = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):

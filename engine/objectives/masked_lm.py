@@ -68,8 +68,9 @@ class Objective(contract.Objective):
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """Mask each sample by its draw; where attention keeps to a document, positions restart at each."""
         pairs = [self.mask(sample["tokens"][: self.sequence_length], int(sample.get("draw", 0))) for sample in samples]
-        ids_BL, mask_BL = pad_rows([inputs for inputs, _ in pairs], self.tokenizer.pad_token_id)
-        targets_BL, _ = pad_rows([targets for _, targets in pairs], IGNORED)
+        width = self.sequence_length if self.packing.how == "best_fit" else 0  # one shape, which torch.compile asks for
+        ids_BL, mask_BL = pad_rows([inputs for inputs, _ in pairs], self.tokenizer.pad_token_id, width)
+        targets_BL, _ = pad_rows([targets for _, targets in pairs], IGNORED, width)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if self.packing.within_documents and "starts" in samples[0]:
             starts, lengths = [sample["starts"] for sample in samples], [len(inputs) for inputs, _ in pairs]

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+import torch
 
 from engine.config import Config
 from engine.models.cross_entropy import chunk_rows
-from engine.models.size import parameter_count
+from engine.models.size import Stack, parameter_count
 from engine.objectives.contract import objective_class
 from engine.train.optimizer import parameter_groups
 
 FP32 = 4  # bytes
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000  # parameters that stage 3 holds whole at a time: DeepSpeed's stage3_max_live_parameters
+PREFETCH = 50_000_000  # parameters that stage 3 gathers at a time, and copies then: stage3_prefetch_bucket_size
 SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at a time: DeepSpeed's sub_group_size
 
 
@@ -34,21 +35,30 @@ class Sizes:
     parameters: int
     trained: int  # of the parameters, those that aren't frozen
     moments: int  # elements: AdamW keeps two for a trained parameter, Muon one
-    head: int  # elements of the output embedding, if the task has one
+    stacks: list[Stack]  # of blocks, and the tokens of a sample in each
+    head: tuple[int, int] = (0, 0)  # of the output embedding over a vocabulary, if the task has one: vocabulary, width
+    predicted: int = 0  # tokens of a sample whose logits the task asks for
 
     @classmethod
-    def of(cls, model: nn.Module, config: Config) -> Sizes:
+    def of(cls, model: Any, config: Config) -> Sizes:
         """Count them, on the meta device or any other."""
+        task = objective_class(config.objective.name)
+        stacks = task(config.objective, None, config.data.sequence_length).stacks(model.config)
         groups = parameter_groups(model, config.optim)
-        trained = {group["muon"]: 0 for group in groups} | {}
+        trained = {False: 0, True: 0}
         for group in groups:
             trained[group["muon"]] += sum(p.numel() for p in group["params"])
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        head = model.get_output_embeddings() if task.over_vocabulary else None
+        predicted = stacks[-1].tokens
+        if config.objective.name == "masked_lm":
+            predicted = round(predicted * config.objective.mask_rate)
         return cls(
             parameters=parameter_count(model),
             trained=sum(trained.values()),
-            moments=2 * trained.get(False, 0) + trained.get(True, 0),
-            head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
+            moments=2 * trained[False] + trained[True],
+            stacks=stacks,
+            head=tuple(head.weight.shape) if head is not None else (0, 0),
+            predicted=predicted if head is not None else 0,
         )
 
 
@@ -71,12 +81,12 @@ class MemoryPlan:
         return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("moment", "host"))
 
 
-def memory(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str) -> MemoryPlan:
-    """Return a worker's memory at the moment when it is highest, for a transformers config `shape`."""
-    return max(moments(config, shape, sizes, stage, precision), key=lambda plan: plan.total)
+def memory(config: Config, sizes: Sizes, stage: int, precision: str) -> MemoryPlan:
+    """Return a worker's memory at the moment when it is highest."""
+    return max(moments(config, sizes, stage, precision), key=lambda plan: plan.total)
 
 
-def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str) -> Iterator[MemoryPlan]:
+def moments(config: Config, sizes: Sizes, stage: int, precision: str) -> Iterator[MemoryPlan]:
     """Yield a worker's memory at the four moments of a step's last micro-batch that may be the highest."""
     workers, width = config.train.workers, FP32 if precision == "fp32" else 2
     own = 1 / workers
@@ -95,7 +105,9 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
     bucket = min(REDUCE_BUCKET, trained) * width  # stage 3's stays, too
     staying = bucket if stage == 3 else 0
     # With one worker stage 3 gathers nothing.
-    live = min(LIVE, sizes.parameters) * width if stage == 3 and (workers > 1 or weights_away) else 0
+    live = (min(LIVE, sizes.parameters) + min(PREFETCH, sizes.parameters)) * width
+    if stage < 3 or (workers == 1 and not weights_away):
+        live = 0
 
     def at(moment: str, gradients: float, activations: float, logits: float, buffers: float) -> MemoryPlan:
         return MemoryPlan(
@@ -104,13 +116,8 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
             host=away + (weights if weights_away else 0),
         )  # fmt: skip
 
-    tokens = config.micro_batch * config.data.sequence_length
-    block = tokens * width * block_widths(shape)
-    kept = block * shape.num_hidden_layers
-    recomputed = 0.0
-    if config.train.activation_checkpointing:
-        kept, recomputed = tokens * width * shape.hidden_size * shape.num_hidden_layers, block
-    loss, after = loss_bytes(config, shape, sizes, tokens, width)
+    kept, recomputed = activation_bytes(config, sizes.stacks, width)
+    loss, after = loss_bytes(config, sizes, width)
     yield at("loss", held, kept, loss, staying + live)
     yield at("backward", held, kept + recomputed, after, staying + live)
     # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where
@@ -122,13 +129,19 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
         added = flat if stage == 2 and passes > 1 and not optimizer_away else 0
         yield at("reduction", max(inside, flat) + added, 0, 0, inside)
     else:
-        yield at("reduction", held, 0, 0, staying + inside)
+        copies = 2 if on_processor(config) else 1  # Gloo copies its input
+        yield at("reduction", held, 0, 0, staying + inside * copies)
     # The update takes gradients in fp32: flat (stages 1 to 3, where a copy is made even of fp32), or each beside its own.
     if stage == 0:
         yield at("update", gradients, 0, 0, trained * FP32 if width < FP32 else 0)
     elif not optimizer_away:
         part = min(flat, SUB_GROUP * width) if stage == 3 else flat
         yield at("update", flat, 0, 0, staying + part + (part / width * FP32 if width < FP32 else 0))
+
+
+def on_processor(config: Config) -> bool:
+    """Tell whether the plan is for this machine's processor, which has no memory but the main one."""
+    return config.plan.device == "here" and not torch.cuda.is_available()
 
 
 def optimizer_bytes(config: Config, sizes: Sizes, stage: int, precision: str) -> float:
@@ -138,26 +151,38 @@ def optimizer_bytes(config: Config, sizes: Sizes, stage: int, precision: str) ->
     return FP32 * (sizes.trained * copies + sizes.moments) / (config.train.workers if stage >= 1 else 1)
 
 
-def loss_bytes(config: Config, shape: Any, sizes: Sizes, tokens: int, width: int) -> tuple[float, float]:
+def activation_bytes(config: Config, stacks: list[Stack], width: int) -> tuple[float, float]:
+    """Return the bytes that a micro-batch's blocks keep for the backward pass, and those of a block that is computed again."""
+    kept, recomputed = 0.0, 0.0
+    for stack in stacks:
+        tokens, layers = config.micro_batch * stack.tokens, stack.config.num_hidden_layers
+        block = tokens * width * block_widths(stack.config)
+        if config.train.activation_checkpointing:
+            kept += tokens * width * stack.config.hidden_size * layers
+            recomputed = max(recomputed, block)
+        else:
+            kept += block * layers
+    return kept, recomputed
+
+
+def loss_bytes(config: Config, sizes: Sizes, width: int) -> tuple[float, float]:
     """Return the bytes of the loss over a vocabulary, at its highest and as the backward pass begins.
 
-    engine/models/cross_entropy.py holds logits, their logarithmic probabilities in fp32 and the slope of some tokens at a
-    time, and the gradients of hidden states and output embedding.
+    engine/models/cross_entropy.py holds the logits of some tokens at a time (and, but on a processor, their logarithmic
+    probabilities in fp32), and the gradients of hidden states and output embedding.
     """
-    if not objective_class(config.objective.name).over_vocabulary or not sizes.head:
+    (vocabulary, hidden), tokens = sizes.head, config.micro_batch * sizes.predicted
+    if not tokens:
         return 0.0, 0.0
-    if config.objective.name == "masked_lm":
-        tokens = round(tokens * config.objective.mask_rate)
     chunk = config.objective.logits_chunk
     if chunk == 0:
-        return tokens * shape.vocab_size * 2.0 * FP32, tokens * shape.vocab_size * 3.0 * FP32
-    rows = chunk or chunk_rows(shape.vocab_size)
+        return tokens * vocabulary * 2.0 * FP32, tokens * vocabulary * 3.0 * FP32
+    rows = chunk or chunk_rows(vocabulary)
     single = tokens <= rows
-    hidden = tokens * shape.hidden_size * width
-    logits = min(tokens, rows) * shape.vocab_size * (width + FP32 + (width % FP32 if single else FP32))
-    stored = sizes.head * (width if single else FP32)
-    scaled = sizes.head * (width if single else FP32 + width % FP32)
-    return hidden + logits + stored, hidden * 2.0 + stored + scaled
+    logits = min(tokens, rows) * vocabulary * (width * (1 if single else 2) + (0 if on_processor(config) else FP32))
+    states, stored = tokens * hidden * width, vocabulary * hidden * (width if single else FP32)
+    scaled = stored if single else stored + vocabulary * hidden * (width % FP32)
+    return states + logits + stored, states * 2.0 + stored + scaled
 
 
 def block_widths(shape: Any) -> float:
@@ -168,5 +193,7 @@ def block_widths(shape: Any) -> float:
     """
     hidden = shape.hidden_size
     grouped = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) / shape.num_attention_heads
-    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * hidden
+    inner = next(
+        (getattr(shape, n) for n in ("intermediate_size", "n_inner", "d_ff") if getattr(shape, n, None)), 4 * hidden
+    )
     return (10 + 2 * grouped) * hidden + 4 * inner

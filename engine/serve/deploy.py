@@ -17,6 +17,7 @@ import psutil
 
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
+from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.progress import console
@@ -66,6 +67,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     except BaseException:
         endpoint.stop()
         raise
+    record_deployment(config.run_dir, endpoint.url, bundles)
     return endpoint
 
 

@@ -12,6 +12,7 @@ for the copy to host memory. Loading takes what a rank needs from whichever file
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -24,13 +25,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.errors import UserError
+from engine.train.group import Group
+from engine.train.run_folder import RunFolder
 from engine.train.state import TrainState
-from engine.train.zero import AVERAGE, Fragment
+from engine.train.zero import AVERAGE, Fragment, Sharded
 
 MANIFEST = "manifest.json"
 
@@ -65,8 +69,87 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     part.rename(path)
 
 
+def latest_whole(run: RunFolder, group: Group, good: bool = False) -> Checkpoint | None:
+    """Return a run's latest checkpoint that is whole, by all ranks' word; what is passed over for it is told by name.
+
+    `good`: leave out those within a row of skipped steps. Raises UserError where there are some and none is whole.
+    """
+    if group.rank == 0:
+        for path in remove_unfinished(run.checkpoints):
+            run.tell(f"{path} was never finished: it is removed")
+    group.barrier()
+    broken: dict[Path, str] = {}
+    for path in step_folders(run.checkpoints):
+        fault = ""
+        try:
+            checkpoint = Checkpoint(path)
+            checkpoint.verify(group.rank, group.world)
+        except BrokenCheckpoint as error:
+            fault = str(error)
+            run.tell(f"{fault}; the checkpoint before it is used")
+        if group.sum_integers(int(bool(fault)))[0]:
+            broken[path] = fault or f"{path}: another rank found a fault"
+        elif not (good and checkpoint.state.skipped_in_a_row):
+            for old in broken if group.rank == 0 else ():
+                set_aside(old)
+            return checkpoint
+    if broken:
+        raise UserError(
+            f"no checkpoint of {run.path} is whole ({next(iter(broken.values()))}): mend it, "
+            "or use another name=... to start afresh"
+        )
+    return None
+
+
+def restore(model: Sharded, checkpoint: Checkpoint, rank: int) -> None:
+    """Put a running model, its moments and its optimizer's step count back to a checkpoint, on all ranks at once."""
+    model.ensure_moments(checkpoint.state.updates)
+    checkpoint.load(model.fragments(rank, owned=False))
+    model.adopt_masters()
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that no half of it looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Keep a broken checkpoint for a look at it, out of the way of the one that will be written for that step."""
+    aside = folder.with_name(f"broken-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Delete what was begun under `folder` and never finished; return what that was."""
+    unfinished = [path for path in folder.glob("step-*") if not (path / MANIFEST).exists()]
+    for path in unfinished:
+        shutil.rmtree(path, ignore_errors=True)
+    return unfinished
+
+
+def file_sha256(file: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 (hex) that a safetensors file of these tensors must have: its header's and the tensors' bytes.
+
+    The header (8 bytes of its length, then JSON with each tensor's offsets) is all that is read of the file.
+    """
+    with file.open("rb") as written:
+        length = written.read(8)
+        header = written.read(int.from_bytes(length, "little"))
+    digest = hashlib.sha256(length + header)
+    offsets = {key: entry["data_offsets"][0] for key, entry in json.loads(header).items() if key != "__metadata__"}
+    for key in sorted(tensors, key=lambda key: (offsets[key], tensors[key].numel())):
+        digest.update(tensors[key].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class CheckpointWriter:
-    """Saves one rank's part of each checkpoint while training goes on."""
+    """Saves one rank's part of each checkpoint while training goes on.
+
+    A part that cannot be written leaves a file that says so, for rank 0 not to wait for it, and `failed` set: the ranks
+    tell each other and call `clear_failed` together.
+    """
 
     def __init__(
         self, folder: Path, rank: int, world: int, keep: int, keep_best: bool = False, wait_s: float = 600
@@ -74,31 +157,56 @@ class CheckpointWriter:
         """Write under `folder`, keep the latest `keep` (and the best); rank 0 waits `wait_s` seconds for the others' parts."""
         self.folder, self.rank, self.world, self.keep, self.wait_s = folder, rank, world, keep, wait_s
         self.keep_best = keep_best
+        self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its part of a checkpoint."""
+        return self._error is not None
+
     def save(self, fragments: Iterable[Fragment], state: TrainState, about: dict[str, Any]) -> None:
-        """Copy the fragments to host memory and write them behind the caller's back."""
-        self.finish()
+        """Copy the fragments to host memory and write them behind the caller's back, once the save before is in place."""
+        self.wait()
+        if self._error is not None:
+            self._say_failed(step_folder(self.folder, state.step))
+            return
         shapes: dict[str, list[int]] = {}
         tensors: dict[str, torch.Tensor] = {}
         for fragment in fragments:
             shapes[fragment.name] = list(fragment.shape)
             for kind, tensor in fragment.tensors.items():
-                tensors[f"{kind}:{fragment.name}:{fragment.start}"] = tensor.detach().to("cpu", copy=True)
+                key = f"{kind}:{fragment.name}:{fragment.start}"
+                tensors[key] = self._copy(key, tensor.detach())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies of all fragments have run at once
         self._thread = threading.Thread(target=self._write, args=(tensors, shapes, state, about), name="checkpoint")
         self._thread.start()
 
-    def finish(self) -> None:
-        """Wait until the save under way is in place. Raises UserError if it failed (a full disk, say)."""
+    def _copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Begin to copy into host memory that is kept from save to save: fresh pages would cost more than the copy."""
+        if key not in self._buffers or self._buffers[key].numel() != tensor.numel():
+            self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._buffers[key].copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait until the save under way is in place, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise UserError(
-                f"the checkpoint could not be written to {self.folder}: {error}; the one before it is whole"
-            )
+
+    def clear_failed(self, group: Group) -> str:
+        """Forget a save that any rank could not write, on all ranks at once, and free its room; return what went wrong."""
+        self.wait()
+        error, self._error = self._error, None
+        faults = [
+            str(f) for entry in group.gather({"fault": np.array(str(error or ""))}) if (f := entry["fault"].item())
+        ]
+        if self.rank == 0:
+            remove_unfinished(self.folder)
+        group.barrier()
+        return f"the checkpoint could not be written to {self.folder}: {faults[0]}; the one before it is whole"
 
     def _write(
         self, tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], state: TrainState, about: dict[str, Any]
@@ -112,19 +220,25 @@ class CheckpointWriter:
             with part.open("rb") as written:
                 os.fsync(written.fileno())
             part.rename(file)
-            write_json(
-                file.with_suffix(".json"),
-                {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file), "shapes": shapes},
-            )
+            entry = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file, tensors)}
+            write_json(file.with_suffix(".json"), entry | {"shapes": shapes})
             if self.rank == 0:
                 self._commit(target, state, about)
-        except Exception as error:  # told by `finish`, in the caller's thread
+        except Exception as error:  # told by `failed`, in the caller's thread
             self._error = error
+            self._say_failed(target)
+
+    def _say_failed(self, target: Path) -> None:
+        with contextlib.suppress(OSError):
+            target.mkdir(parents=True, exist_ok=True)
+            (target / f"rank-{self.rank:05d}.failed").touch()
 
     def _commit(self, target: Path, state: TrainState, about: dict[str, Any]) -> None:
         deadline = time.monotonic() + self.wait_s
         pattern = f"rank-*-of-{self.world:05d}.json"
         while len(parts := sorted(target.glob(pattern))) < self.world:
+            if failed := sorted(target.glob("rank-*.failed")):
+                raise OSError(f"{failed[0].stem} could not write its part")
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"only {len(parts)} of {self.world} ranks wrote their part within {self.wait_s:.0f} s"
@@ -140,12 +254,12 @@ class CheckpointWriter:
             target / MANIFEST,
             {"format": 1, "state": asdict(state), "about": about, "shapes": shapes, "files": files},
         )
+        if state.skipped_in_a_row:  # the last good one may be among the old
+            return
         best = step_folder(self.folder, state.best_step) if self.keep_best else None
         for old in step_folders(self.folder)[self.keep :]:
-            if old == best:
-                continue
-            (old / MANIFEST).unlink()  # first, so that no half of it looks whole
-            shutil.rmtree(old)
+            if old != best:
+                remove(old)
 
 
 @dataclass(frozen=True)
@@ -166,7 +280,8 @@ class Checkpoint:
         self.folder = folder
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            self.state = TrainState(**manifest["state"])
+            state = manifest["state"]
+            self.state = TrainState(**state | {"recent": tuple(state.get("recent", ()))})
             self.about: dict[str, Any] = manifest["about"]
             self.shapes = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
             self.files: list[dict[str, Any]] = manifest["files"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,12 @@ from engine.train import preload
 from engine.train.profile import PAGE
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
 from engine.train.worker import Job
+
+COUNTS = {"skipped": "skipped", "rollbacks": "rolled back"}  # in a line of metrics.jsonl -> on the bar
+
+
+SPARE_S = 7 * 24 * 3600  # that a spare process waits, at most
+Spare = Callable[..., None]  # (count, env_vars=..., nested=..., node_id=..., keep_s=...): starts processes on a node
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,11 @@ def packed(samples: Any, config: Config) -> str:
     return f"packing   {config.data.packing}: {len(samples):,} samples of up to {length:,} tokens, {100 * samples.padding:.2f} % padding"
 
 
-def train(config: Config) -> Outcome:
-    """Run a training job to its end, or go on with it where it was. Raises UserError with the reason of a failure."""
+def train(config: Config, spare: Spare | None = None) -> Outcome:
+    """Run a training job to its end, or go on with it where it was. Raises UserError with the reason of a failure.
+
+    `spare` starts processes that wait for a restart, if train.spares asks for them.
+    """
     run = RunFolder.claim(config)
     done = run.status()
     if done and done.state == "finished" and done.step >= config.train.max_steps and run.bundle.exists():
@@ -111,7 +123,7 @@ def train(config: Config) -> Outcome:
     watch = Watch(run, config, status)
     try:
         with watch:
-            run_workers(job, run)
+            run_workers(job, run, spare if config.train.spares else None)
     except BaseException as error:
         state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
@@ -123,7 +135,7 @@ def train(config: Config) -> Outcome:
     return Outcome(run, list(run.metrics())[-1])
 
 
-def run_workers(job: Job, run: RunFolder) -> None:
+def run_workers(job: Job, run: RunFolder, spare: Spare | None = None) -> None:
     """Run the job's worker group through Ray Train until it ends."""
     import ray
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
@@ -132,21 +144,28 @@ def run_workers(job: Job, run: RunFolder) -> None:
 
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    resources = worker_resources(job.config, ray.cluster_resources())
+    resources, (_, rank_environment) = worker_resources(job.config, ray.cluster_resources()), environments(job.config)
     failed = run.logs / "failed.txt"
     failed.unlink(missing_ok=True)
+    train = job.config.train
     trainer = Trainer(
+        run=run,
         own_ray=job.config.cluster.address == "local",
+        hang_timeout_s=train.hang_timeout_s,
+        spare=spare and functools.partial(spare, env_vars=rank_environment, nested=True, keep_s=SPARE_S),
         train_loop_per_worker=ray_train_worker,
         train_loop_config=job.to_dict() | {"driver_path": sys.path},
         backend_config=RendezvousConfig(),
         scaling_config=ScalingConfig(
-            num_workers=job.config.train.workers, use_gpu=bool(resources.get("GPU")), resources_per_worker=resources
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+            use_gpu=bool(resources.get("GPU")),
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=train.resize_every_s,
         ),
         run_config=RunConfig(
             name=f"{job.config.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str((run.logs / "ray_train").absolute()),
-            failure_config=FailureConfig(max_failures=job.config.train.max_failures),
+            failure_config=FailureConfig(max_failures=train.max_failures),
             worker_runtime_env={"env_vars": {preload.RANK: "1"}},
         ),
     )
@@ -164,10 +183,12 @@ def run_workers(job: Job, run: RunFolder) -> None:
         raise UserError(failed.read_text())
 
 
-def environments() -> tuple[dict[str, str], dict[str, str]]:
+def environments(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Return the environment variables that Ray Train gives to its controller and to a rank, and to no other process."""
-    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+    from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR, get_env_vars_to_propagate
 
+    # A quarter of a second to notice a lost rank; longer where there are so many that to ask all of them is work.
+    os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(max(0.25, config.train.workers / 200)))
     controller = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
     return controller, controller | {preload.RANK: "1"}
 
@@ -178,10 +199,11 @@ def worker_resources(config: Config, cluster: dict[str, float]) -> dict[str, flo
     gpu = train.gpus_per_worker if train.gpus_per_worker is not None else float(gpus > 0)
     cpu = train.cpus_per_worker or max(0.5, int(100 * cpus / train.workers) / 100)
     for kind, each, there in (("cores", cpu, cpus), ("GPUs", gpu, gpus)):
-        if each * train.workers > there + 1e-6:
+        least = train.min_workers or train.workers
+        if each * least > there + 1e-6:
             fits = int(there / each)
             raise UserError(
-                f"{train.workers} workers x {each:g} {kind} are asked, the cluster has {there:g} {kind}: "
+                f"{least} workers x {each:g} {kind} are asked, the cluster has {there:g} {kind}: "
                 + (
                     f"use train.workers={fits} or less"
                     if fits
@@ -203,13 +225,17 @@ def ray_train_worker(spec: dict[str, Any]) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
     import torch
 
+    from engine.train.elastic import save_requests
     from engine.train.trainer import join
+    from engine.train.watchdog import stack_on_signal
     from engine.train.worker import work
 
     if torch.cuda.is_available() is False:
         torch.set_num_threads(max(1, round(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    wants_save = save_requests() if rank == 0 else lambda: False
     try:
-        work(job, join())
+        with stack_on_signal(run.stacks(rank)):
+            work(job, join(), wants_save=wants_save)
     except UserError as error:  # no restart would mend it
         (run.logs / "failed.txt").write_text(str(error))
 
@@ -220,6 +246,7 @@ class Watch:
     def __init__(self, run: RunFolder, config: Config, status: Status) -> None:
         """Follow `run`; the status starts as `status`."""
         self.run, self.config, self.status = run, config, status
+        self._shown = self._rollbacks = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
 
@@ -236,13 +263,14 @@ class Watch:
 
     def _follow(self) -> None:
         tracked = None
-        tail, shown = MetricsTail(self.run.metrics_file), 0
+        tail, told = MetricsTail(self.run.metrics_file), self.run.events
+        heard = told.stat().st_size if told.exists() else 0
         with Bar(self.config.job, total=self.config.train.max_steps) as bar:
             while True:
                 ending = self._stop.wait(0.2)
-                lines = [line for line in tail.lines() if line["step"] > shown]
+                heard = self._tell_events(heard)
+                lines = self._new(tail.lines())
                 if lines:
-                    shown = lines[-1]["step"]
                     self._show(bar, lines[-1])
                     if self.config.tracking.enabled:
                         with suppress_tracking_errors():
@@ -257,14 +285,37 @@ class Watch:
             with suppress_tracking_errors():
                 tracked.end(self._ending)
 
+    def _new(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Leave out the lines that were shown before a restart; after a roll-back steps are new although taken before."""
+        fresh = []
+        for line in lines:
+            rollbacks = line.get("rollbacks", 0)
+            if line["step"] > self._shown or rollbacks > self._rollbacks:
+                self._shown, self._rollbacks = line["step"], rollbacks
+                fresh.append(line)
+        return fresh
+
+    def _tell_events(self, heard: int) -> int:
+        """Print what befell the run since its events had `heard` bytes; return how many they have now."""
+        if not self.run.events.exists():
+            return heard
+        with self.run.events.open("rb") as file:
+            file.seek(heard)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for event in whole.decode().splitlines():
+            console.print(f"warning: {event.split(' ', 2)[2]}")
+        return heard + len(whole)
+
     def _show(self, bar: Bar, line: dict[str, Any]) -> None:
         validation = next((f"  {k} {v:.4f}" for k, v in line.items() if k.startswith("validation_")), "")
         loss = self.status.loss if line["loss"] is None else line["loss"]
-        told = "skipped: no finite gradient" if line["loss"] is None else f"loss {loss:.4f}"
-        skipped = f"  {line['skipped']} skipped" if line.get("skipped") else ""
-        bar.update(line["step"], f"{told}  {line['tokens_per_s']:,.0f} tokens/s{skipped}{validation}")
+        told = f"skipped: {line.get('fault', 'no finite gradient')}" if line["loss"] is None else f"loss {loss:.4f}"
+        counts = "".join(f"  {line[name]} {word}" for name, word in COUNTS.items() if line.get(name))
+        bar.update(line["step"], f"{told}  {line['tokens_per_s']:,.0f} tokens/s{counts}{validation}")
         self.status = replace(self.status, step=line["step"], loss=loss, updated=now())
-        self.run.write_status(self.status)
+        with contextlib.suppress(OSError):  # a full disk
+            self.run.write_status(self.status)
 
 
 class suppress_tracking_errors:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from engine.config import Config
 from engine.data.order import Order, hash_hex, ids_hash
 from engine.errors import UserError
 from engine.objectives.contract import Batch, Objective, Samples, join_scores
-from engine.train.checkpoint import CheckpointWriter
+from engine.train.checkpoint import CheckpointWriter, latest_whole, remove, restore, step_folders
 from engine.train.group import Group
+from engine.train.guards import GiveUp, RollBack, Skip, decide, loss_fault, norm_fault, remember
 from engine.train.meter import Meter
+from engine.train.run_folder import RunFolder
 from engine.train.schedule import learning_rate
 from engine.train.state import TrainState
+from engine.train.watchdog import Heartbeat
 from engine.train.zero import Sharded
 
 Metrics = dict[str, Any]
@@ -43,7 +46,10 @@ class Run:
     meter: Meter
     state: TrainState = field(default_factory=TrainState)
     saved_step: int = -1
-    skipped_in_a_row: int = 0  # steps, up to the last one, whose gradient was not finite
+    heart: Heartbeat = field(default_factory=Heartbeat)
+    wants_save: Callable[[], bool] = lambda: False  # whether this rank was asked for a checkpoint at once
+    save_asked: bool = False  # whether any rank was, before the last step
+    notes: Metrics = field(default_factory=dict)  # what the next logged line says beside its figures
 
     def ended(self) -> bool:
         """Whether no step is left to take."""
@@ -57,6 +63,29 @@ class Run:
             self.writer.save(self.model.fragments(self.group.rank), self.state, self.about)
             self.saved_step = self.state.step
 
+    def heed(self, asked: int, failed: int) -> None:
+        """Act on what the ranks told each other: so many were asked for a checkpoint, so many could not write theirs."""
+        self.save_asked = asked > 0
+        if not failed:
+            return
+        fault = self.writer.clear_failed(self.group)
+        if self.config.train.on_failed_save == "stop":
+            raise UserError(fault)
+        self.note("save_fault", fault)
+
+    def note(self, name: str, text: str) -> None:
+        """Have the next logged line, and the person who follows the run, told of an event."""
+        self.notes[name] = text
+        if self.group.rank == 0:
+            RunFolder(self.config.run_dir).tell(text)
+
+    def settle(self) -> str:
+        """Wait for the save under way, on all ranks at once; return what went wrong with it."""
+        self.heart.slow()
+        self.writer.wait()
+        failed = self.group.sum_integers(int(self.writer.failed))[0]
+        return self.writer.clear_failed(self.group) if failed else ""
+
 
 def fit(run: Run) -> None:
     """Train from the run's state to its last step, or until train.patience is at its end."""
@@ -64,6 +93,9 @@ def fit(run: Run) -> None:
     run.model.train()
     while not run.ended():
         metrics = train_step(run)
+        if metrics is None:  # rolled back
+            continue
+        run.heart.slow(False)
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
             run.meter.enter("evaluation")
@@ -77,49 +109,64 @@ def fit(run: Run) -> None:
             if run.objective.metric in found:
                 run.state = run.state.judged(found[run.objective.metric], run.objective.mode)
         best = train.keep_best and run.state.best_step == step
-        if best or run.ended() or step % train.checkpoint_every == 0:
+        due = (run.save_asked or step % train.checkpoint_every == 0) and not run.state.skipped_in_a_row
+        if best or due or run.ended():
             run.meter.enter("checkpoint")
             run.save()
         run.log(metrics | run.meter.read())
-    run.writer.finish()
+    if fault := run.settle():
+        raise UserError(fault)
 
 
-def train_step(run: Run) -> Metrics:
-    """Take one optimizer step over the global batch and return what to log of it."""
+def train_step(run: Run) -> Metrics | None:
+    """Take one optimizer step over the global batch and return what to log of it; None where it ended in a roll-back."""
     run.meter.enter("data")
-    step = run.state.step
-    run.model.loss_scale = run.state.loss_scale
-    ids = run.order.samples(step)
-    batches, seen = collate_share(run, ids, run.order.draws(step))
+    train, state = run.config.train, run.state
+    run.model.loss_scale = state.loss_scale
+    ids = run.order.samples(state.place)
+    batches, seen = collate_share(run, ids, run.order.draws(state.place))
     run.meter.enter("forward")
     batches = run.objective.before_step(run.model, batches, run.group)  # type: ignore[arg-type]
 
     run.meter.enter("communication")
     # The loss is a sum over the global batch divided by its count, for any split among ranks and micro-batches.
-    count, tokens, new_hash = run.group.sum_integers(
+    count, tokens, new_hash, asked, failed = run.group.sum_integers(
         sum(batch.count for batch, weight in batches if weight),
         sum(batch.tokens for batch, weight in batches if weight),
         ids_hash(seen),
+        int(run.wants_save()),
+        int(run.writer.failed),
     )
+    run.heed(asked, failed)
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.group.device)
     for batch, weight in batches:
+        run.heart.beat()
         run.meter.enter("forward")
         loss = run.objective.loss(run.model, batch)  # type: ignore[arg-type]
         run.meter.enter("backward")
         run.model.backward(loss.sum * (weight / count))
         loss_sum += loss.sum.detach() * weight
-    run.meter.enter("optimizer")
-    rate = learning_rate(run.config, step)
-    grad_norm = run.model.step(rate)
     run.meter.enter("communication")
     loss_value = float(run.group.sum(loss_sum)) / count
 
-    skipped = not math.isfinite(grad_norm)
-    if skipped or not math.isfinite(loss_value):
-        refuse_to_go_on(run, loss_value, grad_norm)
-    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
-    run.state = run.state.after(len(ids), tokens, new_hash, skipped)
+    run.meter.enter("optimizer")
+    rate, grad_norm = learning_rate(run.config, state.step), math.nan
+    if fault := loss_fault(loss_value, state.recent, train):  # known before the weights change
+        run.model.discard()
+    else:
+        grad_norm = run.model.step(rate)
+        fault = norm_fault(grad_norm)
+    decision = decide(fault, state, train)
+    if isinstance(decision, GiveUp):
+        give_up(run, decision.reason)
+    if isinstance(decision, RollBack):
+        roll_back(run, decision.reason)
+        return None
+
+    skipped = isinstance(decision, Skip)
+    run.state = state.after(len(ids), tokens, new_hash, skipped, remember(state.recent, loss_value, train))
     run.meter.count(tokens)
+    notes, run.notes = run.notes, {}
     return {
         "step": run.state.step,
         "loss": None if skipped else loss_value,
@@ -127,22 +174,37 @@ def train_step(run: Run) -> Metrics:
         "lr": rate,
         "grad_norm": None if skipped else grad_norm,
         "skipped": run.state.skipped,
+        "rollbacks": run.state.rollbacks,
+        "passed": run.state.passed,
         "samples_hash": hash_hex(run.state.samples_hash),
         "time": time.time(),
+        **({"fault": fault} if fault else {}),
+        **notes,
     }
 
 
-def refuse_to_go_on(run: Run, loss: float, grad_norm: float) -> None:
-    """Raise UserError where the loss isn't finite although the weights took the step, and after too many skipped steps."""
-    allowed = run.config.train.max_skipped
-    if run.state.loss_scale:
-        allowed += int(math.log2(run.state.loss_scale))  # so often it can fall before that is a sign
-    if math.isfinite(grad_norm) or run.skipped_in_a_row >= allowed:
-        raise UserError(
-            f"the loss is {loss} and the gradient norm {grad_norm} at step {run.state.step + 1}"
-            + (f", after {allowed} in a row were skipped" if allowed else "")
-            + f": use a lower optim.lr than {run.config.optim.lr:g}, or look at the data of these steps"
-        )
+def roll_back(run: Run, reason: str) -> None:
+    """Go back to the last good checkpoint, past the data of the steps since then. Raises UserError where there is none."""
+    run.settle()
+    good = latest_whole(RunFolder(run.config.run_dir), run.group, good=True)
+    if good is None:
+        give_up(run, f"{reason}, and there is no good checkpoint to go back to")
+    restore(run.model, good, run.group.rank)
+    if run.group.rank == 0:
+        for folder in step_folders(run.writer.folder):
+            if folder > good.folder:
+                remove(folder)
+    run.group.barrier()
+    run.note("rolled_back", f"from step {run.state.step + 1} back to step {good.state.step}: {reason}")
+    run.state, run.saved_step = run.state.rolled_back(good.state), good.state.step
+
+
+def give_up(run: Run, reason: str) -> NoReturn:
+    """Raise UserError with the reason and what might help."""
+    raise UserError(
+        f"step {run.state.step + 1}: {reason}: use a lower optim.lr than {run.config.optim.lr:g}, "
+        "or look at the data of these steps"
+    )
 
 
 def collate_share(run: Run, ids: np.ndarray, draws: np.ndarray) -> tuple[list[tuple[Batch, float]], np.ndarray]:
@@ -168,6 +230,7 @@ def validate(run: Run) -> dict[str, float]:
     """Return the objective's metrics on the validation split, the same for any number of ranks."""
     if run.validation is None:
         return {}
+    run.heart.slow()  # its first time may compile
     micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
     size = len(run.validation)
     count = min(size, run.config.train.evaluate_samples or size)
@@ -175,6 +238,7 @@ def validate(run: Run) -> dict[str, float]:
     run.model.train(False)
     parts = []
     for first in range(0, len(ids), micro * world):
+        run.heart.beat()
         mine = ids[first + rank * micro : first + (rank + 1) * micro]
         batch = run.objective.collate([run.validation[i] | {"draw": i} for i in (mine if len(mine) else ids[:1])])
         scores = run.objective.score(run.model, batch.to(run.group.device))  # type: ignore[arg-type]

@@ -66,6 +66,7 @@ def dry_batch(run: Run, samples: int) -> None:
     batch = run.objective.collate([run.samples[longest] | {"draw": 0}] * samples).to(run.group.device)
     devices = [run.group.device] if run.group.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        ((batch, _),) = run.objective.before_step(run.model, [(batch, 1.0)], run.group)  # type: ignore[arg-type]
         loss = run.objective.loss(run.model, batch)  # type: ignore[arg-type]
         run.model.backward(loss.sum * 0.0)
 
@@ -82,12 +83,13 @@ def deciding(config: Config, group: Group) -> dict[str, Any]:
         key: value
         for key, value in identity(config, ignoring=()).items()
         if key.startswith(("model.", "objective.", "zero.")) or key in (
-            "data.sequence_length", "data.vocab_size", "data.tokenizer", "bundle", "optim.name", "train.workers", "train.ema",
+            "data.sequence_length", "data.vocab_size", "data.tokenizer", "bundle", "optim.name", "train.ema",
             "train.precision", "train.compile", "train.activation_checkpointing",
         )
     }  # fmt: skip
     machine = torch.cuda.get_device_name(group.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    return {"machine": machine, "memory_gib": round(hardware.total_memory_bytes(group.device) / 2**30), **chosen}
+    return {"machine": machine, "memory_gib": round(hardware.total_memory_bytes(group.device) / 2**30),
+            "workers": group.world, **chosen}  # fmt: skip
 
 
 def recall(file: Path, facts: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -47,6 +48,21 @@ class RunFolder:
         self.bundle = path / "bundle"
         self.logs = path / "logs"
         self.profile = path / "profile"
+        self.events = self.logs / "events.log"  # what befell the run: faults, restarts, roll-backs
+
+    def tell(self, text: str) -> None:
+        """Note an event, for the person who follows the run."""
+        print(f"warning: {text}", flush=True)
+        with contextlib.suppress(OSError), self.events.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def heartbeat(self, rank: int) -> Path:
+        """Name the file by which a rank says that it moves."""
+        return self.logs / f"heartbeat-{rank}"
+
+    def stacks(self, rank: int) -> Path:
+        """Name the file with the Python stacks of a rank that was found hung."""
+        return self.logs / f"stacks-worker-{rank}.txt"
 
     @classmethod
     def claim(cls, config: Config) -> RunFolder:
@@ -103,22 +119,38 @@ class RunFolder:
 
 
 class MetricsLog:
-    """Appends a line a step to metrics.jsonl."""
+    """Appends a line a step to metrics.jsonl; on a full disk the lines wait for the next call."""
 
     def __init__(self, run: RunFolder, step: int) -> None:
         """Open the file for the steps after `step`; lines of later steps, from before a kill, are taken out."""
-        kept = [line for line in run.metrics() if line["step"] <= step]
-        part = run.metrics_file.with_suffix(".part")
+        self._run, self._step, self._waiting = run, step, b""
+        self._open()
+
+    def _open(self) -> None:
+        kept = [line for line in self._run.metrics() if line["step"] <= self._step]
+        part = self._run.metrics_file.with_suffix(".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.rename(run.metrics_file)
-        self._file = run.metrics_file.open("a", buffering=1)
+        part.rename(self._run.metrics_file)
+        self._file = self._run.metrics_file.open("ab", buffering=0)
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(metrics) + "\n")
+        """Append one line; after a roll-back those of the steps that are taken again are taken out first."""
+        if metrics["step"] <= self._step:
+            self.close()
+            self._step = metrics["step"] - 1
+            self._open()
+        self._step = metrics["step"]
+        self._waiting += json.dumps(metrics).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits and close the file."""
+        self._write()
         self._file.close()
 
 

@@ -17,7 +17,11 @@ class TrainState:
     step: int = 0  # optimizer steps done
     samples: int = 0  # samples seen
     tokens: int = 0  # tokens seen, padding left out
-    skipped: int = 0  # of these steps, how many left the weights as they were: their gradient was not finite
+    skipped: int = 0  # of these steps, how many left the weights as they were (see guards.py)
+    skipped_in_a_row: int = 0  # of these, how many since the last good step
+    recent: tuple[float, ...] = ()  # losses of the last good steps, for the spike guard
+    passed: int = 0  # steps of the data order that roll-backs have passed over
+    rollbacks: int = 0
     best: float | None = None  # the best value so far of the objective's metric on the validation split
     best_step: int = 0  # the step that had it
     stale: int = 0  # validations since then
@@ -26,18 +30,27 @@ class TrainState:
     samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
 
     @property
+    def place(self) -> int:
+        """Which step of the data order comes next."""
+        return self.step + self.passed
+
+    @property
     def updates(self) -> int:
         """How often the optimizer has changed the weights."""
         return self.step - self.skipped
 
-    def after(self, samples: int, tokens: int, ids_hash: int, skipped: bool = False) -> TrainState:
-        """Return the state one step on."""
+    def after(
+        self, samples: int, tokens: int, ids_hash: int, skipped: bool = False, recent: tuple[float, ...] = ()
+    ) -> TrainState:
+        """Return the state one step on; `recent` as it is after a good step."""
         return replace(
             self,
             step=self.step + 1,
             samples=self.samples + samples,
             tokens=self.tokens + tokens,
             skipped=self.skipped + skipped,
+            skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            recent=self.recent if skipped else recent,
             samples_hash=add_hashes([self.samples_hash, ids_hash]),
         ).rescaled(skipped)
 
@@ -53,6 +66,10 @@ class TrainState:
         if self.steady + 1 == RESCALE_AFTER:
             return replace(self, loss_scale=self.loss_scale * 2, steady=0)
         return replace(self, steady=self.steady + 1)
+
+    def rolled_back(self, good: TrainState) -> TrainState:
+        """Return the state of the good checkpoint, past the data of all steps up to the one that comes next here."""
+        return replace(good, passed=self.place + 1 - good.step, rollbacks=self.rollbacks + 1)
 
     def judged(self, value: float, mode: str) -> TrainState:
         """Return the state after a validation that gave `value`, of which the `mode` ("min" or "max") is best."""

@@ -7,24 +7,114 @@ which would spend a second on importing it; and helper processes that a run of o
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from engine.train.elastic import Elastic
+from engine.train.run_folder import RunFolder
+from engine.train.watchdog import DUMP_S, Watcher, end_hung
+
+SPARE_AFTER_S = 30.0  # short runs shall not pay for processes that they don't need
+Spare = Callable[..., None]  # (count, node_id=...): starts processes that are ready to be ranks
+REACH_S = 30.0  # to start a process on a node with a hung rank
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no types
     """A DataParallelTrainer without the process that splits Ray datasets: our ranks read their shards themselves."""
 
-    def __init__(self, own_ray: bool, **options: Any) -> None:
-        """Make a trainer; `own_ray`: Ray ends with this process, and its placement groups with it."""
+    def __init__(
+        self, run: RunFolder, own_ray: bool, hang_timeout_s: float, spare: Spare | None = None, **options: Any
+    ) -> None:
+        """Make a trainer of `run`; `own_ray`: Ray ends with this process, and its placement groups with it."""
         super().__init__(**options)
+        self._run, self._attendant = run, Attendant(run, hang_timeout_s, spare)
         self._unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_ray else set())
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [
-            callback for callback in super()._create_default_callbacks() if type(callback).__name__ not in self._unused
+        callbacks = super()._create_default_callbacks()
+        kept = [callback for callback in callbacks if type(callback).__name__ not in self._unused]
+        return [*kept, self._attendant]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        scaling: Any = self.scaling_config
+        if scaling.elasticity_enabled:
+            parts["scaling_policy"] = Elastic(scaling, self._run.checkpoints)
+        return super()._initialize_and_run_controller(**parts)
+
+
+class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Sits in Ray Train's controller: finds ranks that hang and ends their group; tells what becomes of the workers."""
+
+    def __init__(self, run: RunFolder, hang_timeout_s: float, spare: Spare | None) -> None:
+        """Watch the ranks of `run`, and have `spare` start processes for its next group."""
+        self._run, self._hang_timeout_s, self._spare = run, hang_timeout_s, spare
+        self._workers: list[Any] = []
+        self._size = 0
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Begin to watch a group."""
+        self._workers = worker_group.get_workers()
+        if self._size and len(self._workers) != self._size:
+            self._run.tell(f"the run goes on with {len(self._workers)} workers instead of {self._size}")
+        self._size = len(self._workers)
+        files = [self._run.heartbeat(rank) for rank in range(self._size)]
+        self._started, self._spared = time.monotonic(), self._spare is None
+        self._watcher = Watcher(files, self._hang_timeout_s, self._started)
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Tell of lost ranks; end a group in which a rank hangs. Raises WorkerGroupError then, which restarts it."""
+        if errors := worker_group_status.errors:
+            reason = (str(errors[min(errors)]).strip().splitlines() or ["no reason is known"])[-1][:200]
+            self._run.tell(f"worker {', '.join(map(str, sorted(errors)))} was lost ({reason})")
+            return
+        if worker_group_status.finished:
+            return
+        if not self._spared and time.monotonic() - self._started > SPARE_AFTER_S:
+            self._start_spares()
+        if late := self._watcher.overdue(time.monotonic()):
+            states = self._end_group()
+            stopped = sorted(rank for rank in late if states.get(rank) == "stopped")
+            culprit = f"worker {', '.join(map(str, stopped))} is stopped" if stopped else "none of them is stopped"
+            text = (
+                f"worker {', '.join(map(str, late))} made no progress for {self._hang_timeout_s:g} s ({culprit}): "
+                f"the group is ended, its Python stacks are in {self._run.logs}/stacks-worker-*.txt"
+            )
+            self._run.tell(text)
+            raise WorkerGroupError(text, {rank: TimeoutError(text) for rank in late})
+
+    def _start_spares(self) -> None:
+        """Start a process for each rank of the next group, on its node."""
+        assert self._spare is not None
+        self._spared = True
+        for node, count in Counter(worker.metadata.node_id for worker in self._workers).items():
+            self._spare(count, node_id=node)
+
+    def _end_group(self) -> dict[int, str]:
+        nodes: dict[str, dict[int, tuple[int, str]]] = {}
+        for rank, worker in enumerate(self._workers):
+            nodes.setdefault(worker.metadata.node_id, {})[rank] = (worker.metadata.pid, str(self._run.stacks(rank)))
+        task = ray.remote(num_cpus=0)(end_hung)
+        asked = [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(ranks)
+            for node, ranks in nodes.items()
         ]
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=REACH_S + DUMP_S)
+        states: dict[int, str] = {}
+        for answer in done:
+            try:
+                states |= ray.get(answer)
+            except ray.exceptions.RayError:  # the node is gone, and its ranks with it
+                continue
+        return states
 
 
 class Rendezvous(Backend):
@@ -36,10 +126,6 @@ class Rendezvous(Backend):
         """Find an address on rank 0's node and tell all ranks of it."""
         host, port = worker_group.execute_single(0, free_address)
         worker_group.execute(set_address, host, port)
-
-    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Leave the process group, which frees the devices' communicators."""
-        worker_group.execute(leave)
 
 
 class RendezvousConfig(BackendConfig):
@@ -86,11 +172,3 @@ def join() -> Any:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     return Group(rank, world, device)
-
-
-def leave() -> None:
-    """Leave the process group, if this process is in one."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, step_folder
+from engine.train.group import Group
 from engine.train.optimizer import MOMENTS
 from engine.train.state import TrainState
 from engine.train.zero import Fragment
@@ -112,7 +113,9 @@ def read_universal(folder: Path, checkpoints: Path, tell: Tell) -> Checkpoint:
     for rank in reversed(range(len(shards))):  # the first puts the manifest in place, once all are there
         writer = CheckpointWriter(checkpoints, rank, len(shards), keep=2**31)
         writer.save(fragments(shards[rank]), source.state, {"universal": str(source.folder)})
-        writer.finish()
+        writer.wait()
+        if writer.failed:
+            raise UserError(writer.clear_failed(Group(0, 1, torch.device("cpu"))))
     return Checkpoint(step_folder(checkpoints, source.state.step))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, fingerprint, from_dict, replace, to_dict
+from engine.config import Config, fingerprint, from_dict, identity, replace, to_dict
 from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix, Packing
@@ -23,7 +22,8 @@ from engine.errors import UserError
 from engine.models.build import build, freeze_layers, load
 from engine.objectives.contract import Objective, objective_class
 from engine.train import hardware
-from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
+from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
+from engine.train.energy import EnergyMeter, total
 from engine.train.group import Group
 from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
@@ -32,6 +32,7 @@ from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
+from engine.train.watchdog import Heartbeat
 from engine.train.zero import AVERAGE, DTYPES, Sharded
 
 
@@ -60,20 +61,27 @@ class Job:
         return objective_class(options.name)(options, processor, data.sequence_length, labels, Packing.of(data))
 
 
-def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None) -> Metrics:
+def work(
+    job: Job,
+    group: Group,
+    listen: Callable[[Metrics], None] | None = None,
+    wants_save: Callable[[], bool] = lambda: False,
+) -> Metrics:
     """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
 
-    `listen` hears rank 0's metrics of each step. The process group must be up where there are several ranks.
+    `listen` hears rank 0's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
+    once. The process group must be up where there are several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
     check_machine(config)
+    heart = Heartbeat(folder.heartbeat(group.rank), config.train.hang_timeout_s)
     precision = hardware.precision(config.train)
     objective, manifest = job.objective(), Manifest.load(job.data)
     samples = objective.samples(Split.open(job.data, "train"))
     order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
     # The order: resume, else start from the bundle, else initialize.
-    checkpoint = find_checkpoint(folder, group)
+    checkpoint = latest_whole(folder, group)
     model = make_model(job, objective)
     if checkpoint:
         fill(model, checkpoint)
@@ -94,11 +102,14 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
     if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
         state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
     log = MetricsLog(folder, state.step) if group.rank == 0 else None
+    energy = EnergyMeter(group.device, group.world)
     last: Metrics = {}
     waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
     def heard(metrics: Metrics) -> None:
         metrics |= waste
+        if log:
+            metrics |= energy.lap()
         last.update(metrics)
         if profile:
             profile(metrics)
@@ -128,6 +139,8 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         meter=meter,
         state=state,
         saved_step=state.step if checkpoint else -1,
+        heart=heart,
+        wants_save=wants_save,
     )
     if config.train.micro_batch is None:
         run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
@@ -143,6 +156,7 @@ def work(job: Job, group: Group, listen: Callable[[Metrics], None] | None = None
         line = next(line for line in folder.metrics() if line["step"] == chosen)
         export(job, objective, step_folder(folder.checkpoints, chosen), dtype, line)
     group.barrier()
+    heart.end()
     return last
 
 
@@ -151,32 +165,6 @@ def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:
     datasheet = hardware.datasheet_flops(group.device, dtype)
     peak = hardware.matmul_peak(group.device, dtype) * group.world
     return Meter(group.device, flops_per_token, peak, datasheet * group.world if datasheet else None)
-
-
-def find_checkpoint(folder: RunFolder, group: Group) -> Checkpoint | None:
-    """Return the latest checkpoint that is whole, by all ranks' word; never pass over all of them in silence."""
-    if group.rank == 0:
-        for path in folder.checkpoints.glob("step-*"):
-            if path not in step_folders(folder.checkpoints):
-                shutil.rmtree(path)  # begun and never finished
-    group.barrier()
-    faults = []
-    for path in step_folders(folder.checkpoints):
-        try:
-            checkpoint = Checkpoint(path)
-            checkpoint.verify(group.rank, group.world)
-            fault = ""
-        except BrokenCheckpoint as error:
-            fault = str(error)
-        if sum(group.sum_integers(int(bool(fault)))) == 0:
-            return checkpoint
-        faults.append(fault or f"{path}: another rank found a fault")
-        print(f"warning: {faults[-1]}; the checkpoint before it is used", flush=True)
-    if faults:
-        raise UserError(
-            f"no checkpoint of {folder.path} is whole ({faults[0]}): mend it, or use another name=... to start afresh"
-        )
-    return None
 
 
 def make_model(job: Job, objective: Objective) -> Any:
@@ -221,7 +209,17 @@ def export(
         run={"name": job.config.name, "step": line["step"], "samples_hash": line["samples_hash"]},
         evaluation={name: value for name, value in line.items() if name.startswith("validation_")},
         dtype=dtype,
+        licence=job.config.card.licence or manifest.licence,
+        training=training_facts(job, line),
+        words={"intended_use": job.config.card.intended_use or "", "limits": job.config.card.limits or ""},
     )
+
+
+def training_facts(job: Job, line: Metrics) -> dict[str, Any]:
+    """Return what a bundle tells of its training up to the step of `line`: the config, the tokens, the energy."""
+    lines = [one for one in RunFolder(job.config.run_dir).metrics() if one["step"] <= line["step"]]
+    config, energy = identity(job.config), total(lines)
+    return {"job": job.config.job, "config": config, "tokens": line["tokens"], "energy": energy}
 
 
 def local_group() -> Group:

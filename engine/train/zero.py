@@ -162,6 +162,7 @@ class Sharded:
         self.average = config.train.ema
         self.updates = 0
         self._max_norm = config.optim.clip or NO_CLIP
+        self._discarding = False
         self._grad_norm = 0.0
         self._loss_scale: float | None = None
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
@@ -223,11 +224,23 @@ class Sharded:
             flats = [flat for flat, _ in self._masters()]
             torch._foreach_lerp_([self.base.state[flat][AVERAGE] for flat in flats], flats, 1 - decay)
 
+    def discard(self) -> None:
+        """Clear the gradients and leave weights and moments as they are: DeepSpeed's way with a norm that is no number."""
+        from deepspeed.runtime import utils
+        from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+        with contextlib.ExitStack() as stack:
+            for module in (utils, stage_1_and_2, stage3):
+                stack.enter_context(mock.patch.object(module, "is_invalid_grad_norm", return_value=True))
+            self._discarding = True
+            self.engine.step()
+            self._discarding = False
+
     def _clip_fp32_gradients(self) -> None:
         """Clip, keep the norm, and skip: what DeepSpeed's wrapped optimizers do, and stage 0 in fp32 has none."""
         parameters = list(self.module.parameters())
         self._grad_norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
-        if not math.isfinite(self._grad_norm):
+        if self._discarding or not math.isfinite(self._grad_norm):
             for p in parameters:
                 p.grad = None  # AdamW passes over it
 
@@ -270,6 +283,11 @@ class Sharded:
             kept = flat.detach().clone()
             flat.copy_(average)
             average.copy_(kept)
+        self.adopt_masters()
+
+    @torch.no_grad()
+    def adopt_masters(self) -> None:
+        """Give the forward pass the weights that the optimizer holds, after these were overwritten."""
         wrapped = self.engine.optimizer
         if self.stage == 3:
             wrapped._partition_all_parameters()

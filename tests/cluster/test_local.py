@@ -133,7 +133,7 @@ def test_status(cluster, project):
 
 def test_a_killed_raylet_is_told_and_down_leaves_nothing(cluster, project):
     processes = state.processes(cluster)
-    next(p for p in processes if p.name() == "raylet").kill()
+    next(p for p in processes if p.name() == "raylet" and "--head" in p.cmdline()).kill()
     time.sleep(0.5)
     for command in (("local", "status"), ("submit", "pretrain")):
         begun = time.monotonic()

@@ -13,7 +13,7 @@ import yaml
 
 from engine.config import Config, declared
 from engine.errors import UserError
-from jobs.entry import compose, start
+from jobs.entry import compose, named, names_data, start
 from tests.engine.train.test_checkpoint import flip, write
 
 
@@ -38,6 +38,12 @@ def manta(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["prepare", "data=files"], "data.path"),
         (["evaluate", "bundle=nothing"], "bundle=nothing is neither a folder, nor a run, nor a registered name"),
         (["evaluate"], "bundle=NAME_OR_FOLDER"),
+        (["evaluate", "x", "suite=lm_eval"], "go together"),
+        (["compare", "one"], "compare needs two bundles: manta compare A B"),
+        (["compare", "one", "two"], "bundle=one is neither a folder"),
+        (["promote"], "manta promote NAME"),
+        (["rollback"], "manta rollback NAME"),
+        (["lineage", "nothing"], "bundle=nothing is neither a folder"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, words: list[str], said: str) -> None:
@@ -84,6 +90,19 @@ def test_cfg_job_prints_the_config(tmp_path: Path) -> None:
     assert yaml.safe_load(done.stdout)["train"]["max_steps"] == 7
 
 
+def test_words_without_a_key_take_their_places() -> None:
+    found = named(["a", "train.max_steps=3", "b", "c"], ("bundle", "evaluate.against"))
+    assert found == ["bundle=a", "train.max_steps=3", "evaluate.against=b", "c"]
+    assert not names_data(["bundle=data", "evaluate.split=test"])
+    assert names_data(["bundle=a", "data.path=x"])
+    assert names_data(["data=files"])
+
+
+def test_a_jobs_exit_code_is_its_functions() -> None:
+    assert start("lineage", lambda config: 3, []) == 3
+    assert start("lineage", lambda config: None, []) == 0
+
+
 def test_a_mapping_is_replaced_and_not_merged() -> None:
     space = compose("sweep", ["sweep.space={optim.lr:{uniform:[1e-3,2e-3]}}"]).sweep.space
     assert space == {"optim.lr": {"uniform": [1e-3, 2e-3]}}
@@ -113,6 +132,10 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         "finetune",
         "sweep",
         "evaluate",
+        "compare",
+        "promote",
+        "rollback",
+        "lineage",
         "deploy",
         "convert",
         "plan",

@@ -11,7 +11,7 @@ import torch
 
 from engine.bundles.bundle import Bundle, write_bundle
 from engine.bundles.find import find_bundle
-from engine.bundles.registry import lookup, promote, register, versions
+from engine.bundles.registry import Registry
 from engine.config import Config
 from engine.data.prepare import prepare
 from engine.errors import UserError
@@ -103,29 +103,38 @@ def test_a_tie_that_rounding_decides_is_no_other_answer(tiny: Config, tmp_path: 
 
 
 def test_registry_and_names(tiny: Config, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    first = fresh_bundle(tiny, tmp_path / "runs" / "one" / "bundle", seed=1)
-    second = fresh_bundle(tiny, tmp_path / "runs" / "two" / "bundle", seed=2)
-    one, two = register(first, "demo", uri), register(second, "demo", uri)
+    uri, runs = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "runs"
+    first = fresh_bundle(tiny, runs / "one" / "bundle", seed=1)
+    second = fresh_bundle(tiny, runs / "two" / "bundle", seed=2)
+    registry = Registry(uri, runs / "registry")
+    one, two = registry.register(first, "demo"), registry.register(second, "demo")
     assert (one.number, two.number) == (1, 2)
     moved = Bundle.open(shutil.copytree(first.folder, tmp_path / "moved"))
-    assert (register(moved, "demo", uri).folder, register(moved, "demo", uri).number) == (moved.folder, 1)
-    assert register(first, "demo", uri).number == 1
-    promote(two, "challenger", uri)
-    promote(one, "champion", uri)
-    assert find_bundle("champion", tmp_path / "runs", uri) == first.folder.absolute()
-    promote(two, "champion", uri)
-    runs = tmp_path / "runs"
-    assert find_bundle("demo@champion", runs, uri) == find_bundle("demo", runs, uri) == second.folder.absolute()
-    assert find_bundle("demo/1", runs, uri) == first.folder.absolute()
+    assert registry.register(moved, "demo") == registry.register(first, "demo") == one
+    for number, alias in ((2, "challenger"), (1, "champion")):
+        registry.client.set_registered_model_alias("demo", alias, str(number))
+    kept = find_bundle("champion", runs, uri)
+    assert kept != first.folder
+    assert contents(kept) == contents(first.folder)
+    registry.client.set_registered_model_alias("demo", "champion", "2")
+    assert find_bundle("demo@champion", runs, uri) == find_bundle("demo", runs, uri) == two.folder
+    assert find_bundle("demo/1", runs, uri) == kept
     assert find_bundle("one", runs, uri) == runs / "one" / "bundle"
     assert find_bundle(str(first.folder), runs, uri) == first.folder
-    assert [v.number for v in versions("demo", uri) if v.aliases == ("challenger", "champion")] == [2]
-    assert lookup("nothing", uri) is None
+    assert [v.number for v in registry.versions("demo") if v.aliases == ("challenger", "champion")] == [2]
+    assert registry.lookup("nothing") is None
     with pytest.raises(
         UserError, match=r"bundle=on is neither .* there are one, two, demo/2 \(challenger\) \(champion\), demo/1"
     ):
         find_bundle("on", runs, uri)
+    registry.register(second, "other")
+    registry.client.set_registered_model_alias("other", "champion", "1")
+    with pytest.raises(UserError, match="demo@champion or other@champion"):
+        find_bundle("champion", runs, uri)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_plain_hugging_face_folder_is_a_bundle_too(written: Bundle, copy: Path) -> None:

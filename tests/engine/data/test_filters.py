@@ -59,13 +59,13 @@ def test_lengths_and_own_filters() -> None:
 
 def test_language() -> None:
     pytest.importorskip("py3langid")
-    rule = reason_against(DataConfig(language="en, fr"))
+    rule = reason_against(DataConfig(languages=["en", "fr"]))
     assert rule is not None
     assert rule(PROSE) is None
     assert rule("Le navire avait quitté le port ce matin-là avec une cargaison de sel pour la ville.") is None
     assert rule("Das Schiff hatte den Hafen an diesem Morgen mit einer Ladung Salz verlassen.") == "language: de"
-    with pytest.raises(UserError, match=r"data\.language=xx is not one of"):
-        reason_against(DataConfig(language="xx"))
+    with pytest.raises(UserError, match=r"data\.languages=xx is not one of"):
+        reason_against(DataConfig(languages=["xx"]))
 
 
 def test_the_manifest_counts_what_was_left_out_and_masked(

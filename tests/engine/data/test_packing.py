@@ -169,7 +169,8 @@ def test_without_the_option_attention_goes_on_but_no_target_is_anothers() -> Non
     task = objective("causal_lm", Packing("best_fit"))
     batch = task.collate([{"tokens": np.arange(2, 12), "starts": np.array([0, 4])}])
     assert set(batch.inputs) == {"input_ids"}
-    assert batch.targets.tolist() == [[3, 4, 5, -100, 7, 8, 9, 10, 11]]
+    assert batch.targets.shape == (1, 40)  # every batch has one shape
+    assert batch.targets[0, :10].tolist() == [3, 4, 5, -100, 7, 8, 9, 10, 11, -100]
     assert (batch.count, batch.tokens) == (8, 9)
 
 

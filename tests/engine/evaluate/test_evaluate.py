@@ -30,11 +30,11 @@ def scores(right: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_the_interval_of_a_share_is_near_the_normal_one() -> None:
     right = np.arange(500) < 300
-    found = intervals(OBJECTIVE, scores(right), 0.95, 2000, 0)["accuracy"]
+    found = intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"]
     half = 1.96 * np.sqrt(0.6 * 0.4 / 500)
     assert found.value == 0.6
     assert (found.low, found.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.006)
-    assert intervals(OBJECTIVE, scores(right), 0.95, 2000, 0)["accuracy"] == found
+    assert intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"] == found
 
 
 def test_a_paired_difference_is_told_where_separate_intervals_overlap() -> None:

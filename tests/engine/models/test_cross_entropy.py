@@ -130,7 +130,7 @@ def test_a_copy_of_a_model_that_gave_a_loss_is_a_model() -> None:
     assert again.get_output_embeddings().desk.head is again.get_output_embeddings()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_stage_gives_the_curve_of_whole_logits(tiny: Config, tied: bool) -> None:
     data = prepare(tiny)
     base = {"model.tie_word_embeddings": tied, "objective.z_loss": 1e-3, "train.max_steps": 4}

@@ -23,6 +23,16 @@ def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
+def run_here(jobs: list[Job]) -> list[list[dict[str, Any]]]:
+    """Run the jobs one after the other in this process, on one rank; return each one's metric lines."""
+    from engine.train.worker import local_group, work
+
+    for job in jobs:
+        RunFolder(job.config.run_dir).logs.mkdir(parents=True, exist_ok=True)
+        work(job, local_group())
+    return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
+
+
 def on_ranks(function: Callable[..., None], world: int, *args: object) -> None:
     """Call `function(rank, world, *args)` in each process of a group of `world`. Raises what one of them raises."""
     with socket.socket() as listener:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +18,8 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
+from engine.train.group import Group
+from engine.train.run_folder import RunFolder
 from engine.train.state import TrainState
 from engine.train.worker import Job, local_group, work
 from engine.train.zero import Fragment
@@ -38,7 +40,8 @@ def write(folder: Path, step: int, world: int = 2, keep: int = 2) -> Path:
     for rank, writer in enumerate(writers):
         writer.save(pieces(rank, world), TrainState(step=step, samples=8 * step), {"config": "c"})
     for writer in writers:
-        writer.finish()
+        writer.wait()
+        assert not writer.failed
     return step_folder(folder, step)
 
 
@@ -67,15 +70,15 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("harm", "said"),
-    [
-        (flip, "was changed"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "bytes, not"),
-        (lambda path: path.unlink(), "is missing"),
-        (lambda path: (path.parent / "manifest.json").write_text(""), "cannot be read"),
-    ],
-)
+HARM = [
+    (flip, "was changed"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-3]), "bytes, not"),
+    (lambda path: path.unlink(), "is missing"),
+    (lambda path: (path.parent / "manifest.json").write_text(""), "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("harm", "said"), HARM)
 def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
     folder = write(tmp_path, 1)
     file = sorted(folder.glob("*.safetensors"))[1]
@@ -88,26 +91,31 @@ def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
 def test_the_one_before_is_used_and_never_a_silent_fresh_start(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = prepare(tiny)
-    config = with_values(tiny, {"name": "harmed", "schedule.total_steps": 9, "train.checkpoint_every": 3})
-    straight = with_values(config, {"name": "unharmed", "train.max_steps": 9})
-    folder = Path(tiny.runs_dir) / "harmed"
-    (folder / "logs").mkdir(parents=True)
-    (Path(tiny.runs_dir) / "unharmed" / "logs").mkdir(parents=True)
-    wanted = work(Job(straight, data), local_group())
-    work(Job(config, data), local_group())
-    flip(next(step_folder(folder / "checkpoints", 6).glob("*.safetensors")))
-    last = work(Job(with_values(config, {"train.max_steps": 9}), data), local_group())
-    assert last["loss"] == wanted["loss"]
-    assert last["samples_hash"] == wanted["samples_hash"]
-    assert "was changed" in capsys.readouterr().out
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == list(
-        range(1, 10)
+    data, group = prepare(tiny), local_group()
+    values = {"schedule.total_steps": 15, "train.checkpoint_every": 3, "zero.stage": 1, "optim.lr": 2e-3}
+    harmed, straight = (
+        with_values(tiny, values | {"name": name, "train.max_steps": 15}) for name in ("harmed", "unharmed")
     )
-    for found in step_folders(folder / "checkpoints"):
+    run = RunFolder(harmed.run_dir)
+    for config in (harmed, straight):
+        RunFolder(config.run_dir).logs.mkdir(parents=True)
+    work(Job(straight, data), group)
+    work(Job(with_values(harmed, {"train.max_steps": 6}), data), group)
+    for until, (harm, said) in zip((9, 12, 15, 15), HARM, strict=True):
+        latest = step_folders(run.checkpoints)[0]
+        harm(next(latest.glob("*.safetensors")))
+        work(Job(with_values(harmed, {"train.max_steps": until}), data), group)
+        assert said in capsys.readouterr().out
+        assert said in run.events.read_text()
+        assert (run.checkpoints / f"broken-{latest.name}").exists()
+    for name in ("step", "loss", "samples_hash"):
+        assert [line[name] for line in run.metrics()] == [
+            line[name] for line in RunFolder(straight.run_dir).metrics()
+        ], name
+    for found in step_folders(run.checkpoints):
         flip(next(found.glob("*.safetensors")))
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
-        work(Job(with_values(config, {"train.max_steps": 9}), data), local_group())
+        work(Job(harmed, data), group)
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
@@ -116,7 +124,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) ->
         "import sys, torch; from pathlib import Path; from engine.train.checkpoint import CheckpointWriter;"
         "from engine.train.state import TrainState; from engine.train.zero import Fragment;"
         "big = torch.zeros(50_000_000); w = CheckpointWriter(Path(sys.argv[1]), 0, 2, 2);"
-        "w.save([Fragment('a', (50_000_000,), 0, {'weight': big})], TrainState(step=2), {}); print('saving', flush=True); w.finish()"
+        "w.save([Fragment('a', (50_000_000,), 0, {'weight': big})], TrainState(step=2), {}); print('saving', flush=True); w.wait()"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -135,8 +143,10 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path: Path) -> N
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         writer.save([Fragment("a", (100_000,), 0, {"weight": torch.zeros(100_000)})], TrainState(step=2), {})
-        with pytest.raises(UserError, match=r"could not be written.*the one before it is whole"):
-            writer.finish()
+        writer.wait()
+        assert writer.failed
+        fault = writer.clear_failed(Group(0, 1, torch.device("cpu")))
+        assert re.search(r"could not be written.*File too large.*the one before it is whole", fault)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

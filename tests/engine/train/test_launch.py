@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import re
+import signal
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from engine.config import Config, with_values
+from engine.data.order import Order, add_hashes, hash_hex, ids_hash
+from engine.data.packing import Blocks
 from engine.data.prepare import prepare
+from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.launch import train, worker_resources
 from engine.train.run_folder import RunFolder
 from engine.train.worker import Job, local_group, work
+from tests.engine.train.ranks import run_ranks
 
 LONG = {  # a rate at which rounding, which differs between layouts, does not grow to 1e-5 in so many steps
     "train.max_steps": 60, "train.checkpoint_every": 5, "optim.lr": 2e-3,
@@ -32,44 +41,122 @@ def alone(tiny: Config) -> list[dict[str, object]]:
     return list(run.metrics())
 
 
+@pytest.fixture(scope="module")
+def two(tiny: Config) -> list[dict[str, object]]:
+    """Return the lines of the undisturbed run on two ranks, without Ray."""
+    config = with_values(tiny, {"name": "two", "train.workers": 2, "zero.stage": 2, **LONG})
+    (lines,) = run_ranks([Job(config, prepare(tiny))], 2)
+    return lines
+
+
 def train_workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
-def test_a_killed_worker_changes_nothing(ray: None, tiny: Config, alone: list[dict[str, float]]) -> None:
-    config = with_values(
-        tiny, {"name": "killed", "train.workers": 2, "zero.stage": 2, "train.cpus_per_worker": 1.0, **LONG}
-    )
-    run = RunFolder(config.run_dir)
-    victims = []
+class Harm(threading.Thread):
+    """Sends signals to a worker of a run, each once the run has come to a step."""
 
-    def kill() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not victims:
-            if len(list(run.metrics())) >= 12 and (workers := train_workers()):
-                victims.append(workers[-1].pid)
-                workers[-1].kill()
-            time.sleep(0.02)
+    def __init__(self, run: RunFolder, signals: list[tuple[int, signal.Signals]]) -> None:
+        super().__init__(daemon=True)
+        self.run_folder, self.signals, self.victims = run, signals, [0]
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    def run(self) -> None:
+        for step, number in self.signals:
+            deadline = time.monotonic() + 120
+            worker: psutil.Process | None = None
+            while time.monotonic() < deadline:
+                if worker is None or not worker.is_running():  # the list of processes takes long beside a step
+                    worker = next((p for p in train_workers()[::-1] if p.pid not in self.victims), None)
+                elif (
+                    self.run_folder.metrics_file.exists()
+                    and self.run_folder.metrics_file.read_bytes().count(b"\n") >= step
+                ):
+                    self.victims.append(worker.pid)
+                    worker.send_signal(number)
+                    break
+                time.sleep(0.01)
+
+
+def harmed(config: Config, signals: list[tuple[int, signal.Signals]]) -> Harm:
+    harm = Harm(RunFolder(config.run_dir), signals)
+    harm.start()
     outcome = train(config)
-    killer.join()
-    assert victims, "the run was over before a worker could be killed"
+    harm.join()
+    assert len(harm.victims) == len(signals) + 1, "the run was over before all harm was done"
+    assert outcome.last["step"] == config.train.max_steps
+    return harm
+
+
+def assert_undisturbed(config: Config, lines: list[dict[str, object]]) -> None:
+    """Assert that a run's curve and weights are, bit for bit, those of the run on two ranks."""
+    found = list(RunFolder(config.run_dir).metrics())
+    for name in ("step", "loss", "grad_norm", "samples_hash", "tokens"):
+        assert [line[name] for line in found] == [line[name] for line in lines], name
+    ours, theirs = (
+        Checkpoint(step_folders(folder / "checkpoints")[0])
+        for folder in (config.run_dir, config.run_dir.parent / "two")
+    )
+    assert ours.state == theirs.state
+    for name, weight in ours.weights().items():
+        assert torch.equal(weight, theirs.weights()[name]), name
+
+
+def two_workers(tiny: Config, name: str, **changes: object) -> Config:
+    layout = {"name": name, "train.workers": 2, "zero.stage": 2, "train.cpus_per_worker": 1.0}
+    return with_values(tiny, layout | LONG | {f"train.{key}": value for key, value in changes.items()})
+
+
+def test_a_killed_and_a_stopped_worker_change_nothing(
+    ray: None, tiny: Config, alone: list[dict[str, float]], two: list[dict[str, object]]
+) -> None:
+    config = two_workers(tiny, "killed", max_failures=2, hang_timeout_s=3.0)
+    harm = harmed(config, [(12, signal.SIGKILL), (30, signal.SIGSTOP)])
+    assert_undisturbed(config, two)
+    run = RunFolder(config.run_dir)
     lines = list(run.metrics())
-    assert [line["step"] for line in lines] == list(range(1, 61))
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-5)
-    assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in alone]
-    assert outcome.last["step"] == 60
     status = run.status()
     assert status is not None
     assert (status.state, status.step) == ("finished", 60)
     assert (run.bundle / "manta.json").exists()
     assert "worker-0.log" in {path.name for path in run.logs.iterdir()}
+    # What befell it is told, with the stacks of the stopped rank and of the one that waited for it.
+    events = run.events.read_text()
+    assert re.search(r"worker .* was lost", events)
+    assert re.search(r"worker .* made no progress for 3 s \(worker [01] is stopped\)", events)
+    for rank in (0, 1):
+        assert "train_step" in run.stacks(rank).read_text(), rank
+    assert not psutil.pid_exists(harm.victims[-1])
     # The same command once more has nothing to do.
     began = time.monotonic()
-    assert train(config).last["loss"] == outcome.last["loss"]
+    assert train(config).last["loss"] == lines[-1]["loss"]
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_steps_change_nothing(ray: None, tiny: Config, two: list[dict[str, object]]) -> None:
+    config = two_workers(tiny, "killed-often", max_failures=5)
+    steps = sorted(random.Random(1).sample(range(3, 56), 5))
+    harmed(config, [(step, signal.SIGKILL) for step in steps])
+    assert_undisturbed(config, two)
+    blocks = Blocks(Split.open(prepare(tiny), "train"), 32)
+    order = Order(len(blocks), 8, tiny.seed)
+    wanted = hash_hex(add_hashes(ids_hash(order.samples(step)) for step in range(60)))
+    assert list(RunFolder(config.run_dir).metrics())[-1]["samples_hash"] == wanted
+
+
+def test_too_many_failures_end_the_run_with_the_reason(ray: None, tiny: Config) -> None:
+    config = two_workers(tiny, "hung", max_failures=0, hang_timeout_s=2.0)
+    harm = Harm(RunFolder(config.run_dir), [(5, signal.SIGSTOP)])
+    harm.start()
+    with pytest.raises(UserError, match=r"made no progress for 2 s .*is stopped.*: see .*worker-0.log"):
+        train(config)
+    harm.join()
 
 
 def test_a_finished_run_goes_on_when_asked_for_more_steps(
@@ -99,7 +186,7 @@ def test_a_loss_that_is_no_number_ends_in_one_sentence_without_restarts(ray: Non
         tiny, {"name": "nan", "train.cpus_per_worker": 1.0, "optim.lr": 1e30, "optim.clip": 0.0, "zero.stage": 0}
     )
     with pytest.raises(
-        UserError, match=r"gradient norm .* at step 5, after 3 in a row were skipped: use a lower optim.lr than 1e\+30"
+        UserError, match=r"step 5: .*, after 3 in a row were skipped, and there is no good checkpoint .* than 1e\+30"
     ):
         train(config)
     status = RunFolder(config.run_dir).status()

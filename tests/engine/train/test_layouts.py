@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.micro_batch import REMEMBERED, most_that_fit, recall, remember
 from engine.train.worker import Job
-from tests.engine.train.ranks import losses, run_ranks
+from tests.engine.train.ranks import losses, run_here, run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {"zero.stage": 0},
@@ -48,6 +48,7 @@ def test_every_layout_option_gives_the_same_curve(tiny: Config, tmp_path: Path) 
     assert [entry["micro_batch"] > 4 for entry in entries.values()] == [True, True]
 
 
+@pytest.mark.slow
 def test_offload_resumes_bit_for_bit_and_elsewhere(tiny: Config, tmp_path: Path) -> None:
     data = prepare(tiny)
     base = with_values(tiny, {"train.workers": 2, "runs_dir": str(tmp_path), "schedule.total_steps": 6})
@@ -75,12 +76,13 @@ def test_a_dry_batch_changes_no_bit(tiny: Config, tmp_path: Path) -> None:
         tried = with_values(base, {"name": f"tried{stage}", "train.micro_batch": None})
         known = with_values(base, {"name": f"known{stage}", "train.micro_batch": 8})
         again = with_values(base, {"name": f"again{stage}", "train.micro_batch": None})
-        results = run_ranks([Job(config, data) for config in (tried, known, again)], 1)
+        results = run_here([Job(config, data) for config in (tried, known, again)])
         assert losses(results[0]) == losses(results[1]) == losses(results[2])
         for name, tensor in weights(tried).items():
             assert torch.equal(tensor, weights(known)[name]), name
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_curve(tiny: Config) -> None:
     data = prepare(tiny)
     changes = {"train.max_steps": 3, "zero.stage": 1, "train.evaluate_samples": 4}
@@ -88,7 +90,7 @@ def test_a_compiled_model_gives_the_same_curve(tiny: Config) -> None:
         Job(with_values(tiny, {**changes, "name": name, "train.compile": name == "compiled"}), data)
         for name in ("interpreted", "compiled")
     ]
-    interpreted, compiled = run_ranks(jobs, 1)
+    interpreted, compiled = run_here(jobs)
     assert losses(compiled) == pytest.approx(losses(interpreted), abs=1e-5)
 
 

@@ -16,7 +16,7 @@ from engine.models.build import build
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.optimizer import Muon, make_optimizer, orthogonalized, parameter_groups
 from engine.train.worker import Job
-from tests.engine.train.ranks import losses, run_ranks
+from tests.engine.train.ranks import losses, run_here, run_ranks
 
 
 class Vocabulary:
@@ -147,7 +147,7 @@ def test_the_average_by_hand(tiny: Config) -> None:
     config = with_values(
         tiny, {"name": "average", "train.ema": 0.5, "train.checkpoint_every": 1, "train.keep_checkpoints": 9}
     )
-    run_ranks([Job(config, data)], 1)
+    run_here([Job(config, data)])
     folders = step_folders(config.run_dir / "checkpoints")[::-1]
     from engine.train.worker import make_model
 
@@ -165,7 +165,7 @@ def test_an_average_asked_for_later_begins_with_the_weights(tiny: Config) -> Non
         with_values(tiny, {"name": "later", "train.max_steps": until, "schedule.total_steps": 6, "train.ema": ema})
         for until, ema in ((3, 0.0), (4, 0.9))
     ]
-    run_ranks([Job(config, data) for config in halves], 1)
+    run_here([Job(config, data) for config in halves])
     after, before = step_folders(halves[0].run_dir / "checkpoints")[:2]
     for name, average in Checkpoint(after).weights("ema").items():
         decay = 5 / 14  # of the fourth update
@@ -179,8 +179,8 @@ def test_another_optimizers_checkpoint_is_refused(tiny: Config) -> None:
         with_values(tiny, {"name": "changed", "train.max_steps": until, "schedule.total_steps": 6, "optim.name": name})
         for until, name in ((3, "adamw"), (6, "muon"))
     ]
-    with pytest.raises(Exception, match=r"was written by another optimizer .* or the former optim\.name"):
-        run_ranks([Job(config, data) for config in configs], 1)
+    with pytest.raises(UserError, match=r"was written by another optimizer .* or the former optim\.name"):
+        run_here([Job(config, data) for config in configs])
 
 
 def test_an_average_to_use_must_be_kept() -> None:

@@ -18,7 +18,7 @@ from engine.train.run_folder import RunFolder
 from engine.train.state import RESCALE_AFTER, TrainState
 from engine.train.worker import Job
 from jobs import pretrain
-from tests.engine.train.ranks import losses, on_ranks, run_ranks, work_on
+from tests.engine.train.ranks import losses, on_ranks, work_on
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these")
@@ -66,29 +66,34 @@ def in_fp16(rank: int, world: int, specs: str, first_scale: float) -> None:
     requirements.has_fp16 = lambda: True
     CPU_Accelerator.is_fp16_supported = lambda self: True
     worker.FIRST_LOSS_SCALE = first_scale
+    worker.hardware.matmul_peak = lambda device, dtype: 1e9  # emulated, a large product takes minutes
     work_on(rank, world, specs)
 
 
-def test_fp16_follows_fp32_and_resumes_its_scale(tiny: Config) -> None:
+@pytest.mark.slow
+def test_fp16_unscales_what_it_scaled_and_resumes_its_scale(tiny: Config) -> None:
     data = prepare(tiny)
-    base = with_values(tiny, {"train.workers": 2, "train.max_steps": 8, "optim.lr": 1e-3, "train.max_skipped": 0})
-    (exact,) = run_ranks([Job(with_values(base, {"name": "exact"}), data)], 2)
+    base = with_values(tiny, {"train.workers": 2, "train.max_steps": 8, "optim.lr": 1e-9, "train.max_skipped": 0})
+    trios = []
     for stage in (0, 2, 3):
         half = with_values(base, {"zero.stage": stage, "train.precision": "fp16", "train.checkpoint_every": 4})
-        configs = [
-            with_values(half, {"name": f"whole{stage}"}),
-            with_values(half, {"name": f"parts{stage}", "train.max_steps": 4, "schedule.total_steps": 8}),
-            with_values(half, {"name": f"parts{stage}", "schedule.total_steps": 8}),
+        part = with_values(half, {"name": f"parts{stage}", "schedule.total_steps": 8})
+        trios.append([with_values(half, {"name": f"whole{stage}"}), with_values(part, {"train.max_steps": 4}), part])
+    exact = with_values(base, {"name": "exact"})
+    configs = [exact, *(config for trio in trios for config in trio)]
+    on_ranks(in_fp16, 2, json.dumps([Job(config, data).to_dict() for config in configs]), 2.0**22)
+    wanted = list(RunFolder(exact.run_dir).metrics())
+    for whole, _, part in trios:
+        lines, parts = (list(RunFolder(config.run_dir).metrics()) for config in (whole, part))
+        states = [Checkpoint(step_folders(config.run_dir / "checkpoints")[0]).state for config in (whole, part)]
+        assert losses(parts) == losses(lines)
+        assert [(state.loss_scale, state.steady, state.skipped) for state in states[:1]] == [
+            (state.loss_scale, state.steady, state.skipped) for state in states[1:]
         ]
-        on_ranks(in_fp16, 2, json.dumps([Job(config, data).to_dict() for config in configs]), 2.0**19)
-        whole, parts = (list(RunFolder(config.run_dir).metrics()) for config in configs[::2])
-        skipped = whole[-1]["skipped"]
+        skipped = lines[-1]["skipped"]
         assert 0 < skipped < 8
-        assert losses(parts) == losses(whole)
-        states = [Checkpoint(step_folders(config.run_dir / "checkpoints")[0]).state for config in configs[::2]]
-        assert states[0] == states[1]
-        assert states[0].loss_scale == 2.0 ** (19 - skipped)
-        # The first updates are those of fp32, as many steps later as were skipped; the norms are those of the unscaled loss.
-        norms = [line["grad_norm"] for line in whole if line["grad_norm"] is not None]
-        assert norms[0] == pytest.approx(exact[skipped]["grad_norm"], rel=0.5)
-        assert whole[skipped]["loss"] == pytest.approx(exact[0]["loss"], abs=0.5)
+        assert states[0].loss_scale == 2.0 ** (22 - skipped)
+        for line, other in zip(lines, wanted, strict=True):  # the rate is so small that the weights stay what they were
+            if line["loss"] is not None:
+                assert line["loss"] == pytest.approx(other["loss"], abs=1e-2)
+                assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)

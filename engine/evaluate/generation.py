@@ -1,0 +1,106 @@
+"""What a model writes, against references: BLEU and chrF by sacrebleu, ROUGE-L by rouge-score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.bundles.bundle import Bundle
+from engine.config import EvaluateConfig
+from engine.errors import UserError, nearest
+from engine.evaluate.bootstrap import Interval, intervals
+from engine.objectives.contract import Scores
+from engine.progress import Bar
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The figures over all examples, and the first few with what was written."""
+
+    file: str
+    examples: int
+    metrics: dict[str, Interval]
+    shown: list[dict[str, str]]  # {"source", "target", "written"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        metrics = {name: value.to_dict() for name, value in self.metrics.items()}
+        return {"file": self.file, "examples": self.examples, "metrics": metrics, "shown": self.shown}
+
+
+def check_generation(bundle: Bundle, model: torch.nn.Module, options: EvaluateConfig, seed: int) -> Generation:
+    """Let the model write on from each source, greedily, and measure that against the target.
+
+    Raises UserError for a model that writes no text, and a file without the two columns.
+    """
+    objective = bundle.objective()
+    if objective.auto_class != "AutoModelForCausalLM":
+        raise UserError(
+            f"evaluate.generation needs a model that goes on with a text, and {bundle.folder} is for {objective.options.name}"
+        )
+    assert options.generation
+    sources, targets = read_examples(Path(options.generation), options)
+    written = []
+    with Bar("generate", total=len(sources)) as bar:
+        for source in sources:
+            request = {"prompt": source, "max_tokens": options.max_new_tokens}
+            written.append(objective.predict(model, [request])[0]["text"].strip())
+            bar.update(len(written))
+    scores = statistics(written, targets)
+    found = intervals(summarize, scores, options.confidence, options.resamples, seed)
+    shown = [
+        {"source": s, "target": t, "written": w}
+        for s, t, w in list(zip(sources, targets, written, strict=True))[:SHOWN]
+    ]
+    return Generation(options.generation, len(sources), found, shown)
+
+
+def read_examples(file: Path, options: EvaluateConfig) -> tuple[list[str], list[str]]:
+    """Read sources and targets. Raises UserError that says which column lacks."""
+    if not file.is_file():
+        raise UserError(f"evaluate.generation={file} is not there: give a file of JSON lines")
+    try:
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()][
+            : options.max_examples
+        ]
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON lines ({error}): write one object a line") from error
+    for key in ("source_column", "target_column"):
+        column = getattr(options, key)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                there = list(row) if isinstance(row, dict) else []
+                raise UserError(
+                    f"row {number} of {file} has no text in column '{column}' (evaluate.{key}){nearest(column, there)}"
+                )
+    return [row[options.source_column] for row in rows], [row[options.target_column] for row in rows]
+
+
+def statistics(written: Sequence[str], targets: Sequence[str]) -> Scores:
+    """Return what BLEU and chrF count in each example, of which both take sums, and each example's ROUGE-L F1."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
+
+    rouge = RougeScorer(["rougeL"])
+    return {
+        "bleu": np.array(BLEU()._extract_corpus_statistics(written, [targets])),
+        "chrf": np.array(CHRF()._extract_corpus_statistics(written, [targets])),
+        "rouge_l": np.array([rouge.score(t, w)["rougeL"].fmeasure for t, w in zip(targets, written, strict=True)]),
+    }
+
+
+def summarize(scores: Scores) -> dict[str, float]:
+    """Give corpus BLEU (Post 2018) and chrF (Popovic 2015), 0 to 100, and mean ROUGE-L F1 (Lin 2004), 0 to 1."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    bleu = BLEU()._compute_score_from_stats(scores["bleu"].sum(0).tolist()).score
+    chrf = CHRF()._compute_score_from_stats(scores["chrf"].sum(0).tolist()).score
+    return {"bleu": bleu, "chrf": chrf, "rouge_l": float(scores["rouge_l"].mean())}

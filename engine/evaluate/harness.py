@@ -1,0 +1,89 @@
+"""EleutherAI's lm-eval on a bundle: its own tasks by name, or tasks in YAML files on this disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.bundles.bundle import Bundle
+from engine.config import EvaluateConfig
+from engine.errors import UserError, nearest
+
+
+def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str, dict[str, float]]:
+    """Return {"task metric": {"value", "low", "high"}}; the interval is 1.96 of the harness's own standard errors.
+
+    A metric without a standard error has no interval: low and high are its value. Raises UserError where the package is
+    not installed, a task isn't there, or the model writes no text.
+    """
+    if not installed():
+        raise UserError("evaluate.suite=lm_eval needs a package that isn't here: pip install 'manta-train[lm-eval]'")
+    objective = bundle.objective()
+    if objective.auto_class != "AutoModelForCausalLM":
+        raise UserError(f"lm_eval asks language models, and {bundle.folder} is for {objective.options.name}")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    files = [Path(task) for task in options.tasks if task.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"evaluate.tasks: {file} is not there")
+    folders = sorted({str(file.parent.absolute()) for file in files})
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(options.tasks))
+    names = [task_name(Path(task)) if Path(task) in files else task for task in options.tasks]
+    for name in names:
+        if name not in manager.all_tasks:
+            raise UserError(f"evaluate.tasks: lm_eval has no task {name}{nearest(name, manager.all_tasks)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = HFLM(
+        pretrained=bundle.model().to(device), tokenizer=objective.tokenizer, batch_size=options.batch, device=device,
+        max_length=objective.sequence_length,
+    )  # fmt: skip
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=names, task_manager=manager, limit=options.max_examples, bootstrap_iters=options.resamples,
+        log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
+    assert found is not None
+    return figures(found["results"], names)
+
+
+def installed() -> bool:
+    """Tell whether lm-eval is here, with what it needs for transformers' models."""
+    return all(find_spec(package) for package in ("lm_eval", "accelerate"))
+
+
+def task_name(file: Path) -> str:
+    """Return the name in a task's YAML. Raises UserError where it has none."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Passes over the harness's own tags, such as !function."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    tree = yaml.load(file.read_text("utf-8"), Loader)
+    name = tree.get("task") if isinstance(tree, dict) else None
+    if not isinstance(name, str):
+        raise UserError(f"{file} names no task: it needs a line task: NAME")
+    return name
+
+
+def figures(results: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Turn the harness's results into values with intervals."""
+    found = {}
+    for name in names:
+        for key, value in results[name].items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, (int, float)) or not filtered or metric.endswith("_stderr"):
+                continue
+            error = results[name].get(f"{metric}_stderr,{filtered}")
+            half = 1.96 * error if isinstance(error, (int, float)) else 0.0
+            label = f"{name} {metric}" if filtered == "none" else f"{name} {metric} ({filtered})"
+            found[label] = {"value": float(value), "low": float(value - half), "high": float(value + half)}
+    return found

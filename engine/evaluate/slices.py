@@ -1,0 +1,56 @@
+"""How a model does by group: the metrics of each, and how far it is from all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.evaluate.bootstrap import Interval, Summary, gap, intervals, take
+from engine.objectives.contract import Scores
+
+MOST_GROUPS = 50
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One group's examples, metrics, and the metrics' gaps to those of all other groups together."""
+
+    group: str
+    examples: int
+    metrics: dict[str, Interval]
+    gaps: dict[str, Interval]  # this group minus the others
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "group": self.group,
+            "examples": self.examples,
+            "metrics": {name: value.to_dict() for name, value in self.metrics.items()},
+            "gaps": {name: value.to_dict() for name, value in self.gaps.items()},
+        }
+
+
+def by_group(
+    summarize: Summary, scores: Scores, groups: Sequence[str], confidence: float, resamples: int, seed: int
+) -> list[Slice]:
+    """Measure each group, the largest first. Raises UserError for a column that doesn't name groups."""
+    names, sizes = np.unique(np.array(groups), return_counts=True)
+    if not 2 <= len(names) <= MOST_GROUPS:
+        raise UserError(
+            f"evaluate.slice_column has {len(names):,} different values and groups need 2 to {MOST_GROUPS}: name another column"
+        )
+    found = []
+    for name in names[np.argsort(-sizes, kind="stable")]:
+        inside = np.array(groups) == name
+        own, others = take(scores, inside), take(scores, ~inside)
+        found.append(
+            Slice(
+                str(name), int(inside.sum()), intervals(summarize, own, confidence, resamples, seed),
+                gap(summarize, own, others, confidence, resamples, seed),
+            )
+        )  # fmt: skip
+    return found

@@ -1,0 +1,47 @@
+"""Compare two bundles on the same examples, by the paired bootstrap: manta compare A B.
+
+The examples are the test split of the data that A was trained on, and B must be trained on the same; or they are those
+that data=... names. The exit code says how A does against B: 0 it is better, 3 it is worse, 4 they are not told apart;
+2 is a mistake in the command, as of any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import Config
+from engine.errors import UserError
+from jobs.entry import names_data, start
+
+CODES = {"better": 0, "worse": 3, "not told apart": 4}
+
+
+def compare(config: Config, data_given: bool) -> int:
+    """Compare; return the exit code of the verdict."""
+    names = [name for name in (config.bundle, config.evaluate.against) if name]
+    if len(names) < 2:
+        raise UserError("compare needs two bundles: manta compare A B")
+    from engine.bundles.bundle import Bundle
+    from engine.bundles.find import find_bundle
+    from engine.evaluate.evaluate import check_comparable, check_same_data, evaluate_and_show, on_its_own_data
+
+    a, b = (Bundle.open(find_bundle(name, Path(config.runs_dir), config.tracking_uri)) for name in names)
+    check_comparable(a, b)
+    if not data_given:
+        check_same_data(a, b, names)
+        config = on_its_own_data(config, a, names[0])
+    found = evaluate_and_show(config)
+    assert found is not None
+    return CODES[found.verdict]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the command line asks for."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return start("compare", lambda config: compare(config, names_data(words)), words, ("bundle", "evaluate.against"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Show where a bundle came from and where it went: manta lineage NAME.
+
+Data, training, trial, evaluations, registered versions, endpoints: as a tree here, and as a page with a picture in
+<runs_dir>/<name>/lineage.html. The exit code is 0 where the lineage is whole, 3 where something is lacking or was changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import Config
+from engine.errors import UserError
+from jobs.entry import start
+
+NOT_WHOLE = 3
+
+
+def lineage(config: Config) -> int:
+    """Trace config.bundle, show the tree and write the page."""
+    if not config.bundle:
+        raise UserError("lineage needs a bundle: manta lineage NAME")
+    from rich.markup import escape
+
+    from engine.bundles.bundle import Bundle
+    from engine.bundles.find import find_bundle
+    from engine.bundles.lineage import life_of
+    from engine.bundles.registry import Registry
+    from engine.evaluate.lineage_page import tree_of, write_lineage
+    from engine.progress import console
+
+    runs_dir = Path(config.runs_dir)
+    bundle = Bundle.open(find_bundle(config.bundle, runs_dir, config.tracking_uri))
+    life = life_of(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
+    console.print(tree_of(life))
+    for fault in life.all_faults():
+        console.print(f"not whole: {escape(fault)}")
+    console.print(f"page  {write_lineage(config.run_dir / 'lineage.html', life)}")
+    return NOT_WHOLE if life.all_faults() else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job that the command line asks for."""
+    return start("lineage", lineage, argv, ("bundle",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""An alias moves once for each who moves it, whoever else does at that moment; and goes back to the very bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.bundles.bundle import Bundle
+from engine.bundles.find import find_bundle
+from engine.bundles.promotion import Alias, Move, history
+from engine.bundles.registry import Registry
+from engine.config import Config, with_values
+from engine.errors import UserError
+from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.test_bundles import contents
+
+P, R = "promote", "rollback"
+
+
+@pytest.mark.parametrize(
+    ("moves", "held"),
+    [
+        ([], []),
+        ([(P, None, 1), (P, 1, 2)], [1, 2]),
+        ([(P, None, 1), (P, None, 2)], [1]),  # both from none: the first one wins
+        ([(P, None, 1), (P, 1, 2), (P, 1, 3), (P, 2, 4)], [1, 2, 4]),
+        ([(P, None, 1), (P, 1, 2), (P, 2, 3), (R, 3, 2), (R, 2, 1)], [1]),
+        ([(P, None, 1), (P, 1, 2), (R, 2, 1), (R, 2, 1)], [1]),  # two who roll back at once go back once
+        ([(P, None, 1), (R, 1, 1)], [1]),  # nothing before it
+        ([(P, None, 1), (P, 1, 2), (R, 2, 9)], [1, 2]),
+        ([(P, None, 1), ("found", 1, 5), (P, 5, 6), (R, 6, 5)], [1, 5]),
+    ],
+)
+def test_what_holds_after_some_moves(moves: list[tuple[str, int | None, int]], held: list[int]) -> None:
+    written = [Move(n, kind, start, to) for n, (kind, start, to) in enumerate(moves, start=1)]
+    assert [move.to for move in history(written)] == held
+    assert history(list(reversed(written))) == history(written)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server with a database and artifacts of its own."""
+    home = tmp_path_factory.mktemp("server")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    words = ["server", "--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "kept"),
+             "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "mlflow", *words], cwd=home, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert process.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < deadline, (home / "log").read_text()
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it waits long for its connections to end
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
+
+
+@pytest.fixture
+def uri(request: pytest.FixtureRequest) -> str:
+    found: str = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def three(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
+    home = tmp_path_factory.mktemp("three")
+    small = with_values(tiny, {"runs_dir": str(home)})
+    return [fresh_bundle(small, home / f"run{seed}" / "bundle", seed) for seed in range(3)]
+
+
+def promote_at_once(uri: str, folder: str, name: str, to: int, gate: Any, said: Any) -> None:
+    """Move from version 1 when the others do too."""
+    alias = Alias(Registry(uri, Path(folder)), name, "champion")
+    start = alias.present()
+    gate.wait(60)
+    try:
+        alias.move("promote", start, to, f"because of {to}")
+        said.put((to, "won"))
+    except UserError as error:
+        said.put((to, str(error)))
+
+
+@pytest.mark.parametrize("uri", ["database", pytest.param("server", marks=pytest.mark.slow)], indirect=True)
+def test_of_two_at_once_one_wins_and_the_other_is_told(uri: str, three: list[Bundle], tmp_path: Path) -> None:
+    registry = Registry(uri, tmp_path / "registry")
+    for bundle in three:
+        registry.register(bundle, "race")
+    alias = Alias(registry, "race", "champion")
+    alias.move("promote", None, 1, "the first")
+    context = multiprocessing.get_context("spawn")
+    gate, said = context.Barrier(2), context.Queue()
+    racing = [
+        context.Process(target=promote_at_once, args=(uri, str(tmp_path / "registry"), "race", to, gate, said))
+        for to in (2, 3)
+    ]
+    for process in racing:
+        process.start()
+    results = dict(said.get(timeout=120) for _ in racing)
+    for process in racing:
+        process.join(30)
+        assert process.exitcode == 0
+    winner = next(to for to, word in results.items() if word == "won")
+    loser = results[5 - winner]
+    assert f"another promotion came first: champion of race is race/{winner} now" in loser
+    assert f"because of {winner}" in loser
+    assert alias.present() == winner
+    assert [v.number for v in registry.versions("race") if "champion" in v.aliases] == [winner]
+    assert [move.to for move in history(alias.moves())] == [1, winner]
+
+
+@pytest.mark.parametrize("uri", ["database", "server"], indirect=True)
+def test_a_rollback_restores_the_bytes_whatever_became_of_the_run(
+    uri: str, three: list[Bundle], tiny: Config, tmp_path: Path
+) -> None:
+    registry = Registry(uri, tmp_path / "registry")
+    run = tmp_path / "run" / "bundle"
+    before = contents(Path(shutil.copytree(three[0].folder, run)))
+    first = registry.register(Bundle.open(run), "kept")
+    shutil.rmtree(run)
+    shutil.copytree(three[1].folder, run)  # a later training of the same name
+    second = registry.register(Bundle.open(run), "kept")
+    alias = Alias(registry, "kept", "champion")
+    with pytest.raises(UserError, match="nothing before"):
+        alias.roll_back("too early")
+    alias.move("promote", None, first.number, "the first")
+    alias.move("promote", first.number, second.number, "better")
+    shutil.rmtree(run)
+    if uri.startswith("http"):
+        shutil.rmtree(registry.folder, ignore_errors=True)  # as on another machine: the server has them
+    assert contents(find_bundle("kept@champion", tmp_path, uri)) == contents(three[1].folder)
+    assert alias.roll_back("it was slow") == (2, 1)
+    restored = find_bundle("kept@champion", tmp_path, uri)
+    assert contents(restored) == before
+    Bundle.open(restored).verify()
+    with pytest.raises(UserError, match="nothing before"):
+        alias.roll_back("once more")
+    alias.move("promote", 1, 2, "again")
+    assert (alias.present(), [move.to for move in history(alias.moves())]) == (2, [1, 2])
+
+
+def test_a_move_by_hand_is_found_and_a_half_done_one_is_finished(
+    database: str, three: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.bundles.promotion.UNFINISHED_S", 0.2)
+    registry = Registry(database, tmp_path / "registry")
+    for bundle in three:
+        registry.register(bundle, "hand")
+    alias = Alias(registry, "hand", "champion")
+    alias.move("promote", None, 1, "the first")
+    registry.client.set_registered_model_alias("hand", "champion", "3")
+    assert alias.present() == 3
+    assert alias.roll_back("back to what it was") == (3, 1)
+    alias._write("promote", 1, 2, "written down, then its process died")
+    assert alias.present() == 2
+    registry.client.set_registered_model_alias("hand", "champion", "1")  # by hand, to the one before: not half done
+    assert alias.present() == 1
+    registry.client.delete_registered_model_alias("hand", "champion")
+    assert alias.present() is None
+    alias.move("promote", None, 3, "anew")
+    assert alias.present() == 3
+
+
+def test_an_altered_copy_is_refused_and_named(database: str, three: list[Bundle], tmp_path: Path) -> None:
+    registry = Registry(database, tmp_path / "registry")
+    first, second = (registry.register(bundle, "altered") for bundle in three[:2])
+    alias = Alias(registry, "altered", "champion")
+    alias.move("promote", None, 1, "the first")
+    alias.move("promote", 1, 2, "the second")
+    weights = first.folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors was changed"):
+        alias.roll_back("to a broken one")
+    assert alias.present() == 2
+    shutil.rmtree(second.folder)
+    shutil.copytree(three[2].folder, second.folder)  # whole in itself, and another one
+    with pytest.raises(UserError, match=r"manta\.json is not the one that was registered as altered/2"):
+        find_bundle("altered/2", tmp_path, database)
+    shutil.rmtree(second.folder)
+    with pytest.raises(UserError, match="which is gone"):
+        find_bundle("altered/2", tmp_path, database)
+    (three[2].folder / "manta.json").rename(tmp_path / "aside")
+    try:
+        with pytest.raises(UserError, match=r"no bundle of Manta's"):
+            registry.register(Bundle.open(three[2].folder), "altered")
+    finally:
+        (tmp_path / "aside").rename(three[2].folder / "manta.json")

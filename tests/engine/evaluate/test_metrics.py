@@ -1,0 +1,119 @@
+"""The quick figures are the libraries'; bits per byte counts the text's own bytes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import ObjectiveConfig, with_values
+from engine.data.prepare import prepare
+from engine.data.shards import Split
+from engine.data.tokenizer import load_tokenizer
+from engine.evaluate.evaluate import evaluate_bundle
+from engine.evaluate.metrics import ByteCounter, confusion, details, from_libraries, quick
+from engine.objectives.classification import Objective
+from tests.lives import Lives
+
+OBJECTIVE = Objective(ObjectiveConfig("classification"), None, 8, ["a", "b", "c", "d"])
+
+
+def drawn(seed: int, count: int = 300, classes: int = 4) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    label = draw.integers(classes, size=count)
+    predicted = np.where(draw.random(count) < 0.6, label, draw.integers(classes, size=count))
+    confidence = draw.uniform(0.25, 1, count).astype(np.float32)
+    confidence[:20] = 1.0
+    return {"nll": draw.random(count), "label": label, "predicted": predicted, "confidence": confidence}
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        drawn(0),
+        drawn(1, classes=2),  # two of the four classes never occur
+        drawn(2, count=3),
+        drawn(3) | {"predicted": np.zeros(300, int)},  # always the same class
+        drawn(4) | {"label": np.ones(300, int)},
+    ],
+)
+def test_quick_figures_are_the_libraries(scores: dict[str, np.ndarray]) -> None:
+    mine, theirs = quick(OBJECTIVE, scores), from_libraries(OBJECTIVE, scores)
+    assert set(theirs) == {"accuracy", "macro_f1", "weighted_f1", "matthews", "calibration_error"}
+    for name, value in theirs.items():
+        assert mine[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_figures_by_hand() -> None:
+    scores = {
+        "nll": np.zeros(4),
+        "label": np.array([0, 0, 1, 1]),
+        "predicted": np.array([0, 1, 1, 1]),
+        "confidence": np.array([0.9, 0.5, 0.9, 0.9], np.float32),
+    }
+    found = quick(Objective(ObjectiveConfig("classification"), None, 8, ["a", "b"]), scores)
+    assert confusion(scores, 2).tolist() == [[1, 1], [0, 2]]
+    assert found["accuracy"] == 0.75
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert found["matthews"] == pytest.approx(2 / math.sqrt(2 * 2 * 1 * 3))
+    # three at 0.9, all right (0.1 off); one at 0.5, wrong (0.5 off)
+    assert found["calibration_error"] == pytest.approx((3 * 0.1 + 0.5) / 4, abs=1e-6)
+    told = details(OBJECTIVE, scores)
+    assert [bin["examples"] for bin in told["reliability"]] == [1, 3]
+    assert told["classes"][1] == {
+        "label": "b",
+        "precision": 2 / 3,
+        "recall": 1.0,
+        "f1": pytest.approx(0.8),
+        "examples": 2,
+    }
+
+
+def test_the_bytes_of_the_targets_are_those_of_the_text(lives: Lives, tmp_path: Path) -> None:
+    folder = prepare(lives.text)
+    split, tokenizer = Split.open(folder, "test"), load_tokenizer(folder / "tokenizer")
+    stream = split.stream(0, split.tokens).astype(np.int64)
+    text = tokenizer.decode([t for t in stream.tolist() if t != tokenizer.eos_token_id])
+    count = ByteCounter(tokenizer)
+    blocks = np.full((len(stream) // 7 + 1, 7), -100)
+    blocks.reshape(-1)[: len(stream)] = stream
+    assert count(blocks).sum() == len(text.encode())
+    ids = np.array([tokenizer("né 漢字")["input_ids"]])
+    assert count(ids)[0] == len("né 漢字".encode())  # each byte once, although the block's edges may cut a character
+    assert sum(int(count(ids[:, i : i + 1])[0]) for i in range(ids.shape[1])) == len("né 漢字".encode())
+
+
+def test_other_tokenizers_targets_are_decoded() -> None:
+    class Words:
+        all_special_ids = (0,)
+        backend_tokenizer = type("Backend", (), {"decoder": "WordPiece"})
+
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(("[end]", "ä", "bc")[i] for i in ids)
+
+    assert ByteCounter(Words())(np.array([[1, 2, 0], [2, -100, -100]])).tolist() == [5, 2]
+
+
+def test_a_language_models_figures_are_the_direct_computation(lives: Lives) -> None:
+    config = with_values(lives.text, {"evaluate.resamples": 100})
+    found = evaluate_bundle(lives.bundle("base").folder, config)
+    bundle = lives.bundle("base")
+    objective, model = bundle.objective(), bundle.model()
+    samples = objective.samples(Split.open(found.data, "test"))
+    nll = size = tokens = 0.0
+    with torch.no_grad():
+        for i in range(len(samples)):
+            ids = torch.as_tensor(samples[i]["tokens"])
+            logits = model(ids[None, :-1]).logits[0].log_softmax(-1)
+            nll -= float(logits[torch.arange(len(ids) - 1), ids[1:]].sum())
+            kept = [t for t in ids[1:].tolist() if t != objective.tokenizer.eos_token_id]
+            size += len(objective.tokenizer.decode(kept).encode())
+            tokens += len(ids) - 1
+    assert found.metrics["loss"].value == pytest.approx(nll / tokens, rel=1e-5)
+    assert found.metrics["perplexity"].value == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert found.metrics["bits_per_byte"].value == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+    for value in found.metrics.values():
+        assert value.low < value.value < value.high

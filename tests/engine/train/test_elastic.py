@@ -1,0 +1,212 @@
+"""A node is announced to be taken away, is lost, and comes back: the run goes on with who is there, on the same curve."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import local, state
+from cluster.ports import free_port
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.train.launch import worker_resources
+from engine.train.run_folder import RunFolder
+from engine.train.worker import Job
+from jobs.entry import compose
+from tests.conftest import TINY
+from tests.engine.train.ranks import run_ranks
+
+ROOT = Path(__file__).parents[3]
+STEPS = 500
+LONG = {"train.max_steps": STEPS, "train.checkpoint_every": 1000, "optim.lr": 2e-4}
+# A step takes a fifth of a second longer in all processes of the cluster: time for a node to be missed and to come back.
+SLOWLY = """
+import importlib.abc, importlib.machinery, sys, time
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "engine.train.loop":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            step = module.train_step
+            module.train_step = lambda run: (time.sleep(0.2), step(run))[1]
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+NOTICE_S = 60
+DRAIN = """
+import sys, time
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+from ray._raylet import GcsClient
+node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"])
+print(GcsClient(address=sys.argv[1]).drain_node(node, 2, "spot", int(1000 * (time.time() + float(sys.argv[2])))))
+"""
+
+
+def test_fewer_workers_than_asked_need_room_only_for_the_least(tiny: Config) -> None:
+    values = {"train.workers": 4, "train.cpus_per_worker": 1.0}
+    with pytest.raises(UserError, match="4 workers x 1 cores are asked"):
+        worker_resources(with_values(tiny, values), {"CPU": 2.0})
+    assert worker_resources(with_values(tiny, values | {"train.min_workers": 2}), {"CPU": 2.0}) == {"CPU": 1.0}
+    with pytest.raises(UserError, match="3 workers x 1 cores are asked"):
+        worker_resources(with_values(tiny, values | {"train.min_workers": 3}), {"CPU": 2.0})
+    with pytest.raises(UserError, match=r"use train\.min_workers=4 or less"):
+        with_values(tiny, values | {"train.min_workers": 5})
+
+
+def test_a_group_grows_once_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+    from ray.train.v2.api.config import ScalingConfig
+
+    from engine.train import elastic
+
+    room = {"a": {"CPU": 1.0}}
+    monkeypatch.setattr(elastic.Elastic, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(elastic.Elastic, "_get_reserved_resources", lambda self: room)
+    monkeypatch.setattr(elastic, "all_answer", lambda: answers[0])
+    scaling = ScalingConfig(
+        num_workers=(1, 2), resources_per_worker={"CPU": 1.0}, elastic_resize_monitor_interval_s=0.0
+    )
+    policy, answers, asked = elastic.Elastic(scaling, tmp_path), [False], []
+    monkeypatch.setattr(elastic, "LOOK_S", 0.0)
+    # A node that Ray still counts, and that does not answer, is waited for.
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    answers[0] = True
+    assert policy.make_decision_for_non_running_worker_group() == ResizeDecision(1, {"CPU": 1.0})
+    group = SimpleNamespace(start_time=0.0, num_workers=1, workers=[SimpleNamespace(execute_async=asked.append)])
+
+    def decide() -> object:
+        return policy.make_decision_for_running_worker_group(group, None)
+
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "manifest.json").touch()
+    assert isinstance(decide(), NoopDecision)
+    assert asked == []
+    room["b"] = {"CPU": 4.0}
+    assert isinstance(decide(), NoopDecision)  # there is room: a checkpoint is asked for first
+    assert isinstance(decide(), NoopDecision)
+    assert asked == [elastic.ask_for_save]
+    (tmp_path / "step-00000007").mkdir()
+    assert isinstance(decide(), NoopDecision)
+    (tmp_path / "step-00000007" / "manifest.json").touch()
+    assert decide() == ResizeDecision(2, {"CPU": 1.0})
+    # Fewer than the least is no group.
+    room.clear()
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[state.State]:
+    """Two nodes of one core."""
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "sitecustomize.py").write_text(SLOWLY)
+        patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+        patch.setenv("MANTA_HOME", str(tmp_path / "home"))
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+            patch.delenv(name, raising=False)
+        try:
+            yield local.up(nodes=2, cpus_per_node=1, port=free_port(26379), dashboard_port=free_port(28265))
+        finally:
+            local.down()
+
+
+def wait(what: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, "the run is over"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def command(tiny: Config) -> list[str]:
+    """The run's overrides, as a command line has them."""
+    elastic = {
+        "train.workers": 2,
+        "train.min_workers": 1,
+        "train.resize_every_s": 2,
+        "zero.stage": 2,
+        "name": "elastic",
+    }
+    values = TINY | LONG | elastic | {"runs_dir": str(tiny.runs_dir), "cluster.address": "auto"}
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+
+
+@pytest.fixture
+def wanted(command: list[str]) -> list[dict[str, Any]]:
+    """The lines of the same run on one rank."""
+    alone = {"name": "not-elastic", "train.workers": 1, "train.min_workers": None}
+    config = with_values(compose("pretrain", command), alone)
+    return run_ranks([Job(config, prepare(config))], 1)[0]
+
+
+@pytest.mark.slow
+def test_a_lost_node_and_its_return_change_nothing(
+    tiny: Config, command: list[str], wanted: list[dict[str, Any]], cluster: state.State, tmp_path: Path
+) -> None:
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_path, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    }  # fmt: skip
+    run = RunFolder(Path(tiny.runs_dir) / "elastic")
+
+    def steps() -> int:
+        return run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
+
+    def told(text: str) -> bool:
+        return run.events.exists() and text in run.events.read_text()
+
+    with (
+        (tmp_path / "said.txt").open("wb") as said,
+        subprocess.Popen(
+            [sys.executable, "-m", "jobs.manta", "pretrain", *command], env=environment, stdout=said, stderr=said
+        ) as process,
+    ):
+        try:
+            wait(lambda: steps() >= 10, process)
+            notice = subprocess.run(
+                [sys.executable, "-c", DRAIN, cluster.address, str(NOTICE_S)],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert "True" in notice.stdout, notice.stderr
+            # No step is due for a checkpoint but the last: the notice asks for this one.
+            wait(lambda: list(run.checkpoints.glob("step-*/manifest.json")), process, NOTICE_S)
+            for lost in other_node(cluster):
+                lost.kill()
+            wait(lambda: told("goes on with 1 workers instead of 2"), process)
+            before = steps()
+            wait(lambda: steps() > before + 5, process)
+            local.finish([local.start(cluster, 1, 2, [f"--address={cluster.address}"])])
+            wait(lambda: told("goes on with 2 workers instead of 1"), process)
+            assert process.wait(300) == 0, (tmp_path / "said.txt").read_text()
+        finally:
+            process.terminate()
+    lines = list(run.metrics())
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in wanted], abs=1e-5)
+    assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in wanted]
+    assert re.search(r"warning: the run goes on with 1 workers instead of 2", (tmp_path / "said.txt").read_text())
+
+
+def other_node(cluster: state.State) -> list[psutil.Process]:
+    """Return the processes of the node that is not the head."""
+    raylets = [p for p in state.processes(cluster) if p.name() == "raylet" and "--head" not in p.cmdline()]
+    return [kin for raylet in raylets for kin in (raylet, *raylet.children(recursive=True))]

@@ -1,0 +1,84 @@
+"""Who is hung, by heartbeats and a clock; and what a stopped process still says before its end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from engine.train.watchdog import SLOW, Heartbeat, Watcher, end_hung
+
+LIMIT_S = 5.0
+
+
+def test_a_rank_is_overdue_by_the_watchers_clock(tmp_path: Path) -> None:
+    files = [tmp_path / "0", tmp_path / "1"]
+    files[0].write_text("99 99 0.1\n")  # of a group before
+    watcher = Watcher(files, LIMIT_S, now=100.0)
+    assert not files[0].exists()
+    assert watcher.overdue(100.0 + LIMIT_S * SLOW) == []
+    assert watcher.overdue(101.0 + LIMIT_S * SLOW) == [0, 1]  # neither has ever moved
+    hearts = [Heartbeat(file, LIMIT_S) for file in files]
+    assert watcher.overdue(200.0) == []
+    assert watcher.overdue(199.0 + LIMIT_S * SLOW) == []  # they start up still
+    for heart in hearts:
+        heart.slow(False)
+    assert watcher.overdue(300.0) == []
+    assert watcher.overdue(300.0 + LIMIT_S) == []
+    assert watcher.overdue(300.1 + LIMIT_S) == [0, 1]
+    hearts[1].slow()
+    assert watcher.overdue(400.0) == [0]
+    hearts[1].end()
+    assert not files[1].exists()
+    assert watcher.overdue(399.0 + LIMIT_S * SLOW) == [0]
+    assert watcher.overdue(401.0 + LIMIT_S * SLOW) == [0, 1]
+
+
+def test_beats_are_written_now_and_then(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path / "0", 0.5)
+    heart.slow(False)
+    contents = set()
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        heart.beat()
+        contents.add((tmp_path / "0").read_text())
+    assert 3 <= len(contents) <= 12  # a tenth of the limit apart
+    Heartbeat().beat()  # of a run that nobody watches
+    assert math.isinf(Heartbeat()._limit_s)
+
+
+SLEEPER = """
+import sys, time
+from pathlib import Path
+from engine.train.watchdog import stack_on_signal
+def deep_in_a_step():
+    print("asleep", flush=True)
+    time.sleep(60)
+with stack_on_signal(Path(sys.argv[1])):
+    deep_in_a_step()
+"""
+
+
+def test_a_stopped_process_writes_its_stack_and_ends(tmp_path: Path) -> None:
+    stacks = [tmp_path / "stopped.txt", tmp_path / "waits.txt"]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SLEEPER, str(file)], stdout=subprocess.PIPE, text=True)
+        for file in stacks
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asleep\n"
+    processes[0].send_signal(signal.SIGSTOP)
+    while psutil.Process(processes[0].pid).status() != "stopped":
+        time.sleep(0.01)
+    found = end_hung({rank: (p.pid, str(file)) for rank, (p, file) in enumerate(zip(processes, stacks, strict=True))})
+    assert found == {0: "stopped", 1: "sleeping"}
+    for process, file in zip(processes, stacks, strict=True):
+        assert process.wait(5) == -signal.SIGKILL
+        assert "deep_in_a_step" in file.read_text()
+    assert end_hung({0: (processes[0].pid, str(stacks[0]))}) == {}
