@@ -15,7 +15,11 @@ import pytest
 from tests.engine.objectives.conftest import SHARED
 
 ROOT = Path(__file__).parents[3]
-IMAGES = ["data.path={shared}/images/train.parquet", "data.test_path={shared}/images/test.parquet", "data.label_column=label_name"]
+IMAGES = [
+    "data.path={shared}/images/train.parquet",
+    "data.test_path={shared}/images/test.parquet",
+    "data.label_column=label_name",
+]
 TEXT = ["data=files", "data.path={shared}/text/tinyshakespeare.txt", "data.vocab_size=1024", "data.sequence_length=128"]
 
 
