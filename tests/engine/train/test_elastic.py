@@ -52,11 +52,11 @@ sys.meta_path.insert(0, Finder())
 NOTICE_S = 60
 DRAIN = """
 import sys, time
-import ray
-ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
 from ray._raylet import GcsClient
-node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"])
-print(GcsClient(address=sys.argv[1]).drain_node(node, 2, "spot", int(1000 * (time.time() + float(sys.argv[2])))))
+client = GcsClient(address=sys.argv[1])
+nodes = client.get_all_node_info(timeout=10)
+node = next(node for node, info in nodes.items() if info.state == 0 and not info.is_head_node)
+print(client.drain_node(node.hex(), 2, "spot", int(1000 * (time.time() + float(sys.argv[2])))))  # 2: preemption
 """
 
 
@@ -185,6 +185,7 @@ def test_a_lost_node_and_its_return_change_nothing(
                 env=environment,
                 capture_output=True,
                 text=True,
+                timeout=60,
             )
             assert "True" in notice.stdout, notice.stderr
             # No step is due for a checkpoint but the last: the notice asks for this one.
