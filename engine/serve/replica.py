@@ -24,6 +24,7 @@ from engine.serve.text import Logprobs, Text
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
 EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
+PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
 
 
@@ -74,8 +75,8 @@ class Replica:
         self.bundle = Bundle.open(Path(folder))
         self.bundle.verify()
         self.objective = self.bundle.objective()
-        model = self.bundle.model()
-        if not torch.cuda.is_available() and not _cpu_has_bf16():
+        model = self.bundle.model(PRECISIONS[self.options.precision])
+        if self.options.precision == "auto" and not torch.cuda.is_available() and not _cpu_has_bf16():
             model = model.float()
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle.replay(self.model)
