@@ -20,13 +20,13 @@ CODES = {"better": 0, "worse": 3, "not told apart": 4}
 
 def compare(config: Config, data_given: bool) -> int:
     """Compare; return the exit code of the verdict."""
+    names = [name for name in (config.bundle, config.evaluate.against) if name]
+    if len(names) < 2:
+        raise UserError("compare needs two bundles: manta compare A B")
     from engine.bundles.bundle import Bundle
     from engine.bundles.find import find_bundle
     from engine.evaluate.evaluate import check_comparable, check_same_data, evaluate_and_show, on_its_own_data
 
-    names = [name for name in (config.bundle, config.evaluate.against) if name]
-    if len(names) < 2:
-        raise UserError("compare needs two bundles: manta compare A B")
     a, b = (Bundle.open(find_bundle(name, Path(config.runs_dir), config.tracking_uri)) for name in names)
     check_comparable(a, b)
     if not data_given:

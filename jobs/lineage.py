@@ -19,6 +19,8 @@ NOT_WHOLE = 3
 
 def lineage(config: Config) -> int:
     """Trace config.bundle, show the tree and write the page."""
+    if not config.bundle:
+        raise UserError("lineage needs a bundle: manta lineage NAME")
     from rich.markup import escape
 
     from engine.bundles.bundle import Bundle
@@ -28,8 +30,6 @@ def lineage(config: Config) -> int:
     from engine.evaluate.lineage_page import tree_of, write_lineage
     from engine.progress import console
 
-    if not config.bundle:
-        raise UserError("lineage needs a bundle: manta lineage NAME")
     runs_dir = Path(config.runs_dir)
     bundle = Bundle.open(find_bundle(config.bundle, runs_dir, config.tracking_uri))
     life = life_of(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))

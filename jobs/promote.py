@@ -11,11 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
+from engine.errors import UserError
 from jobs.entry import names_data, start
 
 
 def promote(config: Config, data_given: bool) -> None:
     """Promote, or say what is against it."""
+    if not config.bundle:
+        raise UserError("promote needs a bundle: manta promote NAME")
     from engine.evaluate.promote import promote
 
     promote(config, data_given)

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
+from engine.errors import UserError
 from jobs.entry import start
 
 
 def rollback(config: Config) -> None:
     """Go back, and say to which version."""
+    if not config.bundle:
+        raise UserError("rollback needs a registered name: manta rollback NAME")
     from engine.evaluate.promote import roll_back
 
     roll_back(config)

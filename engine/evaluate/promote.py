@@ -50,8 +50,7 @@ def promote(config: Config, data_given: bool) -> Version:
     It is compared with the present champion on the candidate's own data, or on config.data if they were `data_given`.
     Raises UserError, and moves nothing, for the first of these that it fails; and where another promotion came first.
     """
-    if not config.bundle:
-        raise UserError("promote needs a bundle: manta promote NAME")
+    assert config.bundle
     runs_dir, registry = Path(config.runs_dir), Registry(config.tracking_uri, config.registry_dir)
     folder = find_bundle(config.bundle, runs_dir, config.tracking_uri)
     name = config.promote.model or name_of(config.bundle, folder, registry)
@@ -105,8 +104,7 @@ def name_of(reference: str, folder: Path, registry: Registry) -> str:
 
 def roll_back(config: Config) -> None:
     """Restore the champion before the present one of the name config.bundle."""
-    if not config.bundle:
-        raise UserError("rollback needs a registered name: manta rollback NAME")
+    assert config.bundle
     registry = Registry(config.tracking_uri, config.registry_dir)
     name = config.promote.model or config.bundle.split("@")[0].split("/")[0]
     if not registry.versions(name):

@@ -199,14 +199,9 @@ class TransformersGenerator:
             self._tell_news()
 
     def _tell_news(self) -> None:
-        if not self._news:
-            return
-        news, self._news = self._news, []
-        try:
+        if self._news:
+            news, self._news = self._news, []
             self.tell(news)
-        except Exception:  # their readers' loop is gone
-            for completion in news:
-                completion.cancelled = self._left = True
 
     def _let_go(self) -> None:
         """Take off who left, and whose deadline is over before a place was free."""

@@ -88,7 +88,7 @@ def test_pairs_show_what_a_model_makes_of_a_word(lives: Lives, tmp_path: Path) -
     assert found.metrics["shift good"].value == pytest.approx(shift)
     assert found.metrics["shift good"].value == pytest.approx(-found.metrics["shift bad"].value, abs=1e-6)
     assert found.metrics["flipped"].value == np.mean([a["label"] != b["label"] for a, b in zip(*answers)])
-    assert found.metrics["shift good"].low > 0.2
+    assert found.metrics["shift good"].low > 0
     same = check_pairs(bundle, model, pairs_file(tmp_path, [{"a": p["a"], "b": p["a"]} for p in PAIRS]), 0.95, 200, 0)
     assert {name: value.value for name, value in same.metrics.items()} == {
         "flipped": 0,
@@ -163,7 +163,7 @@ def test_an_evaluation_is_on_the_page_in_the_file_and_on_the_card(lives: Lives, 
         f"{told['metrics']['matthews']['value']:.4f}",
         "north",
         "flipped",
-        "the film bright 0",
+        told["pairs"]["extremes"][0]["a"],
         told["hash"],
     ):
         assert figure in page, figure
