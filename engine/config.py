@@ -824,7 +824,7 @@ def _check_sources(data: DataConfig) -> None:
             )
         if source.filter and not re.fullmatch(r"[\w.]+:\w+", source.filter):
             raise UserError(f"{where}filter={source.filter} names no function: write 'module:function'")
-        if source.source == "huggingface" and not source.path:
+        if data.sources and source.source == "huggingface" and not source.path:
             raise UserError(
                 f"{where}source=huggingface needs the dataset's name or folder: say which with {where}path=..."
             )

@@ -42,23 +42,20 @@ class Sizes:
     @classmethod
     def of(cls, model: Any, config: Config) -> Sizes:
         """Count them, on the meta device or any other."""
-        task = objective_class(config.objective.name)
-        stacks = task(config.objective, None, config.data.sequence_length).stacks(model.config)
+        task = objective_class(config.objective.name)(config.objective, None, config.data.sequence_length)
+        stacks = task.stacks(model.config)
         groups = parameter_groups(model, config.optim)
         trained = {False: 0, True: 0}
         for group in groups:
             trained[group["muon"]] += sum(p.numel() for p in group["params"])
         head = model.get_output_embeddings() if task.over_vocabulary else None
-        predicted = stacks[-1].tokens
-        if config.objective.name == "masked_lm":
-            predicted = round(predicted * config.objective.mask_rate)
         return cls(
             parameters=parameter_count(model),
             trained=sum(trained.values()),
             moments=2 * trained[False] + trained[True],
             stacks=stacks,
             head=tuple(head.weight.shape) if head is not None else (0, 0),
-            predicted=predicted if head is not None else 0,
+            predicted=task.predicted(stacks[-1].tokens),
         )
 
 
@@ -120,14 +117,13 @@ def moments(config: Config, sizes: Sizes, stage: int, precision: str) -> Iterato
     loss, after = loss_bytes(config, sizes, width)
     yield at("loss", held, kept, loss, staying + live)
     yield at("backward", held, kept + recomputed, after, staying + live)
-    # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where
-    # the model doesn't fit a bucket, the others are reduced before.
+    # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where they
+    # don't fit a bucket, stages 2 and 3 have let go of the others before.
     inside = min(bucket, gradients)
-    if stage == 0:
+    if stage < 2:
         yield at("reduction", gradients, 0, 0, inside)
-    elif stage < 3:
-        added = flat if stage == 2 and passes > 1 and not optimizer_away else 0
-        yield at("reduction", max(inside, flat) + added, 0, 0, inside)
+    elif stage == 2:
+        yield at("reduction", max(inside, flat) + held, 0, 0, inside)
     else:
         copies = 2 if on_processor(config) else 1  # Gloo copies its input
         yield at("reduction", held, 0, 0, staying + inside * copies)
