@@ -118,7 +118,7 @@ def test_a_mapping_is_replaced_and_not_merged() -> None:
 
 def test_braces_in_a_text_are_part_of_it() -> None:
     words = ["experiment=clip", "data.path=x.parquet"]
-    for given in ("data.caption=a {label}, it says", "data.caption=\"a {label}, it says\""):
+    for given in ("data.caption=a {label}, it says", 'data.caption="a {label}, it says"'):
         assert compose("pretrain", [*words, given]).data.caption == "a {label}, it says"
     assert compose("pretrain", words).data.caption == "a photo of a {label}"
 
