@@ -257,7 +257,7 @@ def draw_confusion(labels: list[str], counts: list[list[int]]) -> Figure:
         for column, value in enumerate(line):
             share = value / max(sum(line), 1)
             colour = ACCENT if row == column else SECOND
-            ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=share, lw=0))
+            ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, color=colour, alpha=0.7 * share, lw=0))
             if value and size <= 24:
                 ax.text(column, row, str(value), ha="center", va="center", fontsize=8, color=INK)
     ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="named", ylabel="label")

@@ -329,6 +329,8 @@ class Apart:
         for lane, past, tokens, wanted in parts:
             if past == 0:
                 self._caches[lane] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+            elif (over := self._caches[lane].get_seq_length() - past) > 0:  # a step that failed is run again
+                self._caches[lane].crop(-over)
             output = self.model(
                 input_ids=torch.tensor([tokens], device=self.device),
                 attention_mask=torch.ones((1, past + len(tokens)), dtype=torch.int64, device=self.device),

@@ -104,10 +104,6 @@ class Generator(Protocol):
     def alive(self) -> bool:
         """Whether completions still end."""
 
-    @property
-    def load(self) -> dict[str, int]:
-        """What is under way: completions waiting and running, tokens in the cache and room for them."""
-
 
 class TransformersGenerator:
     """Owns a transformers model and the thread that runs it."""

@@ -108,10 +108,6 @@ class Replica:
             "hash": self.bundle.hash,
         }
 
-    def load(self) -> dict[str, int]:
-        """Return what the generator has under way; nothing for a bundle of another task."""
-        return self.generator.load if self.generator else {}
-
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""
         return list(await asyncio.gather(*(self.classify_batch(text) for text in texts)))
