@@ -33,7 +33,7 @@ def lineage(config: Config) -> int:
     runs_dir = Path(config.runs_dir)
     bundle = Bundle.open(find_bundle(config.bundle, runs_dir, config.tracking_uri))
     life = life_of(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
-    console.print(tree_of(life))
+    console.print(tree_of(life), width=max(console.width, 160), crop=False)  # a line a box, however narrow
     for fault in life.all_faults():
         console.print(f"not whole: {escape(fault)}")
     console.print(f"page  {write_lineage(config.run_dir / 'lineage.html', life)}")
