@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 JOBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "deploy", "plan", "demo")
 PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "data.image_processor", "runs_dir")
 NAMES_OR_PATHS = ("bundle", "evaluate.against")  # a run's name, or a folder
+IN_SOURCES = re.compile(r"(\b(?:validation_|test_)?path:\s*)('[^']*'|\"[^\"]*\"|[^\s,}]+)")  # of data.sources={...}
 LEFT_OUT = (
     ".git", ".venv", "venv", "runs", "outputs", "multirun", "mlruns", "tests", "build", "dist", "__pycache__",
     "*.egg-info", ".pytest_cache", ".mypy_cache", ".ruff_cache",
@@ -48,10 +49,19 @@ def absolute(overrides: list[str], folder: Path) -> list[str]:
         is_path = (folder / bare).exists() if name in maybe else name in PATHS
         if equals and is_path and bare not in ("", "null") and "://" not in bare and not Path(bare).is_absolute():
             override = f"{key}={quoted(str(folder / Path(bare).expanduser()))}"
+        if name == "data.sources":
+            override = f"{key}={IN_SOURCES.sub(lambda found: found[1] + absolute_if_there(found[2], folder), value)}"
         fixed.append(override)
     if not any(o.partition("=")[0].lstrip("+") == "runs_dir" for o in fixed):
         fixed.append(f"runs_dir={quoted(str(folder / 'runs'))}")
     return fixed
+
+
+def absolute_if_there(value: str, folder: Path) -> str:
+    """Return a source's path, quoted or not, made absolute if it begins with something that lies in `folder`."""
+    bare = value.strip("'\"")
+    is_here = "://" not in bare and not Path(bare).is_absolute() and (folder / Path(bare).parts[0]).exists()
+    return quoted(str(folder / bare)) if bare and is_here else value
 
 
 def quoted(value: str) -> str:

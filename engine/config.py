@@ -490,6 +490,10 @@ class ServeConfig(Frozen):
     target_ongoing_requests: int = option(8, "requests in flight a replica that the autoscaler aims at", least=1)
     cpus_per_replica: float = option(0.5, "cores a replica", least=0)
     gpus_per_replica: float = option(0.0, "GPUs a replica", least=0)
+    precision: str = option(
+        "auto", "of the served weights; auto: as the bundle was written, fp32 where a processor has no bf16 in hardware",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
     max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
     step_tokens: int = option(
         256,
@@ -820,7 +824,7 @@ def _check_sources(data: DataConfig) -> None:
             )
         if source.filter and not re.fullmatch(r"[\w.]+:\w+", source.filter):
             raise UserError(f"{where}filter={source.filter} names no function: write 'module:function'")
-        if source.source == "huggingface" and not source.path:
+        if data.sources and source.source == "huggingface" and not source.path:
             raise UserError(
                 f"{where}source=huggingface needs the dataset's name or folder: say which with {where}path=..."
             )

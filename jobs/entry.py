@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import signal
@@ -160,10 +161,14 @@ def compose(job: str, overrides: Sequence[str]) -> Config:
 
 
 def split_mappings(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take out the overrides of whole mappings, such as sweep.space={...}: they replace the mapping, where Hydra would merge."""
+    """Take out the overrides of whole mappings, such as sweep.space={...}: they replace the mapping, where Hydra would merge.
+
+    A text with braces, such as data.caption='a {label}', is put in quotes, since Hydra would look for a mapping in it.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     known = {key for key, _, hint in declared() if type_name(hint) == "a mapping"}
+    texts = {key for key, _, hint in declared() if type_name(hint) == "a text"}
     plain, mappings = [], {}
     for override in overrides:
         if override.split("=")[0] in known:
@@ -174,7 +179,9 @@ def split_mappings(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]
                     f"{override}: {parsed.key_or_group} takes a mapping: {parsed.key_or_group}={{KEY:VALUE}}"
                 )
         else:
-            plain.append(override)
+            key, _, value = override.partition("=")
+            braces = key in texts and "{" in value and "${" not in value and value[0] not in "'\""
+            plain.append(f"{key}={json.dumps(value, ensure_ascii=False)}" if braces else override)
     return plain, mappings
 
 

@@ -12,17 +12,18 @@ from jobs.entry import ray_session, start
 
 def prepare(config: Config) -> None:
     """Prepare the data (with bundle=..., by that bundle's tokenizer), and say where it is and what is in it."""
+    from engine.data.corpus import check_input
+
+    check_input(config.data)  # a mistake is told before all that is imported below
     from pathlib import Path
 
     from engine.bundles.find import find_bundle
-    from engine.data.corpus import check_input
     from engine.data.manifest import Manifest
     from engine.data.packing import Packing, pack
     from engine.data.shards import Split
     from engine.progress import console
     from engine.train.launch import packed, prepare_data
 
-    check_input(config.data)
     start = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri) if config.bundle else None
     with ray_session(config) if config.cluster.address != "local" else nullcontext():
         folder = prepare_data(config, start)

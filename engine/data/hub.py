@@ -83,7 +83,9 @@ def streams(part: Part) -> bool:
 
 
 def _which(config: DataConfig, split: str) -> tuple[str, str | None, str, str | None, bool | None]:
-    return str(config.path), config.subset, split, config.revision, config.stream
+    if not config.path:
+        raise UserError("data.path is not set: name the dataset, or its folder, with data.path=NAME")
+    return config.path, config.subset, split, config.revision, config.stream
 
 
 def _pieces_of(config: DataConfig, name: str, split: str | None, size: int) -> list[Piece]:

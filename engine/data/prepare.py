@@ -11,18 +11,14 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
-from zipfile import BadZipFile
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +26,12 @@ from engine.config import Config, DataConfig, data_kind, source_configs
 from engine.data import manifest as manifests
 from engine.data.corpus import SPLITS, Document, Part, given_split, inputs, parts, read
 from engine.data.files import File
+from engine.data.journal import Journal
 from engine.data.manifest import PROCESSOR, TOKENIZER, Manifest, hash_of
 from engine.data.processor import has_image_processor, join, load_image_processor, new_image_processor, side_of
-from engine.data.shards import ShardWriter
 from engine.data.spread import connected, spread
 from engine.data.stdlib import LICENCE
-from engine.data.survey import DROPPED, Survey, choose, survey
+from engine.data.survey import BPE_CHARACTERS, DROPPED, Kept, Survey, keep, sample_sizes, sampled, survey
 from engine.data.tokenizer import (
     FILES,
     Encoder,
@@ -48,21 +44,17 @@ from engine.data.tokenizer import (
     specials,
     train_bpe,
 )  # fmt: skip
+from engine.data.tokenizing import Framing, Shards, Tokenizing, no_tokens
 from engine.errors import UserError
 
 Progress = Callable[[str, int, int], None]
-Write = Callable[[str, bytes], object]  # name, content
-T = TypeVar("T")
-R = TypeVar("R")
 
 IMAGE_PROCESSOR = "image_processor"  # folder of an unfinished folder
 UNPACKED = 16  # bytes of pixels, about, for one of an image's file
 NO_TEXT = Specials(eos_id=0, pad_id=0, opening=[], closing=[], vocab_size=1)  # of images without captions
 FORMAT = 3  # raise it when the same input would give other shards
 HELD_BYTES = 2**28  # a corpus up to this size is read once and kept in memory; a larger one is read twice
-BPE_CHARACTERS = 2**23  # a BPE is trained on a sample of about this size, spread evenly over the training documents
 PROBE_CHARACTERS = 2**17  # of the sample by which a fast encoder is compared to the tokenizer that is given
-BATCH_CHARACTERS = 2**21  # encoded at once
 
 
 def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | None = None) -> Path:
@@ -113,37 +105,22 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
     return folder
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What is kept of a corpus. P: parts, D: a part's documents."""
-
-    splits: list[np.ndarray]  # [P] of uint8 [D]: numbers of SPLITS, or DROPPED
-    label_ids: list[np.ndarray]  # [P] of int32 [D], empty where the data have no labels
-    labels: list[str]  # sorted
-    skipped: dict[str, Counter[str]]  # source -> reason -> documents
-
-    @property
-    def documents(self) -> Counter[str]:
-        """Documents of each split."""
-        counts = sum((np.bincount(one, minlength=DROPPED + 1) for one in self.splits), np.zeros(DROPPED + 1, int))
-        return Counter(dict(zip(SPLITS, counts.tolist())))
-
-
 def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path, say: Progress) -> None:
     data = config.data
     labelled = data.label_column is not None or data.source == "python_functions"
     images = data.image_column is not None
     far = config.cluster.address != "local" and connected() and not images
     held = Held(corpus, config.seed, within=0 if far else HELD_BYTES // (UNPACKED if images else 1))
-    sizes = _sample_sizes(corpus, PROBE_CHARACTERS if given else BPE_CHARACTERS)
-    surveys = _survey_all(corpus, config.seed, sizes, folder, held, far, say)
-    kept = _keep(corpus, surveys, config.seed, labelled)
+    journal = Journal(folder)
+    sizes = sample_sizes(corpus, PROBE_CHARACTERS if given else BPE_CHARACTERS)
+    surveys = _survey_all(corpus, config.seed, sizes, journal, held, far, say)
+    kept = keep(corpus, surveys, config.seed, labelled)
     _check(kept, data, labelled)
 
     special = NO_TEXT
     if not images or data.caption:
         say("tokenizer", 0, 1)
-        sample = _sample(surveys, kept) if not given else []
+        sample = sampled(surveys, kept) if not given else []
         if not (folder / "tokenizer").exists():
             part = folder / "tokenizer.part"
             shutil.rmtree(part, ignore_errors=True)
@@ -161,12 +138,11 @@ def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path,
 
     framing = Framing.of(special, labelled or images)
     work = Tokenizing(framing, data.shard_tokens, special.vocab_size, labelled)
-    shards = _tokenize_all(work, corpus, surveys, kept, folder, held, far, say)
+    shards = _tokenize_all(work, corpus, surveys, kept, journal, held, far, say)
     if images:
         _join_processor(config, given, folder)
     _write_manifest(config, corpus, surveys, kept, shards, special, folder, labelled)
-    for file in (*folder.glob("survey-*"), *folder.glob("part-*")):
-        file.unlink()
+    journal.close()
 
 
 def _image_processor(config: Config, given: Path | None) -> Any:
@@ -219,22 +195,23 @@ class Held:
 
 def _again(part: Part, known: Survey, seed: int) -> Iterator[Document]:
     """Return a part's documents a second time. Raises UserError where they are no longer those that were surveyed."""
-    if all(text is not None for text in known.texts):
+    if _keeps_texts(part):
         paths = [file["path"] for file in known.files]
         return (Document(text or "", "", paths[i]) for text, i in zip(known.texts, known.origins))
     return read(part, seed, Counter(), Counter())
 
 
 def _survey_all(
-    corpus: Sequence[Part], seed: int, characters: Sequence[float], folder: Path, held: Held, far: bool, say: Progress
+    corpus: Sequence[Part],
+    seed: int,
+    characters: Sequence[float],
+    journal: Journal,
+    held: Held,
+    far: bool,
+    say: Progress,
 ) -> list[Survey]:
     """Survey each part, but for those that the unfinished folder has a survey of."""
-    found: dict[int, Survey] = {}
-    for part in corpus:
-        try:
-            found[part.number] = Survey.from_bytes(_survey_file(folder, part).read_bytes())
-        except (OSError, ValueError, EOFError, BadZipFile):  # there is none, or it is damaged
-            pass
+    found = {part.number: known for part in corpus if (known := journal.survey(part)) is not None}
     done = 0
 
     def keep(part: Part, content: Survey) -> None:
@@ -242,7 +219,7 @@ def _survey_all(
         done += len(content.splits)
         say("read", done, 0)
         found[part.number] = content
-        _put(_survey_file(folder, part), content.to_bytes())
+        journal.keep_survey(part, content)
 
     say("read", done, 0)
     todo = [part for part in corpus if part.number not in found]
@@ -257,47 +234,6 @@ def _survey_all(
         for part in todo:
             keep(part, survey(part, seed, characters[part.number], _keeps_texts(part), held.room(part)))
     return [found[part.number] for part in corpus]
-
-
-def _keep(corpus: Sequence[Part], surveys: Sequence[Survey], seed: int, labelled: bool) -> Kept:
-    """Choose the documents, and number their labels; held-out documents with a label that training lacks are left out."""
-    splits, skipped = choose(corpus, surveys, seed)
-    for part, known in zip(corpus, surveys):
-        skipped[part.source] += known.skipped
-    if not labelled:
-        return Kept(splits, [np.empty(0, np.int32)] * len(splits), [], skipped)
-    trained = {known.labels[i] or "" for known, one in zip(surveys, splits) for i in np.flatnonzero(one == 0).tolist()}
-    numeric = all(label.lstrip("-").isdecimal() for label in trained)
-    labels = sorted(trained, key=lambda label: (int(label), "") if numeric else (0, label))
-    number = {label: i for i, label in enumerate(labels)}
-    label_ids = [np.array([number.get(label or "", -1) for label in known.labels], np.int32) for known in surveys]
-    for part, one, ids in zip(corpus, splits, label_ids):
-        unknown = (one != DROPPED) & (ids < 0)
-        one[unknown] = DROPPED
-        skipped[part.source]["label that is not in the training data"] += int(unknown.sum())
-    return Kept(splits, label_ids, labels, skipped)
-
-
-def _sample_sizes(corpus: Sequence[Part], characters: int) -> list[float]:
-    """Return how many characters each part gives to a sample of so many in all."""
-    sizes = [sum(piece.size for piece in part.pieces) for part in corpus]
-    total = sum(sizes)
-    return [characters * (size / total if total else 1 / len(sizes)) for size in sizes]
-
-
-def _sample(surveys: Sequence[Survey], kept: Kept) -> list[str]:
-    """Return the sampled texts that are of the training split in the end, up to BPE_CHARACTERS of them where all are known."""
-    texts = [
-        text
-        for known, one in zip(surveys, kept.splits)
-        for text, split in zip(known.texts, one)
-        if text is not None and split == 0
-    ]
-    size = sum(map(len, texts))
-    if size > 2 * BPE_CHARACTERS:
-        step = size // BPE_CHARACTERS
-        texts = texts[::step]
-    return texts
 
 
 def _check(kept: Kept, data: DataConfig, labelled: bool) -> None:
@@ -333,140 +269,31 @@ def _check(kept: Kept, data: DataConfig, labelled: bool) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Framing:
-    """What is put around each document's tokens: eos after a text, and what its tokenizer frames a labelled row with."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-    @classmethod
-    def of(cls, special: Specials, labelled: bool) -> Framing:
-        """Read it from a tokenizer's special ids."""
-        return cls(tuple(special.opening), tuple(special.closing)) if labelled else cls((), (special.eos_id,))
-
-    def lay(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Lay rows of tokens end to end; returns the tokens and each row's length."""
-        before, after = np.array(self.before, np.uint32), np.array(self.after, np.uint32)
-        lengths = np.array([len(row) for row in rows], np.int64) + len(before) + len(after)
-        if not len(before):
-            return np.concatenate([piece for row in rows for piece in (row, after)]), lengths
-        return np.concatenate([piece for row in rows for piece in (before, row, after)]), lengths
-
-
-@dataclass(frozen=True)
-class Tokenizing:
-    """How a part becomes shards."""
-
-    framing: Framing
-    shard_tokens: int
-    vocab_size: int
-    labelled: bool
-
-    def run(
-        self,
-        part: Part,
-        documents: Iterable[Document],
-        splits: np.ndarray,
-        label_ids: np.ndarray,
-        encode: Encoder,
-        write: Write,
-        heard: Callable[[int], None] = lambda done: None,
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Write the shards of a part's documents and return their facts by split; `heard` is told how many are done."""
-        writers = {
-            split: ShardWriter(write, f"{split}-{part.number:05d}", self.vocab_size, self.shard_tokens, self.labelled)
-            for split in SPLITS
-        }
-
-        def encoded(batch: Batch) -> tuple[Batch, np.ndarray, np.ndarray]:
-            return batch, *self.framing.lay(encode([document.text for document in batch.documents]))
-
-        done = 0
-        for batch, tokens, lengths in _ahead(encoded, _batches(part, documents, splits)):
-            labels = label_ids[batch.numbers] if self.labelled else None
-            writers[batch.split].add(tokens, lengths, labels, batch.images())
-            done += len(batch.documents)
-            heard(done)
-        return {split: writer.close() for split, writer in writers.items()}
-
-
-@dataclass
-class Batch:
-    """Documents of one split that are encoded together, and their numbers in their part."""
-
-    split: str
-    documents: list[Document] = dataclasses.field(default_factory=list)
-    numbers: list[int] = dataclasses.field(default_factory=list)
-    characters: int = 0  # and bytes of pixels
-
-    def images(self) -> np.ndarray | None:
-        """Return the documents' images, if they are: uint8 [documents, S, S, 3]."""
-        found = [document.image for document in self.documents if document.image is not None]
-        return np.stack(found) if found else None
-
-
-def _batches(part: Part, documents: Iterable[Document], splits: np.ndarray) -> Iterator[Batch]:
-    held = {number: Batch(split) for number, split in enumerate(SPLITS)}
-    count = 0
-    for count, document in enumerate(documents, start=1):
-        if count > len(splits):
-            break
-        if (number := int(splits[count - 1])) == DROPPED:
-            continue
-        batch = held[number]
-        batch.documents.append(document)
-        batch.numbers.append(count - 1)
-        batch.characters += len(document.text) + (0 if document.image is None else document.image.nbytes)
-        if batch.characters >= BATCH_CHARACTERS:
-            yield batch
-            held[number] = Batch(batch.split)
-    if count != len(splits):
-        raise UserError(
-            f"{part.pieces[0].file.path} gave other documents the second time it was read: "
-            "do not change the input meanwhile, and use a data.filter that always gives the same answer"
-        )
-    yield from (batch for batch in held.values() if batch.documents)
-
-
-def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Apply a function to each item on a thread, one item ahead of what is asked for."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for item in items:
-            following = pool.submit(function, item)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-
-
 def _tokenize_all(
     work: Tokenizing,
     corpus: Sequence[Part],
     surveys: Sequence[Survey],
     kept: Kept,
-    folder: Path,
+    journal: Journal,
     held: Held,
     far: bool,
     say: Progress,
-) -> list[dict[str, list[dict[str, Any]]]]:
+) -> list[Shards]:
     """Tokenize each part, but for those that the unfinished folder has the shards of; return the shards' facts by part."""
-    total, done = kept.documents.total(), 0
-    found = {part.number: facts for part in corpus if (facts := _finished(folder, part)) is not None}
+    total, folder = kept.documents.total(), journal.folder
+    found = {part.number: facts for part in corpus if (facts := journal.shards(part)) is not None}
     counts = [int((one != DROPPED).sum()) for one in kept.splits]
     done = sum(counts[number] for number in found)
     say("tokenize", done, total)
 
-    def keep(number: int, facts: dict[str, list[dict[str, Any]]]) -> None:
+    def keep(number: int, facts: Shards) -> None:
         nonlocal done
         found[number] = facts
-        _put(_part_file(folder, corpus[number]), json.dumps(facts).encode())
+        journal.keep_shards(corpus[number], facts)
         done += counts[number]
         say("tokenize", done, total)
 
-    probe = _sample(surveys, kept)[:64]
+    probe = sampled(surveys, kept)[:64]
     todo = [part for part in corpus if part.number not in found]
     if far:
         files = {
@@ -509,11 +336,6 @@ def _tokenize_all(
     return [found[part.number] for part in corpus]
 
 
-def no_tokens(texts: list[str]) -> list[np.ndarray]:
-    """Encode the texts of images that have none."""
-    return [np.empty(0, np.uint32) for _ in texts]
-
-
 @lru_cache(maxsize=1)
 def _remote_encoder(files: tuple[tuple[str, bytes], ...], probe: tuple[str, ...]) -> Encoder:
     """Make the encoder in a process that has not got the tokenizer's folder."""
@@ -532,34 +354,9 @@ def _keeps_texts(part: Part) -> bool:
     return streams(part)
 
 
-def _survey_file(folder: Path, part: Part) -> Path:
-    return folder / f"survey-{part.number:05d}.npz"
-
-
-def _part_file(folder: Path, part: Part) -> Path:
-    return folder / f"part-{part.number:05d}.json"
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
-
-
-def _finished(folder: Path, part: Part) -> dict[str, list[dict[str, Any]]] | None:
-    """Return what is on record of a part's shards, if all of them are there, unchanged."""
-    try:
-        facts: dict[str, list[dict[str, Any]]] = json.loads(_part_file(folder, part).read_text())
-        shards = [shard for split in facts.values() for shard in split]
-        return facts if all(manifests.sha256(folder / shard["file"]) == shard["sha256"] for shard in shards) else None
-    except (OSError, ValueError):
-        return None
-
-
 def _write_manifest(
     config: Config, corpus: Sequence[Part], surveys: Sequence[Survey], kept: Kept,
-    shards: Sequence[dict[str, list[dict[str, Any]]]], special: Specials, folder: Path, labelled: bool,
+    shards: Sequence[Shards], special: Specials, folder: Path, labelled: bool,
 ) -> None:  # fmt: skip
     images = config.data.image_column is not None
     names = list(source_configs(config.data))

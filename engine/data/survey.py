@@ -20,6 +20,7 @@ from engine.data.corpus import SPLITS, Document, Part, evenly, given_split, hash
 from engine.data.stdlib import balanced
 
 DROPPED = len(SPLITS)  # the number of a document's split where it is left out
+BPE_CHARACTERS = 2**23  # a BPE is trained on a sample of about this size, spread evenly over the training documents
 TINY = 256  # documents up to which a held-out split that chance left empty is given one
 
 
@@ -213,3 +214,60 @@ def _hold_some_out(splits: np.ndarray, config: DataConfig, seed: int) -> np.ndar
             if fraction and not (splits == number).any() and (splits == 0).sum() > 1:
                 splits[next(i for i in order if splits[i] == 0)] = number
     return splits
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a corpus. P: parts, D: a part's documents."""
+
+    splits: list[np.ndarray]  # [P] of uint8 [D]: numbers of SPLITS, or DROPPED
+    label_ids: list[np.ndarray]  # [P] of int32 [D], empty where the data have no labels
+    labels: list[str]  # sorted
+    skipped: dict[str, Counter[str]]  # source -> reason -> documents
+
+    @property
+    def documents(self) -> Counter[str]:
+        """Documents of each split."""
+        counts = sum((np.bincount(one, minlength=DROPPED + 1) for one in self.splits), np.zeros(DROPPED + 1, int))
+        return Counter(dict(zip(SPLITS, counts.tolist())))
+
+
+def keep(corpus: Sequence[Part], surveys: Sequence[Survey], seed: int, labelled: bool) -> Kept:
+    """Choose the documents, and number their labels; held-out documents with a label that training lacks are left out."""
+    splits, skipped = choose(corpus, surveys, seed)
+    for part, known in zip(corpus, surveys):
+        skipped[part.source] += known.skipped
+    if not labelled:
+        return Kept(splits, [np.empty(0, np.int32)] * len(splits), [], skipped)
+    trained = {known.labels[i] or "" for known, one in zip(surveys, splits) for i in np.flatnonzero(one == 0).tolist()}
+    numeric = all(label.lstrip("-").isdecimal() for label in trained)
+    labels = sorted(trained, key=lambda label: (int(label), "") if numeric else (0, label))
+    number = {label: i for i, label in enumerate(labels)}
+    label_ids = [np.array([number.get(label or "", -1) for label in known.labels], np.int32) for known in surveys]
+    for part, one, ids in zip(corpus, splits, label_ids):
+        unknown = (one != DROPPED) & (ids < 0)
+        one[unknown] = DROPPED
+        skipped[part.source]["label that is not in the training data"] += int(unknown.sum())
+    return Kept(splits, label_ids, labels, skipped)
+
+
+def sample_sizes(corpus: Sequence[Part], characters: int) -> list[float]:
+    """Return how many characters each part gives to a sample of so many in all."""
+    sizes = [sum(piece.size for piece in part.pieces) for part in corpus]
+    total = sum(sizes)
+    return [characters * (size / total if total else 1 / len(sizes)) for size in sizes]
+
+
+def sampled(surveys: Sequence[Survey], kept: Kept) -> list[str]:
+    """Return the sampled texts that are of the training split in the end, up to BPE_CHARACTERS of them where all are known."""
+    texts = [
+        text
+        for known, one in zip(surveys, kept.splits)
+        for text, split in zip(known.texts, one)
+        if text is not None and split == 0
+    ]
+    size = sum(map(len, texts))
+    if size > 2 * BPE_CHARACTERS:
+        step = size // BPE_CHARACTERS
+        texts = texts[::step]
+    return texts

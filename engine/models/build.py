@@ -98,14 +98,23 @@ def _set_dropout(config: Any, dropout: float, given: Any) -> None:
 
 def build(model: ModelConfig, processor: Any, auto_class: str, options: dict[str, Any], seed: int) -> nn.Module:
     """Make a model with fresh fp32 weights that depend on the seed alone."""
-    import transformers
-
     config = transformers_config(model, processor, options)
     torch.manual_seed(seed)
-    built: nn.Module = getattr(transformers, auto_class).from_config(
-        config, dtype=torch.float32, attn_implementation=model.attention
-    )
-    return built
+    return from_config(config, auto_class, dtype=torch.float32, attn_implementation=model.attention)
+
+
+def from_config(config: Any, auto_class: str, **options: Any) -> nn.Module:
+    """Make the model of a transformers config. Raises UserError where the architecture is not for the task."""
+    import transformers
+
+    kind = getattr(transformers, auto_class)
+    if type(config) not in kind._model_mapping:
+        raise UserError(
+            f"model.type={config.model_type} is not for this objective (transformers has no {auto_class} of it): "
+            "use another model=... or another objective=..."
+        )
+    made: nn.Module = kind.from_config(config, **options)
+    return made
 
 
 def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelConfig, seed: int) -> nn.Module:
@@ -127,13 +136,22 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelCon
 
 
 def freeze_layers(model: nn.Module, layers: int) -> None:
-    """Keep the embeddings and the first `layers` blocks as they are; 0 freezes nothing."""
+    """Keep the embeddings and the first `layers` blocks of each stack as they are; 0 freezes nothing."""
     if layers == 0:
         return
-    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    if layers > len(blocks):
+    stacks = stacks_of(model)
+    least = min(len(blocks) for blocks in stacks)
+    if layers > least:
         raise UserError(
-            f"objective.frozen_layers {layers} is more than the model's {len(blocks)} blocks: use {len(blocks)} or less"
+            f"objective.frozen_layers {layers} is more than the model's {least} blocks: use {least} or less"
         )
-    for part in (model.get_input_embeddings(), *blocks[:layers]):  # type: ignore[operator]
+    parts = [m for m in model.modules() if isinstance(m, nn.Embedding) or m.__class__.__name__.endswith("Embeddings")]
+    for part in (*parts, *(block for blocks in stacks for block in blocks[:layers])):
         part.requires_grad_(False)
+
+
+def stacks_of(model: nn.Module) -> list[nn.ModuleList]:
+    """Return the stacks of blocks of a model: its lists of modules that are in no other list."""
+    if isinstance(model, nn.ModuleList):
+        return [model]
+    return [found for child in model.children() for found in stacks_of(child)]

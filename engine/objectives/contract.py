@@ -79,6 +79,7 @@ class Objective(ABC):
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
+    served: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
 
     def __init__(
@@ -119,6 +120,10 @@ class Objective(ABC):
     def stacks(self, config: Any) -> list[Stack]:
         """Return the stacks of blocks of a model with this transformers config, and a full sample's tokens in each."""
         return [Stack(config, self.sequence_length)]
+
+    def predicted(self, tokens: int) -> int:
+        """Return of how many of a full sample's `tokens` the loss asks logits over the vocabulary."""
+        return tokens if self.over_vocabulary else 0
 
     def flops(self, model: nn.Module) -> float:
         """Return the floating-point operations of a full sample, forward and backward."""

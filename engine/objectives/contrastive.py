@@ -48,6 +48,7 @@ class Objective(contract.Objective):
     architectures = ("CLIPModel",)
     metric = "accuracy"
     mode = "max"
+    served = False
     image_tokens = 1  # until the model is met
 
     def __init__(

@@ -22,6 +22,7 @@ class Objective(classification.Objective):
     reads = "images"
     auto_class = "AutoModelForImageClassification"
     architectures = ("ForImageClassification",)
+    served = False
     image_tokens = 1  # until the model is met
 
     def meet(self, config: Any) -> None:

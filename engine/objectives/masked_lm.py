@@ -37,6 +37,10 @@ class Objective(contract.Objective):
             )
         return {}
 
+    def predicted(self, tokens: int) -> int:
+        """Return how many of a sample's tokens are masked."""
+        return round(self.options.mask_rate * tokens)
+
     def samples(self, split: Split) -> Samples:
         """Pack the split's documents."""
         return pack(split, self.sequence_length, self.packing, overlap=0)

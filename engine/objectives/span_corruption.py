@@ -33,6 +33,7 @@ class Objective(contract.Objective):
     metric = "loss"
     mode = "min"
     over_vocabulary = True
+    served = False
 
     def model_options(self) -> dict[str, Any]:
         """Let the decoder begin with padding, as T5's does; ask the tokenizer for a sentinel a span."""

@@ -14,20 +14,17 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.config import Config
 from engine.models.cross_entropy import chunk_rows
-from engine.models.size import parameter_count
+from engine.models.size import Stack, parameter_count
 from engine.objectives.contract import objective_class
 from engine.train.optimizer import parameter_groups
 
 FP32 = 4  # bytes
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
 LIVE = 1_000_000_000  # parameters that stage 3 holds whole at a time: DeepSpeed's stage3_max_live_parameters
-PREFETCH = (
-    50_000_000  # parameters that stage 3 gathers at a time, twice there for a moment: stage3_prefetch_bucket_size
-)
+PREFETCH = 50_000_000  # parameters that stage 3 gathers at a time, and copies then: stage3_prefetch_bucket_size
 SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at a time: DeepSpeed's sub_group_size
 
 
@@ -38,21 +35,27 @@ class Sizes:
     parameters: int
     trained: int  # of the parameters, those that aren't frozen
     moments: int  # elements: AdamW keeps two for a trained parameter, Muon one
-    head: int  # elements of the output embedding, if the task has one
+    stacks: list[Stack]  # of blocks, and the tokens of a sample in each
+    head: tuple[int, int] = (0, 0)  # of the output embedding over a vocabulary, if the task has one: vocabulary, width
+    predicted: int = 0  # tokens of a sample whose logits the task asks for
 
     @classmethod
-    def of(cls, model: nn.Module, config: Config) -> Sizes:
+    def of(cls, model: Any, config: Config) -> Sizes:
         """Count them, on the meta device or any other."""
+        task = objective_class(config.objective.name)(config.objective, None, config.data.sequence_length)
+        stacks = task.stacks(model.config)
         groups = parameter_groups(model, config.optim)
-        trained = {group["muon"]: 0 for group in groups} | {}
+        trained = {False: 0, True: 0}
         for group in groups:
             trained[group["muon"]] += sum(p.numel() for p in group["params"])
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+        head = model.get_output_embeddings() if task.over_vocabulary else None
         return cls(
             parameters=parameter_count(model),
             trained=sum(trained.values()),
-            moments=2 * trained.get(False, 0) + trained.get(True, 0),
-            head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
+            moments=2 * trained[False] + trained[True],
+            stacks=stacks,
+            head=tuple(head.weight.shape) if head is not None else (0, 0),
+            predicted=task.predicted(stacks[-1].tokens),
         )
 
 
@@ -75,12 +78,12 @@ class MemoryPlan:
         return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("moment", "host"))
 
 
-def memory(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str) -> MemoryPlan:
-    """Return a worker's memory at the moment when it is highest, for a transformers config `shape`."""
-    return max(moments(config, shape, sizes, stage, precision), key=lambda plan: plan.total)
+def memory(config: Config, sizes: Sizes, stage: int, precision: str) -> MemoryPlan:
+    """Return a worker's memory at the moment when it is highest."""
+    return max(moments(config, sizes, stage, precision), key=lambda plan: plan.total)
 
 
-def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str) -> Iterator[MemoryPlan]:
+def moments(config: Config, sizes: Sizes, stage: int, precision: str) -> Iterator[MemoryPlan]:
     """Yield a worker's memory at the four moments of a step's last micro-batch that may be the highest."""
     workers, width = config.train.workers, FP32 if precision == "fp32" else 2
     own = 1 / workers
@@ -110,27 +113,20 @@ def moments(config: Config, shape: Any, sizes: Sizes, stage: int, precision: str
             host=away + (weights if weights_away else 0),
         )  # fmt: skip
 
-    tokens = config.micro_batch * config.data.sequence_length
-    block = tokens * width * block_widths(shape)
-    kept = block * shape.num_hidden_layers
-    recomputed = 0.0
-    if config.train.activation_checkpointing:
-        kept, recomputed = tokens * width * shape.hidden_size * shape.num_hidden_layers, block
-    loss, after = loss_bytes(config, shape, sizes, tokens, width)
+    kept, recomputed = activation_bytes(config, sizes.stacks, width)
+    loss, after = loss_bytes(config, sizes, width)
     yield at("loss", held, kept, loss, staying + live)
     yield at("backward", held, kept + recomputed, after, staying + live)
-    # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where
-    # the model doesn't fit a bucket, the others are reduced before.
+    # Gradients lie in the bucket, and once more as the ranks add them up or the own part is copied out of it. Where they
+    # don't fit a bucket, stages 2 and 3 have let go of the others before.
     inside = min(bucket, gradients)
-    if stage == 0:
+    if stage < 2:
         yield at("reduction", gradients, 0, 0, inside)
-    elif stage < 3:
-        added = flat if stage == 2 and passes > 1 and not optimizer_away else 0
-        yield at("reduction", max(inside, flat) + added, 0, 0, inside)
+    elif stage == 2:
+        yield at("reduction", max(inside, flat) + held, 0, 0, inside)
     else:
-        yield at(
-            "reduction", held, 0, 0, staying + inside * (2 if on_processor(config) else 1)
-        )  # Gloo copies its input
+        copies = 2 if on_processor(config) else 1  # Gloo copies its input
+        yield at("reduction", held, 0, 0, staying + inside * copies)
     # The update takes gradients in fp32: flat (stages 1 to 3, where a copy is made even of fp32), or each beside its own.
     if stage == 0:
         yield at("update", gradients, 0, 0, trained * FP32 if width < FP32 else 0)
@@ -151,26 +147,38 @@ def optimizer_bytes(config: Config, sizes: Sizes, stage: int, precision: str) ->
     return FP32 * (sizes.trained * copies + sizes.moments) / (config.train.workers if stage >= 1 else 1)
 
 
-def loss_bytes(config: Config, shape: Any, sizes: Sizes, tokens: int, width: int) -> tuple[float, float]:
+def activation_bytes(config: Config, stacks: list[Stack], width: int) -> tuple[float, float]:
+    """Return the bytes that a micro-batch's blocks keep for the backward pass, and those of a block that is computed again."""
+    kept, recomputed = 0.0, 0.0
+    for stack in stacks:
+        tokens, layers = config.micro_batch * stack.tokens, stack.config.num_hidden_layers
+        block = tokens * width * block_widths(stack.config)
+        if config.train.activation_checkpointing:
+            kept += tokens * width * stack.config.hidden_size * layers
+            recomputed = max(recomputed, block)
+        else:
+            kept += block * layers
+    return kept, recomputed
+
+
+def loss_bytes(config: Config, sizes: Sizes, width: int) -> tuple[float, float]:
     """Return the bytes of the loss over a vocabulary, at its highest and as the backward pass begins.
 
-    engine/models/cross_entropy.py holds logits, their logarithmic probabilities in fp32 and the slope of some tokens at a
-    time, and the gradients of hidden states and output embedding.
+    engine/models/cross_entropy.py holds the logits of some tokens at a time (and, but on a processor, their logarithmic
+    probabilities in fp32), and the gradients of hidden states and output embedding.
     """
-    if not objective_class(config.objective.name).over_vocabulary or not sizes.head:
+    (vocabulary, hidden), tokens = sizes.head, config.micro_batch * sizes.predicted
+    if not tokens:
         return 0.0, 0.0
-    if config.objective.name == "masked_lm":
-        tokens = round(tokens * config.objective.mask_rate)
     chunk = config.objective.logits_chunk
     if chunk == 0:
-        return tokens * shape.vocab_size * 2.0 * FP32, tokens * shape.vocab_size * 3.0 * FP32
-    rows = chunk or chunk_rows(shape.vocab_size)
+        return tokens * vocabulary * 2.0 * FP32, tokens * vocabulary * 3.0 * FP32
+    rows = chunk or chunk_rows(vocabulary)
     single = tokens <= rows
-    hidden = tokens * shape.hidden_size * width
-    logits = min(tokens, rows) * shape.vocab_size * (width + FP32 + (width % FP32 if single else FP32))
-    stored = sizes.head * (width if single else FP32)
-    scaled = sizes.head * (width if single else FP32 + width % FP32)
-    return hidden + logits + stored, hidden * 2.0 + stored + scaled
+    logits = min(tokens, rows) * vocabulary * (width * (1 if single else 2) + (0 if on_processor(config) else FP32))
+    states, stored = tokens * hidden * width, vocabulary * hidden * (width if single else FP32)
+    scaled = stored if single else stored + vocabulary * hidden * (width % FP32)
+    return states + logits + stored, states * 2.0 + stored + scaled
 
 
 def block_widths(shape: Any) -> float:
@@ -181,5 +189,7 @@ def block_widths(shape: Any) -> float:
     """
     hidden = shape.hidden_size
     grouped = (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads) / shape.num_attention_heads
-    inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * hidden
+    inner = next(
+        (getattr(shape, n) for n in ("intermediate_size", "n_inner", "d_ff") if getattr(shape, n, None)), 4 * hidden
+    )
     return (10 + 2 * grouped) * hidden + 4 * inner

@@ -19,8 +19,7 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import freeze_layers, transformers_config
-from engine.models.size import flops_per_token
+from engine.models.build import Inputs, freeze_layers, transformers_config
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
 from engine.progress import console
@@ -36,7 +35,6 @@ RECOMPUTED = 4 / 3  # work of a step with activation checkpointing: the forward 
 class Plan:
     """What a job needs. All of it is computed, but for `peak_flops` of plan.device=here, which is measured."""
 
-    shape: Any  # the transformers config
     sizes: Sizes
     flops_per_token: float  # forward + backward
     tokens_per_step: int
@@ -58,7 +56,7 @@ class Plan:
 
     def need(self, layout: Config) -> MemoryPlan:
         """Return the memory of a worker in a layout."""
-        return memory(layout, self.shape, self.sizes, layout.zero.stage, self.precision)
+        return memory(layout, self.sizes, layout.zero.stage, self.precision)
 
 
 def plan(config: Config) -> Plan:
@@ -67,6 +65,7 @@ def plan(config: Config) -> Plan:
     Raises UserError for an unknown architecture, or for a sequence that is longer than the model's positions.
     """
     shape = model_shape(config)
+    task = objective_class(config.objective.name)
     positions = getattr(shape, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise UserError(
@@ -74,30 +73,34 @@ def plan(config: Config) -> Plan:
             f"use data.sequence_length={positions}"
         )
     with torch.device("meta"):
-        model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(shape)
+        try:
+            model: Any = getattr(transformers, task.auto_class).from_config(shape)
+        except ValueError as error:
+            raise UserError(
+                f"model.type={shape.model_type} has no model for objective={config.objective.name} in transformers: use another of the two"
+            ) from error
     freeze_layers(model, config.objective.frozen_layers)
     sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
-    tokens = config.global_batch * config.data.sequence_length
+    tokens = config.global_batch * sum(stack.tokens for stack in sizes.stacks)
 
     def taken(layout: Config) -> float:
-        need = memory(layout, shape, sizes, layout.zero.stage, kind)
+        need = memory(layout, sizes, layout.zero.stage, kind)
         return need.total + (need.host if on_processor(config) else 0)
 
     layout = fastest_layout(config, lambda layout: taken(layout) <= room)
     again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
-    flops = flops_per_token(model, shape, config.data.sequence_length)
+    flops = task(config.objective, None, config.data.sequence_length).flops(model) * config.global_batch / tokens
     step_s = tokens * flops * again / (config.plan.mfu * peak * devices)
     steps = config.plan.tokens / tokens if config.plan.tokens else config.train.max_steps
     checkpoint = FP32 * (sizes.parameters + sizes.moments + (sizes.trained if config.train.ema else 0))
     rate = write_rate(config)
     return Plan(
-        shape=shape,
         sizes=sizes,
         flops_per_token=flops,
         tokens_per_step=tokens,
         precision=kind,
-        stages={name: (c, memory(c, shape, sizes, c.zero.stage, kind)) for name, c in layouts(config).items()},
+        stages={name: (c, memory(c, sizes, c.zero.stage, kind)) for name, c in layouts(config).items()},
         peak_flops=peak,
         device_bytes=room,
         layout=layout,
@@ -181,20 +184,8 @@ def model_shape(config: Config) -> Any:
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    return transformers_config(config.model, Vocabulary(config.model.vocab_size or config.data.vocab_size), {})
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Stands for a tokenizer of which only the size is known yet."""
-
-    size: int
-    pad_token_id: int | None = None
-    eos_token_id: int | None = None
-    bos_token_id: int | None = None
-
-    def __len__(self) -> int:
-        return self.size
+    inputs = Inputs(vocab_size=config.model.vocab_size or config.data.vocab_size, image_size=config.data.image_size)
+    return transformers_config(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:
@@ -247,7 +238,8 @@ def memory_table(config: Config, found: Plan) -> Table:
 def facts(config: Config, found: Plan) -> dict[str, Any]:
     """Return the plan's figures as plain values, in bytes, seconds and FLOP/s."""
     return {
-        **asdict(found.sizes),
+        "parameters": found.sizes.parameters,
+        "trained": found.sizes.trained,
         "flops_per_token": found.flops_per_token,
         "tokens_per_step": found.tokens_per_step,
         "precision": found.precision,

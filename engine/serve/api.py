@@ -225,6 +225,8 @@ class Api:
 
         async def answer(name: str) -> Response:
             inputs = body.inputs()
+            if not self.about[name]["embeds"]:
+                raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
             if len(inputs) > MOST_INPUTS:
                 raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MOST_INPUTS}: send fewer", "input")
             self._check_tokens(name, inputs, "input")
@@ -254,12 +256,7 @@ class Api:
         async def answer(name: str) -> Response:
             self._check_length(body.max_tokens, "max_tokens")
             prompts = body.prompts()
-            if len(prompts) * body.n > self.max_sequences:
-                raise ApiError(
-                    400,
-                    f"{len(prompts)} prompts x n {body.n} are over this endpoint's {self.max_sequences} completions a request: send fewer",
-                    "prompt",
-                )
+            self._check_count(len(prompts), body.n, "prompt")
             self._check_tokens(name, prompts, "prompt")
             return await self._generate(name, body, CompletionForm())
 
@@ -273,6 +270,7 @@ class Api:
             self._check_length(
                 body.most_tokens or 1, "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             )
+            self._check_count(1, body.n, "n")
             return await self._generate(name, body, ChatForm())
 
         return await self._answer(request, body.model, "completion", answer)
@@ -280,6 +278,14 @@ class Api:
     def _check_length(self, tokens: int, param: str) -> None:
         if tokens > self.max_new_tokens:
             raise ApiError(400, f"{param} {tokens} is over this endpoint's {self.max_new_tokens}: use less", param)
+
+    def _check_count(self, prompts: int, n: int, param: str) -> None:
+        if prompts * n > self.max_sequences:
+            raise ApiError(
+                400,
+                f"{prompts} prompts x n {n} are over this endpoint's {self.max_sequences} completions a request: send fewer",
+                param,
+            )
 
     def _check_tokens(self, name: str, prompts: list[str | list[int]], param: str) -> None:
         """Raise ApiError for a token id that the model doesn't know."""

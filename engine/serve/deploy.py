@@ -47,7 +47,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     refuse_taken_port(config.serve.port)
     refuse_what_cannot_fit(config.serve, len(bundles))
     for folder in bundles.values():
-        Bundle.open(folder).verify()
+        refuse_what_has_no_endpoint(Bundle.open(folder))
     from ray import serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -95,6 +95,17 @@ def application(options: ServeConfig, bundles: dict[str, Path]) -> Any:
         handles[name] = deployment.bind(str(folder.absolute()), asdict(options))
     ingress = serve.deployment(name="api", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})(Api)
     return ingress.bind(handles, options.max_body_bytes, options.max_new_tokens, options.max_queue)
+
+
+def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
+    """Raise UserError for a bundle that was changed, or is for a task that the endpoint doesn't offer."""
+    bundle.verify()
+    objective = bundle.objective()
+    if not objective.served:
+        raise UserError(
+            f"{bundle.folder} is for {objective.options.name}, which the endpoint doesn't offer: load it with transformers, or "
+            "measure it with manta evaluate"
+        )
 
 
 def refuse_taken_port(port: int) -> None:

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "manta_lanes"
-# What a model may tell its attention without changing what comes out (a window is checked against the lanes' length).
+# What a model may tell its attention without changing what comes out; a window does so only past its length.
 NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
 PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
 
@@ -206,6 +206,7 @@ class Step:
         for part in parts[len(singles) :]:
             self.chunks.append(self._chunk(part, start))
             start += len(part.tokens)
+        self.longest = max(part.past + len(part.tokens) for part in parts)
 
     def _run(self, parts: Sequence[Part], start: int, end: int) -> Run:
         lengths = [part.past + 1 for part in parts[start:end]]
@@ -289,6 +290,8 @@ def _attend(
     unknown = [name for name, value in others.items() if value is not None and name not in NEUTRAL]
     if unknown:
         raise Unpackable(f"its attention takes {', '.join(unknown)}")
+    if others.get("sliding_window") and lanes.longest > others["sliding_window"]:
+        raise Unpackable(f"{lanes.longest} tokens are over its window of {others['sliding_window']}")
     return lanes.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
 
 
@@ -326,6 +329,8 @@ class Apart:
         for lane, past, tokens, wanted in parts:
             if past == 0:
                 self._caches[lane] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
+            elif (over := self._caches[lane].get_seq_length() - past) > 0:  # a step that failed is run again
+                self._caches[lane].crop(-over)
             output = self.model(
                 input_ids=torch.tensor([tokens], device=self.device),
                 attention_mask=torch.ones((1, past + len(tokens)), dtype=torch.int64, device=self.device),

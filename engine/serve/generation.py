@@ -104,10 +104,6 @@ class Generator(Protocol):
     def alive(self) -> bool:
         """Whether completions still end."""
 
-    @property
-    def load(self) -> dict[str, int]:
-        """What is under way: completions waiting and running, tokens in the cache and room for them."""
-
 
 class TransformersGenerator:
     """Owns a transformers model and the thread that runs it."""
@@ -199,14 +195,9 @@ class TransformersGenerator:
             self._tell_news()
 
     def _tell_news(self) -> None:
-        if not self._news:
-            return
-        news, self._news = self._news, []
-        try:
+        if self._news:
+            news, self._news = self._news, []
             self.tell(news)
-        except Exception:  # their readers' loop is gone
-            for completion in news:
-                completion.cancelled = self._left = True
 
     def _let_go(self) -> None:
         """Take off who left, and whose deadline is over before a place was free."""

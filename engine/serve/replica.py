@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from engine.serve.sampling import Sampling
 from engine.serve.text import Logprobs, Text
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
+EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
+PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
 
 
@@ -40,8 +43,9 @@ class Reader:
         self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
 
     def wake(self) -> None:
-        """Let it look. Raises RuntimeError where its loop has ended."""
-        self.loop.call_soon_threadsafe(self.news.set)
+        """Let it look, if it still can."""
+        with contextlib.suppress(RuntimeError):  # its loop has ended
+            self.loop.call_soon_threadsafe(self.news.set)
 
 
 def wake_readers(news: Sequence[Completion]) -> None:
@@ -71,8 +75,8 @@ class Replica:
         self.bundle = Bundle.open(Path(folder))
         self.bundle.verify()
         self.objective = self.bundle.objective()
-        model = self.bundle.model()
-        if not torch.cuda.is_available() and not _cpu_has_bf16():
+        model = self.bundle.model(PRECISIONS[self.options.precision])
+        if self.options.precision == "auto" and not torch.cuda.is_available() and not _cpu_has_bf16():
             model = model.float()
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle.replay(self.model)
@@ -100,12 +104,9 @@ class Replica:
             "task": TASKS.get(self.objective.auto_class, self.objective.options.name),
             "positions": self.generator.limit if self.generator else self.positions,
             "vocabulary": getattr(config, "vocab_size", 0),
+            "embeds": self.objective.auto_class in EMBEDS,
             "hash": self.bundle.hash,
         }
-
-    def load(self) -> dict[str, int]:
-        """Return what the generator has under way; nothing for a bundle of another task."""
-        return self.generator.load if self.generator else {}
 
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""

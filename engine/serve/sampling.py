@@ -93,7 +93,9 @@ def _draw_from_nucleus(p_RV: Tensor, chance_R1: Tensor, limits: Sequence[Samplin
     """Draw among each row's `top_k` likeliest tokens, and of these the fewest that make up `top_p` of their sum."""
     vocabulary = p_RV.shape[-1]
     p_RK, ids_RK = p_RV.topk(min(CANDIDATES, vocabulary))
-    top_k_R1 = torch.tensor([limit.top_k or vocabulary for limit in limits], device=p_RV.device)[:, None]
+    top_k_R1 = torch.tensor([min(limit.top_k or vocabulary, vocabulary) for limit in limits], device=p_RV.device)[
+        :, None
+    ]
     top_p_R1 = p_RV.new_tensor([limit.top_p for limit in limits])[:, None]
     all_in_R1 = (top_k_R1 == vocabulary) & (p_RK.sum(-1, keepdim=True) >= top_p_R1)
     enough_R = (all_in_R1 | (top_k_R1 <= p_RK.shape[-1]))[:, 0]

@@ -7,7 +7,7 @@ each forward: one token for those that write, and chunks of prompt for those tha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -33,9 +33,6 @@ class FairQueue(Generic[T]):
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
-
-    def __iter__(self) -> Iterator[T]:
-        return (item for line in self._lines.values() for item in line)
 
     def push(self, client: str, item: T) -> None:
         """Put an item at the end of its client's line."""

@@ -67,8 +67,8 @@ def to_bundle(config: Config, run: RunFolder, checkpoint: Checkpoint) -> Path:
         )
     own = with_values(from_dict(yaml.safe_load(run.config_file.read_text())), {"runs_dir": config.runs_dir})
     job = Job(own, Path(status.data), Path(status.parent) if status.parent else None)
-    step = checkpoint.state.step
-    bare = {"step": step, "samples_hash": hash_hex(checkpoint.state.samples_hash)}
+    state, step = checkpoint.state, checkpoint.state.step
+    bare = {"step": step, "tokens": state.tokens, "samples_hash": hash_hex(state.samples_hash)}
     line = next((line for line in run.metrics() if line["step"] == step), bare)
     dtype = DTYPES[hardware.precision(own.train)]
     target = Path(config.convert.folder or run.path / f"bundle-{step:08d}")

@@ -25,6 +25,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 REACH_S = 2.0  # to open a connection to a node
 LOOK_S = 0.5  # between looks for room, while no worker runs
+ANSWER_S = 10.0  # for Ray to say what the nodes have
 SAVE_S = 120.0  # to wait for the checkpoint before a resize
 
 _save_asked = threading.Event()
@@ -96,8 +97,11 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's class has no
 
     def _get_reserved_resources(self) -> Any:
         """Ask Ray for this run's share of the nodes as they are now, not as they were up to 20 seconds ago."""
-        coordinator = self._autoscaling_coordinator
-        return ray.get(coordinator.get_reserved_resources.remote(self._requester_id, recompute=True), timeout=30)
+        try:
+            share = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+            return ray.get(share, timeout=ANSWER_S)
+        except ray.exceptions.RayError:  # it is asked again
+            return None
 
 
 def all_answer() -> bool:

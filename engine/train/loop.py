@@ -98,16 +98,7 @@ def fit(run: Run) -> None:
         run.heart.slow(False)
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
-            run.meter.enter("evaluation")
-            with run.model.averaged() if train.use_ema else nullcontext():
-                found = validate(run)
-            if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
-                raise UserError(
-                    f"the validation {wrong[0]} is {found[wrong[0]]} at step {step}: use a lower optim.lr than {run.config.optim.lr:g}"
-                )
-            metrics |= {f"validation_{name}": value for name, value in found.items()}
-            if run.objective.metric in found:
-                run.state = run.state.judged(found[run.objective.metric], run.objective.mode)
+            metrics |= judge(run)
         best = train.keep_best and run.state.best_step == step
         due = (run.save_asked or step % train.checkpoint_every == 0) and not run.state.skipped_in_a_row
         if best or due or run.ended():
@@ -118,10 +109,25 @@ def fit(run: Run) -> None:
         raise UserError(fault)
 
 
+def judge(run: Run) -> Metrics:
+    """Validate, note how that compares with the best, and return what to log. Raises UserError for a metric that is no number."""
+    run.meter.enter("evaluation")
+    with run.model.averaged() if run.config.train.use_ema else nullcontext():
+        found = validate(run)
+    if wrong := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise UserError(
+            f"the validation {wrong[0]} is {found[wrong[0]]} at step {run.state.step}: "
+            f"use a lower optim.lr than {run.config.optim.lr:g}"
+        )
+    if run.objective.metric in found:
+        run.state = run.state.judged(found[run.objective.metric], run.objective.mode)
+    return {f"validation_{name}": value for name, value in found.items()}
+
+
 def train_step(run: Run) -> Metrics | None:
     """Take one optimizer step over the global batch and return what to log of it; None where it ended in a roll-back."""
     run.meter.enter("data")
-    train, state = run.config.train, run.state
+    state = run.state
     run.model.loss_scale = state.loss_scale
     ids = run.order.samples(state.place)
     batches, seen = collate_share(run, ids, run.order.draws(state.place))
@@ -149,14 +155,8 @@ def train_step(run: Run) -> Metrics | None:
     run.meter.enter("communication")
     loss_value = float(run.group.sum(loss_sum)) / count
 
-    run.meter.enter("optimizer")
-    rate, grad_norm = learning_rate(run.config, state.step), math.nan
-    if fault := loss_fault(loss_value, state.recent, train):  # known before the weights change
-        run.model.discard()
-    else:
-        grad_norm = run.model.step(rate)
-        fault = norm_fault(grad_norm)
-    decision = decide(fault, state, train)
+    rate, grad_norm, fault = update(run, loss_value)
+    decision = decide(fault, state, run.config.train)
     if isinstance(decision, GiveUp):
         give_up(run, decision.reason)
     if isinstance(decision, RollBack):
@@ -164,7 +164,8 @@ def train_step(run: Run) -> Metrics | None:
         return None
 
     skipped = isinstance(decision, Skip)
-    run.state = state.after(len(ids), tokens, new_hash, skipped, remember(state.recent, loss_value, train))
+    recent = remember(state.recent, loss_value, run.config.train)
+    run.state = state.after(len(ids), tokens, new_hash, skipped, recent)
     run.meter.count(tokens)
     notes, run.notes = run.notes, {}
     return {
@@ -181,6 +182,17 @@ def train_step(run: Run) -> Metrics | None:
         **({"fault": fault} if fault else {}),
         **notes,
     }
+
+
+def update(run: Run, loss: float) -> tuple[float, float, str]:
+    """Update the weights unless the loss forbids it; return the rate, the gradient norm, and what is wrong, if anything."""
+    run.meter.enter("optimizer")
+    rate = learning_rate(run.config, run.state.step)
+    if fault := loss_fault(loss, run.state.recent, run.config.train):
+        run.model.discard()
+        return rate, math.nan, fault
+    grad_norm = run.model.step(rate)
+    return rate, grad_norm, norm_fault(grad_norm)
 
 
 def roll_back(run: Run, reason: str) -> None:

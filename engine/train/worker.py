@@ -80,8 +80,51 @@ def work(
     samples = objective.samples(Split.open(job.data, "train"))
     order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
+    model, checkpoint, flops_per_token = begin(job, objective, group, precision)
+    state = checkpoint.state if checkpoint else TrainState()
+    if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
+        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
+    meter = measure(group, DTYPES[precision], flops_per_token)
+    model.time_collectives(meter)
+    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
+    log = Log(folder, config, group, meter, state.step, waste, listen)
+    run = Run(
+        config=config,
+        group=group,
+        objective=objective,
+        model=model,
+        samples=samples,
+        validation=objective.samples(Split.open(job.data, "validation")) if "validation" in manifest.splits else None,
+        order=order,
+        writer=CheckpointWriter(
+            folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints, config.train.keep_best
+        ),
+        about={"config": fingerprint(config), "data": manifest.hash},
+        log=log,
+        meter=meter,
+        state=state,
+        saved_step=state.step if checkpoint else -1,
+        heart=heart,
+        wants_save=wants_save,
+    )
+    if config.train.micro_batch is None:
+        run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
+    with log:
+        fit(run)
+    if group.rank == 0:
+        chosen = run.state.best_step if config.train.keep_best and run.state.best_step else run.state.step
+        line = next(line for line in folder.metrics() if line["step"] == chosen)
+        export(job, objective, step_folder(folder.checkpoints, chosen), DTYPES[precision], line)
+    group.barrier()
+    heart.end()
+    return log.last
+
+
+def begin(job: Job, objective: Objective, group: Group, precision: str) -> tuple[Sharded, Checkpoint | None, float]:
+    """Return the sharded model in its start state, the checkpoint that it is from, if any, and the flops of a token."""
+    config = job.config
     # The order: resume, else start from the bundle, else initialize.
-    checkpoint = latest_whole(folder, group)
+    checkpoint = latest_whole(RunFolder(config.run_dir), group)
     model = make_model(job, objective)
     if checkpoint:
         fill(model, checkpoint)
@@ -97,67 +140,46 @@ def work(
     if checkpoint:
         checkpoint.load(sharded.fragments(group.rank, owned=False))
     group.barrier()
+    return sharded, checkpoint, flops_per_token
 
-    state = checkpoint.state if checkpoint else TrainState()
-    if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
-        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
-    log = MetricsLog(folder, state.step) if group.rank == 0 else None
-    energy = EnergyMeter(group.device, group.world)
-    last: Metrics = {}
-    waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
 
-    def heard(metrics: Metrics) -> None:
-        metrics |= waste
-        if log:
-            metrics |= energy.lap()
-        last.update(metrics)
-        if profile:
-            profile(metrics)
-        if log:
-            log(metrics)
-            if listen:
-                listen(metrics)
+class Log:
+    """Hears the metrics of each step: rank 0 writes them, with what the step took of energy; a profile may listen too."""
 
-    dtype = DTYPES[precision]
-    meter = measure(group, dtype, flops_per_token)
-    sharded.time_collectives(meter)
-    left = config.train.max_steps - state.step
-    profile = Profile(folder.profile, config.name, group, meter, left) if config.profile and left > 0 else None
-    run = Run(
-        config=config,
-        group=group,
-        objective=objective,
-        model=sharded,
-        samples=samples,
-        validation=objective.samples(Split.open(job.data, "validation")) if "validation" in manifest.splits else None,
-        order=order,
-        writer=CheckpointWriter(
-            folder.checkpoints, group.rank, group.world, config.train.keep_checkpoints, config.train.keep_best
-        ),
-        about={"config": fingerprint(config), "data": manifest.hash},
-        log=heard,
-        meter=meter,
-        state=state,
-        saved_step=state.step if checkpoint else -1,
-        heart=heart,
-        wants_save=wants_save,
-    )
-    if config.train.micro_batch is None:
-        run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
-    try:
-        fit(run)
-    finally:
-        if profile:
-            profile.finish()
-        if log:
-            log.close()
-    if group.rank == 0 and last:
-        chosen = run.state.best_step if config.train.keep_best and run.state.best_step else run.state.step
-        line = next(line for line in folder.metrics() if line["step"] == chosen)
-        export(job, objective, step_folder(folder.checkpoints, chosen), dtype, line)
-    group.barrier()
-    heart.end()
-    return last
+    def __init__(
+        self, folder: RunFolder, config: Config, group: Group, meter: Meter, step: int, constants: Metrics,
+        listen: Callable[[Metrics], None] | None,
+    ) -> None:  # fmt: skip
+        """Begin after `step` steps; `constants` are said in each line, and `listen` hears rank 0's."""
+        self.last: Metrics = {}
+        self._constants, self._listen = constants, listen
+        self._file = MetricsLog(folder, step) if group.rank == 0 else None
+        self._energy = EnergyMeter(group.device, group.world)
+        left = config.train.max_steps - step
+        self._profile = (
+            Profile(folder.profile, config.name, group, meter, left) if config.profile and left > 0 else None
+        )
+
+    def __call__(self, metrics: Metrics) -> None:
+        """Hear of a step."""
+        self.last = metrics | self._constants | (self._energy.lap() if self._file else {})
+        if self._profile:
+            self._profile(self.last)
+        if self._file:
+            self._file(self.last)
+            if self._listen:
+                self._listen(self.last)
+
+    def __enter__(self) -> Log:
+        """Do nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is left."""
+        if self._profile:
+            self._profile.finish()
+        if self._file:
+            self._file.close()
 
 
 def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:

@@ -23,8 +23,8 @@ PARTS = {
     "ray.init": PRELUDE
     + "import ray; t = time.time(); ray.init(address='local', include_dashboard=False, log_to_driver=False); print(time.time() - t)",
     "deepspeed.initialize": PRELUDE
-    + "from engine.train.worker import *; from jobs.entry import compose; from engine.plan.plan import Vocabulary; import deepspeed;"
-    "c = compose('pretrain', []); m = build(c.model, Vocabulary(4096), 'AutoModelForCausalLM', {}, 0); local_group();"
+    + "from engine.train.worker import *; from jobs.entry import compose; from engine.models.build import Inputs; import deepspeed;"
+    "c = compose('pretrain', []); m = build(c.model, Inputs(vocab_size=4096), 'AutoModelForCausalLM', {}, 0); local_group();"
     "import time; t = time.time(); Sharded(m, c, 1, 'fp32'); print(time.time() - t)",
 }
 

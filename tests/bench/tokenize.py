@@ -28,7 +28,7 @@ from engine.data.shards import Split
 from tests.bench.interleaved import interleave, show
 
 LENGTH = 256
-CORPORA = {"13 MB, 1,000 files": (13, 1000), "100 MB, one file of JSON lines": (100, 1)}
+CORPORA = {"13 MB, 1,000 files": (13, 1000), "40 MB, one file of JSON lines": (40, 1)}
 
 
 def sources() -> Iterator[str]:
@@ -127,7 +127,7 @@ def main() -> None:
                         rows, tokenizer, cores
                     )[0],
                 },
-                repeats=5 if megabytes < 50 else 3,
+                repeats=5 if megabytes < 20 else 3,
             )
             peers = {peer: 5.0 for peer in found if peer != "prepare"}
             show(found, "tokens/s", "prepare", peers)

@@ -43,3 +43,11 @@ def test_a_dataset_of_the_hub_is_no_path(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for given, expected in (("squad", "squad"), ("me/data", "me/data"), ("mine", f"{tmp_path}/mine")):
         assert absolute(["data=huggingface", f"data.path={given}"], tmp_path)[1] == f"data.path={expected}"
+
+
+def test_paths_of_several_sources_are_made_absolute(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    given = "data.sources={a: {path: texts/*.jsonl, weight: 2}, b: {path: 'texts/b c.txt'}, c: {path: s3://x/y}, d: {path: squad}}"
+    here = f"{tmp_path}/texts"
+    expected = f"data.sources={{a: {{path: {here}/*.jsonl, weight: 2}}, b: {{path: '{here}/b c.txt'}}, c: {{path: s3://x/y}}, d: {{path: squad}}}}"
+    assert absolute([given], tmp_path)[0] == expected

@@ -116,6 +116,13 @@ def test_a_mapping_is_replaced_and_not_merged() -> None:
         compose("sweep", ["sweep.space=3"])
 
 
+def test_braces_in_a_text_are_part_of_it() -> None:
+    words = ["experiment=clip", "data.path=x.parquet"]
+    for given in ("data.caption=a {label}, it says", 'data.caption="a {label}, it says"'):
+        assert compose("pretrain", [*words, given]).data.caption == "a {label}, it says"
+    assert compose("pretrain", words).data.caption == "a photo of a {label}"
+
+
 def test_multirun_runs_each_combination_under_a_name_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"paragraph {i} of a text that is long enough" for i in range(400)))
     done = manta("prepare", "-m", "data=files", "data.path=text.txt", "data.vocab_size=300,320", cwd=tmp_path)

@@ -109,8 +109,8 @@ def test_what_cannot_be_had(configured: Callable[..., Config], dataset: Path) ->
     ):
         with pytest.raises(UserError, match=told):
             check_input(configured(**given).data)
-    with pytest.raises(UserError, match=r"needs the dataset's name or folder: .*data\.path"):
-        configured(source="huggingface")
+    with pytest.raises(UserError, match=r"data\.path is not set: name the dataset"):
+        check_input(configured(source="huggingface").data)
 
 
 def test_several_sources(configured: Callable[..., Config], dataset: Path, tmp_path: Path) -> None:

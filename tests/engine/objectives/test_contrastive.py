@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from engine.bundles.bundle import Bundle
-from engine.config import Config
+from engine.config import Config, with_values
 from engine.data.images import from_base64
+from engine.data.manifest import Manifest
+from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.objectives.contract import Batch, join_scores
@@ -135,3 +137,12 @@ def test_the_bundle_is_plain_transformers(curves: Curves, runs_dir: Path) -> Non
 def test_captions_over_the_models_positions_are_refused(family: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"20 tokens are over the model's 16 positions: use data\.sequence_length=16"):
         made(family("contrastive", data__sequence_length=20))
+
+
+def test_images_read_a_second_time_give_the_same_bytes(
+    family: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = family("contrastive", data__validation_fraction=0.0, data__test_fraction=0.0)
+    held = Manifest.load(prepare(config))
+    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
+    assert Manifest.load(prepare(with_values(config, {"runs_dir": str(tmp_path)}))).hash == held.hash

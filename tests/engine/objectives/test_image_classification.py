@@ -19,6 +19,7 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.evaluate import evaluate_bundle
 from engine.models.size import parameter_count
+from engine.serve.deploy import refuse_what_has_no_endpoint
 from tests.engine.objectives.conftest import (
     Curves,
     assert_resumed_bit_for_bit,
@@ -117,6 +118,12 @@ def test_the_bundle_is_evaluated_and_goes_on(curves: Curves, family: Callable[..
         UserError, match=r"is for image_classification, which reads images with labels, and the data are text"
     ):
         evaluate_bundle(folder, with_values(config, {"data.image_column": None, "data.label_column": None}))
+
+
+def test_an_image_bundle_is_not_deployed(curves: Curves, runs_dir: Path) -> None:
+    bundle = Bundle.open(runs_dir / "image_classification-two" / "bundle")
+    with pytest.raises(UserError, match="is for image_classification, which the endpoint doesn't offer"):
+        refuse_what_has_no_endpoint(bundle)
 
 
 def test_work_by_hand(family: Callable[..., Config]) -> None:

@@ -45,7 +45,7 @@ def test_sizes_are_exact() -> None:
 def test_states_a_parameter(precision: str, stage: int, weights: float, gradients: float, optimizer: float) -> None:
     """As a later micro-batch of a step has run forward, so that gradients of those before it are held."""
     config = of("train.workers=4", f"train.precision={precision}", "train.micro_batch=1")
-    need = next(iter(moments(config, plan(config).shape, Sizes(P, P, 2 * P, 4096 * 256), stage, precision)))
+    need = next(iter(moments(config, plan(config).sizes, stage, precision)))
     assert need.moment == "loss"
     assert (need.weights, need.gradients, need.optimizer) == (weights * P, gradients * P, optimizer * P)
     assert need.total == pytest.approx(
@@ -133,6 +133,29 @@ def test_the_fastest_layout_that_fits() -> None:
     assert describe(small.layout) == "zero.stage=0"
 
 
+FAMILIES = [  # with the tokens of a sample: text; text and what was cut out of it; patches and a class token; the same and a caption
+    ("model=bert_5m objective=masked_lm", 256),
+    ("model=t5_5m objective=span_corruption", 256 + 58),
+    ("model=vit_5m objective=image_classification", 65),
+    ("model=clip_5m objective=contrastive data.sequence_length=32", 65 + 32),
+]
+
+
+@pytest.mark.parametrize(("overrides", "tokens"), FAMILIES)
+def test_each_family_has_a_plan(overrides: str, tokens: int) -> None:
+    found = plan(of(*overrides.split(), "plan.device=a100_80gb", "train.global_batch=8"))
+    assert 4e6 < found.sizes.parameters < 7e6
+    assert found.tokens_per_step == pytest.approx(8 * tokens, rel=0.02)
+    assert 2 * found.sizes.parameters < found.flops_per_token < 9 * found.sizes.parameters
+    need = found.stages["0"][1]
+    assert 16 * found.sizes.parameters < need.total < 4e9
+
+
+def test_a_model_without_the_task_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.type=vit has no model for objective=causal_lm in transformers"):
+        plan(of("model=vit_5m"))
+
+
 def test_a_long_sequence_is_refused() -> None:
     with pytest.raises(UserError, match="sequence length 4,096 is over the model's 512 positions"):
         plan(of("data.sequence_length=4096"))
@@ -195,8 +218,7 @@ def _hold(_rank: int, _world: int) -> None:
         config = replace(Config(), train__workers=2, zero__stage=stage, train__precision=precision)
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
         parameters = 2 * 64 * 32
-        shape = transformers.LlamaConfig()
-        need = memory(config, shape, Sizes(parameters, parameters, 2 * parameters, 0), stage, precision)
+        need = memory(config, Sizes(parameters, parameters, 2 * parameters, stacks=[]), stage, precision)
         sharded = Sharded(model, config, 2, precision)
         sharded.ensure_moments(0)
         weights = bytes_of([getattr(p, "ds_tensor", p) for p in model.parameters()])

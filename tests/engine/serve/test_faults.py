@@ -24,6 +24,7 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
+from engine.serve.forward import Packed
 from engine.serve.generation import Completion, TransformersGenerator
 from engine.serve.replica import Replica
 from engine.serve.requests import CompletionRequest
@@ -128,8 +129,7 @@ def test_replicas_that_cannot_be_placed_are_refused(ray: None, tiny: Config, bun
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_place_is_free_once_the_client_left(endpoint: Endpoint, stream: bool) -> None:
-    """With one place, who comes next has it at once: a whole completion would take some tenths of a second more."""
+def test_a_client_that_left_at_once_is_counted(endpoint: Endpoint, stream: bool) -> None:
     before = counted(endpoint, 499)
     body = {"prompt": "import os", "max_tokens": 120, "stream": stream, "logit_bias": {"0": -100}}
 
@@ -170,6 +170,16 @@ def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
     assert generator.load["waiting"] == 0
     assert all(it.cancelled and len(it.tokens) < 100 for it in left if it.reason == "cancelled")
     assert any(it.reason == "cancelled" for it in left)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_a_bundle_is_served_in_the_precision_asked_for(bundle: Bundle, precision: str, dtype: torch.dtype) -> None:
+    replica = Replica(str(bundle.folder), asdict(ServeConfig(precision=precision)))
+    assert {p.dtype for p in replica.model.parameters()} == {dtype}
+    assert isinstance(replica.generator, TransformersGenerator)
+    assert isinstance(replica.generator.forward, Packed)
+    answer = asyncio.run(replica.complete(job(stream=False, max_tokens=9)))
+    assert answer["choices"][0]["tokens"] == 9
 
 
 def test_who_waits_too_long_is_told(bundle: Bundle) -> None:

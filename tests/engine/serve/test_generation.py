@@ -184,6 +184,22 @@ def test_users_take_turns() -> None:
     assert order.index("few") <= 2
 
 
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_step_that_failed_is_run_again_for_the_others(kind: str) -> None:
+    run = Run(kind)
+    asked = requests(kind)[:3]
+    good = [Completion(prompt, most) for prompt, most, _ in asked]
+    run.generator.submit(good)
+    while not all(it.tokens for it in good):
+        time.sleep(0.0005)
+    bad = Completion([10**9], 5)  # no such token
+    run.generator.submit([bad])
+    run.wait([*good, bad])
+    assert bad.reason == "error"
+    assert [it.error for it in good] == [""] * 3
+    assert [it.tokens for it in good] == [right for *_, right in asked]
+
+
 def test_a_mad_model_is_told_and_the_lane_is_clean_again() -> None:
     torch.manual_seed(0)
     mad = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.float32).eval()

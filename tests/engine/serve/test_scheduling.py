@@ -60,7 +60,7 @@ def test_what_is_removed_is_forgotten() -> None:
     for name in ("x1", "y1", "x2"):
         queue.push(name[0], name)
     assert sorted(queue.remove(lambda name: name[0] == "x")) == ["x1", "x2"]
-    assert (len(queue), list(queue), set(queue._charged)) == (1, ["y1"], {"y"})
+    assert (len(queue), queue.first(), set(queue._charged)) == (1, ("y", "y1"), {"y"})
 
 
 @pytest.mark.parametrize(

@@ -19,24 +19,24 @@ from tests.engine.train.ranks import losses, run_ranks
 IN_A_STEP = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]
 
 
-def test_phases_by_the_clock() -> None:
+def test_phases_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     meter = Meter(torch.device("cpu"), flops_per_token=10.0, peak_flops=1e6, datasheet_flops=2e6)
     meter.enter("forward")
-    time.sleep(0.02)
+    now[0] += 2
     with meter.during("communication"):
-        time.sleep(0.01)
-    time.sleep(0.02)
+        now[0] += 1
+    now[0] += 3
     meter.enter("evaluation")
     with meter.during("communication"):  # part of the evaluation
-        time.sleep(0.01)
+        now[0] += 4
     meter.count(500)
     found = meter.read()
-    assert found["forward_s"] == pytest.approx(0.04, rel=0.3)
-    assert found["communication_s"] == pytest.approx(0.01, rel=0.5)
-    assert found["evaluation_s"] == pytest.approx(0.01, rel=0.5)
-    assert found["seconds"] == pytest.approx(sum(found[name] for name in IN_A_STEP), rel=1e-9)
-    assert found["tokens_per_s"] == pytest.approx(500 / found["seconds"])
-    assert found["mfu"] == pytest.approx(500 * 10 / found["seconds"] / 1e6)
+    assert (found["forward_s"], found["communication_s"], found["evaluation_s"]) == (5, 1, 4)
+    assert found["seconds"] == sum(found[name] for name in IN_A_STEP) == 6
+    assert found["tokens_per_s"] == pytest.approx(500 / 6)
+    assert found["mfu"] == pytest.approx(500 * 10 / 6 / 1e6)
     assert found["mfu_datasheet"] == pytest.approx(found["mfu"] / 2)
     assert meter.read()["seconds"] == 0
 

@@ -1,0 +1,68 @@
+"""Each new family learns from real data by one command, and its bundle is measured by another."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.objectives.conftest import SHARED
+
+ROOT = Path(__file__).parents[3]
+IMAGES = [
+    "data.path={shared}/images/train.parquet",
+    "data.test_path={shared}/images/test.parquet",
+    "data.label_column=label_name",
+]
+TEXT = ["data=files", "data.path={shared}/text/tinyshakespeare.txt", "data.vocab_size=1024", "data.sequence_length=128"]
+
+
+def manta(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.manta", *(word.format(shared=SHARED) for word in words)],
+        cwd=folder, capture_output=True, text=True, timeout=580,
+        env={**os.environ, "MANTA_HOME": str(folder / "home"), "COLUMNS": "120", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def learnt(folder: Path, name: str, *options: str) -> list[dict[str, Any]]:
+    if not SHARED.exists():
+        pytest.skip("the real data ../shared/data is not beside this checkout")
+    manta(folder, "pretrain", f"experiment={name}", *options, "train.workers=2", "tracking.enabled=false")
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_vit_names_classes_of_cifar(tmp_path: Path) -> None:
+    lines = learnt(tmp_path, "vit", *IMAGES, "train.max_steps=100")
+    assert lines[-1]["validation_accuracy"] > 0.2  # chance: 0.1
+    said = manta(tmp_path, "evaluate", "bundle=vit", "data=images", *IMAGES, "evaluate.resamples=200")
+    assert float(re.findall(r"accuracy\W+([0-9.]+)", said)[0]) > 0.2
+
+
+@pytest.mark.slow
+def test_clip_finds_captions_of_cifar(tmp_path: Path) -> None:
+    caption = "data.caption=a photo of a {{label}}"
+    lines = learnt(tmp_path, "clip", *IMAGES, caption, "train.max_steps=100")
+    assert lines[-1]["validation_accuracy"] > 0.17  # chance: 0.1
+    assert lines[-1]["loss"] < 4.0 < lines[0]["loss"]  # a batch of 64 by chance: 4.16
+    said = manta(tmp_path, "evaluate", "bundle=clip", "data=images", *IMAGES, caption, "evaluate.resamples=200")
+    assert float(re.findall(r"accuracy\W+([0-9.]+)", said)[0]) > 0.17
+
+
+@pytest.mark.slow
+def test_t5_fills_in_shakespeare(tmp_path: Path) -> None:
+    lines = learnt(tmp_path, "t5", *TEXT, "train.max_steps=100")
+    assert lines[-1]["validation_loss"] < 5.6 < lines[0]["loss"]
+    said = manta(
+        tmp_path, "evaluate", "bundle=t5", *TEXT, "evaluate.resamples=200",
+    )  # fmt: skip
+    assert "perplexity" in said
