@@ -21,6 +21,7 @@ def lineage(config: Config) -> int:
     """Trace config.bundle, show the tree and write the page."""
     if not config.bundle:
         raise UserError("lineage needs a bundle: manta lineage NAME")
+    from rich.console import Console
     from rich.markup import escape
 
     from engine.bundles.bundle import Bundle
@@ -33,7 +34,7 @@ def lineage(config: Config) -> int:
     runs_dir = Path(config.runs_dir)
     bundle = Bundle.open(find_bundle(config.bundle, runs_dir, config.tracking_uri))
     life = life_of(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
-    console.print(tree_of(life))
+    Console(width=max(console.width, 160), soft_wrap=True, highlight=False).print(tree_of(life))  # a line a box
     for fault in life.all_faults():
         console.print(f"not whole: {escape(fault)}")
     console.print(f"page  {write_lineage(config.run_dir / 'lineage.html', life)}")
