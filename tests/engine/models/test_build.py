@@ -61,7 +61,7 @@ def test_a_wrong_model_is_one_sentence(model: ModelConfig, said: str, tokenizer:
 def test_the_five_million_parameter_model_has_five_million() -> None:
     from engine.plan.plan import plan
 
-    assert 4.5e6 < plan(compose("plan", [])).parameters < 5.5e6
+    assert 4.5e6 < plan(compose("plan", [])).sizes.parameters < 5.5e6
 
 
 def test_gpt2_has_its_published_size_and_each_stage_its_memory() -> None:
@@ -78,14 +78,14 @@ def test_gpt2_has_its_published_size_and_each_stage_its_memory() -> None:
         ],
     )
     found = plan(config)
-    n = found.parameters
+    n = found.sizes.parameters
     assert n == 124_439_808
-    assert [s.weights for s in found.stages.values()] == [2 * n, 2 * n, 2 * n, n / 2]
-    assert [s.gradients for s in found.stages.values()] == [2 * n, 2 * n, n / 2, n / 2]
-    assert [s.optimizer for s in found.stages.values()] == [12 * n, 3 * n, 3 * n, 3 * n]
+    needs = [found.need(with_values(config, {"zero.stage": stage})) for stage in range(4)]
+    assert [need.weights for need in needs] == [2 * n, 2 * n, 2 * n, n / 2]
+    assert [need.optimizer for need in needs] == [12 * n, 3 * n, 3 * n, 3 * n]
     assert found.checkpoint_bytes == 12 * n
-    single = plan(with_values(config, {"train.precision": "fp32", "train.workers": 1}))
-    assert single.stages[0].optimizer == 8 * n
+    single = with_values(config, {"train.precision": "fp32", "train.workers": 1, "zero.stage": 0})
+    assert plan(single).need(single).optimizer == 8 * n
 
 
 @pytest.mark.parametrize(("kind", "auto_class"), [("gpt2", "AutoModelForCausalLM"), ("bert", "AutoModelForMaskedLM")])
