@@ -48,7 +48,6 @@ def test_the_whole_life(tmp_path: Path) -> None:
     assert "curl http://127.0.0.1" in done.stdout
     assert "deepspeed" not in (done.stdout + done.stderr).lower()
 
-    from engine.bundles.bundle import Bundle
     from engine.bundles.find import find_bundle
 
     champion = find_bundle("champion", runs, f"sqlite:///{runs}/mlflow.db")  # the registry keeps bytes of its own
