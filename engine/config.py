@@ -964,5 +964,7 @@ def _check_contradictions(c: Config) -> None:
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "
             f"use serve.max_replicas={c.serve.min_replicas} or more"
         )
-    if c.objective.name == "classification" and c.data.source == "files" and c.data.path and not c.data.label_column:
+    learns = c.job in ("pretrain", "finetune", "sweep")  # in the others a bundle says what the objective is
+    unlabelled = c.data.source == "files" and c.data.path and not c.data.label_column
+    if learns and c.objective.name == "classification" and unlabelled:
         raise UserError("objective=classification needs labels: say which column has them with data.label_column=...")
