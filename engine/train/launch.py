@@ -304,7 +304,7 @@ class Watch:
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         for event in whole.decode().splitlines():
-            console.print(f"warning: {event.split(' ', 2)[2]}")
+            console.print(f"warning: {event.split(' ', 2)[2]}", markup=False)  # an error's text may hold brackets
         return heard + len(whole)
 
     def _show(self, bar: Bar, line: dict[str, Any]) -> None:
