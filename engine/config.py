@@ -242,7 +242,6 @@ class ObjectiveConfig(Frozen):
         "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
         least=0,
     )
-    num_labels: Optional[int] = option(None, "classification: None counts the labels of the training data", least=2)
 
 
 @dataclass

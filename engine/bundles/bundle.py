@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,7 +123,7 @@ class Bundle:
     def objective(self, packing: Packing | None = None) -> Objective:
         """Return the task that the model was trained for; of a plain folder, what its architecture is for."""
         if self.manifest:
-            options = ObjectiveConfig(**self.manifest.objective)
+            options = self._options(self.manifest.objective)
             labels, length = self.manifest.labels, self.manifest.sequence_length
         else:
             config = json.loads((self.folder / "config.json").read_text())
@@ -137,6 +137,15 @@ class Bundle:
             options, length = ObjectiveConfig(name=name), int(positions or 512)
             labels = [label for _, label in sorted(config.get("id2label", {}).items(), key=lambda item: int(item[0]))]
         return objective_class(options.name)(options, self.processor(), length, labels, packing)
+
+    def _options(self, recorded: dict[str, Any]) -> ObjectiveConfig:
+        """Return the recorded options of the task. Raises UserError for one that is set and isn't known here."""
+        known = {option.name for option in fields(ObjectiveConfig)}
+        if unknown := sorted(name for name in recorded.keys() - known if recorded[name] is not None):
+            raise UserError(
+                f"{self.folder} was written by another version: objective.{unknown[0]} isn't known to this one"
+            )
+        return ObjectiveConfig(**{name: value for name, value in recorded.items() if name in known})
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the model for inference, in its own precision or in `dtype`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,22 +11,17 @@ from torch import Tensor, nn
 
 from engine.data.packing import pack
 from engine.data.shards import Split
-from engine.models.cross_entropy import summed_cross_entropy, token_scores
+from engine.models.cross_entropy import IGNORED
 from engine.models.documents import keep_apart
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
-
-IGNORED = -100  # a target that isn't one
+from engine.objectives.contract import Batch, Samples, pad_rows
 
 
-class Objective(contract.Objective):
+class Objective(contract.OverVocabulary):
     """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
     architectures = ("ForCausalLM", "LMHeadModel")
-    metric = "loss"
-    mode = "min"
-    over_vocabulary = True
 
     def samples(self, split: Split) -> Samples:
         """Pack the split's documents."""
@@ -55,27 +49,6 @@ class Objective(contract.Objective):
                 inputs |= keep_apart(starts, lengths, inputs_BL.shape[1], causal=True)
         count = int((targets_BL != IGNORED).sum())
         return Batch(inputs, targets_BL, count=count, tokens=sum(len(row) - 1 for row in rows))
-
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Sum the cross-entropy, in nats, over the tokens."""
-        inputs, options = {**batch.inputs, "use_cache": False}, self.options
-        total = summed_cross_entropy(model, inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk)
-        return Loss(total, batch.count)
-
-    @torch.no_grad()
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each example's summed negative log-likelihood in nats and its tokens."""
-        inputs = {**batch.inputs, "use_cache": False}
-        nll_BL, _ = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
-        return {
-            "nll": nll_BL.sum(1).double().cpu().numpy(),
-            "tokens": (batch.targets >= 0).sum(1).cpu().numpy(),
-        }
-
-    def summarize(self, scores: Scores) -> dict[str, float]:
-        """Give the loss in nats a token and the perplexity, its exponential."""
-        loss = float(scores["nll"].sum()) / float(scores["tokens"].sum())
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ conf/objective, one in conf/model and a test. Shapes: B batch, L length, V vocab
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from engine.config import DataConfig, ObjectiveConfig, data_kind
 from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
+from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
 from engine.models.size import Stack, flops_per_token
 
 Scores = dict[str, np.ndarray]  # per example: name -> array [examples, ...]
@@ -183,6 +185,37 @@ class Objective(ABC):
     def metrics(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the metrics of a model over some batches."""
         return self.summarize(self.complete(join_scores(self.score(model, batch) for batch in batches)))
+
+
+class OverVocabulary(Objective):
+    """A task whose model gives logits over the vocabulary, and whose targets are tokens: IGNORED where there is none."""
+
+    metric = "loss"
+    mode = "min"
+    over_vocabulary = True
+    forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}  # to the model, beside a batch's inputs
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Sum the cross-entropy, in nats, over the targets."""
+        inputs, options = {**batch.inputs, **self.forward_options}, self.options
+        total = summed_cross_entropy(model, inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk)
+        return Loss(total, batch.count)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        """Give each example's summed negative log-likelihood in nats, its targets, and those that were likeliest."""
+        inputs = {**batch.inputs, **self.forward_options}
+        nll_BL, found_BL = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
+        return {
+            "nll": nll_BL.sum(1).double().cpu().numpy(),
+            "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
+            "found": found_BL.sum(1).cpu().numpy(),
+        }
+
+    def summarize(self, scores: Scores) -> dict[str, float]:
+        """Give the loss in nats a target and the perplexity, its exponential."""
+        loss = float(scores["nll"].sum()) / float(scores["tokens"].sum())
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def join_scores(parts: Iterable[Scores]) -> Scores:

@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import ObjectiveConfig
 from engine.data.images import Pictures, from_base64, normalized, pixels, png
-from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.size import Stack, flops_per_token
@@ -51,16 +49,10 @@ class Objective(contract.Objective):
     served = False
     image_tokens = 1  # until the model is met
 
-    def __init__(
-        self,
-        options: ObjectiveConfig,
-        processor: Any,
-        sequence_length: int,
-        labels: Sequence[str] = (),
-        packing: Packing | None = None,
-    ) -> None:
+    def __init__(self, *taken: Any, **named: Any) -> None:
         """Take what every task takes; the names of the classes are no part of the model, whose classes are captions."""
-        super().__init__(options, processor, sequence_length, (), packing)
+        super().__init__(*taken, **named)
+        self.labels = []
 
     def meet(self, config: Any) -> None:
         """Count the tokens of an image. Raises UserError for a model that has no two towers, or reads shorter captions."""

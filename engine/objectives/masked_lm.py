@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,20 +13,18 @@ from engine.data.order import splitmix64
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
+from engine.models.cross_entropy import IGNORED
 from engine.models.documents import keep_apart
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
+from engine.objectives.contract import Batch, Samples, Scores, pad_rows
 
 
-class Objective(contract.Objective):
+class Objective(contract.OverVocabulary):
     """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
     architectures = ("ForMaskedLM",)
-    metric = "loss"
-    mode = "min"
-    over_vocabulary = True
+    forward_options: ClassVar[dict[str, Any]] = {}
 
     def model_options(self) -> dict[str, Any]:
         """Ask nothing of the model, but a mask token of the tokenizer."""
@@ -81,33 +78,10 @@ class Objective(contract.Objective):
             inputs |= keep_apart(starts, lengths, ids_BL.shape[1], causal=False)
         return Batch(inputs, targets_BL, count=int((targets_BL != IGNORED).sum()), tokens=int(mask_BL.sum()))
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Sum the cross-entropy, in nats, over the masked tokens."""
-        options = self.options
-        total = summed_cross_entropy(
-            model, batch.inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk
-        )
-        return Loss(total, batch.count)
-
-    @torch.no_grad()
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each example's summed negative log-likelihood in nats, its masked tokens, and those found."""
-        nll_BL, found_BL = token_scores(model, batch.inputs, batch.targets, self.options.logits_chunk)
-        return {
-            "nll": nll_BL.sum(1).double().cpu().numpy(),
-            "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
-            "found": found_BL.sum(1).cpu().numpy(),
-        }
-
     def summarize(self, scores: Scores) -> dict[str, float]:
         """Give the loss in nats a masked token, its exponential (a pseudo-perplexity), and the share of tokens found."""
-        tokens = float(scores["tokens"].sum())
-        loss = float(scores["nll"].sum()) / tokens
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "accuracy": float(scores["found"].sum()) / tokens,
-        }
+        accuracy = float(scores["found"].sum()) / float(scores["tokens"].sum())
+        return super().summarize(scores) | {"accuracy": accuracy}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

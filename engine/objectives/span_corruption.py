@@ -6,7 +6,6 @@ token in place of each span that goes; the target has the sentinels, each with i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,20 +18,17 @@ from engine.data.order import splitmix64
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
+from engine.models.cross_entropy import IGNORED
 from engine.models.size import Stack, attention_flops, elements, matmul_parameter_count
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
+from engine.objectives.contract import Batch, Samples, pad_rows
 
 
-class Objective(contract.Objective):
+class Objective(contract.OverVocabulary):
     """Blocks of tokens, as many as make a corrupted input of just `sequence_length`; other spans each time."""
 
     auto_class = "AutoModelForSeq2SeqLM"
     architectures = ("ForConditionalGeneration",)
-    metric = "loss"
-    mode = "min"
-    over_vocabulary = True
     served = False
 
     def model_options(self) -> dict[str, Any]:
@@ -128,27 +124,6 @@ class Objective(contract.Objective):
             "decoder_input_ids": shifted_BL.masked_fill(shifted_BL == IGNORED, self.tokenizer.pad_token_id),
         }
         return Batch(inputs, targets_BL, count=count, tokens=int(mask_BL.sum()) + count)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Sum the cross-entropy, in nats, over the targets' tokens."""
-        inputs, options = {**batch.inputs, "use_cache": False}, self.options
-        total = summed_cross_entropy(model, inputs, batch.targets, batch.count, options.z_loss, options.logits_chunk)
-        return Loss(total, batch.count)
-
-    @torch.no_grad()
-    def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each example's summed negative log-likelihood in nats and its target's tokens."""
-        inputs = {**batch.inputs, "use_cache": False}
-        nll_BL, _ = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
-        return {
-            "nll": nll_BL.sum(1).double().cpu().numpy(),
-            "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
-        }
-
-    def summarize(self, scores: Scores) -> dict[str, float]:
-        """Give the loss in nats a token of the target and the perplexity, its exponential."""
-        loss = float(scores["nll"].sum()) / float(scores["tokens"].sum())
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_other_weights_do_not_pass_the_golden_replay(written: Bundle) -> None:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
     with pytest.raises(UserError, match="does not answer as recorded"):
         written.replay(model)
+
+
+def test_an_option_that_another_version_had_is_dropped_if_unset_and_refused_if_set(written: Bundle) -> None:
+    assert written.manifest
+    recorded = written.manifest.objective
+    older = replace(written, manifest=replace(written.manifest, objective=recorded | {"gone": None}))
+    assert older.objective().options == written.objective().options
+    newer = replace(written, manifest=replace(written.manifest, objective=recorded | {"to_come": 3}))
+    with pytest.raises(UserError, match=r"written by another version: objective\.to_come"):
+        newer.objective()
 
 
 def test_a_bundle_in_bf16_replays_in_its_own_precision_and_in_another(tiny: Config, tmp_path: Path) -> None:

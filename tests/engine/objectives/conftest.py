@@ -20,9 +20,8 @@ from engine.data.prepare import prepare
 from engine.data.processor import prepared_processor
 from engine.models.build import build
 from engine.objectives.contract import Objective, objective_class
-from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.worker import Job
-from tests.engine.train.ranks import losses, run_ranks
+from tests.engine.train.ranks import run_ranks
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -141,27 +140,3 @@ def curves(family: Callable[..., Config]) -> Curves:
                     jobs[task, f"half {until}"] = job(task, "halves", 2, 7, **changes)
         found |= dict(zip(jobs, run_ranks(list(jobs.values()), world), strict=True))
     return found
-
-
-def assert_same_in_every_layout(curves: Curves, task: str) -> None:
-    """Compare the curves of a task's layouts, step by step."""
-    alone = curves[task, "alone"]
-    assert len(alone) == 6
-    assert losses(alone)[-1] < losses(alone)[0]
-    for name in LAYOUTS:
-        lines = curves[task, name]
-        assert losses(lines) == pytest.approx(losses(alone), abs=1e-5), name
-        assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
-        assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in alone]
-        assert lines[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
-
-
-def assert_resumed_bit_for_bit(curves: Curves, task: str, runs: Path) -> None:
-    """Compare a run in two goes with one without a stop: losses and weights."""
-    assert losses(curves[task, "half 6"]) == losses(curves[task, "alone"])
-    ours, theirs = (
-        Checkpoint(step_folders(runs / f"{task}-{name}" / "checkpoints")[0]).weights() for name in ("alone", "halves")
-    )
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
