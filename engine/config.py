@@ -290,6 +290,11 @@ class ZeroConfig(Frozen):
     )
     offload_optimizer: str = option("none", "where the optimizer's state is kept", choices=("none", "cpu"))
     offload_param: str = option("none", "stage 3: where the weights are kept", choices=("none", "cpu"))
+    options: dict[str, Any] = option(
+        {},
+        "any other option of DeepSpeed's zero_optimization, by its own name: of ZeRO++ zero_hpz_partition_size, say, and on GPUs "
+        "zero_quantized_weights and zero_quantized_gradients, which round what is sent, so that curves differ by layout",
+    )
 
 
 @dataclass
@@ -321,6 +326,10 @@ class TrainConfig(Frozen):
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
+    sequence_parallel: int = option(
+        1, "workers that share each sequence, for long ones (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509): "
+        "causal_lm and masked_lm; a divisor of the workers and of the model's heads", least=1,
+    )  # fmt: skip
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     ema: float = option(
         0.0,
@@ -605,8 +614,8 @@ class Config(Frozen):
 
     @property
     def share(self) -> int:
-        """Samples of a step that one worker has to work on, at most."""
-        return math.ceil(self.global_batch / self.train.workers)
+        """Samples of a step that one worker has to work on, at most, alone or with those that share its sequences."""
+        return math.ceil(self.global_batch * self.train.sequence_parallel / self.train.workers)
 
     @property
     def micro_batch(self) -> int:
@@ -630,7 +639,7 @@ LAYOUT = (
     "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
     "promote", "plan", "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
-    "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.compile", "train.sequence_parallel", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
@@ -896,6 +905,15 @@ def _check_contradictions(c: Config) -> None:
             f"train.min_workers {train.min_workers} is more than train.workers {train.workers}: "
             f"use train.min_workers={train.workers} or less"
         )
+    if train.workers % train.sequence_parallel:
+        raise UserError(
+            f"train.workers {train.workers} cannot be divided into groups of train.sequence_parallel {train.sequence_parallel}: "
+            f"use train.workers={-(-train.workers // train.sequence_parallel) * train.sequence_parallel}"
+        )
+    if train.sequence_parallel > 1 and model.attention != "sdpa":
+        raise UserError(
+            f"train.sequence_parallel has an attention of its own on sdpa: leave out model.attention={model.attention}"
+        )
     if train.use_ema and not train.ema:
         raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
     for pattern, changes in c.optim.groups.items():
@@ -927,6 +945,9 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             "convert.step chooses among a run's checkpoints, and convert.to=checkpoint makes one: leave it out"
         )
+    for name in ("stage", "offload_optimizer", "offload_param"):
+        if name in c.zero.options:
+            raise UserError(f"zero.options.{name} has an option of its own: use zero.{name}=...")
     if c.zero.offload_param != "none" and c.zero.stage != 3:
         raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")
     if c.zero.offload_optimizer != "none" and c.zero.stage == 0:
