@@ -65,6 +65,11 @@ def _check_sources(data: DataConfig) -> None:
             raise UserError(
                 "data.sources are for text without labels: leave out data.label_column, or use data.path alone"
             )
+        for key in ("path", "validation_path", "test_path"):
+            if re.search(r"[a-z0-9]://[^/@]*:[^/]*@", getattr(source, key) or "", re.IGNORECASE):
+                raise UserError(
+                    f"{where}{key} has a password in it: leave it out (a store's client finds credentials in the environment)"
+                )
         if source.validation_fraction + source.test_fraction >= 0.9:
             raise UserError(
                 f"{where}validation_fraction and {where}test_fraction leave nothing to train on: use less than 0.9 in all"
