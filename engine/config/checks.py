@@ -166,6 +166,15 @@ def _check_contradictions(c: Config) -> None:
             f"train.min_workers {train.min_workers} is more than train.workers {train.workers}: "
             f"use train.min_workers={train.workers} or less"
         )
+    if train.workers % train.sequence_parallel:
+        raise UserError(
+            f"train.workers {train.workers} cannot be divided into groups of train.sequence_parallel {train.sequence_parallel}: "
+            f"use train.workers={-(-train.workers // train.sequence_parallel) * train.sequence_parallel}"
+        )
+    if train.sequence_parallel > 1 and model.attention != "sdpa":
+        raise UserError(
+            f"train.sequence_parallel has an attention of its own on sdpa: leave out model.attention={model.attention}"
+        )
     if train.use_ema and not train.ema:
         raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
     for pattern, changes in c.optim.groups.items():
@@ -197,6 +206,9 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             "convert.step chooses among a run's checkpoints, and convert.to=checkpoint makes one: leave it out"
         )
+    for name in ("stage", "offload_optimizer", "offload_param"):
+        if name in c.zero.options:
+            raise UserError(f"zero.options.{name} has an option of its own: use zero.{name}=...")
     if c.zero.offload_param != "none" and c.zero.stage != 3:
         raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")
     if c.zero.offload_optimizer != "none" and c.zero.stage == 0:

@@ -279,6 +279,11 @@ class ZeroConfig(Frozen):
     )
     offload_optimizer: str = option("none", "where the optimizer's state is kept", choices=("none", "cpu"))
     offload_param: str = option("none", "stage 3: where the weights are kept", choices=("none", "cpu"))
+    options: dict[str, Any] = option(
+        {},
+        "any other option of DeepSpeed's zero_optimization, by its own name: of ZeRO++ zero_hpz_partition_size, say, and on GPUs "
+        "zero_quantized_weights and zero_quantized_gradients, which round what is sent, so that curves differ by layout",
+    )
 
 
 @dataclass
@@ -310,6 +315,10 @@ class TrainConfig(Frozen):
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
+    sequence_parallel: int = option(
+        1, "workers that share each sequence, for long ones (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509): "
+        "causal_lm and masked_lm; a divisor of the workers and of the model's heads", least=1,
+    )  # fmt: skip
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     ema: float = option(
         0.0,
@@ -594,8 +603,8 @@ class Config(Frozen):
 
     @property
     def share(self) -> int:
-        """Samples of a step that one worker has to work on, at most."""
-        return math.ceil(self.global_batch / self.train.workers)
+        """Samples of a step that one worker has to work on, at most, alone or with those that share its sequences."""
+        return math.ceil(self.global_batch * self.train.sequence_parallel / self.train.workers)
 
     @property
     def micro_batch(self) -> int:
@@ -619,7 +628,7 @@ LAYOUT = (
     "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
     "promote", "plan", "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
-    "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.compile", "train.sequence_parallel", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
