@@ -274,6 +274,34 @@ def test_a_store_that_goes_away_leaves_what_was_read(
     assert verify(prepare(config)).hash == whole.hash
 
 
+def test_images_beside_their_table(
+    s3: Bucket, configured: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (40, 30), (20 * i, 5, 255 - 20 * i)).save(folder / f"{i}.png")
+    names = [*(f"{i}.png" for i in range(12)), "lost.png"]
+    pq.write_table(pa.table({"image": names, "label": ["even", "odd"] * 6 + ["odd"]}), folder / "table.parquet")
+    s3.put(folder)
+    options = {"image_column": "image", "label_column": "label", "image_size": 8}
+    vit = {"model.type": "vit"}
+    here = verify(prepare(with_values(configured(path=str(folder / "table.parquet"), **options), vit)))
+    config = with_values(configured(path=f"{s3.address}/in/table.parquet", **options), vit)
+    there = verify(prepare(config))
+    assert there.hash == here.hash
+    assert there.skipped == here.skipped == {"without an image": 1}
+
+    def refused(path: str) -> bytes:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(s3.filesystem, "cat_file", refused)
+    with pytest.raises(TryAgain, match=r"corpora/in/0\.png cannot be read \(Access Denied\)"):
+        prepare(with_values(config, {"runs_dir": str(tmp_path / "elsewhere")}))
+
+
 def test_the_command_reads_a_bucket(s3: Bucket, corpus: Path, tmp_path: Path) -> None:
     s3.put(corpus)
     words = [f"data.path={s3.address}/in/**", "data=files", "data.vocab_size=300", f"runs_dir={tmp_path}"]
