@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.manifest import Manifest
+from engine.data.published import at_hand
 from engine.errors import UserError
 
 IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
@@ -192,7 +193,7 @@ class Split:
         if shard not in self._open:
             import pyarrow as pa
 
-            batch = pa.ipc.open_file(pa.memory_map(str(self.folder / self._files[shard]))).get_batch(0)
+            batch = pa.ipc.open_file(pa.memory_map(str(at_hand(self.folder, self._files[shard])))).get_batch(0)
             lists = batch.column("tokens")
             labels = batch.column("label").to_numpy() if "label" in batch.schema.names else np.empty(0, np.int32)
             images = batch.column("image").values.to_numpy() if "image" in batch.schema.names else np.empty(0, np.uint8)
