@@ -65,7 +65,7 @@ def _check_sources(data: DataConfig) -> None:
             raise UserError(
                 "data.sources are for text without labels: leave out data.label_column, or use data.path alone"
             )
-        for key in ("path", "validation_path", "test_path"):
+        for key in ("path", "validation_path", "test_path", "store"):
             if re.search(r"[a-z0-9]://[^/@]*:[^/]*@", getattr(source, key) or "", re.IGNORECASE):
                 raise UserError(
                     f"{where}{key} has a password in it: leave it out (a store's client finds credentials in the environment)"

@@ -84,6 +84,10 @@ class DataConfig(Frozen):
         None, "source=huggingface: read it as it comes, without a copy; None: where it is over 4 GB or of unknown size"
     )
     packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
+    store: Optional[str] = option(
+        None, "address (s3://, gs://) or folder where prepared data are kept too: made once, by whoever is first; another machine "
+        "fetches them into its runs_dir, each shard when it is first read",
+    )  # fmt: skip
     licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
 
     # Images
@@ -632,7 +636,7 @@ LAYOUT = (
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
-    "train.keep_best", "train.patience", "objective.logits_chunk",
+    "data.store", "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
 
