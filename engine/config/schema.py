@@ -338,6 +338,10 @@ class TrainConfig(Frozen):
         "a checkpoint that cannot be written (a full disk, say): go_on to the next one, or stop; the one before is whole",
         choices=("go_on", "stop"),
     )
+    mirror: Optional[str] = option(
+        None, "address (s3://, gs://) or folder that gets a copy of the run as it goes on: its checkpoints, metrics and bundle, under "
+        "its name; a run whose folder has no checkpoint goes on from there",
+    )  # fmt: skip
     keep_best: bool = option(
         False, "keep the checkpoint with the best validation too, and make the bundle of it instead of the last"
     )
@@ -636,7 +640,7 @@ LAYOUT = (
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
-    "data.store", "train.keep_best", "train.patience", "objective.logits_chunk",
+    "data.store", "train.mirror", "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
 

@@ -194,7 +194,9 @@ class Split:
         if shard not in self._open:
             import pyarrow as pa
 
-            with at_hand(self.folder, self._files[shard]).open("rb") as file:  # Arrow's own map asks for all pages at once
+            with at_hand(self.folder, self._files[shard]).open(
+                "rb"
+            ) as file:  # Arrow's own map asks for all pages at once
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
             lists = batch.column("tokens")
