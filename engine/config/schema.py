@@ -58,7 +58,8 @@ class DataConfig(Frozen):
         "mask and licence, else those of this group; weight: times that an epoch shows each of its samples (0.5: every other)",
     )
     path: Optional[str] = option(
-        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or s3://, gs://; huggingface: the dataset's name or folder",
+        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or in a store (s3://, gs://: pip install "
+        "'manta-train[s3]' or [gs]); huggingface: the dataset's name or folder",
     )  # fmt: skip
     validation_path: Optional[str] = option(
         None, "source=files: the same for validation; else data.validation_fraction"

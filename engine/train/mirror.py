@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.data.stores import open_address, store_errors
+from engine.data.stores import open_address, put_file, store_errors
 from engine.errors import UserError
 from engine.train.run_folder import RunFolder
 
@@ -103,9 +103,7 @@ class Mirror:
                 self._put(self._run.path / name)
 
     def _put(self, path: Path) -> None:
-        target = f"{self._place}/{path.relative_to(self._run.path).as_posix()}"
-        self._there.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self._there.put_file(str(path), target)
+        put_file(self._there, path, f"{self._place}/{path.relative_to(self._run.path).as_posix()}")
 
 
 def take_back(config: Config) -> bool:

@@ -279,6 +279,16 @@ def test_a_changed_shard_in_a_store_is_refused(
         Split.open(fetched, "train").document(0)
 
 
+def test_no_bucket_is_made_by_mistake(s3: Bucket, configured: Callable[..., Config], corpus: Path) -> None:
+    config = configured(path=str(corpus), vocab_size=300, store="s3://elsewhere/prepared")
+    with pytest.raises(
+        TryAgain, match=r"data\.store=s3://elsewhere/prepared cannot be written \(The specified bucket does not exist"
+    ):
+        prepare(config)
+    assert s3.filesystem.ls("") == ["corpora"]
+    assert verify(prepare(with_values(config, {"data.store": None})))  # what was made is there
+
+
 def test_an_interrupted_upload_is_taken_up_again(
     s3: Bucket, configured: Callable[..., Config], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
