@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from engine.serve.answers import ChatForm, CompletionForm, Form, usage
 from engine.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generation
+from engine.serve.router import Router
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 MOST_INPUTS = 1024  # of one embeddings request
@@ -115,6 +116,16 @@ async def _counted(events: AsyncIterable[Any], count: Callable[[int], None]) -> 
         count(status)
 
 
+async def _who(request: Request) -> str:
+    """Return whom a request is from, as far as it says so: its user, else its key, else its id, else nobody known."""
+    user = None
+    if request.headers.get("content-type", "").startswith("application/json"):
+        body = await request.json()
+        user = body.get("user") if isinstance(body, dict) else None
+    headers = request.headers
+    return str(user or headers.get("authorization") or headers.get("x-request-id") or uuid.uuid4().hex)
+
+
 def _refusal(error: Exception) -> ApiError:
     """Turn what Serve raises for a full queue or a lost replica into an answer; an app's handlers of these it replaces."""
     if isinstance(error, BackPressureError):
@@ -142,11 +153,10 @@ def _event(body: dict[str, Any]) -> str:
 class Api:
     """The ingress: checks requests, hands them to the bundles' replicas, and counts."""
 
-    def __init__(self, bundles: dict[str, Any], max_body_bytes: int, max_new_tokens: int, max_sequences: int) -> None:
-        """Take a Serve handle for each model name; `max_sequences`: most completions in one request."""
-        self.bundles, self.max_new_tokens, self.max_sequences = bundles, max_new_tokens, max_sequences
+    def __init__(self, steward: str, max_body_bytes: int, max_new_tokens: int, max_sequences: int, tries: int) -> None:
+        """Take the steward's application; `max_sequences`: most completions in one request; `tries`: see `Router`."""
+        self.bundles, self.max_new_tokens, self.max_sequences = Router(steward, tries), max_new_tokens, max_sequences
         BodyLimit.limit = max_body_bytes
-        self.about: dict[str, dict[str, Any]] = {}
         self.created = int(time.time())
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -157,14 +167,15 @@ class Api:
             "manta_request_seconds", "time to the whole answer", ["path", "model"], registry=self.registry
         )
 
-    async def _ask(self, name: str) -> None:
-        """Ask a replica of a bundle what it is. Raises TimeoutError while none answers."""
-        self.about[name] = await asyncio.wait_for(self.bundles[name].describe.remote(), 5)
+    @property
+    def about(self) -> dict[str, dict[str, Any]]:
+        """What each model says of itself: of the version that the present request falls to."""
+        return {name: about for name in self.bundles.models if (about := self.bundles.about(name))}
 
     async def _ready(self) -> dict[str, dict[str, Any]]:
-        for name in self.bundles:
-            if name not in self.about:
-                await self._ask(name)
+        for name in self.bundles.models:
+            if not self.bundles.about(name):
+                await self.bundles.ask(name)
         return self.about
 
     @app.get("/healthz")
@@ -176,8 +187,10 @@ class Api:
     async def readyz(self) -> Response:
         """Answer 200 while every bundle takes traffic, else 503."""
         try:
-            await asyncio.gather(*(self._ask(name) for name in self.bundles))
-            return JSONResponse({"status": "ready", "models": sorted(self.about)})
+            await asyncio.gather(*(self.bundles.ask(name) for name in self.bundles.models))
+            status = "ready" if self.about else "starting"
+            body, table = {"status": status, "models": sorted(self.about)}, {"x-manta-table": str(self.bundles.number)}
+            return JSONResponse(body, 200 if self.about else 503, table)
         except (TimeoutError, RuntimeError, RayActorError) as error:
             return JSONResponse({"status": "starting", "reason": str(error)[:200]}, 503)
 
@@ -198,6 +211,7 @@ class Api:
                 "owned_by": "manta",
                 "task": it["task"],
                 "hash": it["hash"],
+                **self.bundles.standing(name),
             }
             for name, it in about.items()
         ]
@@ -357,8 +371,10 @@ class Api:
             self.seconds.labels(path, known).observe(time.perf_counter() - began)
 
         try:
+            self.bundles.begin(await _who(request))
             name = await self._model(model, task)
             response = await answer(name)
+            response.headers["x-manta-version"] = self.bundles.version(name)["id"]
         except (ApiError, *REFUSALS) as error:
             told = error if isinstance(error, ApiError) else _refusal(error)
             status = told.status

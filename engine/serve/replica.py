@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from engine.objectives.contract import pad_rows
 from engine.serve.chat import TemplateError, chat_prompt
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
 from engine.serve.sampling import Sampling
+from engine.serve.scaling import TOKENS
 from engine.serve.text import Logprobs, Text
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
 EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+CHARACTERS_A_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
 
 
@@ -81,6 +83,8 @@ class Replica:
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle.replay(self.model)
         self.positions = positions(self.model.config) or self.objective.sequence_length
+        self.writing: set[Completion] = set()
+        self.reading = 0  # tokens of the other tasks' inputs, about
         self.generator: Generator | None = None
         if self.objective.auto_class == "AutoModelForCausalLM":
             self.generator = TransformersGenerator(
@@ -91,6 +95,21 @@ class Replica:
         for together in (self.classify_batch, self.embed_batch):  # Serve gives the decorated methods these setters
             together.set_max_batch_size(self.options.max_batch)
             together.set_batch_wait_timeout_s(self.options.batch_wait_s)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the tokens that are still to be read and written, of all that is queued and runs here."""
+        left = sum(it.need - it.cached for it in list(self.writing) if it.reason is None)
+        return {TOKENS: float(left + self.reading)}
+
+    @contextlib.contextmanager
+    def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
+        """Count some inputs as in flight while they are answered."""
+        tokens = sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)
+        self.reading += tokens
+        try:
+            yield
+        finally:
+            self.reading -= tokens
 
     def check_health(self) -> None:
         """Raise if no completion would end any more; Serve then replaces this replica."""
@@ -110,7 +129,8 @@ class Replica:
 
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""
-        return list(await asyncio.gather(*(self.classify_batch(text) for text in texts)))
+        with self.reads(texts):
+            return list(await asyncio.gather(*(self.classify_batch(text) for text in texts)))
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
     async def classify_batch(self, texts: list[str]) -> list[dict[str, Any]]:
@@ -127,7 +147,8 @@ class Replica:
         if longest > self.positions:
             told = f"an input has {longest:,} tokens, over the model's {self.positions:,} positions: use less"
             return [Refused(told, "input").told]
-        vectors = await asyncio.gather(*(self.embed_batch(row) for row in ids))
+        with self.reads(ids):
+            vectors = await asyncio.gather(*(self.embed_batch(row) for row in ids))
         return [{"embedding": vector, "tokens": len(row)} for vector, row in zip(vectors, ids, strict=True)]
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
@@ -222,6 +243,7 @@ class Replica:
         """Yield what is new of a job's completions until all have ended. Raises Refused for one that failed."""
         assert self.generator is not None
         reader = followed[0].completion.reader
+        self.writing.update(it.completion for it in followed)
         try:
             while not all(it.ended for it in followed):
                 await reader.news.wait()
@@ -230,6 +252,7 @@ class Replica:
                 if new := [event for event in events if event]:
                     yield new
         finally:  # also when the client has hung up
+            self.writing.difference_update(it.completion for it in followed)
             if left := [it.completion for it in followed if not it.completion.reason]:
                 self.generator.cancel(left)
 

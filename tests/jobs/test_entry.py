@@ -143,6 +143,7 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         "promote",
         "rollback",
         "lineage",
+        "improve",
         "deploy",
         "convert",
         "plan",
