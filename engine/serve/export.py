@@ -52,7 +52,9 @@ def serve_config(config: Config, bundles: dict[str, Path]) -> dict[str, Any]:
         ),
     ]  # fmt: skip
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    patience = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}  # a lost proxy is replaced after three looks
     return {
+        "controller_options": {"runtime_env": {"env_vars": patience}},
         "http_options": {"host": options.host, "port": options.port},
         "logging_config": quiet.model_dump(mode="json", include={"log_level", "enable_access_log"}),
         "applications": applications,

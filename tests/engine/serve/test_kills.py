@@ -71,14 +71,21 @@ def test_streams_in_flight_end_with_an_error_event_and_those_that_wait_go_on(end
     body = ASK | {"stream": True, "max_tokens": 110, "prompt": "import os, sys"}
     wait_for(lambda: replicas() == 2)
 
-    def read(_: int) -> list[str]:
+    begun: list[int] = []
+
+    def read(number: int) -> list[str]:
+        lines = []
         with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body, timeout=60) as stream:
             assert stream.status_code == 200
-            return [line[6:] for line in stream.iter_lines() if line]
+            for line in stream.iter_lines():
+                if line:
+                    lines.append(line[6:])
+                    begun.append(number)
+        return lines
 
     with ThreadPoolExecutor(40) as pool:  # more than the 32 that both replicas run at once
         reading = [pool.submit(read, i) for i in range(40)]
-        time.sleep(0.3)
+        wait_for(lambda: len(set(begun)) >= 20)
         process("bundle-writer").kill()
         streams = [it.result() for it in reading]
     assert all(lines[-1] == "[DONE]" for lines in streams)
@@ -86,6 +93,7 @@ def test_streams_in_flight_end_with_an_error_event_and_those_that_wait_go_on(end
     whole = [it for it in events if "error" not in it[-1]]
     cut = [it for it in events if "error" in it[-1]]
     assert whole
+    assert cut
     texts = {"".join(choice["text"] for event in it for choice in event["choices"]) for it in whole}
     assert len(texts) == 1
     for it in cut:
