@@ -79,6 +79,7 @@ def trained_here(config: Config) -> Outcome:
     return Outcome(folder, list(folder.metrics())[-1])
 
 
+@pytest.mark.slow
 def test_new_words_are_learnt(
     lives: Lives, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,14 +107,14 @@ def test_new_words_are_learnt(
     learnt, held = ([json.loads(line)["text"] for line in (tmp_path / "improve" / "examples" / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "test"))  # fmt: skip
     assert not set(learnt) & set(held)
     assert len(set(held) & set(right)) > 50
-    assert len(set(learnt) - set(right)) == pytest.approx(2 * len(set(learnt) & set(right)), abs=2)
+    assert len(set(learnt) - set(right)) > 300  # of what was learnt before, all that there is
 
 
 def test_the_usual_words_are_no_drift(
     lives: Lives, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(1)
-    rows = [(f"{row['text']} {i}", row["label"]) for i, row in enumerate(draw.sample(lives.rows, 150))]
+    rows = [(row["text"], row["label"]) for row in draw.sample(lives.rows, 150)]
     record(tmp_path / "feedback", lives.bundle("good"), rows, lambda text: "good", told=False)
     assert improving.improve(with_values(config, {"improve.go": True}), lambda _: nullcontext()) == 0
     assert "nothing has drifted: nothing to do" in capsys.readouterr().out
