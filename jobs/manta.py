@@ -22,6 +22,7 @@ COMMANDS = {
     "rollback": ("jobs.rollback", "make the champion before the present one the champion again"),
     "lineage": ("jobs.lineage", "where a bundle came from and where it went"),
     "deploy": ("jobs.deploy", "put a bundle behind an HTTP endpoint"),
+    "key": ("jobs.key", "new, list, revoke: who may ask an endpoint, and how much"),
     "convert": ("jobs.convert", "a checkpoint to Hugging Face or to DeepSpeed's universal format, and back"),
     "plan": ("jobs.plan", "memory, step time and size of a job before it takes anything"),
     "demo": ("jobs.demo", "the whole life of a model, with a report"),

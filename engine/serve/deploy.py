@@ -21,6 +21,8 @@ from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.progress import console
+from engine.serve.gate import Access, access_for
+from engine.serve.keys import VARIABLE
 
 APPLICATION = "manta"
 
@@ -42,12 +44,14 @@ class Endpoint:
 def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     """Serve each bundle under its name; return once /readyz answers 200.
 
-    Raises UserError for a port in use, a bundle that was changed, and one that doesn't answer as it recorded.
+    Raises UserError for a port in use, a bundle that was changed, one that doesn't answer as it recorded, and an address
+    beyond loopback without keys.
     """
     refuse_taken_port(config.serve.port)
     refuse_what_cannot_fit(config.serve, len(bundles))
     for folder in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(folder))
+    access = access_for(config, os.environ.get(VARIABLE, ""))
     from ray import serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
@@ -60,7 +64,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     try:
         serve.start(http_options=HTTPOptions(host=config.serve.host, port=config.serve.port), logging_config=quiet)
         target = serve.RunTarget(
-            application(config.serve, bundles), name=APPLICATION, route_prefix="/", logging_config=quiet
+            application(config.serve, bundles, access), name=APPLICATION, route_prefix="/", logging_config=quiet
         )
         serve.run_many([target], wait_for_applications_running=False)
         wait_until_ready(endpoint, config.serve.ready_timeout_s)
@@ -71,7 +75,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     return endpoint
 
 
-def application(options: ServeConfig, bundles: dict[str, Path]) -> Any:
+def application(options: ServeConfig, bundles: dict[str, Path], access: Access) -> Any:
     """Return the Serve application: an ingress, and a deployment of autoscaling replicas for each bundle."""
     from ray import serve
 
@@ -94,7 +98,7 @@ def application(options: ServeConfig, bundles: dict[str, Path]) -> Any:
         )(Replica)
         handles[name] = deployment.bind(str(folder.absolute()), asdict(options))
     ingress = serve.deployment(name="api", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})(Api)
-    return ingress.bind(handles, options.max_body_bytes, options.max_new_tokens, options.max_queue)
+    return ingress.bind(handles, asdict(options), access)
 
 
 def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
