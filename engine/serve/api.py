@@ -121,7 +121,7 @@ class Api:
         self.about: dict[str, dict[str, Any]] = {}
         self.created = int(time.time())
         self.counts = Metrics()
-        paths = {route.path for route in app.routes if hasattr(route, "path")} | set(OTHER_FAMILIES)
+        paths = {"/", "/docs", *app.openapi()["paths"], *OTHER_FAMILIES}
         Gate.door = self.door = Door(access, self.counts, paths)
         self.pages = page_files()
         records = Path(access.records_dir)
@@ -216,7 +216,7 @@ class Api:
                 "task": it["task"],
                 "hash": it["hash"],
             }
-            for name, it in about.items()
+            for name, it in sorted(about.items())
         ]
         return {"object": "list", "data": listed}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
@@ -16,6 +17,20 @@ class Strict(BaseModel):
     """A request that has no other fields than these."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Body(Strict):
+    """A whole request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_characters(cls, body: Any) -> Any:
+        """Refuse half characters, which JSON can write (\\ud800) and no tokenizer takes."""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text ends within a character: a \\ud800 to \\udfff stands alone") from error
+        return body
 
 
 class StreamOptions(Strict):
@@ -55,7 +70,7 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class Generation(Strict):
+class Generation(Body):
     """What completions and chats have in common."""
 
     model: str | None = None
@@ -174,7 +189,7 @@ class ChatRequest(Generation):
         }
 
 
-class ClassifyRequest(Strict):
+class ClassifyRequest(Body):
     """POST /v1/classify."""
 
     model: str | None = None
@@ -186,7 +201,7 @@ class ClassifyRequest(Strict):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class Feedback(Strict):
+class Feedback(Body):
     """POST /v1/feedback: what somebody thinks of an answer."""
 
     request: str = Field(pattern=r"^[A-Za-z0-9._-]{1,160}$")  # the answer's id, or its X-Request-Id
@@ -202,7 +217,7 @@ class Feedback(Strict):
         return self
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
     model: str | None = None

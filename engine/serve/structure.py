@@ -14,7 +14,6 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
-
 SPACE = "[ \\n]"  # between two words of JSON, once: a small model may else write blanks without end
 
 
@@ -37,7 +36,11 @@ class Structure:
         try:
             grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": SPACE})
             told = LLMatcher.validate_grammar(grammar, self._tokenizer)
-        except (ValueError, TypeError, RecursionError) as error:
+            if not told:  # some fail at their first token only
+                self.mask(grammar).allowed(1)
+        except RuntimeError as error:
+            raise BadSchema("no JSON can be begun by it") from error
+        except (ValueError, TypeError) as error:
             raise BadSchema(str(error)) from error
         if told:
             raise BadSchema(told.splitlines()[0])
@@ -56,10 +59,10 @@ class GrammarMask:
 
     def allowed(self, vocabulary: int) -> Tensor:
         """Return which tokens may come next, [V] of booleans. Raises RuntimeError once the parser has failed."""
-        if self._matcher.is_error():
-            raise RuntimeError(f"the answer's form cannot be followed: {self._matcher.get_error()}")
-        allowed_V = torch.zeros(vocabulary, dtype=torch.bool)
         found = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            raise RuntimeError(f"the answer's form cannot be followed: {self._matcher.get_error().splitlines()[0]}")
+        allowed_V = torch.zeros(vocabulary, dtype=torch.bool)
         count = min(vocabulary, len(found))
         allowed_V[:count] = found[:count] > 0
         return allowed_V

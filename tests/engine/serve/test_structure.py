@@ -93,6 +93,7 @@ def test_any_seed_gives_json_of_the_schema(bundle: Bundle) -> None:
 def test_what_cannot_be_followed_is_told(bundle: Bundle) -> None:
     structure = Structure(bundle.processor())
     assert structure.grammar({"type": "json_object"})
-    for schema in ({"type": "objekt"}, {"type": "object", "properties": 3}, {"$ref": "#/none"}):
+    empty = {"allOf": [{"type": "string"}, {"type": "object"}]}
+    for schema in ({"type": "objekt"}, {"type": "object", "properties": 3}, {"$ref": "#/none"}, {"$ref": "#"}, empty):
         with pytest.raises(BadSchema):
             structure.grammar(form(schema))
