@@ -21,7 +21,7 @@ from engine.data.processor import load_image_processor
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data.files import File
+    from engine.data.inputs import File
     from engine.data.shards import Split
 
 CHUNK = 256  # rows that are decoded together, by threads

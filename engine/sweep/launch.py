@@ -18,9 +18,9 @@ from engine.objectives.contract import objective_class
 from engine.progress import Bar, console
 from engine.sweep.space import check_space, tune_space
 from engine.sweep.trial import FAILED, run_trial
+from engine.train.job import Job
 from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, Status, now
-from engine.train.worker import Job
 
 DRIVER_CPUS = 0.02  # cores of a trial that only drives a worker group; Tune refuses none at all
 

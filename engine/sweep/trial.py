@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.config import with_values
+from engine.train.job import Job
 from engine.train.launch import run_workers
 from engine.train.run_folder import MetricsTail, RunFolder
-from engine.train.worker import Job, local_group, work
+from engine.train.worker import local_group, work
 
 FAILED = "failed.txt"  # in a trial's logs: why it failed
 
