@@ -501,7 +501,10 @@ class ServeConfig(Frozen):
         None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
     )  # fmt: skip
     queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
-    batch_wait_s: float = option(0.005, "seconds that a request waits for others to share its forward", least=0)
+    batch_wait_s: float = option(
+        0.0, "seconds that an input of the other tasks waits for others to share its forward, where none runs: those that "
+        "come while one runs share the next in any case", least=0,
+    )  # fmt: skip
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)

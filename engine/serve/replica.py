@@ -23,6 +23,7 @@ from engine.serve.generation import Completion, Generator, QueueFull, Transforme
 from engine.serve.sampling import Mask, Sampling
 from engine.serve.structure import BadSchema, Structure
 from engine.serve.text import Logprobs, Text
+from engine.serve.together import Together
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
 EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
@@ -92,10 +93,9 @@ class Replica:
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
                 step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens, tell=wake_readers,
             )  # fmt: skip
-        together: Any
-        for together in (self.classify_batch, self.embed_batch):  # Serve gives the decorated methods these setters
-            together.set_max_batch_size(self.options.max_batch)
-            together.set_batch_wait_timeout_s(self.options.batch_wait_s)
+        most, wait_s = self.options.max_batch, self.options.batch_wait_s
+        self.classified = Together(self._classify, most, wait_s)
+        self.embedded = Together(self._embed, most, wait_s)
 
     def check_health(self) -> None:
         """Raise if no completion would end any more; Serve then replaces this replica."""
@@ -123,14 +123,11 @@ class Replica:
 
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""
-        return list(await asyncio.gather(*(self.classify_batch(text) for text in texts)))
+        return await self.classified(texts)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def classify_batch(self, texts: list[str]) -> list[dict[str, Any]]:
-        """Answer a batch off the event loop."""
+    def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
         self.forwards, self.rows = self.forwards + 1, self.rows + len(texts)
-        requests = [{"text": text} for text in texts]
-        answers = await asyncio.to_thread(self.objective.predict, self.model, requests)
+        answers = self.objective.predict(self.model, [{"text": text} for text in texts])
         lengths = [len(ids) for ids in self.objective.tokenizer(texts)["input_ids"]]
         return [answer | {"tokens": length} for answer, length in zip(answers, lengths, strict=True)]
 
@@ -141,17 +138,12 @@ class Replica:
         if longest > self.positions:
             told = f"an input has {longest:,} tokens, over the model's {self.positions:,} positions: use less"
             return [Refused(told, "input").told]
-        vectors = await asyncio.gather(*(self.embed_batch(row) for row in ids))
+        vectors = await self.embedded(ids)
         return [{"embedding": vector, "tokens": len(row)} for vector, row in zip(vectors, ids, strict=True)]
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def embed_batch(self, rows: list[list[int]]) -> list[list[float]]:
-        """Embed a batch off the event loop."""
-        self.forwards, self.rows = self.forwards + 1, self.rows + len(rows)
-        return await asyncio.to_thread(self._embed, rows)
 
     @torch.inference_mode()
     def _embed(self, rows: list[list[int]]) -> list[list[float]]:
+        self.forwards, self.rows = self.forwards + 1, self.rows + len(rows)
         ids_BL, mask_BL = (it.to(self.model.device) for it in pad_rows(rows, self.objective.tokenizer.pad_token_id))  # type: ignore[arg-type]
         hidden_BLD = self.model.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()  # type: ignore[operator]
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
