@@ -43,7 +43,7 @@ class Together(Generic[Input, Answer]):
 
     def _next(self) -> list[tuple[Input, asyncio.Future[Answer]]]:
         """Take the eldest inputs, but for those whose client has left."""
-        batch = []
+        batch: list[tuple[Input, asyncio.Future[Answer]]] = []
         while self._waiting and len(batch) < self.most:
             item = self._waiting.popleft()
             if not item[1].done():
