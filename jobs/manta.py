@@ -23,6 +23,7 @@ COMMANDS = {
     "lineage": ("jobs.lineage", "where a bundle came from and where it went"),
     "improve": ("jobs.improve", "measure drift in what an endpoint recorded, and learn from it"),
     "deploy": ("jobs.deploy", "put a bundle behind an HTTP endpoint, or change what it serves"),
+    "key": ("jobs.key", "new, list, revoke: who may ask an endpoint, and how much"),
     "convert": ("jobs.convert", "a checkpoint to Hugging Face or to DeepSpeed's universal format, and back"),
     "plan": ("jobs.plan", "memory, step time and size of a job before it takes anything"),
     "demo": ("jobs.demo", "the whole life of a model, with a report"),

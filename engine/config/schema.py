@@ -484,7 +484,7 @@ class ConvertConfig(Frozen):
 class ServeConfig(Frozen):
     """The endpoint."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network, for which keys are needed")
     port: int = option(8000, "TCP port", least=1, most=65535)
     names: Optional[str] = option(
         None, "names that clients ask for, one for each of `bundle`: a+b; None: the bundles' own. A name that is served already gets a new version"
@@ -523,10 +523,28 @@ class ServeConfig(Frozen):
         None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
     )  # fmt: skip
     queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
-    batch_wait_s: float = option(0.005, "seconds that a request waits for others to share its forward", least=0)
+    batch_wait_s: float = option(
+        0.0, "seconds that an input of the other tasks waits for others to share its forward, where none runs: those that "
+        "come while one runs share the next in any case", least=0,
+    )  # fmt: skip
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
+    body_timeout_s: float = option(30.0, "seconds that a request's body may take to come (408)", above=0)
+    keys_file: Optional[str] = option(
+        None, "file of hashed keys; None: <runs_dir>/keys.json, where `manta key` keeps them. With keys there, or in the "
+        "variable MANTA_KEYS, whoever asks needs one",
+    )  # fmt: skip
+    open: bool = option(False, "listen beyond loopback without keys: whoever reaches the address may ask")
+    origins: list[str] = option(
+        [], "web pages that may ask from a browser (CORS): [https://example.org], or ['*'] for all"
+    )
+    log_prompts: bool = option(
+        False, "prompts in <runs_dir>/<name>/logs/access.jsonl too, with e-mail addresses and secrets masked"
+    )
+    records_dir: Optional[str] = option(
+        None, "folder for feedback, and for requests sent with store=true; None: <runs_dir>/<name>/feedback"
+    )
     ready_timeout_s: float = option(600.0, "seconds that the replicas may take to load and verify", least=1)
 
     # A new version of what is served already
@@ -571,6 +589,18 @@ class ImproveConfig(Frozen):
     least_psi: float = option(0.1, "population stability index from which on a shift matters (Siddiqi 2006: 0.1 moderate, 0.25 large)", above=0)  # fmt: skip
     least_bad: float = option(0.05, "growth of the share of bad ratings that matters", above=0, most=1)
     replay: float = option(2.0, "examples of the old training data for each new one, so that what was learnt stays", least=0)  # fmt: skip
+
+
+@dataclass
+class KeyConfig(Frozen):
+    """`manta key`: who may ask an endpoint, and how much."""
+
+    action: str = option("list", "new, list or revoke", choices=("new", "list", "revoke"))
+    requests_per_minute: Optional[int] = option(None, "new: requests a minute; None: without limit", least=1)
+    tokens_per_minute: Optional[int] = option(
+        None, "new: tokens a minute, read and written; None: without limit", least=1
+    )
+    days: Optional[float] = option(None, "new: days until it ends; None: it doesn't", above=0)
 
 
 @dataclass
@@ -636,6 +666,7 @@ class Config(Frozen):
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     improve: ImproveConfig = field(default_factory=ImproveConfig)
+    key: KeyConfig = field(default_factory=KeyConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -680,6 +711,11 @@ class Config(Frozen):
         return self.tracking.uri or f"sqlite:///{Path(self.runs_dir).absolute()}/mlflow.db"
 
     @property
+    def keys_file(self) -> Path:
+        """The hashed keys of endpoints."""
+        return Path(self.serve.keys_file or Path(self.runs_dir) / "keys.json").absolute()
+
+    @property
     def registry_dir(self) -> Path:
         """Where registered bundles are kept: MLflow's artifacts where it has no server, else copies of the server's."""
         return Path(self.runs_dir).absolute() / "registry"
@@ -689,7 +725,7 @@ class Config(Frozen):
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
     "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
-    "promote", "plan", "convert", "improve",
+    "promote", "plan", "convert", "improve", "key",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.sequence_parallel", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",

@@ -19,6 +19,7 @@ from ray import serve
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.serve.api import Api
+from engine.serve.gate import Access
 from engine.serve.replica import Replica
 from engine.serve.rollout import Version
 from engine.serve.scaling import WorkInFlight
@@ -31,10 +32,12 @@ OF_A_CHANGE = (
     "canary_false_alarm", "canary_error_margin", "canary_latency_margin", "shadow_share", "shadow_requests",
     "keep_warm_s", "export", "image",
 )  # fmt: skip
-OF_THE_INGRESS = ("host", "port", "max_body_bytes", "tries")  # replicas have no part in them
+OF_THE_INGRESS = (  # replicas have no part in them
+    "host", "port", "max_body_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
+)  # fmt: skip
 
 
-def of_ingress(options: ServeConfig) -> dict[str, Any]:
+def settings_of_ingress(options: ServeConfig) -> dict[str, Any]:
     """Return the options by which an ingress may differ from another."""
     return {key: value for key, value in asdict(options).items() if key not in OF_A_CHANGE}
 
@@ -60,7 +63,7 @@ def version_application(args: dict[str, Any]) -> Any:
             autoscaling_config=autoscaling(options),
             max_ongoing_requests=4 * options.max_batch,
             max_queued_requests=options.max_queue,
-            **({"max_replicas_per_node": options.max_replicas_per_node} if options.max_replicas_per_node else {}),
+            **spread,
             graceful_shutdown_timeout_s=options.drain_s,
             health_check_period_s=options.health_check_s,
             ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
@@ -87,8 +90,9 @@ def autoscaling(options: ServeConfig) -> dict[str, Any]:
 
 
 def endpoint_application(args: dict[str, Any]) -> Any:
-    """Build the ingress: {"options"}."""
+    """Build the ingress: {"options", "access"}."""
     options = ServeConfig(**args["options"])
+    access = Access(**args["access"] | {"origins": tuple(args["access"]["origins"])})
     ingress = serve.deployment(
         name="api",
         max_ongoing_requests=1024,
@@ -96,7 +100,7 @@ def endpoint_application(args: dict[str, Any]) -> Any:
         graceful_shutdown_timeout_s=options.drain_s,
         ray_actor_options={"num_cpus": 0},
     )(Api)
-    return ingress.bind(STEWARD, options.max_body_bytes, options.max_new_tokens, options.max_queue, options.tries)
+    return ingress.bind(STEWARD, asdict(options), access)
 
 
 def steward_application(args: dict[str, Any]) -> Any:

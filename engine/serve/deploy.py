@@ -21,6 +21,8 @@ from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.progress import console
+from engine.serve.gate import access_for
+from engine.serve.keys import VARIABLE
 from engine.serve.rollout import Plan, Version
 from engine.serve.verdict import Rules
 
@@ -50,10 +52,11 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 
     Where an endpoint is up on this Ray already, it is changed: what it serves under other names stays, and a version that
     a name has goes on until the new one is ready. Raises UserError, and changes nothing, for a port in use, a bundle that
-    was changed, and one that doesn't answer as it recorded.
+    was changed, one that doesn't answer as it recorded, and an address beyond loopback without keys.
     """
     for folder in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(folder))
+    settings = of_ingress(config)
     quiet()
     up = running()
     endpoint = Endpoint(url_of(config.serve))
@@ -62,17 +65,16 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     elif up["url"] != endpoint.url:
         port = up["url"].rpartition(":")[2]
         raise UserError(f"an endpoint is up at {up['url']}, and a cluster has one: use serve.port={port} to change it")
-    from engine.serve.application import of_ingress, versions_of
+    from engine.serve.application import versions_of
 
     versions = versions_of(bundles, config.serve)
     new = {name: it for name, it in versions.items() if not is_running(it.app)}
     refuse_what_cannot_fit(config.serve, len(new), beside=up is not None)
-    settings = of_ingress(config.serve)
     try:
         if up is None:
             open_endpoint(config, endpoint)
         elif up["options"] != settings:
-            run([("endpoint", "manta", {"options": asdict(config.serve)})])
+            run([("endpoint", "manta", settings)])
         bring_up(new, config.serve.ready_timeout_s)
         known = {name: asdict(replace(it, about=about(it))) for name, it in versions.items()}
         told("take", known, asdict(plan_of(config.serve)))
@@ -97,7 +99,15 @@ def open_endpoint(config: Config, endpoint: Endpoint) -> None:
     http = HTTPOptions(host=config.serve.host, port=config.serve.port)
     serve.start(http_options=http, logging_config=quiet())
     beginning = {"url": endpoint.url, "folder": str(config.run_dir.absolute()), "versions": {}}
-    run([("steward", "manta-steward", beginning), ("endpoint", "manta", {"options": asdict(config.serve)})])
+    run([("steward", "manta-steward", beginning), ("endpoint", "manta", of_ingress(config))])
+
+
+def of_ingress(config: Config) -> dict[str, Any]:
+    """Return the arguments of the ingress' builder. Raises UserError for an address beyond loopback without keys."""
+    from engine.serve.application import settings_of_ingress
+
+    access = access_for(config, os.environ.get(VARIABLE, ""))
+    return {"options": settings_of_ingress(config.serve), "access": asdict(access) | {"origins": list(access.origins)}}
 
 
 def run(applications: Sequence[tuple[str, str, dict[str, Any]]]) -> None:

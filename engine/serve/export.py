@@ -15,7 +15,7 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config
 from engine.progress import console
 from engine.serve.application import ENDPOINT, STEWARD, versions_of
-from engine.serve.deploy import bundles_of, refuse_what_has_no_endpoint, url_of
+from engine.serve.deploy import bundles_of, of_ingress, refuse_what_has_no_endpoint, url_of
 
 SERVE, KUBERAY = "serve.yaml", "rayservice.yaml"
 
@@ -44,7 +44,7 @@ def serve_config(config: Config, bundles: dict[str, Path]) -> dict[str, Any]:
     beginning = {"url": url_of(options), "folder": str(config.run_dir.absolute()), "versions": {name: asdict(it) for name, it in versions.items()}}  # fmt: skip
     applications = [
         {"name": STEWARD, "route_prefix": None, "import_path": f"{builders}:steward_application", "args": beginning},
-        {"name": ENDPOINT, "route_prefix": "/", "import_path": f"{builders}:endpoint_application", "args": {"options": asdict(options)}},
+        {"name": ENDPOINT, "route_prefix": "/", "import_path": f"{builders}:endpoint_application", "args": of_ingress(config)},
         *(
             {"name": it.app, "route_prefix": None, "import_path": f"{builders}:version_application",
              "args": {"name": name, "folder": it.folder, "options": it.options}}

@@ -84,7 +84,8 @@ class Recorder:
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        self._out = open(self.folder / f"{self.kind}-{moment}-{os.getpid()}-{time.monotonic_ns()}.arrows", "xb")
+        path = self.folder / f"{self.kind}-{moment}-{os.getpid()}-{time.monotonic_ns()}.arrows"
+        self._out = path.open("xb")
         self._writer = pa.ipc.new_stream(self._out, self.schema)
         folder = os.open(self.folder, os.O_RDONLY)
         try:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -105,6 +105,17 @@ class Router:
             for version in (model["stable"], *([model["trial"]["version"]] if model["trial"] else [])):
                 if bundle and version["hash"].startswith(bundle):
                     self._ratings[version["id"]].append(bad)
+
+    async def of_each_replica(self, name: str, method: str, timeout_s: float) -> list[Any]:
+        """Ask all replicas of all versions of a model; an error stands for the answer of one that has none."""
+        model = self.models[name]
+        versions = [model["stable"], *([model["trial"]["version"]] if model["trial"] else [])]
+        asked = [self.handles[it["app"]].broadcast(method) for it in versions]
+        found = await asyncio.gather(*(it.results_async(timeout_s=timeout_s, return_exceptions=True) for it in asked))
+        return [answer for answers in found for answer in answers]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.models)
 
     def __getitem__(self, name: str) -> Way:
         return Way(self, name)

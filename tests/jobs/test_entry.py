@@ -142,6 +142,7 @@ def test_every_command_has_help(tmp_path: Path) -> None:
         "compare",
         "promote",
         "rollback",
+        "key",
         "lineage",
         "improve",
         "deploy",
