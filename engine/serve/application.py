@@ -54,9 +54,9 @@ def version_of(name: str, bundle: Bundle, options: ServeConfig) -> Version:
 def version_application(args: dict[str, Any]) -> Any:
     """Build the replicas of a version: {"name", "folder", "options"}."""
     options = ServeConfig(**args["options"])
-    with (
-        warnings.catch_warnings()
-    ):  # Serve means to replace metrics_interval_s by a variable of each node's environment
+    most = options.max_replicas_per_node
+    spread: dict[str, Any] = {"max_replicas_per_node": most} if most else {}
+    with warnings.catch_warnings():  # Serve means to take metrics_interval_s from each node's environment one day
         warnings.simplefilter("ignore", DeprecationWarning)
         deployment = serve.deployment(
             name=f"bundle-{args['name']}".replace("/", "-"),
