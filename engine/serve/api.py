@@ -425,9 +425,7 @@ class Api:
     def _whose(self, request: str, model: str, version: str, key: str) -> dict[str, Any]:
         return {"request": request, "time": datetime.now(UTC), "model": model, "version": version, "key": key}
 
-    async def _record(
-        self, visit: Visit, body: ClassifyRequest | Generation, answers: Sequence[dict[str, Any]]
-    ) -> None:
+    async def _record(self, visit: Visit, answers: Sequence[dict[str, Any]]) -> None:
         """Keep a request that may be kept, and its answers, before the client has the last of them. Raises ApiError."""
         own = {
             "path": visit.path, "input": json.dumps(json.loads(visit.body)),

@@ -97,10 +97,9 @@ class Generation(Body):
 
     def schema_text(self) -> str | None:
         """Return the schema, in JSON, that the texts are to have; None: any text."""
-        if isinstance(self.response_format, TextFormat | None):
-            return None
-        free = isinstance(self.response_format, JsonFormat)
-        return json.dumps({"type": "object"} if free else self.response_format.json_schema.schema_)
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.schema_)
+        return '{"type": "object"}' if isinstance(self.response_format, JsonFormat) else None
 
     def job(self) -> dict[str, Any]:
         """Return what a replica needs to know of all its completions."""
