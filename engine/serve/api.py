@@ -250,7 +250,7 @@ class Api:
             self._spend(visit, sum(it["tokens"] for it in found))
             data = [{"index": i, "label": it["label"], "scores": it["scores"]} for i, it in enumerate(found)]
             if body.store:
-                await self._record(visit, body, data)
+                await self._record(visit, data)
             spent = {"prompt_tokens": visit.read, "total_tokens": visit.read}
             return JSONResponse({"id": visit.id, "model": name, "data": data, "usage": spent})
 
@@ -387,7 +387,7 @@ class Api:
         choices = [form.choice(choice, text) for choice, text in zip(done["choices"], texts, strict=True)]
         spent = self._end(visit, done["head"], done["choices"])
         if body.store:
-            await self._record(visit, body, [{"text": it["text"], "reason": it["reason"]} for it in done["choices"]])
+            await self._record(visit, [{"text": it["text"], "reason": it["reason"]} for it in done["choices"]])
         return JSONResponse(about | {"object": form.whole, "choices": choices, "usage": spent})
 
     def _end(self, visit: Visit, head: dict[str, Any], last: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -419,7 +419,7 @@ class Api:
             spent = self._end(visit, head, list(last.values()))
             if body.store:
                 kept = [{"text": "".join(written[i]), "reason": last[i]["reason"]} for i in sorted(last)]
-                await self._record(visit, body, kept)
+                await self._record(visit, kept)
             if body.stream_options and body.stream_options.include_usage:
                 yield _event(about | {"choices": [], "usage": spent})
         except ApiError as error:
@@ -438,12 +438,10 @@ class Api:
     def _whose(self, request: str, model: str, version: str, key: str) -> dict[str, Any]:
         return {"request": request, "time": datetime.now(UTC), "model": model, "version": version, "key": key}
 
-    async def _record(
-        self, visit: Visit, body: ClassifyRequest | Generation, answers: Sequence[dict[str, Any]]
-    ) -> None:
+    async def _record(self, visit: Visit, answers: Sequence[dict[str, Any]]) -> None:
         """Keep a request that may be kept, and its answers, before the client has the last of them. Raises ApiError."""
         own = {
-            "path": visit.path, "input": body.model_dump_json(exclude_none=True, by_alias=True),
+            "path": visit.path, "input": json.dumps(json.loads(visit.body)),
             "output": json.dumps(answers), "seconds": visit.seconds,
         }  # fmt: skip
         await self._write("requests", self._whose(visit.id, visit.model, visit.version, visit.key_name) | own)

@@ -92,6 +92,7 @@ class Visit:
     written: int = 0
     failed: bool = False  # after the answer had begun
     reserved: int = 0  # tokens of the key's minute
+    body: bytes = b""
     prompts: list[str] = field(default_factory=list)  # kept for the log alone
 
     @property
@@ -228,6 +229,7 @@ class Gate:
                 return
             if body is None:
                 return
+            visit.body = body
             pending = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def again() -> Any:

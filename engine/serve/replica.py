@@ -212,8 +212,8 @@ class Replica:
             )
         reader, copies = Reader(), range(job["n"])
         completions = [self._completion(job, prompt, copy, bool(stop), reader) for prompt in prompts for copy in copies]
-        if job["format"]:
-            for completion, mask in zip(completions, await self._masks(job["format"], len(completions)), strict=True):
+        if job["schema"]:
+            for completion, mask in zip(completions, await self._masks(job["schema"], len(completions)), strict=True):
                 completion.mask = mask
         try:
             self.generator.submit(completions)
@@ -224,12 +224,12 @@ class Replica:
             Followed(it, Text(tokenizer, it.prompt, stop), Logprobs(tokenizer, it, job["echo"])) for it in completions
         ]
 
-    async def _masks(self, response_format: dict[str, Any], count: int) -> list[Mask]:
-        """Return the masks of completions of a form. Raises Refused for a form that cannot be followed."""
+    async def _masks(self, schema: str, count: int) -> list[Mask]:
+        """Return the masks of completions that are JSON of a schema. Raises Refused for one that cannot be followed."""
 
         def make() -> list[Mask]:
             self.structure = self.structure or Structure(self.objective.tokenizer)
-            grammar = self.structure.grammar(response_format)
+            grammar = self.structure.grammar(schema)
             return [self.structure.mask(grammar) for _ in range(count)]
 
         try:

@@ -30,6 +30,8 @@ class Body(Strict):
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError("a text ends within a character: a \\ud800 to \\udfff stands alone") from error
+        except RecursionError as error:
+            raise ValueError("this is nested too deeply") from error
         return body
 
 
@@ -93,11 +95,17 @@ class Generation(Body):
         """Return the stop texts."""
         return [word for word in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if word]
 
+    def schema_text(self) -> str | None:
+        """Return the schema, in JSON, that the texts are to have; None: any text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.schema_)
+        return '{"type": "object"}' if isinstance(self.response_format, JsonFormat) else None
+
     def job(self) -> dict[str, Any]:
         """Return what a replica needs to know of all its completions."""
         return {
             "n": self.n, "stop": self.stops(), "seed": self.seed, "client": self.user or "", "stream": self.stream,
-            "format": None if isinstance(self.response_format, TextFormat | None) else self.response_format.model_dump(by_alias=True),
+            "schema": self.schema_text(),
             "sampling": {
                 "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
                 "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty,

@@ -6,7 +6,6 @@ prefix tree, some tens of microseconds a token.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -28,13 +27,10 @@ class Structure:
         """Build the vocabulary's prefix tree: once, a second for 100,000 tokens."""
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer)
 
-    def grammar(self, response_format: dict[str, Any]) -> str:
-        """Return the grammar of a `response_format` of OpenAI's. Raises BadSchema."""
-        schema: Any = {"type": "object"}
-        if response_format["type"] == "json_schema":
-            schema = response_format["json_schema"]["schema"]
+    def grammar(self, schema: str) -> str:
+        """Return the grammar of a schema in JSON. Raises BadSchema."""
         try:
-            grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": SPACE})
+            grammar: str = LLMatcher.grammar_from_json_schema(schema, {"whitespace_pattern": SPACE})
             told = LLMatcher.validate_grammar(grammar, self._tokenizer)
             if not told:  # some fail at their first token only
                 self.mask(grammar).allowed(1)

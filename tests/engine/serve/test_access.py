@@ -390,6 +390,7 @@ def test_huge_and_mad_bodies_get_a_4xx(guarded: Guarded) -> None:
             b'{"prompt": ' + b"[" * 20_000, b'{"prompt": "x", "seed": ' + b"9" * 20_000 + b"}", b'{"prompt": "x", "temperature": NaN}',
             b'{"prompt": "x", "top_p": Infinity}', b'{"prompt": [1e400]}', b'{"prompt": [-1]}', b'{"prompt": [99999999999999999999]}',
             b'{"prompt": [true]}', b'{"prompt": "x", "n": 1.5}', b'{"prompt": "x", "max_tokens": null}', b'{"prompt": "x", "logit_bias": {"-1": 1}}',
+            b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"model": "writer", "prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": ' + b'{"not":' * 800 + b"{}" + b"}" * 800 + b"}}}",
             b'{"prompt": "x", "logit_bias": {"\xc2\xb2": 1}}', b'{"prompt": "x", "model": "a\\u0000b"}',
             b'{"prompt": "x", "model": "writer", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}}',
         ]  # fmt: skip
