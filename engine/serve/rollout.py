@@ -18,7 +18,6 @@ from engine.serve.verdict import Answer, Decision, Evidence, Question, Rules, de
 
 KEPT = 5  # versions before the present one that can be gone back to
 TOLD = 20  # events that are remembered
-STRATEGIES = ("replace", "canary", "shadow")
 
 
 @dataclass(frozen=True)
@@ -166,10 +165,10 @@ class Model:
         if decision.act == "withdraw":
             self.withdraw(now, decision.reason)
         elif decision.act == "advance":
-            trial.stage, trial.began, trial.answers = trial.stage + 1, now, 0
-            if trial.share >= 1:
+            if trial.stage + 1 >= len(trial.plan.rules.stages) or trial.plan.rules.stages[trial.stage + 1] >= 1:
                 self.promote(trial.version, trial.plan.keep_warm_s, now, decision.reason)
             else:
+                trial.stage, trial.began, trial.answers = trial.stage + 1, now, 0
                 self.tell(now, "canary", trial.version, f"{trial.share:.0%} of the traffic: {decision.reason}")
         return decision
 

@@ -15,7 +15,6 @@ are a mixture: several odds of b over those of a.
 
 from __future__ import annotations
 
-import bisect
 import math
 import random
 from collections.abc import Sequence
@@ -133,14 +132,3 @@ def in_words(name: str, question: Question) -> str:
         f"{what}: {question.new_yes} of {question.new:,} by the new version, {question.old_yes} of {question.old:,} by the old one "
         f"(evidence {min(question.evidence, 1e9):.3g})"
     )
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Return the smallest of the values that at least a share of them don't exceed; nan of none."""
-    ordered = sorted(values)
-    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else math.nan
-
-
-def rank(ordered: Sequence[float], value: float) -> float:
-    """Return the share of ordered values below a value."""
-    return bisect.bisect_left(ordered, value) / len(ordered) if ordered else math.nan

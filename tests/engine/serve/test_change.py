@@ -165,6 +165,7 @@ def test_a_bad_canary_is_withdrawn_and_harms_nobody(
     assert after["events"][-1]["reason"].startswith("errors: ")
 
 
+@pytest.mark.slow
 def test_a_shadow_is_compared_and_answers_nobody(
     endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]
 ) -> None:
@@ -200,6 +201,7 @@ def test_users_stay_with_their_version(endpoint: Endpoint, config: Config, bundl
     assert standing(endpoint)["trial"] is None
 
 
+@pytest.mark.slow
 def test_the_steward_is_killed_and_goes_on(endpoint: Endpoint, config: Config) -> None:
     before = standing(endpoint)
 

@@ -47,6 +47,7 @@ def test_kuberay_gets_the_same(written: tuple[Config, Bundle, Path]) -> None:
     assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
 
 
+@pytest.mark.slow
 def test_the_endpoint_runs_from_the_serve_config(ray: None, written: tuple[Config, Bundle, Path]) -> None:
     from ray import serve
     from ray.serve.context import _get_global_client

@@ -21,6 +21,7 @@ from tests.engine.serve.clients import Noted, load
 from tests.engine.serve.test_faults import wait_for
 from tests.engine.serve.test_serve import free_port
 
+pytestmark = pytest.mark.slow
 ASK = {"model": "writer", "prompt": "import os", "max_tokens": 20, "temperature": 0, "logit_bias": {"0": -100}}
 
 
@@ -104,7 +105,6 @@ def test_streams_in_flight_end_with_an_error_event_and_those_that_wait_go_on(end
     wait_for(lambda: replicas() == 2)
 
 
-@pytest.mark.slow
 def test_the_controller_is_killed_and_nobody_notices(endpoint: Endpoint) -> None:
     with load(endpoint.url, ASK, clients=4) as noted:
         wait_for(lambda: len(noted) > 20)
@@ -131,7 +131,6 @@ def test_the_controller_is_killed_and_nobody_notices(endpoint: Endpoint) -> None
     print(f"the controller killed: no request lost of {len(noted)}; it was back after {again:.1f} s")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ProxyActor", "ServeReplica:manta:api"])
 def test_the_way_in_is_killed_and_comes_back(endpoint: Endpoint, name: str) -> None:
     """Connections end with it; OpenAI's client asks again by itself, and every request of its gets its answer."""
@@ -152,7 +151,6 @@ def test_the_way_in_is_killed_and_comes_back(endpoint: Endpoint, name: str) -> N
     assert {it.status for it in noted if it.began > killed + 30} <= {200}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_memory_stays_flat(endpoint: Endpoint) -> None:
     """An hour's soak in five minutes; MANTA_SOAK_S makes it longer. Streams, hang-ups, bad requests and long prompts are in it."""

@@ -62,6 +62,14 @@ def test_a_good_version_goes_through_the_stages() -> None:
     assert model.warm == {}
 
 
+def test_all_at_once_is_a_canary_too() -> None:
+    model = Model("m", OLD)
+    model.begin(NEW, replace(PLAN, rules=replace(PLAN.rules, stages=(1.0,))), now=0.0)
+    assert chosen(model.table(), "anybody")["id"] == "new"
+    model.judge([], [FINE] * 10, [], [], 6.0)
+    assert (model.stable, model.trial) == (NEW, None)
+
+
 def test_a_bad_version_is_withdrawn_and_told() -> None:
     model = tried()
     for second in range(1, 4):
