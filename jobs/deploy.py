@@ -1,4 +1,8 @@
-"""Put a bundle behind Ray Serve."""
+"""Put a bundle behind Ray Serve, or change what an endpoint serves without losing a request.
+
+Where an endpoint is up on the cluster, the bundle becomes a new version of the name: serve.strategy says how.
+The exit code is 3 where the new version was withdrawn.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,16 @@ from engine.config import Config
 from jobs.entry import ray_session, start
 
 
-def deploy(config: Config) -> None:
-    """Serve the bundle until Ctrl-C, or leave it up with serve.detach=true."""
+def deploy(config: Config) -> int:
+    """Serve the bundle until Ctrl-C, or leave it up with serve.detach=true; with serve.export, write configs instead."""
+    if config.serve.export:
+        from engine.serve.export import export
+
+        return export(config)
     from engine.serve.deploy import serve_until_stopped
 
     with ray_session(config):
-        serve_until_stopped(config)
+        return serve_until_stopped(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,8 @@ MAY = {
     "engine.train": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.bundles"},
     "engine.sweep": {"engine.config", "engine.errors", "engine.progress", "engine.objectives", "engine.train"},
     "engine.evaluate": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.models"},
-    "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.bundles", "engine.objectives", "engine.models"},
+    "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.data.masking", "engine.bundles", "engine.objectives", "engine.models"},
+    "engine.improve": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.train.launch", "engine.evaluate", "engine.serve.records"},
     "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware", "engine.train.devices", "engine.train.optimizer"},
 }  # fmt: skip
 RAY = {

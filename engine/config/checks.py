@@ -252,6 +252,16 @@ def _check_contradictions(c: Config) -> None:
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "
             f"use serve.max_replicas={c.serve.min_replicas} or more"
         )
+    stages = c.serve.canary_stages
+    if not stages or stages != sorted(set(stages)) or stages[0] <= 0 or stages[-1] != 1:
+        raise UserError(
+            f"serve.canary_stages {stages} must be growing shares of the traffic that end with all of it: "
+            "use serve.canary_stages=[0.05,0.25,0.5,1.0], or the like"
+        )
+    if c.serve.names and len(c.serve.names.split("+")) != len((c.bundle or c.tracking.alias).split("+")):
+        raise UserError(
+            f"serve.names={c.serve.names} is not one name for each of bundle={c.bundle or c.tracking.alias}"
+        )
     learns = c.job in ("pretrain", "finetune", "sweep")  # in the others a bundle says what the objective is
     unlabelled = c.data.source == "files" and c.data.path and not c.data.label_column
     if learns and c.objective.name == "classification" and unlabelled:

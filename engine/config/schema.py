@@ -489,11 +489,29 @@ class ConvertConfig(Frozen):
 class ServeConfig(Frozen):
     """The endpoint."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network, for which keys are needed")
     port: int = option(8000, "TCP port", least=1, most=65535)
-    min_replicas: int = option(1, "replicas a bundle, at least", least=1)
+    names: Optional[str] = option(
+        None, "names that clients ask for, one for each of `bundle`: a+b; None: the bundles' own. A name that is served already gets a new version"
+    )  # fmt: skip
+
+    # Replicas: how many, and where
+    min_replicas: int = option(1, "replicas a bundle, at least; 0: none while nobody asks (the first to ask waits for one)", least=0)  # fmt: skip
     max_replicas: int = option(2, "replicas a bundle, at most", least=1)
     target_ongoing_requests: int = option(8, "requests in flight a replica that the autoscaler aims at", least=1)
+    target_tokens: int = option(
+        2048, "tokens queued and running a replica that it aims at; the larger of the two numbers of replicas holds", least=1
+    )  # fmt: skip
+    scale_look_s: float = option(1.0, "seconds between two counts of the work in flight; three are averaged", above=0)
+    scale_up_s: float = option(5.0, "seconds that more work must last before replicas are added", least=0)
+    scale_down_s: float = option(60.0, "seconds that less work must last before one is taken off", least=0)
+    scale_to_zero_s: float = option(300.0, "min_replicas=0: seconds without work before the last one goes", least=0)
+    max_replicas_per_node: Optional[int] = option(
+        None, "replicas of a bundle on one node, at most: 1 spreads them (Ray Serve's bound: 100)", least=1, most=100
+    )
+    health_check_s: float = option(2.0, "seconds between two looks at a replica's health", above=0)
+    drain_s: float = option(60.0, "seconds that a replica which is taken off may use for what it has begun", least=0)
+    tries: int = option(3, "replicas that a request is given to, where one after the other is lost before its answer has begun", least=1)  # fmt: skip
     cpus_per_replica: float = option(0.5, "cores a replica", least=0)
     gpus_per_replica: float = option(0.0, "GPUs a replica", least=0)
     precision: str = option(
@@ -510,14 +528,84 @@ class ServeConfig(Frozen):
         None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
     )  # fmt: skip
     queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
-    batch_wait_s: float = option(0.005, "seconds that a request waits for others to share its forward", least=0)
+    batch_wait_s: float = option(
+        0.0, "seconds that an input of the other tasks waits for others to share its forward, where none runs: those that "
+        "come while one runs share the next in any case", least=0,
+    )  # fmt: skip
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
+    body_timeout_s: float = option(30.0, "seconds that a request's body may take to come (408)", above=0)
+    keys_file: Optional[str] = option(
+        None, "file of hashed keys; None: <runs_dir>/keys.json, where `manta key` keeps them. With keys there, or in the "
+        "variable MANTA_KEYS, whoever asks needs one",
+    )  # fmt: skip
+    open: bool = option(False, "listen beyond loopback without keys: whoever reaches the address may ask")
+    origins: list[str] = option(
+        [], "web pages that may ask from a browser (CORS): [https://example.org], or ['*'] for all"
+    )
+    log_prompts: bool = option(
+        False, "prompts in <runs_dir>/<name>/logs/access.jsonl too, with e-mail addresses and secrets masked"
+    )
+    records_dir: Optional[str] = option(
+        None, "folder for feedback, and for requests sent with store=true; None: <runs_dir>/<name>/feedback"
+    )
     ready_timeout_s: float = option(600.0, "seconds that the replicas may take to load and verify", least=1)
+
+    # A new version of what is served already
+    strategy: str = option(
+        "replace", "replace: it answers all once it is ready; canary: a growing share, or none if a test finds it worse; "
+        "shadow: it gets copies, and is compared",
+        choices=("replace", "canary", "shadow"),
+    )  # fmt: skip
+    canary_stages: list[float] = option([0.05, 0.25, 0.5, 1.0], "shares of the traffic, one after the other; the last is 1")  # fmt: skip
+    canary_requests: int = option(200, "requests that the new version answers at each stage, at least", least=1)
+    canary_stage_s: float = option(60.0, "seconds of each stage, at least", least=0)
+    canary_false_alarm: float = option(
+        0.01, "chance, at most, that a version as good as the old one is withdrawn (engine/serve/verdict.py)", above=0, most=0.5
+    )  # fmt: skip
+    canary_error_margin: float = option(0.01, "error rate that the new version may have beyond the old one's", least=0, most=0.5)  # fmt: skip
+    canary_latency_margin: float = option(0.2, "share by which its answers may take longer", least=0)
+    shadow_share: float = option(1.0, "strategy=shadow: share of the requests that are copied", above=0, most=1)
+    shadow_requests: int = option(200, "strategy=shadow: copies after which it is told how the two compare", least=1)
+    keep_warm_s: float = option(
+        600.0, "seconds that the replicas of the version before are kept, for a way back that takes no time", least=5
+    )
+
+    export: Optional[str] = option(
+        None, "folder that gets the endpoint as a Serve config and as a KubeRay RayService; nothing is started"
+    )
+    image: str = option("ghcr.io/your-organisation/manta:0.1.0", "export: the container image (cluster/launcher/Containerfile)")  # fmt: skip
     detach: bool = option(
         False, "leave the endpoint up and return (a cluster started with `manta cluster up` is needed)"
     )
+
+
+@dataclass
+class ImproveConfig(Frozen):
+    """`manta improve`: from what clients sent and said to a better version."""
+
+    records: Optional[str] = option(None, "folder with the endpoint's records; None: <runs_dir>/*/feedback")
+    go: bool = option(False, "act where something has drifted: train, test and register; else only say what is found")
+    recent: int = option(1000, "requests, the latest so many, that are compared with what the bundle was trained on", least=20)  # fmt: skip
+    min_requests: int = option(100, "recorded requests to judge by, at least", least=20)
+    min_examples: int = option(50, "corrected or well rated examples to learn from, at least", least=1)
+    significance: float = option(0.01, "chance, over all measures, to call drift what is none", above=0, most=0.5)
+    least_psi: float = option(0.1, "population stability index from which on a shift matters (Siddiqi 2006: 0.1 moderate, 0.25 large)", above=0)  # fmt: skip
+    least_bad: float = option(0.05, "growth of the share of bad ratings that matters", above=0, most=1)
+    replay: float = option(2.0, "examples of the old training data for each new one, so that what was learnt stays", least=0)  # fmt: skip
+
+
+@dataclass
+class KeyConfig(Frozen):
+    """`manta key`: who may ask an endpoint, and how much."""
+
+    action: str = option("list", "new, list or revoke", choices=("new", "list", "revoke"))
+    requests_per_minute: Optional[int] = option(None, "new: requests a minute; None: without limit", least=1)
+    tokens_per_minute: Optional[int] = option(
+        None, "new: tokens a minute, read and written; None: without limit", least=1
+    )
+    days: Optional[float] = option(None, "new: days until it ends; None: it doesn't", above=0)
 
 
 @dataclass
@@ -582,6 +670,8 @@ class Config(Frozen):
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    improve: ImproveConfig = field(default_factory=ImproveConfig)
+    key: KeyConfig = field(default_factory=KeyConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
@@ -626,6 +716,11 @@ class Config(Frozen):
         return self.tracking.uri or f"sqlite:///{Path(self.runs_dir).absolute()}/mlflow.db"
 
     @property
+    def keys_file(self) -> Path:
+        """The hashed keys of endpoints."""
+        return Path(self.serve.keys_file or Path(self.runs_dir) / "keys.json").absolute()
+
+    @property
     def registry_dir(self) -> Path:
         """Where registered bundles are kept: MLflow's artifacts where it has no server, else copies of the server's."""
         return Path(self.runs_dir).absolute() / "registry"
@@ -635,7 +730,7 @@ class Config(Frozen):
 # config's identity, so changing one never makes another run of it.
 LAYOUT = (
     "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
-    "promote", "plan", "convert",
+    "promote", "plan", "convert", "improve", "key",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
     "train.compile", "train.sequence_parallel", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",

@@ -112,3 +112,13 @@ def roll_back(config: Config) -> None:
     alias = Alias(registry, name, config.tracking.alias)
     start, to = alias.roll_back(config.promote.reason or "rolled back")
     console.print(f"rolled back: {name}/{to} is the {config.tracking.alias} again, and {name}/{start} is not")
+
+
+def is_champion(config: Config, digest: str) -> bool:
+    """Tell whether the name config.bundle is registered, and its champion is the bundle with this hash."""
+    database = config.tracking_uri.removeprefix("sqlite:///")
+    if database != config.tracking_uri and not Path(database).exists():  # MLflow would make an empty one
+        return False
+    assert config.bundle
+    found = Registry(config.tracking_uri, config.registry_dir).lookup(f"{config.bundle}@{config.tracking.alias}")
+    return found is not None and found.hash == digest

@@ -5,76 +5,45 @@ import base64
 import json
 import struct
 import time
-import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from engine.serve.answers import ChatForm, CompletionForm, Form, usage
-from engine.serve.requests import ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest, Generation
+from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
+from engine.serve.gate import Access, Door, Gate, Visit
+from engine.serve.metrics import Metrics
+from engine.serve.records import Recorder
+from engine.serve.refusals import ApiError
+from engine.serve.requests import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Feedback,
+    Generation,
+)
+from engine.serve.router import Router
 
-TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 MOST_INPUTS = 1024  # of one embeddings request
+CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's limit; what it was is settled afterwards
+POLL_S, POLL_TIMEOUT_S = 1.0, 2.0  # how old replicas' figures may be, and how long they may take
+REMEMBERED = 100_000  # requests whose model is known when feedback comes
 REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
+OTHER_FAMILIES = ("/v1/images/generations", "/v1/audio/transcriptions")
 
-
-class ApiError(Exception):
-    """An answer other than 200, in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """Return OpenAI's error body."""
-        kind = TYPES.get(self.status, "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        """Return it as a response."""
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse(self.body(), self.status, headers)
-
-
-class BodyLimit:
-    """ASGI middleware: answers 413 to a body over the limit without reading it to its end."""
-
-    limit = 2**20  # bytes; the ingress sets it to serve.max_body_bytes
-
-    def __init__(self, app: Any) -> None:
-        self.inner = app
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Pass a request on, counting its body's bytes."""
-        if scope["type"] != "http":
-            await self.inner(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        body, more = b"", int(declared) <= self.limit
-        while more and len(body) <= self.limit:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        if int(declared) > self.limit or len(body) > self.limit:
-            await ApiError(413, f"the request is over {self.limit:,} bytes: send less").response()(scope, receive, send)
-            return
-        whole = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def again() -> Any:
-            return whole.pop() if whole else await receive()
-
-        await self.inner(scope, again, send)
-
-
-app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.")
-app.add_middleware(BodyLimit)
+app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.", docs_url=None, redoc_url=None)
+app.add_middleware(Gate)
 
 
 @app.exception_handler(ApiError)
@@ -85,6 +54,11 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 @app.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> Response:
     return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+
+
+@app.exception_handler(Exception)
+async def _broken(request: Request, error: Exception) -> Response:
+    return ApiError(500, f"{type(error).__name__}: this is the endpoint's fault, and in its log").response()
 
 
 @app.exception_handler(RequestValidationError)
@@ -102,17 +76,13 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 
 
 # Serve copies the class where it is decorated, so what its methods call stands above it.
-async def _counted(events: AsyncIterable[Any], count: Callable[[int], None]) -> AsyncIterator[Any]:
-    """Pass a stream on, and count it at its end: 200, 500 if it told an error, 499 if the client left before."""
-    status = 499
-    failed = False
-    try:
-        async for event in events:
-            failed = failed or str(event).startswith('data: {"error"')
-            yield event
-        status = 500 if failed else 200
-    finally:
-        count(status)
+async def _who(request: Request, visit: Visit) -> str:
+    """Return whom a request is from, as far as it says so: its user, else its key's name, else nobody known."""
+    user = None
+    if request.headers.get("content-type", "").startswith("application/json"):
+        body = await request.json()
+        user = body.get("user") if isinstance(body, dict) else None
+    return str(user or visit.key_name or visit.id)
 
 
 def _refusal(error: Exception) -> ApiError:
@@ -138,34 +108,72 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
+def _tokens(inputs: Sequence[str | list[int]]) -> int:
+    """Return how many tokens these are: about, where they are texts."""
+    return sum(-(-len(it) // CHARACTERS_PER_TOKEN) if isinstance(it, str) else len(it) for it in inputs)
+
+
+def _told(request_id: str) -> str:
+    """Return the request's id that an answer's id holds."""
+    for prefix in (ChatForm.prefix, CompletionForm.prefix):
+        request_id = request_id.removeprefix(f"{prefix}-")
+    return request_id
+
+
 @serve.ingress(app)
 class Api:
     """The ingress: checks requests, hands them to the bundles' replicas, and counts."""
 
-    def __init__(self, bundles: dict[str, Any], max_body_bytes: int, max_new_tokens: int, max_sequences: int) -> None:
-        """Take a Serve handle for each model name; `max_sequences`: most completions in one request."""
-        self.bundles, self.max_new_tokens, self.max_sequences = bundles, max_new_tokens, max_sequences
-        BodyLimit.limit = max_body_bytes
-        self.about: dict[str, dict[str, Any]] = {}
+    def __init__(self, steward: str, options: dict[str, Any], access: Access) -> None:
+        """Take the steward's application, and the options of ServeConfig. Raises UserError for unreadable keys."""
+        self.bundles, self.access = Router(steward, options["tries"]), access
+        self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
         self.created = int(time.time())
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "manta_requests", "requests answered", ["path", "model", "status"], registry=self.registry
-        )
-        self.tokens = Counter("manta_tokens", "tokens read and written", ["model", "kind"], registry=self.registry)
-        self.seconds = Histogram(
-            "manta_request_seconds", "time to the whole answer", ["path", "model"], registry=self.registry
-        )
+        self.counts = Metrics()
+        paths = {"/", "/docs", *app.openapi()["paths"], *OTHER_FAMILIES}
+        Gate.door = self.door = Door(access, self.counts, paths)
+        self.pages = page_files()
+        records = Path(access.records_dir)
+        self.recorders = {kind: Recorder(records, kind) for kind in ("feedback", "requests")}
+        self.answered: dict[str, tuple[str, str, str]] = {}  # request -> model, version, key; the eldest first
+        self.polled_at = 0.0
+        self.polling = asyncio.Lock()
 
-    async def _ask(self, name: str) -> None:
-        """Ask a replica of a bundle what it is. Raises TimeoutError while none answers."""
-        self.about[name] = await asyncio.wait_for(self.bundles[name].describe.remote(), 5)
+    @property
+    def about(self) -> dict[str, dict[str, Any]]:
+        """What each model says of itself: of the version that the present request falls to."""
+        return {name: about for name in self.bundles.models if (about := self.bundles.about(name))}
 
     async def _ready(self) -> dict[str, dict[str, Any]]:
-        for name in self.bundles:
-            if name not in self.about:
-                await self._ask(name)
+        """Return what the bundles are. Raises ApiError while one has told nobody yet."""
+        try:
+            for name in self.bundles:
+                if not self.bundles.about(name):
+                    await self.bundles.ask(name)
+        except (TimeoutError, *REFUSALS) as error:
+            raise ApiError(503, f"the model '{name}' is not ready: try again in some seconds") from error
         return self.about
+
+    @app.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        """Return the page on which the models can be tried."""
+        return HTMLResponse(self.pages["index.html"][0], headers=POLICY)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part_of_a_page(self, name: str) -> Response:
+        """Return a file that a page asks for."""
+        if name not in self.pages:
+            raise ApiError(404, f"there is no {name} here")
+        content, kind = self.pages[name]
+        return Response(content, media_type=kind, headers={"Cache-Control": "max-age=3600"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(self) -> Response:
+        """Return Swagger's page of this interface."""
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json", title="Manta", swagger_js_url=f"/page/{SWAGGER_JS}",
+            swagger_css_url=f"/page/{SWAGGER_CSS}", swagger_favicon_url="data:,",
+        )  # fmt: skip
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -176,15 +184,35 @@ class Api:
     async def readyz(self) -> Response:
         """Answer 200 while every bundle takes traffic, else 503."""
         try:
-            await asyncio.gather(*(self._ask(name) for name in self.bundles))
-            return JSONResponse({"status": "ready", "models": sorted(self.about)})
+            await asyncio.gather(*(self.bundles.ask(name) for name in self.bundles))
+            status = "ready" if self.about else "starting"
+            body, table = {"status": status, "models": sorted(self.about)}, {"x-manta-table": str(self.bundles.number)}
+            return JSONResponse(body, 200 if self.about else 503, table)
         except (TimeoutError, RuntimeError, RayActorError) as error:
             return JSONResponse({"status": "starting", "reason": str(error)[:200]}, 503)
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
-        """Return Prometheus metrics."""
-        return PlainTextResponse(generate_latest(self.registry).decode(), media_type="text/plain; version=0.0.4")
+        """Return Prometheus metrics, of the replicas too."""
+        await self._poll()
+        return PlainTextResponse(self.counts.page(), media_type="text/plain; version=0.0.4")
+
+    async def _poll(self) -> None:
+        """Ask all replicas how they are; those that don't answer in time are not told of."""
+        async with self.polling:
+            if time.monotonic() < self.polled_at + POLL_S:
+                return
+            names = list(self.bundles)
+            found = await asyncio.gather(*(self._figures(name) for name in names))
+            self.counts.replicas = dict(zip(names, found, strict=True))
+            self.polled_at = time.monotonic()
+
+    async def _figures(self, name: str) -> list[dict[str, Any]]:
+        try:
+            found = await self.bundles.of_each_replica(name, "figures", POLL_TIMEOUT_S)
+        except (TimeoutError, *REFUSALS):  # none is there
+            return []
+        return [it for it in found if isinstance(it, dict)]
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -198,24 +226,33 @@ class Api:
                 "owned_by": "manta",
                 "task": it["task"],
                 "hash": it["hash"],
+                **self.bundles.standing(name),
             }
-            for name, it in about.items()
+            for name, it in sorted(about.items())
         ]
+        return {"object": "list", "data": listed}
+
+    @app.get("/v1/replicas")
+    async def replicas(self) -> dict[str, Any]:
+        """List the replicas that answer: whose, which version, how busy."""
+        await self._poll()
+        listed = [{"model": name, **it} for name, said in self.counts.replicas.items() for it in said]
         return {"object": "list", "data": listed}
 
     @app.post("/v1/classify")
     async def classify(self, request: Request, body: ClassifyRequest) -> Response:
-        """Name the class of each text: {"model", "data": [{"index", "label", "scores"}], "usage"}."""
+        """Name the class of each text: {"id", "model", "data": [{"index", "label", "scores"}], "usage"}."""
 
-        async def answer(name: str) -> Response:
-            texts = [body.input] if isinstance(body.input, str) else body.input
+        async def answer(name: str, visit: Visit) -> Response:
+            texts = body.texts()
+            self._charge(visit, texts, 0)
             found = await self.bundles[name].classify.remote(texts)
-            tokens = sum(it["tokens"] for it in found)
-            self.tokens.labels(name, "prompt").inc(tokens)
+            self._spend(visit, sum(it["tokens"] for it in found))
             data = [{"index": i, "label": it["label"], "scores": it["scores"]} for i, it in enumerate(found)]
-            return JSONResponse(
-                {"model": name, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-            )
+            if body.store:
+                await self._record(visit, data)
+            spent = {"prompt_tokens": visit.read, "total_tokens": visit.read}
+            return JSONResponse({"id": visit.id, "model": name, "data": data, "usage": spent})
 
         return await self._answer(request, body.model, "classification", answer)
 
@@ -223,29 +260,23 @@ class Api:
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
         """Embed each input: the mean of the model's last hidden states, of length 1."""
 
-        async def answer(name: str) -> Response:
+        async def answer(name: str, visit: Visit) -> Response:
             inputs = body.inputs()
             if not self.about[name]["embeds"]:
                 raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
             if len(inputs) > MOST_INPUTS:
                 raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MOST_INPUTS}: send fewer", "input")
             self._check_tokens(name, inputs, "input")
+            self._charge(visit, inputs, 0)
             found = await self.bundles[name].embed.remote(inputs)
             _checked(found[0])
-            tokens = sum(it["tokens"] for it in found)
-            self.tokens.labels(name, "prompt").inc(tokens)
+            self._spend(visit, sum(it["tokens"] for it in found))
             encoded = [
                 _base64(it["embedding"]) if body.encoding_format == "base64" else it["embedding"] for it in found
             ]
             data = [{"object": "embedding", "index": i, "embedding": it} for i, it in enumerate(encoded)]
-            return JSONResponse(
-                {
-                    "object": "list",
-                    "model": name,
-                    "data": data,
-                    "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-                }
-            )
+            spent = {"prompt_tokens": visit.read, "total_tokens": visit.read}
+            return JSONResponse({"object": "list", "model": name, "data": data, "usage": spent})
 
         return await self._answer(request, body.model, None, answer)
 
@@ -253,12 +284,13 @@ class Api:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue each prompt, as OpenAI's completions do; with `stream`, by server-sent events."""
 
-        async def answer(name: str) -> Response:
+        async def answer(name: str, visit: Visit) -> Response:
             self._check_length(body.max_tokens, "max_tokens")
             prompts = body.prompts()
             self._check_count(len(prompts), body.n, "prompt")
             self._check_tokens(name, prompts, "prompt")
-            return await self._generate(name, body, CompletionForm())
+            self._charge(visit, prompts, len(prompts) * body.n * body.max_tokens)
+            return await self._generate(name, visit, body, CompletionForm())
 
         return await self._answer(request, body.model, "completion", answer)
 
@@ -266,14 +298,41 @@ class Api:
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer a chat's last message, as OpenAI's chat completions do; with `stream`, by server-sent events."""
 
-        async def answer(name: str) -> Response:
+        async def answer(name: str, visit: Visit) -> Response:
             self._check_length(
                 body.most_tokens or 1, "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             )
             self._check_count(1, body.n, "n")
-            return await self._generate(name, body, ChatForm())
+            texts = [message.plain()["content"] for message in body.messages]
+            self._charge(visit, texts, body.n * (body.most_tokens or self.max_new_tokens))
+            return await self._generate(name, visit, body, ChatForm())
 
         return await self._answer(request, body.model, "completion", answer)
+
+    @app.post("/v1/feedback")
+    async def feedback(self, request: Request, body: Feedback) -> Response:
+        """Keep what somebody thinks of an answer; of several for one request, the last holds."""
+        visit: Visit = request.state.visit
+        asked = body.request if body.request in self.answered else _told(body.request)
+        model, version, key = self.answered.get(asked, ("", "", visit.key_name))
+        if key != visit.key_name:
+            raise ApiError(404, f"this key has asked no request {body.request}", "request")
+        rating = {"up": 1, "down": -1, None: None}[body.rating]
+        said = {"rating": rating, "label": body.label, "text": body.text, "comment": body.comment}
+        await self._write("feedback", self._whose(asked, model, version, key) | said)
+        if body.rating:
+            self.counts.feedback.labels(model, version, body.rating).inc()
+            self.bundles.rated(model, version, body.rating == "down")
+        return JSONResponse({"object": "feedback", "request": asked, "model": model or None, "stored": True})
+
+    @app.post("/v1/images/generations", include_in_schema=False)
+    @app.post("/v1/audio/transcriptions", include_in_schema=False)
+    async def other_families(self, request: Request) -> Response:
+        """Say that no model here does this."""
+        about = await self._ready()
+        what = "makes images" if "images" in request.url.path else "hears speech"
+        there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
+        raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
 
     def _check_length(self, tokens: int, param: str) -> None:
         if tokens > self.max_new_tokens:
@@ -287,95 +346,137 @@ class Api:
                 param,
             )
 
-    def _check_tokens(self, name: str, prompts: list[str | list[int]], param: str) -> None:
+    def _check_tokens(self, name: str, prompts: Sequence[str | list[int]], param: str) -> None:
         """Raise ApiError for a token id that the model doesn't know."""
         most = self.about[name]["vocabulary"] - 1
         for prompt in prompts:
             if isinstance(prompt, list) and max(prompt) > most:
                 raise ApiError(400, f"token id {max(prompt)} is over the vocabulary's {most}", param)
 
-    async def _generate(self, name: str, body: Generation, form: Form) -> Response:
+    def _charge(self, visit: Visit, inputs: Sequence[str | list[int]], written: int) -> None:
+        """Charge the visit's key what it may come to use, and keep its prompts if they are logged. Raises ApiError."""
+        self.door.reserve(visit, _tokens(inputs) + written)
+        if self.access.log_prompts:
+            visit.prompts = [it if isinstance(it, str) else str(it) for it in inputs]
+
+    def _spend(self, visit: Visit, read: int, written: int = 0, cached: int = 0) -> None:
+        """Note the tokens that a visit used."""
+        visit.read, visit.written = read, written
+        for kind, count in (("prompt", read), ("cached", cached), ("completion", written)):
+            self.counts.tokens.labels(*visit.who, kind).inc(count)
+
+    def _observe(self, visit: Visit, times: dict[str, float] | None) -> None:
+        """Note how long a completion took."""
+        for what, took in (times or {}).items():
+            self.counts.times[what].labels(*visit.who).observe(took)
+
+    async def _generate(self, name: str, visit: Visit, body: Generation, form: Form) -> Response:
         """Have a replica do a job, and give its answer in a form."""
         job = body.job()
         self._check_tokens(name, [list(job["sampling"]["bias"])] if job["sampling"]["bias"] else [], "logit_bias")
-        about = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if visit.key:
+            job["client"] = f"{visit.key.name} {job['client']}"
+        about = {"id": f"{form.prefix}-{visit.id}", "created": int(time.time()), "model": name}
         if body.stream:
             stream = self.bundles[name].options(stream=True).stream.remote(job)
             head = _checked(await anext(stream))["head"]
-            usage_too = bool(body.stream_options and body.stream_options.include_usage)
-            events = self._events(name, about | {"object": form.part}, form, head, stream, usage_too)
+            events = self._events(about | {"object": form.part}, visit, body, form, head, stream)
             return StreamingResponse(events, media_type="text/event-stream")
         done = _checked(await self.bundles[name].complete.remote(job))
         texts = done["head"]["texts"] or [""] * len(done["choices"])
         choices = [form.choice(choice, text) for choice, text in zip(done["choices"], texts, strict=True)]
-        spent = self._usage(name, done["head"], sum(choice["tokens"] for choice in done["choices"]))
+        spent = self._end(visit, done["head"], done["choices"])
+        if body.store:
+            await self._record(visit, [{"text": it["text"], "reason": it["reason"]} for it in done["choices"]])
         return JSONResponse(about | {"object": form.whole, "choices": choices, "usage": spent})
 
+    def _end(self, visit: Visit, head: dict[str, Any], last: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Note what a request's completions used and took, by the last event of each; return the usage."""
+        written = sum(event["tokens"] for event in last)
+        self._spend(visit, head["prompt_tokens"], written, head["cached_tokens"])
+        for event in last:
+            self._observe(visit, event["times"])
+        return usage(head, written)
+
     async def _events(
-        self, name: str, about: dict[str, Any], form: Form, head: dict[str, Any], stream: Any, usage_too: bool
+        self, about: dict[str, Any], visit: Visit, body: Generation, form: Form, head: dict[str, Any], stream: Any
     ) -> AsyncIterator[str]:
         """Yield server-sent events of all choices as they come, and [DONE]."""
-        tokens: dict[int, int] = {}
+        last: dict[int, dict[str, Any]] = {}
+        written: dict[int, list[str]] = {}
         texts = dict(enumerate(head["texts"]))
-        ended = False
+        ended, spent = False, None
         try:
             async for message in stream:
                 for event in _checked(message)["events"]:
                     index = event["index"]
-                    choice = form.delta(event, texts.pop(index, ""), index not in tokens)
-                    tokens[index] = event["tokens"]
+                    choice = form.delta(event, texts.pop(index, ""), index not in last)
+                    last[index] = event
+                    if body.store:
+                        written.setdefault(index, []).append(event["text"])
                     yield _event(about | {"choices": [choice]})
             ended = True
-            spent = self._usage(name, head, sum(tokens.values()))
-            if usage_too:
+            spent = self._end(visit, head, list(last.values()))
+            if body.store:
+                kept = [{"text": "".join(written[i]), "reason": last[i]["reason"]} for i in sorted(last)]
+                await self._record(visit, kept)
+            if body.stream_options and body.stream_options.include_usage:
                 yield _event(about | {"choices": [], "usage": spent})
         except ApiError as error:
-            ended = True
+            ended = visit.failed = True
             yield _event(error.body())
         except (*REFUSALS, RayTaskError) as error:  # the replica died
-            ended = True
+            ended = visit.failed = True
             yield _event(ApiError(500, f"{type(error).__name__}: the replica was lost").body())
         finally:
             if not ended:  # the client has hung up
                 stream.cancel()
+            if spent is None:
+                self._end(visit, head, list(last.values()))
         yield "data: [DONE]\n\n"
 
-    def _usage(self, name: str, head: dict[str, Any], written: int) -> dict[str, Any]:
-        self.tokens.labels(name, "prompt").inc(head["prompt_tokens"])
-        self.tokens.labels(name, "completion").inc(written)
-        return usage(head, written)
+    def _whose(self, request: str, model: str, version: str, key: str) -> dict[str, Any]:
+        return {"request": request, "time": datetime.now(UTC), "model": model, "version": version, "key": key}
+
+    async def _record(self, visit: Visit, answers: Sequence[dict[str, Any]]) -> None:
+        """Keep a request that may be kept, and its answers, before the client has the last of them. Raises ApiError."""
+        own = {
+            "path": visit.path, "input": json.dumps(json.loads(visit.body)),
+            "output": json.dumps(answers), "seconds": visit.seconds,
+        }  # fmt: skip
+        await self._write("requests", self._whose(visit.id, visit.model, visit.version, visit.key_name) | own)
+
+    async def _write(self, kind: str, record: dict[str, Any]) -> None:
+        try:
+            await self.recorders[kind].write(record)
+        except Exception as error:
+            self.counts.records.labels(kind).inc()
+            raise ApiError(503, f"this could not be kept: {error}") from error
 
     async def _answer(
-        self, request: Request, model: str | None, task: str | None, answer: Callable[[str], Awaitable[Response]]
+        self, request: Request, model: str | None, task: str | None, answer: Callable[[str, Visit], Awaitable[Response]]
     ) -> Response:
-        """Find the model, answer, and count what became of it."""
-        began, path, status, name = time.perf_counter(), request.url.path, 500, model or ""
-
-        def count(ended: int) -> None:
-            known = name if name in self.about else ""
-            self.requests.labels(path, known, ended).inc()
-            self.seconds.labels(path, known).observe(time.perf_counter() - began)
-
+        """Find the model, and answer; what became of it, the gate counts."""
+        visit: Visit = request.state.visit
         try:
-            name = await self._model(model, task)
-            response = await answer(name)
-        except (ApiError, *REFUSALS) as error:
-            told = error if isinstance(error, ApiError) else _refusal(error)
-            status = told.status
-            raise told from error
-        except asyncio.CancelledError:  # the client has hung up
-            status = 499
-            raise
-        else:
-            if isinstance(response, StreamingResponse):
-                response.body_iterator = _counted(response.body_iterator, count)
-                status = 0  # counted at its end
-            else:
-                status = response.status_code
+            self.bundles.begin(await _who(request, visit))
+            visit.model = await self._model(model, task)
+            visit.version = self.about[visit.model]["hash"][:12]
+            self._remember(visit)
+            response = await answer(visit.model, visit)
+            if visit.version != (answered := self.about[visit.model]["hash"][:12]):  # the one on trial could not
+                visit.version = answered
+                self._remember(visit)
+            response.headers["x-manta-version"] = self.bundles.version(visit.model)["id"]
             return response
-        finally:
-            if status:
-                count(status)
+        except REFUSALS as error:
+            raise _refusal(error) from error
+
+    def _remember(self, visit: Visit) -> None:
+        """Keep whose a request is, for feedback on it."""
+        self.answered[visit.id] = visit.who
+        if len(self.answered) > REMEMBERED:
+            del self.answered[next(iter(self.answered))]
 
     async def _model(self, model: str | None, task: str | None) -> str:
         """Return the name of the model that a request means; `task` None: of any. Raises ApiError where there is none."""

@@ -1,4 +1,4 @@
-"""Put bundles behind Ray Serve, wait until they take traffic, and take them down again. Ray is up already."""
+"""Put bundles behind Ray Serve, change what is served while it serves, and take it down again. Ray is up already."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,13 @@ from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.progress import console
+from engine.serve.gate import access_for
+from engine.serve.keys import VARIABLE
+from engine.serve.rollout import Plan, Version
+from engine.serve.verdict import Rules
 
-APPLICATION = "manta"
+ASK_S = 30.0  # for the steward's answers
+LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,66 +40,197 @@ class Endpoint:
         """Take it down."""
         from ray import serve
 
+        from engine.serve.steward import forget
+
         with contextlib.redirect_stderr(open(os.devnull, "w")):
             serve.shutdown()
+            forget()
 
 
 def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
-    """Serve each bundle under its name; return once /readyz answers 200.
+    """Serve each bundle under its name; return once /readyz answers 200 and every new version is in, as the strategy says.
 
-    Raises UserError for a port in use, a bundle that was changed, and one that doesn't answer as it recorded.
+    Where an endpoint is up on this Ray already, it is changed: what it serves under other names stays, and a version that
+    a name has goes on until the new one is ready. Raises UserError, and changes nothing, for a port in use, a bundle that
+    was changed, one that doesn't answer as it recorded, and an address beyond loopback without keys.
     """
-    refuse_taken_port(config.serve.port)
-    refuse_what_cannot_fit(config.serve, len(bundles))
     for folder in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(folder))
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
+    settings = of_ingress(config)
+    quiet()
+    up = running()
+    endpoint = Endpoint(url_of(config.serve))
+    if up is None:
+        refuse_taken_port(config.serve.port)
+    elif up["url"] != endpoint.url:
+        port = up["url"].rpartition(":")[2]
+        raise UserError(f"an endpoint is up at {up['url']}, and a cluster has one: use serve.port={port} to change it")
+    from engine.serve.application import versions_of
 
-    for name in ("ray.serve", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    host = "127.0.0.1" if config.serve.host == "0.0.0.0" else config.serve.host
-    endpoint = Endpoint(f"http://{host}:{config.serve.port}")
+    versions = versions_of(bundles, config.serve)
+    new = {name: it for name, it in versions.items() if not is_running(it.app)}
+    refuse_what_cannot_fit(config.serve, len(new), beside=up is not None)
     try:
-        serve.start(http_options=HTTPOptions(host=config.serve.host, port=config.serve.port), logging_config=quiet)
-        target = serve.RunTarget(
-            application(config.serve, bundles), name=APPLICATION, route_prefix="/", logging_config=quiet
-        )
-        serve.run_many([target], wait_for_applications_running=False)
+        if up is None:
+            open_endpoint(config, endpoint)
+        elif up["options"] != settings:
+            run([("endpoint", "manta", settings)])
+        bring_up(new, config.serve.ready_timeout_s)
+        known = {name: asdict(replace(it, about=about(it))) for name, it in versions.items()}
+        told("take", known, asdict(plan_of(config.serve)))
         wait_until_ready(endpoint, config.serve.ready_timeout_s)
     except BaseException:
-        endpoint.stop()
+        if up is None:
+            endpoint.stop()
         raise
+    told("opened", endpoint.url, str(config.run_dir.absolute()), settings)
     record_deployment(config.run_dir, endpoint.url, bundles)
     return endpoint
 
 
-def application(options: ServeConfig, bundles: dict[str, Path]) -> Any:
-    """Return the Serve application: an ingress, and a deployment of autoscaling replicas for each bundle."""
+def open_endpoint(config: Config, endpoint: Endpoint) -> None:
+    """Start Serve, the steward and the ingress."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from engine.serve.steward import forget
+
+    forget()  # what an endpoint left that was ended by another hand
+    http = HTTPOptions(host=config.serve.host, port=config.serve.port)
+    serve.start(http_options=http, logging_config=quiet())
+    beginning = {"url": endpoint.url, "folder": str(config.run_dir.absolute()), "versions": {}}
+    run([("steward", "manta-steward", beginning), ("endpoint", "manta", of_ingress(config))])
+
+
+def of_ingress(config: Config) -> dict[str, Any]:
+    """Return the arguments of the ingress' builder. Raises UserError for an address beyond loopback without keys."""
+    from engine.serve.application import settings_of_ingress
+
+    access = access_for(config, os.environ.get(VARIABLE, ""))
+    return {"options": settings_of_ingress(config.serve), "access": asdict(access) | {"origins": list(access.origins)}}
+
+
+def run(applications: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    """Give Serve applications: (what it is, its name, the arguments of its builder)."""
     from ray import serve
 
-    from engine.serve.api import Api
-    from engine.serve.replica import Replica
+    from engine.serve import application
 
-    handles = {}
-    for number, (name, folder) in enumerate(bundles.items()):
-        deployment = serve.deployment(
-            name=f"bundle-{number}-{name}".replace("/", "-"),
-            autoscaling_config={
-                "min_replicas": options.min_replicas,
-                "max_replicas": options.max_replicas,
-                "target_ongoing_requests": options.target_ongoing_requests,
-            },
-            max_ongoing_requests=4 * options.max_batch,
-            max_queued_requests=options.max_queue,
-            ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
-            max_constructor_retry_count=1,
-        )(Replica)
-        handles[name] = deployment.bind(str(folder.absolute()), asdict(options))
-    ingress = serve.deployment(name="api", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})(Api)
-    return ingress.bind(handles, options.max_body_bytes, options.max_new_tokens, options.max_queue)
+    builders = {"steward": application.steward_application, "endpoint": application.endpoint_application, "version": application.version_application}  # fmt: skip
+    targets = [
+        serve.RunTarget(builders[what](args), name=name, route_prefix="/" if what == "endpoint" else None, logging_config=quiet())
+        for what, name, args in applications
+    ]  # fmt: skip
+    serve.run_many(targets, wait_for_applications_running=False)
+
+
+def bring_up(versions: dict[str, Version], timeout_s: float) -> None:
+    """Start the replicas of versions and wait until each has loaded, verified and replayed.
+
+    Raises UserError where one doesn't, and takes off what was begun: what answers till then goes on.
+    """
+    from ray import serve
+
+    if not versions:
+        return
+    run([("version", it.app, {"name": name, "folder": it.folder, "options": it.options}) for name, it in versions.items()])  # fmt: skip
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not all(is_running(it.app) for it in versions.values()):
+            applications = serve.status().applications
+            for version in versions.values():
+                found = applications.get(version.app)
+                if found and found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                    messages = [it.message for it in found.deployments.values()]
+                    raise UserError(f"the endpoint did not start: {reason_in(' '.join([*messages, found.message]))}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the replicas were not ready within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
+                    "or give them longer by serve.ready_timeout_s"
+                )
+            time.sleep(LOOK_EVERY_S)
+    except BaseException:
+        for version in versions.values():
+            serve.delete(version.app, _blocking=False)
+        raise
+
+
+def wait_until_ready(endpoint: Endpoint, timeout_s: float) -> None:
+    """Wait until the ingress answers, by the steward's present table. Raises UserError after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    number = told("state")["number"]
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            answer = httpx.get(f"{endpoint.url}/readyz", timeout=10)
+            if answer.status_code == 200 and int(answer.headers["x-manta-table"]) >= number:
+                return
+        time.sleep(LOOK_EVERY_S)
+    raise UserError(
+        f"the endpoint took no traffic within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
+        "or give it longer by serve.ready_timeout_s"
+    )
+
+
+def running() -> dict[str, Any] | None:
+    """Return the {"url", "folder", "options"} of the endpoint that is up on this Ray; None where none is."""
+    from ray import serve
+
+    from engine.serve.application import ENDPOINT, STEWARD
+
+    applications = serve.status().applications
+    return told("about") if {ENDPOINT, STEWARD} <= applications.keys() else None
+
+
+def is_running(app: str) -> bool:
+    """Tell whether an application is there and answers."""
+    from ray import serve
+
+    found = serve.status().applications.get(app)
+    return found is not None and found.status == "RUNNING"
+
+
+def told(question: str, *words: Any) -> Any:
+    """Ask the steward. One that is just replaced is asked again."""
+    from ray import serve
+    from ray.exceptions import RayActorError
+
+    from engine.serve.application import STEWARD
+
+    for _ in range(3):
+        with contextlib.suppress(RayActorError):
+            return getattr(serve.get_app_handle(STEWARD), question).remote(*words).result(timeout_s=ASK_S)
+    raise UserError("the endpoint's steward is lost again and again: look at Ray's logs in the run's folder")
+
+
+def about(version: Version) -> dict[str, Any]:
+    """Ask a version's replica what it is."""
+    from ray import serve
+
+    found: dict[str, Any] = serve.get_app_handle(version.app).describe.remote().result(timeout_s=ASK_S)
+    return found
+
+
+def plan_of(options: ServeConfig) -> Plan:
+    """Return how a new version is brought in."""
+    rules = Rules(tuple(options.canary_stages), options.canary_requests, options.canary_stage_s, options.canary_false_alarm)  # fmt: skip
+    return Plan(
+        options.strategy, rules, options.canary_error_margin, options.canary_latency_margin, options.shadow_share,
+        options.shadow_requests, options.keep_warm_s,
+    )  # fmt: skip
+
+
+def url_of(options: ServeConfig) -> str:
+    """Return where the endpoint is found from this machine."""
+    return f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
+
+
+def quiet() -> Any:
+    """Return a logging config without a line for each request; and silence what Serve says on this process's terminal."""
+    from ray.serve.schema import LoggingConfig
+
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
@@ -120,37 +256,24 @@ def refuse_taken_port(port: int) -> None:
         raise UserError(f"serve.port {port} is in use by {holder}: use serve.port={free}")
 
 
-def refuse_what_cannot_fit(options: ServeConfig, bundles: int) -> None:
-    """Raise UserError where the least number of replicas asks for more than the cluster has; Serve would wait for ever."""
+def refuse_what_cannot_fit(options: ServeConfig, versions: int, beside: bool) -> None:
+    """Raise UserError where new versions ask for more than the cluster has, or has left; Serve would wait for ever.
+
+    `beside`: others serve already, and go on until the new ones are ready.
+    """
     import ray
 
-    has, replicas = ray.cluster_resources(), bundles * options.min_replicas
+    has, replicas = (
+        ray.available_resources() if beside else ray.cluster_resources(),
+        versions * max(options.min_replicas, 1),
+    )
     for kind, each, key in (("cores", options.cpus_per_replica, "CPU"), ("GPUs", options.gpus_per_replica, "GPU")):
         if each * replicas > has.get(key, 0.0) + 1e-6:
+            left = " left beside the version that answers until then" if beside else ""
             raise UserError(
-                f"{replicas} replicas x {each:g} {kind} are asked, the cluster has {has.get(key, 0.0):g} {kind}: "
+                f"{replicas} replicas x {each:g} {kind} are asked, the cluster has {has.get(key, 0.0):g} {kind}{left}: "
                 f"use fewer serve.min_replicas or a smaller serve.{key.lower()}s_per_replica"
             )
-
-
-def wait_until_ready(endpoint: Endpoint, timeout_s: float) -> None:
-    """Ask /readyz until it answers 200. Raises UserError when a replica fails, and after `timeout_s`."""
-    from ray import serve
-
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        application = serve.status().applications.get(APPLICATION)
-        if application and application.status == "DEPLOY_FAILED":
-            told = [deployment.message for deployment in application.deployments.values()]
-            raise UserError(f"the endpoint did not start: {reason_in(' '.join([*told, application.message]))}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{endpoint.url}/readyz", timeout=5).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise UserError(
-        f"the endpoint took no traffic within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
-        "or give it longer by serve.ready_timeout_s"
-    )
 
 
 def reason_in(message: str) -> str:
@@ -161,37 +284,96 @@ def reason_in(message: str) -> str:
     return message.strip().splitlines()[-1] if message.strip() else "no reason was given"
 
 
-def bundles_of(config: Config) -> Iterator[tuple[str, Path]]:
-    """Yield (name, folder) of each bundle that the config names (`a+b`); the champion if it names none."""
-    for reference in (config.bundle or config.tracking.alias).split("+"):
-        folder = find_bundle(reference, Path(config.runs_dir), config.tracking_uri)
+def bundles_of(config: Config) -> dict[str, Path]:
+    """Return the folder of each bundle that the config names (`a+b`; the champion if none) by the name that it is served under."""
+    references = (config.bundle or config.tracking.alias).split("+")
+    folders = [find_bundle(reference, Path(config.runs_dir), config.tracking_uri) for reference in references]
+    if config.serve.names:
+        return dict(zip(config.serve.names.split("+"), folders, strict=True))
+    return {name_of(reference, folder): folder for reference, folder in zip(references, folders, strict=True)}
+
+
+def name_of(reference: str, folder: Path) -> str:
+    """Return the name of a bundle: of a folder, what its manifest says; else the reference without version and alias."""
+    if Path(reference).is_dir():
         manifest = Bundle.open(folder).manifest
-        yield (manifest.name if manifest and Path(reference).is_dir() else Path(reference).name), folder
+        return manifest.name if manifest else Path(reference).name
+    return reference.partition("@")[0].partition("/")[0]
 
 
-def serve_until_stopped(config: Config) -> None:
-    """Serve config.bundle until Ctrl-C; with serve.detach, return at once and leave it up."""
+def serve_until_stopped(config: Config) -> int:
+    """Serve config.bundle until Ctrl-C; with serve.detach, return at once and leave it up. Return the exit code.
+
+    Where an endpoint is up already, change it, follow what is tried to its end, and leave it up: 3 if it was withdrawn.
+    """
     if config.serve.detach and config.cluster.address == "local":
         raise UserError("serve.detach needs a cluster that stays up: `manta cluster up`, then cluster.address=auto")
-    bundles = dict(bundles_of(config))
+    bundles, changed = bundles_of(config), running() is not None
     endpoint = deploy(config, bundles)
+    if changed:
+        return follow(list(bundles)) if not config.serve.detach else 0
     console.print(f"serving {', '.join(bundles)} at {endpoint.url} (interface: {endpoint.url}/docs)")
-    models = httpx.get(f"{endpoint.url}/v1/models", timeout=30).json()["data"]
-    for model in models:
+    for name, it in told("state")["models"].items():
         path, body = (
             ("classify", {"input": "some text"})
-            if model["task"] == "classification"
+            if it["stable"]["about"]["task"] == "classification"
             else ("completions", {"prompt": "def "})
         )
         console.print(
-            f"curl {endpoint.url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': model['id'], **body})}'"
+            f"curl {endpoint.url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
         )
     if config.serve.detach:
         console.print("it stays up: `manta cluster down` ends it")
-        return
+        return 0
     console.print("Ctrl-C ends it")
     try:
         while True:
             time.sleep(3600)
     finally:
         endpoint.stop()
+
+
+def follow(names: Sequence[str]) -> int:
+    """Print what happens to what is tried under these names until nothing is; return 3 if a version was withdrawn, else 0."""
+    seen: dict[str, int] = {}
+    while True:
+        models = told("state")["models"]
+        for name in names:
+            new = models[name]["told"] - seen.get(name, models[name]["told"] - 1)
+            for event in models[name]["events"][-new:] if new else []:
+                console.print(f"{name}  {event['event']} {event['version']}: {event['reason']}", markup=False)
+            seen[name] = models[name]["told"]
+        if not any(models[name]["trial"] for name in names):
+            return 3 if any(models[name]["events"][-1]["event"] == "withdrawn" for name in names) else 0
+        time.sleep(1)
+
+
+def roll_back(config: Config, name: str) -> tuple[str, str]:
+    """Let the version before answer again, or end what is tried; return the hashes of the bundles (taken off, that answers).
+
+    Raises UserError where no endpoint is up, or the name has had no other version.
+    """
+    up = running()
+    models = told("state")["models"] if up else {}
+    if up is None or name not in models:
+        there = (
+            f"the endpoint at {up['url']} serves {', '.join(models)}, not {name}"
+            if up
+            else "no endpoint is up on this Ray"
+        )
+        raise UserError(f"{there}: nothing can be rolled back")
+    model = models[name]
+    if model["trial"]:
+        told("stop_trial", name, "rolled back")
+        gone, back = model["trial"]["version"]["hash"], model["stable"]["hash"]
+    elif model["before"]:
+        version = Version(**model["before"][0])
+        if not is_running(version.app):  # it was kept warm for a while only
+            bring_up({name: version}, config.serve.ready_timeout_s)
+        plan = replace(plan_of(config.serve), strategy="replace")
+        told("take", {name: asdict(version)}, asdict(plan))
+        gone, back = model["stable"]["hash"], version.hash
+    else:
+        raise UserError(f"{name} has had one version only: there is none before it")
+    wait_until_ready(Endpoint(up["url"]), config.serve.ready_timeout_s)
+    return gone, back

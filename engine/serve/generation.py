@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.serve.forward import Forward, Part, make_forward
-from engine.serve.sampling import Sampling, choose
+from engine.serve.sampling import Mask, Sampling, choose
 from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
 
 MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
@@ -57,13 +57,19 @@ class Completion:
     stepwise: bool = False  # its reader wants to hear of each token, not of the end alone
     reader: Any = None  # whatever its reader knows it by
     cancelled: bool = False  # by a reader that left; its place is free at the next step
+    mask: Mask | None = None  # of a text that has a given form
 
     tokens: list[int] = field(default_factory=list)  # written so far
-    scores: list[Score] = field(default_factory=list)  # of the tokens
+    scores: list[Score] = field(default_factory=list)  # of the tokens, and of the one that ended it if one did
     prompt_scores: list[Score] = field(default_factory=list)  # of the prompt from its second token on
     reason: str | None = None  # why it ended: stop, length, error, expired
     error: str = ""
     reused: int = 0  # prompt tokens that were in the cache already
+    # On time.monotonic; 0: not yet.
+    queued_at: float = 0.0
+    placed_at: float = 0.0
+    first_at: float = 0.0  # token
+    ended_at: float = 0.0
 
     lane: int = -1
     cached: int = 0  # its tokens in the cache
@@ -104,6 +110,10 @@ class Generator(Protocol):
     def alive(self) -> bool:
         """Whether completions still end."""
 
+    @property
+    def load(self) -> dict[str, int]:
+        """How busy it is, and what it has done: the figures that `metrics.REPLICA` names, those that it knows."""
+
 
 class TransformersGenerator:
     """Owns a transformers model and the thread that runs it."""
@@ -135,7 +145,7 @@ class TransformersGenerator:
         eos = generation.eos_token_id if generation else None
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.running: list[Completion] = []  # the eldest first
-        self.steps = 0
+        self.steps = self.rows = self.reused_tokens = 0
         self.shape = shape_for([], max_batch, room, positions)
         self.forward.shape(self.shape.lanes, self.shape.capacity)
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
@@ -155,7 +165,9 @@ class TransformersGenerator:
         with self._work:
             if len(self._waiting) + len(completions) > self.max_queue:
                 raise QueueFull
+            now = time.monotonic()
             for completion in completions:
+                completion.queued_at = now
                 self._waiting.push(completion.client, completion)
             self._work.notify()
 
@@ -174,12 +186,13 @@ class TransformersGenerator:
 
     @property
     def load(self) -> dict[str, int]:
-        """Completions waiting and running, tokens in the cache and room for them."""
+        """Completions waiting and running, tokens in the cache and room for them; sums since the start."""
         running = list(self.running)
         held = sum(completion.cached for completion in running)
         return {
             "waiting": len(self._waiting), "running": len(running), "cached_tokens": held,
-            "cache_tokens": self.shape.lanes * self.shape.capacity,
+            "cache_tokens": self.shape.lanes * self.shape.capacity, "steps": self.steps, "rows": self.rows,
+            "reused_tokens": self.reused_tokens,
         }  # fmt: skip
 
     @torch.inference_mode()
@@ -219,6 +232,8 @@ class TransformersGenerator:
             if not self._place(completion):
                 return
             self._waiting.start(client, completion.need)
+            completion.placed_at = time.monotonic()
+            self.reused_tokens += completion.reused
             self.running.append(completion)
 
     def _place(self, completion: Completion) -> bool:
@@ -270,6 +285,7 @@ class TransformersGenerator:
                 wanted = count if completion.score_prompt and not completion.tokens else int(count == left)
                 batch.append(completion)
                 parts.append(Part(completion.lane, completion.cached, completion.upcoming(count), wanted))
+        self.rows += len(parts)
         try:
             logits_RV = self.forward.run(parts)
             self._take(batch, parts, logits_RV)
@@ -302,7 +318,10 @@ class TransformersGenerator:
         if writers:
             if len(rows) < len(logits_RV):
                 logits_RV = logits_RV[rows]
-            picked = choose(logits_RV, [it.sampling for it in writers], [it.tokens for it in writers], [it.dice for it in writers])  # fmt: skip
+            picked = choose(
+                logits_RV, [it.sampling for it in writers], [it.tokens for it in writers], [it.dice for it in writers],
+                [it.mask for it in writers],
+            )  # fmt: skip
             self._score(writers, picked, logits_RV)
         for completion, part in zip(batch, parts, strict=True):
             completion.cached = part.past + len(part.tokens)
@@ -312,6 +331,7 @@ class TransformersGenerator:
             self._took(completion, token)
 
     def _took(self, completion: Completion, token: int) -> None:
+        completion.first_at = completion.first_at or time.monotonic()
         if token < 0:
             completion.error = "the model's output is not a finite number"
             self.forward.clear(completion.lane)
@@ -320,8 +340,11 @@ class TransformersGenerator:
         elif token in self.eos_ids:
             self._end(completion, "stop")
         else:
+            whole = completion.mask is not None and completion.mask.take(token)
             completion.tokens.append(token)
-            if len(completion.tokens) >= completion.max_tokens:
+            if whole:
+                self._end(completion, "stop")
+            elif len(completion.tokens) >= completion.max_tokens:
                 self._end(completion, "length")
             elif completion.stepwise:
                 self._news.append(completion)
@@ -333,12 +356,13 @@ class TransformersGenerator:
         self._held[completion.lane], self._used[completion.lane] = held, self.steps
         with self._work:
             self._waiting.end(completion.client, completion.need - completion.known)
+        completion.ended_at = time.monotonic()
         completion.reason = reason
         self._news.append(completion)
 
     def _score(self, writers: Sequence[Completion], picked: Sequence[int], logits_RV: Tensor) -> None:
-        """Append the scores of picked tokens, before the tokens themselves: a reader takes as many of both."""
-        asking = [i for i, it in enumerate(writers) if it.logprobs is not None and picked[i] not in {-1, *self.eos_ids}]
+        """Append the scores of picked tokens, before the tokens themselves: a reader takes as many of both, and the end's."""
+        asking = [i for i, it in enumerate(writers) if it.logprobs is not None and picked[i] >= 0]
         if asking:
             most = max(writers[i].logprobs or 0 for i in asking)
             for i, score in zip(asking, scores(logits_RV[asking], [picked[i] for i in asking], most), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.objectives.contract import pad_rows
 from engine.serve.chat import TemplateError, chat_prompt
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
-from engine.serve.sampling import Sampling
+from engine.serve.sampling import Mask, Sampling
+from engine.serve.scaling import TOKENS
+from engine.serve.structure import BadSchema, Structure
 from engine.serve.text import Logprobs, Text
+from engine.serve.together import Together
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
 EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+CHARACTERS_A_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
+VERSION_DIGITS = 12  # of a bundle's hash
 
 
 class Refused(Exception):
@@ -81,16 +87,34 @@ class Replica:
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.bundle.replay(self.model)
         self.positions = positions(self.model.config) or self.objective.sequence_length
+        self.writing: set[Completion] = set()
+        self.reading = 0  # tokens of the other tasks' inputs, about
+        self.forwards = self.rows = 0  # of inputs that are no completions
+        self.structure: Structure | None = None  # made when it is first asked for
         self.generator: Generator | None = None
         if self.objective.auto_class == "AutoModelForCausalLM":
             self.generator = TransformersGenerator(
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
                 step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens, tell=wake_readers,
             )  # fmt: skip
-        together: Any
-        for together in (self.classify_batch, self.embed_batch):  # Serve gives the decorated methods these setters
-            together.set_max_batch_size(self.options.max_batch)
-            together.set_batch_wait_timeout_s(self.options.batch_wait_s)
+        most, wait_s = self.options.max_batch, self.options.batch_wait_s
+        self.classified = Together(self._classify, most, wait_s)
+        self.embedded = Together(self._embed, most, wait_s)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the tokens that are still to be read and written, of all that is queued and runs here."""
+        left = sum(it.need - it.cached for it in list(self.writing) if it.reason is None)
+        return {TOKENS: float(left + self.reading)}
+
+    @contextlib.contextmanager
+    def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
+        """Count some inputs as in flight while they are answered."""
+        tokens = sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)
+        self.reading += tokens
+        try:
+            yield
+        finally:
+            self.reading -= tokens
 
     def check_health(self) -> None:
         """Raise if no completion would end any more; Serve then replaces this replica."""
@@ -108,15 +132,22 @@ class Replica:
             "hash": self.bundle.hash,
         }
 
+    def figures(self) -> dict[str, Any]:
+        """Return what /metrics tells of this replica."""
+        load = self.generator.load if self.generator else {}
+        return load | {
+            "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": str(self.model.device),
+            "steps": self.forwards + load.get("steps", 0), "rows": self.rows + load.get("rows", 0),
+        }  # fmt: skip
+
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""
-        return list(await asyncio.gather(*(self.classify_batch(text) for text in texts)))
+        with self.reads(texts):
+            return await self.classified(texts)
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def classify_batch(self, texts: list[str]) -> list[dict[str, Any]]:
-        """Answer a batch off the event loop."""
-        requests = [{"text": text} for text in texts]
-        answers = await asyncio.to_thread(self.objective.predict, self.model, requests)
+    def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
+        self.forwards, self.rows = self.forwards + 1, self.rows + len(texts)
+        answers = self.objective.predict(self.model, [{"text": text} for text in texts])
         lengths = [len(ids) for ids in self.objective.tokenizer(texts)["input_ids"]]
         return [answer | {"tokens": length} for answer, length in zip(answers, lengths, strict=True)]
 
@@ -127,16 +158,13 @@ class Replica:
         if longest > self.positions:
             told = f"an input has {longest:,} tokens, over the model's {self.positions:,} positions: use less"
             return [Refused(told, "input").told]
-        vectors = await asyncio.gather(*(self.embed_batch(row) for row in ids))
+        with self.reads(ids):
+            vectors = await self.embedded(ids)
         return [{"embedding": vector, "tokens": len(row)} for vector, row in zip(vectors, ids, strict=True)]
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
-    async def embed_batch(self, rows: list[list[int]]) -> list[list[float]]:
-        """Embed a batch off the event loop."""
-        return await asyncio.to_thread(self._embed, rows)
 
     @torch.inference_mode()
     def _embed(self, rows: list[list[int]]) -> list[list[float]]:
+        self.forwards, self.rows = self.forwards + 1, self.rows + len(rows)
         ids_BL, mask_BL = (it.to(self.model.device) for it in pad_rows(rows, self.objective.tokenizer.pad_token_id))  # type: ignore[arg-type]
         hidden_BLD = self.model.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()  # type: ignore[operator]
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
@@ -184,6 +212,9 @@ class Replica:
             )
         reader, copies = Reader(), range(job["n"])
         completions = [self._completion(job, prompt, copy, bool(stop), reader) for prompt in prompts for copy in copies]
+        if job["schema"]:
+            for completion, mask in zip(completions, await self._masks(job["schema"], len(completions)), strict=True):
+                completion.mask = mask
         try:
             self.generator.submit(completions)
         except QueueFull as error:
@@ -192,6 +223,19 @@ class Replica:
         return head, [
             Followed(it, Text(tokenizer, it.prompt, stop), Logprobs(tokenizer, it, job["echo"])) for it in completions
         ]
+
+    async def _masks(self, schema: str, count: int) -> list[Mask]:
+        """Return the masks of completions that are JSON of a schema. Raises Refused for one that cannot be followed."""
+
+        def make() -> list[Mask]:
+            self.structure = self.structure or Structure(self.objective.tokenizer)
+            grammar = self.structure.grammar(schema)
+            return [self.structure.mask(grammar) for _ in range(count)]
+
+        try:
+            return await asyncio.to_thread(make)
+        except BadSchema as error:
+            raise Refused(f"this schema cannot be followed: {error}", "response_format") from error
 
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         tokenizer = self.objective.tokenizer
@@ -222,6 +266,7 @@ class Replica:
         """Yield what is new of a job's completions until all have ended. Raises Refused for one that failed."""
         assert self.generator is not None
         reader = followed[0].completion.reader
+        self.writing.update(it.completion for it in followed)
         try:
             while not all(it.ended for it in followed):
                 await reader.news.wait()
@@ -230,6 +275,7 @@ class Replica:
                 if new := [event for event in events if event]:
                     yield new
         finally:  # also when the client has hung up
+            self.writing.difference_update(it.completion for it in followed)
             if left := [it.completion for it in followed if not it.completion.reason]:
                 self.generator.cancel(left)
 
@@ -256,14 +302,37 @@ class Replica:
             return None
         logprobs = None
         if job["logprobs"] is not None:
-            logprobs = it.logprobs.for_chat(it.text.count) if "messages" in job else it.logprobs.take(it.text.count)
+            # Completions tell the token that ended them too, as OpenAI's do; lm-eval counts on it.
+            end = reason == "stop" and not it.text.stopped and "messages" not in job
+            tell = it.logprobs.for_chat if "messages" in job else it.logprobs.take
+            logprobs = tell(it.text.count + end)
         return {
             "index": index, "text": text, "tokens": it.text.count, "logprobs": logprobs,
             "reason": ("stop" if it.text.stopped else reason) if it.ended else None,
+            "times": times(it.completion) if it.ended else None,
         }  # fmt: skip
 
     def _reused(self, followed: list[Followed]) -> dict[str, int]:
         return {"cached_tokens": sum(it.completion.reused for it in followed)}
+
+
+def replica_id() -> str:
+    """Return Serve's name of this replica; none outside of Serve."""
+    try:
+        return str(serve.get_replica_context().replica_id.unique_id)
+    except RayServeException:
+        return ""
+
+
+def times(completion: Completion) -> dict[str, float]:
+    """Return the seconds that an ended completion waited for its place, for its first token, and between two, if it did."""
+    found = {"queued": completion.placed_at - completion.queued_at}
+    if completion.first_at:
+        found["first"] = completion.first_at - completion.queued_at
+    if len(completion.tokens) > 1:
+        ended = completion.ended_at or time.monotonic()  # a stop text ends it for its reader before its lane is free
+        found["between"] = (ended - completion.first_at) / (len(completion.tokens) - 1)
+    return found
 
 
 def positions(config: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
@@ -18,13 +19,60 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Body(Strict):
+    """A whole request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_characters(cls, body: Any) -> Any:
+        """Refuse half characters, which JSON can write (\\ud800) and no tokenizer takes."""
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text ends within a character: a \\ud800 to \\udfff stands alone") from error
+        except RecursionError as error:
+            raise ValueError("this is nested too deeply") from error
+        return body
+
+
 class StreamOptions(Strict):
     """How a stream ends."""
 
     include_usage: bool = False
 
 
-class Generation(Strict):
+class JsonSchema(Strict):
+    """A schema by its name; `strict` or not, it is followed."""
+
+    name: str = Field(max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+
+
+class Generation(Body):
     """What completions and chats have in common."""
 
     model: str | None = None
@@ -40,15 +88,24 @@ class Generation(Strict):
     frequency_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: Bias | None = Field(None, max_length=300)
     user: str | None = Field(None, max_length=256)  # whom the client asks for; users take turns
+    response_format: ResponseFormat | None = None
+    store: bool | None = None  # whether the request and its answer may be kept to learn from
 
     def stops(self) -> list[str]:
         """Return the stop texts."""
         return [word for word in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if word]
 
+    def schema_text(self) -> str | None:
+        """Return the schema, in JSON, that the texts are to have; None: any text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.schema_)
+        return '{"type": "object"}' if isinstance(self.response_format, JsonFormat) else None
+
     def job(self) -> dict[str, Any]:
         """Return what a replica needs to know of all its completions."""
         return {
             "n": self.n, "stop": self.stops(), "seed": self.seed, "client": self.user or "", "stream": self.stream,
+            "schema": self.schema_text(),
             "sampling": {
                 "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
                 "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty,
@@ -108,12 +165,6 @@ class Message(Strict):
         return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
-class ResponseFormat(Strict):
-    """Text is what is answered."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
@@ -122,7 +173,6 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _told_once(self) -> ChatRequest:
@@ -147,14 +197,35 @@ class ChatRequest(Generation):
         }
 
 
-class ClassifyRequest(Strict):
+class ClassifyRequest(Body):
     """POST /v1/classify."""
 
     model: str | None = None
     input: str | Annotated[list[str], Field(min_length=1, max_length=1024)]
+    store: bool | None = None
+
+    def texts(self) -> list[str]:
+        """Return the texts one by one."""
+        return [self.input] if isinstance(self.input, str) else self.input
 
 
-class EmbeddingRequest(Strict):
+class Feedback(Body):
+    """POST /v1/feedback: what somebody thinks of an answer."""
+
+    request: str = Field(pattern=r"^[A-Za-z0-9._-]{1,160}$")  # the answer's id, or its X-Request-Id
+    rating: Literal["up", "down"] | None = None
+    label: str | None = Field(None, min_length=1, max_length=1000)  # the right one
+    text: str | None = Field(None, min_length=1)  # what the answer should have been
+    comment: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _something_said(self) -> Feedback:
+        if not (self.rating or self.label or self.text or self.comment):
+            raise ValueError("nothing is said: give a rating, a label, a text or a comment")
+        return self
+
+
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
     model: str | None = None

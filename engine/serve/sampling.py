@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,20 +31,38 @@ class Sampling:
         return bool(self.frequency_penalty or self.presence_penalty or self.bias)
 
 
+class Mask(Protocol):
+    """Follows a text that has a given form."""
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        """Return which tokens may come next, [V] of booleans."""
+
+    def take(self, token: int) -> bool:
+        """Go on by a token; return whether the text is whole, so that nothing may follow."""
+
+
 def choose(
-    logits_RV: Tensor, samplings: Sequence[Sampling], written: Sequence[Sequence[int]], dice: Sequence[random.Random]
+    logits_RV: Tensor,
+    samplings: Sequence[Sampling],
+    written: Sequence[Sequence[int]],
+    dice: Sequence[random.Random],
+    masks: Sequence[Mask | None] = (),
 ) -> list[int]:
     """Pick a token for each row, or -1 where its logits are not finite numbers.
 
     `written` are the tokens that a row wrote before, `dice` its own source of chance: one number is drawn from it for
     each token and turned into a token by the inverse of the row's cumulative distribution, so that a pick depends on
-    its row alone.
+    its row alone. `masks` are those of the rows whose text has a given form.
     """
     changed = [i for i, sampling in enumerate(samplings) if sampling.changes_logits]
-    if changed:
+    masked = [i for i, mask in enumerate(masks) if mask]
+    if changed or masked:
         logits_RV = logits_RV.clone()
         for i in changed:
             _penalize(logits_RV[i], samplings[i], written[i])
+        for i in masked:
+            forbidden_V = ~masks[i].allowed(logits_RV.shape[-1])  # type: ignore[union-attr]
+            logits_RV[i].masked_fill_(forbidden_V.to(logits_RV.device), -torch.inf)
     best_R, ids_R = logits_RV.max(-1)
     picked: list[int] = ids_R.masked_fill(~best_R.isfinite(), -1).tolist()
     drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0 and picked[i] >= 0]

@@ -1,0 +1,233 @@
+"""An endpoint changes what it serves while clients ask: at once, by a canary, with a shadow, and back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from engine.bundles.bundle import Bundle, write_bundle
+from engine.config import Config, replace, with_values
+from engine.errors import UserError
+from engine.serve.deploy import Endpoint, deploy, follow, roll_back, told
+from tests.engine.bundles.making import fresh_bundle
+from tests.engine.serve.clients import load
+from tests.engine.serve.test_faults import wait_for
+from tests.engine.serve.test_serve import free_port
+
+ASK = {"model": "writer", "prompt": "import os", "max_tokens": 4, "temperature": 0}
+POISON = "~"  # a character that the bad bundle cannot read
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Three with other weights each; the last one verifies and replays, and fails where a prompt has POISON."""
+    folder = tmp_path_factory.mktemp("change")
+    untied = with_values(tiny, {"model.tie_word_embeddings": False})
+    made = {name: fresh_bundle(untied, folder / name / "bundle", seed) for seed, name in enumerate(["one", "two"])}
+    model, objective = made["one"].model(), made["one"].objective()
+    manifest = made["one"].manifest
+    assert manifest
+    (token,) = objective.tokenizer(POISON)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan  # type: ignore[operator]
+    golden = [it["request"] for it in manifest.golden]
+    assert not any(POISON in json.dumps(request) for request in golden)
+    made["bad"] = write_bundle(folder / "bad" / "bundle", model=model, objective=objective, name="bad", golden_requests=golden)  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Config) -> Config:
+    quick = {"serve.canary_stages": [0.3, 1.0], "serve.canary_requests": 15, "serve.canary_stage_s": 0.5,
+             "serve.canary_latency_margin": 5.0, "serve.max_replicas": 1, "serve.keep_warm_s": 120.0, "name": "change",
+             "serve.shadow_requests": 10, "serve.max_batch": 4}  # fmt: skip
+    return with_values(tiny, {"serve.port": free_port(), **quick})
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray: None, config: Config, bundles: dict[str, Bundle]) -> Iterator[Endpoint]:
+    up = deploy(config, {"writer": bundles["one"].folder})
+    yield up
+    up.stop()
+
+
+def standing(endpoint: Endpoint) -> dict[str, Any]:
+    (model,) = httpx.get(f"{endpoint.url}/v1/models").json()["data"]
+    found: dict[str, Any] = model
+    return found
+
+
+def test_a_change_at_once_loses_nothing_and_so_does_the_way_back(
+    endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]
+) -> None:
+    before = standing(endpoint)
+    with load(endpoint.url, ASK) as noted:
+        wait_for(lambda: len(noted) > 20)
+        deploy(config, {"writer": bundles["two"].folder})
+        assert standing(endpoint)["hash"] == bundles["two"].hash
+        changed, asked = time.monotonic(), len(noted)
+        wait_for(lambda: len(noted) > asked + 20)
+        began = time.monotonic()
+        assert roll_back(config, "writer") == (bundles["two"].hash, bundles["one"].hash)
+        back = time.monotonic()
+        asked = len(noted)
+        wait_for(lambda: len(noted) > asked + 20)
+    assert {it.status for it in noted} == {200}
+    after = standing(endpoint)
+    assert (before["hash"], after["hash"], after["version"]) == (
+        bundles["one"].hash,
+        bundles["one"].hash,
+        before["version"],
+    )
+    assert {it.version for it in noted if it.began > back} == {before["version"]}
+    between = [it for it in noted if it.began > changed and it.ended < began]
+    assert len({it.version for it in between}) == 1
+    assert {it.version for it in between}.isdisjoint({before["version"]})
+    texts = {it.version: it.body["choices"][0]["text"] for it in noted}
+    assert len(set(texts.values())) == 2
+    assert back - began < 2
+    assert [event["event"] for event in after["events"]] == ["promoted"] * 3
+
+
+def test_one_that_does_not_answer_as_recorded_never_takes_traffic(
+    endpoint: Endpoint, config: Config, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    model, objective = bundles["two"].model(), bundles["two"].objective()
+    assert bundles["two"].manifest
+    golden = [it["request"] for it in bundles["two"].manifest.golden]
+    liar = write_bundle(tmp_path / "bundle", model=model, objective=objective, name="liar", golden_requests=golden)
+    manifest = json.loads((liar.folder / "manta.json").read_text())
+    manifest["golden"][0]["output"]["logprobs"][0] += 0.5
+    manifest["hash"] = ""
+    from engine.bundles.bundle import Manifest
+
+    manifest["hash"] = Manifest(**manifest).content_hash()
+    (liar.folder / "manta.json").write_text(json.dumps(manifest))
+    before = standing(endpoint)
+    with load(endpoint.url, ASK, clients=2) as noted:
+        with pytest.raises(UserError, match="does not answer as recorded"):
+            deploy(config, {"writer": liar.folder})
+        asked = len(noted)
+        wait_for(lambda: len(noted) > asked + 5)
+    assert {(it.status, it.version) for it in noted} == {(200, before["version"])}
+    assert standing(endpoint) == before
+
+
+def test_a_good_canary_takes_over_by_stages(
+    endpoint: Endpoint, config: Config, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = standing(endpoint)["version"]
+    canary = replace(config, serve__strategy="canary")
+    with load(endpoint.url, ASK, clients=3) as noted:
+        wait_for(lambda: len(noted) > 40)
+        deploy(canary, {"writer": bundles["two"].folder})
+        trial = standing(endpoint)["trial"]
+        assert (trial["hash"], trial["share"]) == (bundles["two"].hash, 0.3)
+        began = time.monotonic()
+        assert follow(["writer"]) == 0
+        ended = time.monotonic()
+    assert {it.status for it in noted} == {200}
+    assert standing(endpoint)["hash"] == bundles["two"].hash
+    new = standing(endpoint)["version"]
+    within = [it.version for it in noted if it.began > began and it.ended < ended]
+    assert 0.1 < within.count(new) / len(within) < 0.6
+    assert set(within) == {old, new}
+    said = capsys.readouterr().out
+    assert f"writer  canary {new}: 30% of the traffic" in said
+    assert f"writer  promoted {new}: " in said
+    events = [json.loads(line) for line in (config.run_dir / "rollout.jsonl").read_text().splitlines()]
+    assert [it["event"] for it in events[-2:]] == ["canary", "promoted"]
+
+
+def test_a_bad_canary_is_withdrawn_and_harms_nobody(
+    endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]
+) -> None:
+    before = standing(endpoint)
+    canary = with_values(config, {"serve.strategy": "canary", "serve.canary_requests": 1000})
+    with load(endpoint.url, ASK | {"prompt": f"x {POISON} y"}, clients=3) as noted:
+        deploy(canary, {"writer": bundles["bad"].folder})
+        assert follow(["writer"]) == 3
+        asked = len(noted)
+        wait_for(lambda: len(noted) > asked + 5)
+    assert {it.status for it in noted} == {200}
+    after = standing(endpoint)
+    assert (after["hash"], after["trial"]) == (before["hash"], None)
+    assert after["events"][-1]["event"] == "withdrawn"
+    assert after["events"][-1]["bundle"] == bundles["bad"].hash
+    assert after["events"][-1]["reason"].startswith("errors: ")
+
+
+@pytest.mark.slow
+def test_a_shadow_is_compared_and_answers_nobody(
+    endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]
+) -> None:
+    old = standing(endpoint)["version"]
+    shadow = replace(config, serve__strategy="shadow")
+    # The same weights as what answers, under another option: as good as the same.
+    same = with_values(shadow, {"serve.step_tokens": 64})
+    with load(endpoint.url, ASK | {"stream": False}, clients=2) as noted:
+        deploy(same, {"writer": bundles["two"].folder})
+        assert follow(["writer"]) == 3
+    assert {(it.status, it.version) for it in noted} == {(200, old)}
+    told_of = standing(endpoint)["events"][-2]
+    assert told_of["event"] == "compared"
+    assert ", 0 failed, " in told_of["reason"]
+    assert "answers alike (100.0%)" in told_of["reason"]
+
+
+def test_users_stay_with_their_version(endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]) -> None:
+    canary = with_values(config, {"serve.strategy": "canary", "serve.canary_stages": [0.5, 1.0], "serve.canary_requests": 10**6})  # fmt: skip
+    deploy(canary, {"writer": bundles["one"].folder})
+
+    def version(user: str) -> str:
+        answer = httpx.post(f"{endpoint.url}/v1/completions", json=ASK | {"user": user}, timeout=60)
+        return str(answer.headers["x-manta-version"])
+
+    first = {user: version(user) for user in map(str, range(24))}
+    assert len(set(first.values())) == 2
+    assert {user: version(user) for user in first} == first
+    headers = {"Authorization": "Bearer k", "x-request-id": "1"}
+    by_key = {httpx.post(f"{endpoint.url}/v1/completions", json=ASK, headers=headers, timeout=60).headers["x-manta-version"] for _ in range(4)}  # fmt: skip
+    assert len(by_key) == 1
+    roll_back(config, "writer")
+    assert standing(endpoint)["trial"] is None
+
+
+@pytest.mark.slow
+def test_the_steward_is_killed_and_goes_on(endpoint: Endpoint, config: Config) -> None:
+    before = standing(endpoint)
+
+    def steward() -> psutil.Process:
+        return next(p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:manta-steward" in " ".join(p.info["cmdline"] or []))  # fmt: skip
+
+    with load(endpoint.url, ASK, clients=2) as noted:
+        lost = steward()
+        lost.kill()
+
+        def back() -> bool:
+            try:
+                return steward().pid != lost.pid and bool(told("state"))
+            except StopIteration:
+                return False
+
+        wait_for(back)
+    assert {it.status for it in noted} == {200}
+    assert standing(endpoint) == before
+
+
+def test_one_port_is_one_endpoint(endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(UserError, match=f"an endpoint is up at {endpoint.url}, and a cluster has one: use serve.port="):
+        deploy(replace(config, serve__port=free_port()), {"writer": bundles["one"].folder})
+    with pytest.raises(UserError, match="serves writer, not other: nothing can be rolled back"):
+        roll_back(config, "other")
+    huge = replace(config, serve__cpus_per_replica=3.9)
+    with pytest.raises(UserError, match="left beside the version that answers until then"):
+        deploy(huge, {"writer": bundles["one"].folder})

@@ -1,0 +1,72 @@
+"""How many replicas the work in flight asks for, by rule and for real."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.config import Config, with_values
+from engine.serve.deploy import deploy
+from engine.serve.scaling import TOKENS, WorkInFlight, wanted
+from tests.engine.bundles.making import fresh_bundle
+from tests.engine.serve.clients import load
+from tests.engine.serve.test_faults import wait_for
+from tests.engine.serve.test_serve import free_port
+
+
+@pytest.mark.parametrize(
+    ("tokens", "requests", "queued", "replicas"),
+    [
+        (0, 0, 0, 0),
+        (2000, 4, 0, 2),  # few long ones: by tokens
+        (100, 40, 0, 5),  # many short ones: by requests
+        (2000, 8, 4, 4),  # half of them wait, and are as long
+        (0, 6, 6, 0.75),  # none is taken yet: by requests
+    ],
+)
+def test_the_work_in_flight_decides(tokens: float, requests: float, queued: float, replicas: float) -> None:
+    assert wanted(tokens, requests, queued, target_tokens=1000, target_requests=8) == replicas
+    metrics = {TOKENS: {"replica 1": tokens / 4, "replica 2": 3 * tokens / 4}}
+    context = SimpleNamespace(aggregated_metrics=metrics, total_num_requests=requests, total_queued_requests=queued)
+    assert WorkInFlight(1000, 8)(context) == (replicas, {})
+
+
+def replicas_of(app: str) -> int:
+    from ray import serve
+
+    (deployment,) = serve.status().applications[app].deployments.values()
+    return deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.slow
+def test_replicas_come_with_long_requests_and_go_to_none(ray: None, tiny: Config, tmp_path: Path) -> None:
+    """Two clients with long texts are more work than the 40 tokens that a replica is meant to have; then nobody asks."""
+    bundle = fresh_bundle(tiny, tmp_path / "writer" / "bundle")
+    values: dict[str, Any] = {
+        "serve.port": free_port(), "serve.min_replicas": 0, "serve.max_replicas": 2, "serve.target_tokens": 40,
+        "serve.scale_look_s": 0.5, "serve.scale_up_s": 0.5, "serve.scale_down_s": 1.0, "serve.scale_to_zero_s": 1.0,
+        "name": "scaling",
+    }  # fmt: skip
+    up = deploy(with_values(tiny, values), {"writer": bundle.folder})
+    try:
+        from engine.serve.deploy import told
+
+        app = told("state")["models"]["writer"]["stable"]["app"]
+        body = {"prompt": "import os", "max_tokens": 110, "logit_bias": {"0": -100}}
+        with load(up.url, body, clients=4) as noted:
+            wait_for(lambda: replicas_of(app) == 2)
+        wait_for(lambda: replicas_of(app) == 0)
+        assert httpx.get(f"{up.url}/readyz").status_code == 200
+        assert replicas_of(app) == 0
+        began = time.monotonic()
+        answer = httpx.post(f"{up.url}/v1/completions", json=body, timeout=60)
+        print(f"from none to the first answer: {time.monotonic() - began:.1f} s")
+        assert answer.status_code == 200
+        assert {it.status for it in noted} == {200}
+    finally:
+        up.stop()

@@ -1,0 +1,99 @@
+"""Answers of a given form, by a model that knows nothing of it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from engine.bundles.bundle import Bundle
+from engine.config import Config
+from engine.serve.generation import Completion, TransformersGenerator
+from engine.serve.sampling import Sampling, choose
+from engine.serve.structure import BadSchema, Structure
+from tests.engine.bundles.making import fresh_bundle
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "kind": {"enum": ["cat", "dog"]},
+        "ages": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 2},
+    },
+    "required": ["name", "kind", "ages"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return fresh_bundle(tiny, tmp_path_factory.mktemp("structure") / "writer" / "bundle")
+
+
+def form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+class Only:
+    """Allows some tokens, and is whole after the second."""
+
+    def __init__(self, allowed: list[int]) -> None:
+        self.tokens, self.taken = allowed, 0
+
+    def allowed(self, vocabulary: int) -> torch.Tensor:
+        allowed_V = torch.zeros(vocabulary, dtype=torch.bool)
+        allowed_V[self.tokens] = True
+        return allowed_V
+
+    def take(self, token: int) -> bool:
+        self.taken += 1
+        return self.taken == 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_p=0.5), Sampling(1.0, top_k=1)])
+def test_a_mask_holds_for_its_row(sampling: Sampling) -> None:
+    logits = torch.tensor([[9.0, 0, 1, 2], [9.0, 0, 1, 2]])
+    for i in range(20):
+        picked = choose(logits, [sampling] * 2, [[], []], [random.Random(i), random.Random(i)], [Only([1, 3]), None])
+        assert picked[0] in (1, 3)
+    assert picked[1] == 0
+    assert logits[0, 0] == 9
+
+
+def test_any_seed_gives_json_of_the_schema(bundle: Bundle) -> None:
+    tokenizer = bundle.processor()
+    structure = Structure(tokenizer)
+    grammar = structure.grammar(json.dumps(SCHEMA))
+    ended: queue.Queue[Completion] = queue.Queue()
+    generator = TransformersGenerator(
+        bundle.model(), 128, max_batch=4, max_queue=32, step_tokens=64,
+        tell=lambda news: [ended.put(it) for it in news if it.reason],  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    asked = [Completion([7, 8], 120, Sampling(1.0), seed=i, mask=structure.mask(grammar)) for i in range(6)]
+    free = Completion([7, 8], 30, seed=0)
+    generator.submit([*asked, free])
+    for _ in range(7):
+        ended.get(timeout=60)
+    texts = [tokenizer.decode(it.tokens) for it in asked]
+    for it, text in zip(asked, texts, strict=True):
+        assert it.reason == "stop"
+        jsonschema.validate(json.loads(text), SCHEMA)
+    assert len(set(texts)) == 6
+    alone = Completion([7, 8], 30, seed=0)
+    generator.submit([alone])
+    ended.get(timeout=60)
+    assert alone.tokens == free.tokens  # company with a form changes nobody
+
+
+def test_what_cannot_be_followed_is_told(bundle: Bundle) -> None:
+    structure = Structure(bundle.processor())
+    assert structure.grammar('{"type": "object"}')
+    empty = {"allOf": [{"type": "string"}, {"type": "object"}]}
+    for schema in ({"type": "objekt"}, {"type": "object", "properties": 3}, {"$ref": "#/none"}, {"$ref": "#"}, empty):
+        with pytest.raises(BadSchema):
+            structure.grammar(json.dumps(schema))

@@ -1,0 +1,77 @@
+"""An endpoint on a cluster that stays up, changed and taken back by commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.config import Config
+from tests.engine.bundles.making import fresh_bundle
+from tests.engine.serve.clients import load
+from tests.engine.serve.test_faults import wait_for
+from tests.engine.serve.test_serve import free_port
+
+ASK = {"model": "writer", "prompt": "import os", "max_tokens": 4, "temperature": 0}
+
+
+def manta(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.manta", *words], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**kept, "MANTA_HOME": str(folder / "home"), "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Path]:
+    try:
+        up = manta(tmp_path, "cluster", "up", "--cpus-per-node", "4", "--port", str(free_port()))
+        assert up.returncode == 0, up.stderr
+        yield tmp_path
+    finally:
+        assert manta(tmp_path, "cluster", "down").returncode == 0
+
+
+@pytest.mark.slow
+def test_an_endpoint_is_changed_and_taken_back(cluster: Path, tiny: Config) -> None:
+    one, two = (
+        fresh_bundle(tiny, cluster / "runs" / name / "bundle", seed) for seed, name in enumerate(["one", "two"])
+    )
+    port = free_port()
+    both = ["cluster=auto", f"serve.port={port}", "serve.names=writer", "serve.max_replicas=1"]
+    quick = ["serve.strategy=canary", "serve.canary_stages=[0.5,1.0]", "serve.canary_requests=10", "serve.canary_stage_s=1",
+             "serve.canary_latency_margin=10"]  # fmt: skip
+    first = manta(cluster, "deploy", "bundle=one", *both, "serve.detach=true")
+    assert first.returncode == 0, first.stdout + first.stderr
+    url = f"http://127.0.0.1:{port}"
+
+    def served() -> str:
+        (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+        return str(model["hash"])
+
+    assert served() == one.hash
+    with load(url, ASK, clients=2) as noted:
+        wait_for(lambda: len(noted) > 10)
+        changed = manta(cluster, "deploy", "bundle=two", *both, *quick)
+        assert changed.returncode == 0, changed.stdout + changed.stderr
+        assert "canary" in changed.stdout
+        assert "promoted" in changed.stdout
+        assert served() == two.hash
+        began = time.monotonic()
+        back = manta(cluster, "rollback", "writer", "cluster=auto")
+        seconds = time.monotonic() - began
+        assert back.returncode == 0, back.stdout + back.stderr
+    assert served() == one.hash
+    assert f"answers writer with {one.hash[:12]} again, and no more with {two.hash[:12]}" in back.stdout
+    assert {it.status for it in noted} == {200}
+    print(f"manta rollback: {seconds:.1f} s, of which most is the start of Python and Ray's client")
+    nothing = manta(cluster, "rollback", "other", "cluster=auto")
+    assert nothing.returncode == 2
+    assert "serves writer, not other" in nothing.stderr
