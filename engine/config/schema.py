@@ -58,7 +58,8 @@ class DataConfig(Frozen):
         "mask and licence, else those of this group; weight: times that an epoch shows each of its samples (0.5: every other)",
     )
     path: Optional[str] = option(
-        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or s3://, gs://; huggingface: the dataset's name or folder",
+        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or in a store (s3://, gs://: pip install "
+        "'manta-train[s3]' or [gs]); huggingface: the dataset's name or folder",
     )  # fmt: skip
     validation_path: Optional[str] = option(
         None, "source=files: the same for validation; else data.validation_fraction"
@@ -84,6 +85,10 @@ class DataConfig(Frozen):
         None, "source=huggingface: read it as it comes, without a copy; None: where it is over 4 GB or of unknown size"
     )
     packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
+    store: Optional[str] = option(
+        None, "address (s3://, gs://) or folder where prepared data are kept too: made once, by whoever is first; another machine "
+        "fetches them into its runs_dir, each shard when it is first read",
+    )  # fmt: skip
     licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
 
     # Images
@@ -334,6 +339,10 @@ class TrainConfig(Frozen):
         "a checkpoint that cannot be written (a full disk, say): go_on to the next one, or stop; the one before is whole",
         choices=("go_on", "stop"),
     )
+    mirror: Optional[str] = option(
+        None, "address (s3://, gs://) or folder that gets a copy of the run as it goes on: its checkpoints, metrics and bundle, under "
+        "its name; a run whose folder has no checkpoint goes on from there",
+    )  # fmt: skip
     keep_best: bool = option(
         False, "keep the checkpoint with the best validation too, and make the bundle of it instead of the last"
     )
@@ -668,7 +677,7 @@ LAYOUT = (
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
-    "train.keep_best", "train.patience", "objective.logits_chunk",
+    "data.store", "train.mirror", "train.keep_best", "train.patience", "objective.logits_chunk",
 )  # fmt: skip
 
 

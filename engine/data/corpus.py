@@ -131,11 +131,13 @@ def hash_fraction(*parts: object) -> float:
 
 def no_label(value: Any) -> bool:
     """Say whether a column's value is no label."""
-    return value is None or value == "" or isinstance(value, (list, dict))
+    return value is None or value in ("", b"") or isinstance(value, (list, dict)) or value != value  # a float's NaN
 
 
 def label_name(value: Any) -> str | None:
     """Name a label that may be a number."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
     return None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -130,7 +130,8 @@ def _texts(piece: Piece, counts: Counter[str]) -> Iterator[str]:
         counts[problem] += 1
         return
     with piece.file.open() as opened:
-        yield from _paragraphs(_plain_ends(line.decode("utf-8-sig")) for line in _lines(opened, piece))
+        lines = (_plain_ends(line.decode("utf-8-sig")) for line in _lines(opened, piece))
+        yield from _paragraphs(lines, piece.start == 0)
 
 
 def _lines(opened: IO[bytes], piece: Piece) -> Iterator[bytes]:
@@ -163,8 +164,11 @@ def _not_text(lines: Iterable[bytes]) -> str | None:
     return None
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Cut at the first blank line after PARAGRAPHS characters (or, in text without any, at a line end)."""
+def _paragraphs(lines: Iterable[str], first: bool) -> Iterator[str]:
+    """Cut at the first blank line after PARAGRAPHS characters (or, in text without any, at a line end).
+
+    The first piece of a file has a document, be it empty; one in which no line begins has none.
+    """
     held: list[str] = []
     size, cuts = 0, 0
     for line in lines:
@@ -173,7 +177,7 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
         if size >= PARAGRAPHS and (not line.strip() or size >= 4 * PARAGRAPHS):
             yield "".join(held)
             held, size, cuts = [], 0, cuts + 1
-    if held or not cuts:
+    if held or (first and not cuts):
         yield "".join(held)
 
 

@@ -25,7 +25,7 @@ def content_key(
 
     options = dataclasses.asdict(data)
     for elsewhere in (
-        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size",
+        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size", "store",
     ):  # fmt: skip
         del options[elsewhere]
     options["sources"] = {

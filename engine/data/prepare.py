@@ -11,8 +11,6 @@ import dataclasses
 import errno
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from engine.config import Config, DataConfig, source_configs
@@ -23,6 +21,7 @@ from engine.data.manifest import PROCESSOR, TOKENIZER, Manifest
 from engine.data.naming import content_key
 from engine.data.passes import Held, Progress, Surveying, survey_all, tokenize_all
 from engine.data.processor import IMAGE_PROCESSOR, choose_image_processor, write_processor
+from engine.data.published import fetch, locked, publish
 from engine.data.spread import Spread, alone, connected, over_cluster, over_processes
 from engine.data.survey import BPE_CHARACTERS, Kept, keep, sample_sizes, sampled
 from engine.data.tokenizer import Specials, close_with_eos, copy_tokenizer, has_tokenizer, specials, train_bpe
@@ -36,7 +35,7 @@ PROBE_CHARACTERS = 2**17  # of the sample by which a fast encoder is compared to
 
 
 def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the prepared folder <runs_dir>/data/<data.name>-<hash>, making it unless it is already there and whole.
+    """Return the prepared folder <runs_dir>/data/<data.name>-<hash>, making it unless it is there, or in data.store, and whole.
 
     The tokenizer is `tokenizer` (a bundle's folder, for fine-tuning), else data.tokenizer, else a BPE trained on the
     training documents alone. data.sequence_length, data.packing and the sources' weights play no part: documents are packed
@@ -55,8 +54,10 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(f".{folder.name}.lock")):
-            if _whole(folder):
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if _whole(folder) or (data.store and fetch(folder, data.store)):
+                if data.store:
+                    publish(folder, data.store)
                 return folder
             partial.mkdir(exist_ok=True)  # it may be of a run that was killed: this one goes on with it
             if images is not None:
@@ -65,6 +66,8 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
             _build(config, given, parts(data), partial, say)
             shutil.rmtree(folder, ignore_errors=True)  # one that isn't whole
             partial.rename(folder)
+            if data.store:
+                publish(folder, data.store)
     except TryAgain:  # what was read so far is kept for another try
         raise
     except UserError:
@@ -177,13 +180,3 @@ def _whole(folder: Path) -> bool:
     except UserError:
         return False
     return (folder / TOKENIZER / "tokenizer.json").is_file() or (folder / PROCESSOR).is_dir()
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel lets go of when its process dies."""
-    import fcntl
-
-    with path.open("w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield

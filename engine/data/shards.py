@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.manifest import Manifest
+from engine.data.published import at_hand
 from engine.errors import UserError
 
 IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
@@ -193,7 +194,9 @@ class Split:
         if shard not in self._open:
             import pyarrow as pa
 
-            with (self.folder / self._files[shard]).open("rb") as file:  # Arrow's own map asks for all pages at once
+            with at_hand(self.folder, self._files[shard]).open(
+                "rb"
+            ) as file:  # Arrow's own map asks for all pages at once
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
             lists = batch.column("tokens")

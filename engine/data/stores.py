@@ -5,9 +5,11 @@ Credentials are found by the store's own client, in the environment; no option h
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from engine.errors import TryAgain, UserError
@@ -54,17 +56,25 @@ def _schemes(filesystem: Any) -> tuple[str, ...]:
 
 
 @contextmanager
-def store_errors(said: str, filesystem: Any) -> Iterator[None]:
+def store_errors(said: str, filesystem: Any, done: str = "read") -> Iterator[None]:
     """Raise UserError for what a store's client raises, each of which has kinds of error of its own."""
     try:
         yield
     except Exception as error:
-        if not is_far(filesystem) or not (isinstance(error, OSError) or type(error).__module__.startswith(CLIENTS)):
+        of_store = isinstance(error, OSError) or type(error).__module__.startswith(CLIENTS)
+        if not is_far(filesystem) or not of_store or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         words = " ".join(str(error).split())[:300] or type(error).__name__
         how = CREDENTIALS.get(EXTRAS.get(_schemes(filesystem)[0], ""))
         hint = f", and your credentials ({how})" if how else ""
-        raise TryAgain(f"{said} cannot be read ({words}): check the address{hint}") from error
+        raise TryAgain(f"{said} cannot be {done} ({words}): check the address{hint}") from error
+
+
+def put_file(filesystem: Any, source: Path, target: str) -> None:
+    """Copy a file from here to a place, whose folder is made if need be."""
+    if not EXTRAS.keys() & set(_schemes(filesystem)):  # a bucket has no folders, and none is made for a slip of the pen
+        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+    filesystem.put_file(str(source), target)
 
 
 class Fetched(io.RawIOBase):

@@ -101,7 +101,7 @@ def survey(
         if labelled:
             labels.append(document.label)
         if document.split == "train" and not keep_texts:
-            sample.add(i, int.from_bytes(digest[:8], "little"), document.text)
+            sample.add(i, int.from_bytes(digest[:8], "little"), document.text[:BPE_CHARACTERS])
         if held is not None:
             held.append(document)
     for i, text in sample:

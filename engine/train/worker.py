@@ -16,7 +16,7 @@ from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix
 from engine.data.shards import Split
-from engine.models.build import freeze_layers
+from engine.models.build import freeze_layers, stacks_of
 from engine.objectives.contract import Objective
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
@@ -112,8 +112,9 @@ def begin(
         sequence.attach(model)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
-    if config.train.compile:
-        model.compile()
+    if config.train.compile:  # block by block: all of a stack are one piece of code, compiled once
+        for block in (block for blocks in stacks_of(model) for block in blocks):
+            block.compile()
     if config.zero.stage < 3:
         model.to(group.device)
     else:  # weights go there one by one, as they are sharded

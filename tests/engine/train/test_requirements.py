@@ -37,7 +37,8 @@ def test_what_cannot_run_here_is_one_sentence(
     monkeypatch.setattr(requirements, "has_fp16", lambda: False)
     with pytest.raises(UserError, match=said):
         check_machine(with_values(Config(), values))
-    assert pretrain.main([f"{key}={value}" for key, value in values.items()]) == 2
+    overrides = [f"{key}={str(value).replace(chr(39), '')}" for key, value in values.items()]
+    assert pretrain.main(overrides) == 2
     assert said in capsys.readouterr().err
 
 
