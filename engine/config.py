@@ -376,17 +376,51 @@ class SweepConfig(Frozen):
     """Ray Tune over any declared key."""
 
     space: dict[str, Any] = option(
-        {}, "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} | {grid: [...]}"
+        {},
+        "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} (b left out) | {grid: [...]}, "
+        "each with when: {OTHER_KEY: VALUE} where it only applies then",
     )
-    trials: int = option(8, "samples drawn from the space (times the grid's size)", least=1)
+    trials: int = option(
+        8, "samples drawn from the space (times the grid's size); pbt and pb2: models trained side by side", least=1
+    )
     concurrent: Optional[int] = option(None, "trials at a time; None: as the cluster has room for", least=1)
-    scheduler: str = option(
-        "asha", "early stopping (Li et al. 2020, https://arxiv.org/abs/1810.05934)", choices=("asha", "none")
+    searcher: str = option(
+        "random",
+        "random; grid: every combination of choices, once; tpe: Optuna's (Watanabe 2023, https://arxiv.org/abs/2304.11127); "
+        "bohb: TPE by the results at the largest budget that has enough, with scheduler=hyperband (Falkner et al. 2018)",
+        choices=("random", "grid", "tpe", "bohb"),
     )
-    grace_steps: Optional[int] = option(None, "asha: steps before a trial may be stopped; None: max_steps / 9", least=1)
-    reduction: int = option(3, "asha: one in so many goes on at each rung", least=2)
-    metric: Optional[str] = option(None, "validation metric; None: the objective's own")
-    mode: Optional[str] = option(None, "min or max; None: the objective's own", choices=("min", "max"))
+    scheduler: str = option(
+        "asha",
+        "asha (Li et al. 2020, https://arxiv.org/abs/1810.05934), hyperband: asha with a bracket for each number of rungs, "
+        "median (Golovin et al. 2017) stop trials early; pbt (Jaderberg et al. 2017), pb2 (Parker-Holder et al. 2020) "
+        "change values while models train; none",
+        choices=("asha", "hyperband", "median", "pbt", "pb2", "none"),
+    )
+    grace_steps: Optional[int] = option(
+        None, "steps before a trial may be stopped; None: max_steps / reduction squared", least=1
+    )
+    reduction: int = option(3, "asha, hyperband, bohb: one in so many goes on at each rung", least=2)
+    interval: Optional[int] = option(
+        None, "pbt, pb2: steps between looks at who copies whom; None: max_steps / 5", least=1
+    )
+    quantile: float = option(
+        0.25,
+        "pbt, pb2: share of the models that copy one of the best as many (Jaderberg et al. 2017)",
+        above=0,
+        most=0.5,
+    )
+    metric: Optional[str] = option(
+        None, "validation metric; None: the objective's own; with searcher=tpe several: accuracy+ece (the first stops trials and chooses the bundle)",
+    )  # fmt: skip
+    mode: Optional[str] = option(None, "min or max, of several max+min; None: the objective's own")
+    retrain_steps: Optional[int] = option(
+        None, "train the best trial's values once more, for so many steps, and make the bundle of that", least=1
+    )
+    soup: Optional[int] = option(
+        None, "average the weights of the best so many trials, greedily, if that is better on the validation split "
+        "(Wortsman et al. 2022, https://arxiv.org/abs/2203.05482)", least=2,
+    )  # fmt: skip
 
 
 @dataclass
@@ -634,7 +668,7 @@ LAYOUT = (
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
-    "train.keep_best", "train.patience", "objective.logits_chunk",
+    "train.keep_best", "train.patience", "objective.logits_chunk", "sweep.concurrent",
 )  # fmt: skip
 
 
@@ -804,7 +838,7 @@ def _check_sources(data: DataConfig) -> None:
                 raise UserError(f"{where} is not an option of a source{nearest(key, [*PER_SOURCE, 'weight'])}")
             if value is None:
                 continue
-            if not _is_of(value, hints[key]):
+            if not is_of(value, hints[key]):
                 raise UserError(f"{where}={value} is not {type_name(hints[key])}")
             _check_range(where, fields[key], value)
     for name, source in source_configs(data).items():
@@ -859,10 +893,39 @@ def _check_images(data: DataConfig) -> None:
         )
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    """Say whether a value is of a declared type, for those types that DataConfig has."""
+def _check_sweep(c: Config) -> None:
+    """Check that the parts of a sweep go together."""
+    sweep = c.sweep
+    metrics, modes = (sweep.metric or "").split("+"), (sweep.mode or "").split("+")
+    for mode in modes if sweep.mode else ():
+        if mode not in ("min", "max"):
+            raise UserError(f"sweep.mode={sweep.mode}: '{mode}' is not one of min, max")
+    if len(metrics) != len(modes) and (len(metrics) > 1 or len(modes) > 1):
+        raise UserError(
+            f"sweep.metric has {len(metrics)} and sweep.mode {len(modes)} parts: say min or max for each, as in "
+            "sweep.metric=accuracy+loss sweep.mode=max+min"
+        )
+    if len(metrics) > 1 and sweep.searcher not in ("tpe", "random", "grid"):
+        raise UserError(f"sweep.searcher={sweep.searcher} looks at one metric: use sweep.searcher=tpe for several")
+    if sweep.searcher == "bohb" and sweep.scheduler != "hyperband":
+        raise UserError(
+            f"sweep.searcher=bohb is TPE with HyperBand, and sweep.scheduler is {sweep.scheduler}: use sweep.scheduler=hyperband"
+        )
+    if sweep.scheduler in ("pbt", "pb2"):
+        if sweep.searcher != "random":
+            raise UserError(
+                f"sweep.scheduler={sweep.scheduler} draws its first values at random and then changes them: leave out sweep.searcher"
+            )
+        if sweep.trials < 2 and c.job == "sweep":
+            raise UserError(f"sweep.scheduler={sweep.scheduler} needs models to copy: use sweep.trials=4 or more")
+    if sweep.soup and sweep.retrain_steps:
+        raise UserError("sweep.soup and sweep.retrain_steps each make the bundle: use one of them")
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Say whether a value is of a declared type."""
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_is_of(value, one) for one in get_args(hint) if one is not type(None))
+        return any(is_of(value, one) for one in get_args(hint) if one is not type(None))
     kind = get_origin(hint) or hint
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -958,6 +1021,7 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"data.within_documents and objective=masked_lm need model.attention=sdpa, not {model.attention}"
         )
+    _check_sweep(c)
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "

@@ -43,15 +43,18 @@ class Job:
     config: Config
     data: Path  # folder of the prepared data
     start: Path | None = None  # folder of the bundle to start from; None: fresh weights
+    leaves_bundle: bool = True  # a sweep's trial leaves its last checkpoint only
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for the way to another process."""
-        return {"config": to_dict(self.config), "data": str(self.data), "start": self.start and str(self.start)}
+        return {"config": to_dict(self.config), "data": str(self.data), "start": self.start and str(self.start),
+                "leaves_bundle": self.leaves_bundle}  # fmt: skip
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Job:
         """Read what `to_dict` wrote."""
-        return cls(from_dict(tree["config"]), Path(tree["data"]), tree["start"] and Path(tree["start"]))
+        start = tree["start"] and Path(tree["start"])
+        return cls(from_dict(tree["config"]), Path(tree["data"]), start, tree["leaves_bundle"])
 
     def objective(self) -> Objective:
         """Return the task, with the data's processor and labels."""
@@ -66,11 +69,13 @@ def work(
     group: Group,
     listen: Callable[[Metrics], None] | None = None,
     wants_save: Callable[[], bool] = lambda: False,
+    make: Callable[[Job, Objective], Any] | None = None,
 ) -> Metrics:
     """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
 
-    `listen` hears rank 0's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
-    once. The process group must be up where there are several ranks.
+    `listen` hears this rank's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
+    once; `make` makes the start state in another way than `make_model`. The process group must be up where there are
+    several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
     check_machine(config)
@@ -80,7 +85,7 @@ def work(
     samples = objective.samples(Split.open(job.data, "train"))
     order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
-    model, checkpoint, flops_per_token = begin(job, objective, group, precision)
+    model, checkpoint, flops_per_token = begin(job, objective, group, precision, make or make_model)
     state = checkpoint.state if checkpoint else TrainState()
     if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
         state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
@@ -109,9 +114,12 @@ def work(
     )
     if config.train.micro_batch is None:
         run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
-    with log:
-        fit(run)
-    if group.rank == 0:
+    try:
+        with log:
+            fit(run)
+    finally:  # a trial's process goes on after its end
+        run.writer.wait()
+    if group.rank == 0 and job.leaves_bundle:
         chosen = run.state.best_step if config.train.keep_best and run.state.best_step else run.state.step
         line = next(line for line in folder.metrics() if line["step"] == chosen)
         export(job, objective, step_folder(folder.checkpoints, chosen), DTYPES[precision], line)
@@ -120,12 +128,14 @@ def work(
     return log.last
 
 
-def begin(job: Job, objective: Objective, group: Group, precision: str) -> tuple[Sharded, Checkpoint | None, float]:
+def begin(
+    job: Job, objective: Objective, group: Group, precision: str, make: Callable[[Job, Objective], Any]
+) -> tuple[Sharded, Checkpoint | None, float]:
     """Return the sharded model in its start state, the checkpoint that it is from, if any, and the flops of a token."""
     config = job.config
     # The order: resume, else start from the bundle, else initialize.
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
-    model = make_model(job, objective)
+    model = make(job, objective)
     if checkpoint:
         fill(model, checkpoint)
     freeze_layers(model, config.objective.frozen_layers)
@@ -150,7 +160,7 @@ class Log:
         self, folder: RunFolder, config: Config, group: Group, meter: Meter, step: int, constants: Metrics,
         listen: Callable[[Metrics], None] | None,
     ) -> None:  # fmt: skip
-        """Begin after `step` steps; `constants` are said in each line, and `listen` hears rank 0's."""
+        """Begin after `step` steps; `constants` are said in each line, and `listen` hears it."""
         self.last: Metrics = {}
         self._constants, self._listen = constants, listen
         self._file = MetricsLog(folder, step) if group.rank == 0 else None
@@ -167,8 +177,8 @@ class Log:
             self._profile(self.last)
         if self._file:
             self._file(self.last)
-            if self._listen:
-                self._listen(self.last)
+        if self._listen:
+            self._listen(self.last)
 
     def __enter__(self) -> Log:
         """Do nothing."""
