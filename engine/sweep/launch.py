@@ -181,7 +181,7 @@ def run_trials(
     from ray.tune import FailureConfig, RunConfig
 
     for name in ("ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ |= QUIET
     slots, share = trial_share(config, ray.cluster_resources())
     if isinstance(course, Population):  # a round is a part of the schedule
@@ -227,7 +227,7 @@ def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None
             if task is None:
                 return Searcher.FINISHED if course.done else None
             under_way[trial_id] = task["index"]
-            return {"task": task}
+            return task
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             index, reason = under_way.pop(trial_id), failures.pop(trial_id, None)
