@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
@@ -19,6 +20,7 @@ from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.loop import Metrics
 from engine.train.run_folder import RunFolder
 from engine.train.worker import Job, local_group, work
+from engine.train.zero import import_deepspeed
 
 FAILURE = "failed"  # in a report: why the trial failed
 FAILED = "failed.txt"  # in a trial's logs: the same
@@ -37,6 +39,7 @@ def run_trial(
     from ray import tune
 
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = STOP_S
+    settle()
     job = job_of(task, Job.from_dict(spec))
     run = RunFolder(job.config.run_dir)
     run.logs.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,14 @@ def train(job: Job, resources: dict[str, float], state: list[Any], report: Calla
     if "team" not in warm:
         warm["team"] = Team(job, resources)
     return warm["team"].work(job, state, report)
+
+
+@functools.cache
+def settle() -> None:
+    """Import what every trial needs, and have the collection after each pass over all of that: half a second each."""
+    import_deepspeed()
+    gc.collect()
+    gc.freeze()
 
 
 def is_whole() -> bool:

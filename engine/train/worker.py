@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -195,8 +196,11 @@ class Log:
 def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:
     """Measure what the hardware can do, and make the run's meter of it."""
     datasheet = hardware.datasheet_flops(group.device, dtype)
-    peak = hardware.matmul_peak(group.device, dtype) * group.world
+    peak = _peak(group.device, dtype) * group.world
     return Meter(group.device, flops_per_token, peak, datasheet * group.world if datasheet else None)
+
+
+_peak = functools.cache(hardware.matmul_peak)  # a process that trains again need not measure again
 
 
 def make_model(job: Job, objective: Objective) -> Any:
