@@ -10,8 +10,9 @@ from pathlib import Path
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
+from engine.train.job import Job
 from engine.train.run_folder import RunFolder
-from engine.train.worker import Job, local_group, work
+from engine.train.worker import local_group, work
 
 GOOD = ["bright", "warm", "kind", "clear", "lovely", "gentle"]
 BAD = ["dull", "cold", "cruel", "muddy", "awful", "harsh"]

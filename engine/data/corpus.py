@@ -15,7 +15,7 @@ import numpy as np
 from engine.config import DataConfig, source_configs
 
 if TYPE_CHECKING:
-    from engine.data.files import File
+    from engine.data.inputs import File
 
 SPLITS = ("train", "validation", "test")
 PART_BYTES = 4  # of text for a token of data.shard_tokens
@@ -53,6 +53,11 @@ class Part:
     config: DataConfig  # the source's own
     pieces: tuple[Piece, ...]
 
+    @property
+    def size(self) -> int:
+        """Its bytes, about."""
+        return sum(piece.size for piece in self.pieces)
+
 
 def parts(config: DataConfig) -> list[Part]:
     """Cut the corpus into parts, in the order of their documents: those of held-out files come first, then by source.
@@ -86,7 +91,7 @@ def inputs(config: DataConfig) -> list[tuple[str, str, File]]:
 
 def listed_as(config: DataConfig, file: File) -> str:
     """Return the name under which a file is listed, which its documents give as their source."""
-    return file.name if config.source.startswith("python_") else file.path
+    return file.name if config.source.startswith("python_") else file.place
 
 
 def read(part: Part, seed: int, skipped: Counter[str], masked: Counter[str]) -> Iterator[Document]:
@@ -120,17 +125,19 @@ def check_input(config: DataConfig) -> None:
 
 def hash_fraction(*parts: object) -> float:
     """Return a uniform number in [0, 1) that depends on nothing but `parts`."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(errors="surrogateescape"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def no_label(value: Any) -> bool:
     """Say whether a column's value is no label."""
-    return value is None or value == "" or isinstance(value, (list, dict))
+    return value is None or value in ("", b"") or isinstance(value, (list, dict)) or value != value  # a float's NaN
 
 
 def label_name(value: Any) -> str | None:
     """Name a label that may be a number."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
     return None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

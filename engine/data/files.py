@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
+import codecs
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 from engine.config import DataConfig
 from engine.data.corpus import Document, Part, Piece, label_name, no_label, split_of
 from engine.data.images import caption_fields, pictures
+from engine.data.inputs import File, bare, list_files
 from engine.errors import UserError, nearest
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
-COMPRESSED = (".gz", ".zst")
+OTHER_PACKINGS = (".bz2", ".xz", ".zip", ".7z", ".rar", ".lz4", ".tar", ".tgz")
 FEW_FILES = 20  # fewer text files than this are cut at paragraphs, since a share of so few cannot be held out
 PARAGRAPHS = 4096  # characters after which the next blank line ends a document; at four times that, the next line does
-
-
-@dataclass(frozen=True)
-class File:
-    """One input: where it is, its name below the path given, the split it was given for (None: by hash), what dates it."""
-
-    path: str
-    name: str
-    split: str | None
-    size: int
-    stamp: str
-    filesystem: Any
-
-    @property
-    def packed(self) -> bool:
-        """Whether it is compressed, so that it cannot be entered in the middle."""
-        return self.path.endswith(COMPRESSED)
-
-    @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
-        """Open it for reading bytes, unpacked if it ends in .gz or .zst. Raises UserError where it cannot be read."""
-        try:
-            with self.filesystem.open(self.path, "rb") as raw:
-                if self.path.endswith(".gz"):
-                    yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
-                elif self.path.endswith(".zst"):
-                    import pyarrow as pa
-
-                    yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"), 2**20)  # type: ignore[arg-type]
-                else:
-                    yield raw
-        except (PermissionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {self.path} ({error}): mend it or leave it out of the path") from error
-        except OSError as error:
-            if error.errno is not None or not self.packed:
-                raise
-            raise UserError(f"cannot read {self.path} ({error}): mend it or leave it out of the path") from error
-
-    def sha256(self) -> str:
-        """Return the SHA-256 (hex) of its bytes as they are stored."""
-        with self.filesystem.open(self.path, "rb") as raw:
-            return hashlib.file_digest(raw, "sha256").hexdigest()
 
 
 def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
@@ -82,7 +37,7 @@ def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
             rows = labelled(_rows(piece, config, counts), config, counts)
         key = f"{file.name}:{piece.start}:" if piece.start else f"{file.name}:"
         for number, (text, *others) in enumerate(rows):
-            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), file.path, *others)
+            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), file.place, *others)
 
 
 def pieces(config: DataConfig, size: int) -> list[Piece]:
@@ -92,16 +47,20 @@ def pieces(config: DataConfig, size: int) -> list[Piece]:
     about `size` bytes where the format can be entered in the middle. Raises UserError for a path where nothing is.
     """
     given = list_files(config)
+    if config.format == "auto" and all(bare(file.name).lower().endswith(".json") for file in given):
+        raise UserError(
+            f"{given[0].place} may hold rows or be a text itself: say which with data.format=jsonl (one object a line) or data.format=text"
+        )
     few = {split: sum(f.split == split for f in given) < FEW_FILES for split in {f.split for f in given}}
     found: list[Piece] = []
     for file in given:
         kind = config.format if config.format != "auto" else _kind(file.name)
         if kind == "text" and (column := config.image_column or config.label_column):
             raise UserError(
-                f"{file.path} is plain text and has no column '{column}': "
+                f"{file.place} is plain text and has no column '{column}': "
                 "give labelled data as .jsonl, .parquet or .arrow (data.format says which)"
             )
-        cut = kind == "text" and few[file.split] and _bare(file.name).endswith((".txt", ".md"))
+        cut = kind == "text" and few[file.split] and bare(file.name).lower().endswith((".txt", ".md"))
         ends = _ends(file, kind, cut, size) if file.size > size and not file.packed else []
         starts = [0, *ends]
         share = file.size // len(starts)
@@ -147,83 +106,22 @@ def _ends(file: File, kind: str, cut: bool, size: int) -> list[int]:
     return ends
 
 
-def list_files(config: DataConfig) -> list[File]:
-    """Return the input files, sorted within each path. Raises UserError for a path where nothing is."""
-    if not config.path:
-        raise UserError("data.path is not set: say where the training text is with data.path=FILE_FOLDER_OR_GLOB")
-    return [
-        *expand("data.test_path", config.test_path, "test"),
-        *expand("data.validation_path", config.validation_path, "validation"),
-        *expand("data.path", config.path, None),
-    ]
-
-
-def expand(key: str, value: str | None, split: str | None) -> list[File]:
-    """List the files of one path: a file, a folder, a glob, or several of these with commas between them."""
-    from fsspec.core import url_to_fs
-
-    if not value:
-        return []
-    try:
-        filesystem, place = url_to_fs(value)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{key}={value} cannot be opened ({error}): install what reads it, or copy it here") from error
-    if "," in value and not filesystem.exists(place):
-        return [file for item in value.split(",") if item.strip() for file in expand(key, item.strip(), split)]
-    if filesystem.isfile(place):
-        found, start = {place: filesystem.info(place)}, str(PurePosixPath(place).parent)
-    elif filesystem.isdir(place):
-        found, start = filesystem.find(place, detail=True), place
-    elif set(value) & set("*?["):
-        found = {path: info for path, info in filesystem.glob(place, detail=True).items() if info["type"] == "file"}
-        start = place[: min(i for i, letter in enumerate(place) if letter in "*?[")].rpartition("/")[0]
-        if not found:
-            raise UserError(f"{key}='{value}' matches no file: check the pattern ('**' also goes into folders)")
-    else:
-        parent = str(PurePosixPath(place).parent)
-        near = (
-            [path.rsplit("/", 1)[-1] for path in filesystem.ls(parent, detail=False)]
-            if filesystem.isdir(parent)
-            else []
-        )
-        hint = nearest(PurePosixPath(place).name, near) or ": give a file, a folder or a glob"
-        raise UserError(f"{key}={value} is not there{hint}")
-    files = [
-        File(path, path.removeprefix(start).lstrip("/"), split, info.get("size") or 0, _stamp(info), filesystem)
-        for path, info in sorted(found.items())
-    ]
-    files = [f for f in files if not any(part.startswith((".", "__pycache__")) for part in f.name.split("/"))]
-    if not files:
-        raise UserError(f"{key}={value} is a folder with no files in it: put text there or give another path")
-    return files
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    return str(next((info[key] for key in ("mtime", "ETag", "etag", "md5Hash", "LastModified") if info.get(key)), ""))
-
-
 def _kind(name: str) -> str:
-    return ENDINGS.get(PurePosixPath(_bare(name)).suffix.lower(), "text")
-
-
-def _bare(name: str) -> str:
-    """Return the name without the ending of its compression."""
-    return name.removesuffix(".gz").removesuffix(".zst")
+    return ENDINGS.get(PurePosixPath(bare(name)).suffix.lower(), "text")
 
 
 def _texts(piece: Piece, counts: Counter[str]) -> Iterator[str]:
     """Yield a text file whole or, when it is one of few and plain prose, in runs of paragraphs."""
+    if piece.file.name.lower().endswith(OTHER_PACKINGS):
+        counts["packed, but not as .gz or .zst"] += 1
+        return
     if not piece.cut:
         with piece.file.open() as opened:
             content = opened.read()
-        if b"\0" in content:
-            counts["binary"] += 1
+        if problem := _not_text([content]):
+            counts[problem] += 1
             return
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            counts["not UTF-8"] += 1
-            return
+        text = content.decode("utf-8-sig")
         yield _plain_ends(text) if "\r" in text else text
         return
     with piece.file.open() as opened:
@@ -232,7 +130,8 @@ def _texts(piece: Piece, counts: Counter[str]) -> Iterator[str]:
         counts[problem] += 1
         return
     with piece.file.open() as opened:
-        yield from _paragraphs(_plain_ends(line.decode("utf-8-sig")) for line in _lines(opened, piece))
+        lines = (_plain_ends(line.decode("utf-8-sig")) for line in _lines(opened, piece))
+        yield from _paragraphs(lines, piece.start == 0)
 
 
 def _lines(opened: IO[bytes], piece: Piece) -> Iterator[bytes]:
@@ -258,15 +157,18 @@ def _not_text(lines: Iterable[bytes]) -> str | None:
     try:
         for line in lines:
             if b"\0" in line:
-                return "binary"
+                return "not UTF-8" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "binary"
             line.decode()
     except UnicodeDecodeError:
         return "not UTF-8"
     return None
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Cut at the first blank line after PARAGRAPHS characters (or, in text without any, at a line end)."""
+def _paragraphs(lines: Iterable[str], first: bool) -> Iterator[str]:
+    """Cut at the first blank line after PARAGRAPHS characters (or, in text without any, at a line end).
+
+    The first piece of a file has a document, be it empty; one in which no line begins has none.
+    """
     held: list[str] = []
     size, cuts = 0, 0
     for line in lines:
@@ -275,14 +177,13 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
         if size >= PARAGRAPHS and (not line.strip() or size >= 4 * PARAGRAPHS):
             yield "".join(held)
             held, size, cuts = [], 0, cuts + 1
-    if held or not cuts:
+    if held or (first and not cuts):
         yield "".join(held)
 
 
 def _rows(piece: Piece, config: DataConfig, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table with the columns that are needed."""
-    wanted = columns(config)
-    return _json_rows(piece, wanted, counts) if piece.kind == "jsonl" else _table_rows(piece, wanted)
+    return _json_rows(piece, columns(config), counts) if piece.kind == "jsonl" else _table_rows(piece, config)
 
 
 def columns(config: DataConfig) -> dict[str, str]:
@@ -332,17 +233,17 @@ def _json_rows(piece: Piece, wanted: dict[str, str], counts: Counter[str]) -> It
                 first_bad = first_bad or number
                 continue
             if not good:
-                need_columns(piece.file.path, wanted, row)
+                need_columns(piece.file.place, wanted, row)
                 good = True
             yield row
     if first_bad and not good and not piece.start and piece.stop is None:
         raise UserError(
-            f"no line of {piece.file.path} is a JSON object (the first bad one is line {first_bad}): "
-            "write one object a line, or set data.format=text"
+            f"no line of {piece.file.place} is a JSON object (the first bad one is line {first_bad}): "
+            "write one object a line, in UTF-8 (jq -c '.[]' does it to an array), or set data.format=text"
         )
 
 
-def _table_rows(piece: Piece, wanted: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _table_rows(piece: Piece, config: DataConfig) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -352,20 +253,20 @@ def _table_rows(piece: Piece, wanted: dict[str, str]) -> Iterator[dict[str, Any]
         try:
             if piece.kind == "parquet":
                 table = pq.ParquetFile(opened)
-                need_columns(piece.file.path, wanted, table.schema_arrow.names)
+                _need_fields(piece.file.place, config, table.schema_arrow)
                 groups = range(table.num_row_groups)[piece.start : piece.stop]
-                batches: Iterable[pa.RecordBatch] = table.iter_batches(4096, list(groups), list(wanted))
+                batches: Iterable[pa.RecordBatch] = table.iter_batches(4096, list(groups), list(columns(config)))
             else:
-                batches = _arrow_batches(piece, opened, wanted)
+                batches = _arrow_batches(piece, opened, config)
             for batch in batches:
                 yield from batch.to_pylist()
         except pa.ArrowInvalid as error:
             raise UserError(
-                f"{piece.file.path} is no {piece.kind} file ({error}): mend it or set data.format"
+                f"{piece.file.place} is no {piece.kind} file ({error}): mend it or set data.format"
             ) from error
 
 
-def _arrow_batches(piece: Piece, opened: IO[bytes], wanted: dict[str, str]) -> Iterator[Any]:
+def _arrow_batches(piece: Piece, opened: IO[bytes], config: DataConfig) -> Iterator[Any]:
     """Read both of Arrow's layouts: the IPC file, and the stream that `datasets` writes."""
     import pyarrow as pa
 
@@ -373,13 +274,33 @@ def _arrow_batches(piece: Piece, opened: IO[bytes], wanted: dict[str, str]) -> I
         indexed = pa.ipc.open_file(opened)
         there = range(indexed.num_record_batches)[piece.start : piece.stop]
         batches: Iterable[pa.RecordBatch] = (indexed.get_batch(i) for i in there)
-        names = indexed.schema.names
+        schema = indexed.schema
     except pa.ArrowInvalid:
         opened.seek(0)
         stream = pa.ipc.open_stream(opened)
-        batches, names = stream, stream.schema.names
-    need_columns(piece.file.path, wanted, names)
-    yield from (batch.select(list(wanted)) for batch in batches)
+        batches, schema = stream, stream.schema
+    _need_fields(piece.file.place, config, schema)
+    yield from (batch.select(list(columns(config))) for batch in batches)
+
+
+def _need_fields(place: str, config: DataConfig, schema: Any) -> None:
+    """Raise UserError for a column that isn't there, that is there twice, or that should have text and cannot."""
+    import pyarrow.types as kinds
+
+    need_columns(place, columns(config), schema.names)
+    for name, key in columns(config).items():
+        if schema.names.count(name) > 1:
+            raise UserError(f"{place} has {schema.names.count(name)} columns '{name}' ({key}): rename all but one")
+    if config.image_column:
+        return
+    kind = schema.field(config.text_column).type
+    kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind) or kinds.is_null(kind)):
+        others = [field.name for field in schema if kinds.is_string(field.type) or kinds.is_large_string(field.type)]
+        raise UserError(
+            f"column '{config.text_column}' of {place} holds {kind}, not text: "
+            + (f"name another with data.text_column ({', '.join(others)})" if others else "write it as strings")
+        )
 
 
 def need_columns(place: str, wanted: dict[str, str], there: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import DataConfig
-from engine.data.files import File, list_files
+from engine.data.inputs import File, bare, list_files
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
 
@@ -63,7 +63,7 @@ def _rows(file: File, config: DataConfig, column: str) -> Iterator[dict[str, Any
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = file.name.removesuffix(".gz").removesuffix(".zst")
+    name = bare(file.name).lower()
     with file.open() as opened:
         if config.format == "parquet" or name.endswith(".parquet"):
             table = pq.ParquetFile(opened)
@@ -92,5 +92,5 @@ def _rows(file: File, config: DataConfig, column: str) -> Iterator[dict[str, Any
 def _need(file: File, column: str, there: list[str]) -> None:
     if column not in there:
         raise UserError(
-            f"{file.path} has no column '{column}' (evaluate.slice_column), only {', '.join(there)}{nearest(column, there)}"
+            f"{file.place} has no column '{column}' (evaluate.slice_column), only {', '.join(there)}{nearest(column, there)}"
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 from engine.config import DataConfig
 from engine.data.corpus import Document, Part, Piece, given_split, split_of
-from engine.data.files import File, columns, labelled, need_columns
+from engine.data.files import columns, labelled, need_columns
+from engine.data.inputs import File
 from engine.errors import UserError
 
 STREAMED_BYTES = 4 * 10**9  # of download, over which a dataset is streamed

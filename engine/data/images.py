@@ -18,10 +18,11 @@ import numpy as np
 from engine.config import DataConfig
 from engine.data.corpus import label_name, no_label
 from engine.data.processor import load_image_processor
+from engine.data.stores import is_far, store_errors
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data.files import File
+    from engine.data.inputs import File
     from engine.data.shards import Split
 
 CHUNK = 256  # rows that are decoded together, by threads
@@ -83,10 +84,14 @@ def content_of(value: Any, file: File) -> bytes | None:
         return content
     if not isinstance(path, str) or not path:
         return None
-    try:
-        found: bytes = file.filesystem.cat_file(str(PurePosixPath(file.path).parent / path))
-    except OSError:
-        return None
+    place = str(PurePosixPath(file.path).parent / path)
+    with store_errors(place, file.filesystem):
+        try:
+            found: bytes = file.filesystem.cat_file(place)
+        except OSError as error:
+            if is_far(file.filesystem) and not isinstance(error, FileNotFoundError):
+                raise  # it may well be there
+            return None
     return found
 
 

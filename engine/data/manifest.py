@@ -13,6 +13,7 @@ from typing import Any
 from engine.errors import UserError
 
 FILE, SOURCES = "manifest.json", "sources.jsonl"
+ORIGIN = "store.json"  # where a store has the shards: its address; they are fetched when they are first read
 TOKENIZER, PROCESSOR = "tokenizer", "processor"  # folders, the one of text and the other of images
 
 
@@ -73,7 +74,10 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest:
-        """Read it and check that each shard is there in its full size. Raises UserError that names the first that isn't."""
+        """Read it and check that each shard is there in its full size, or in a store.
+
+        Raises UserError that names the first that isn't.
+        """
         folder = Path(folder)
         if not (folder / FILE).is_file():
             raise UserError(f"{folder} holds no prepared data (no {FILE}): make it with `manta prepare`")
@@ -84,7 +88,7 @@ class Manifest:
         for shard in manifest.shards():
             path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
+            if size != shard["bytes"] and not (size is None and (folder / ORIGIN).exists()):
                 found = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
                 raise UserError(f"{path} is {found}: delete {folder} and run `manta prepare` again")
         return manifest
@@ -100,8 +104,12 @@ class Manifest:
 
 def verify(folder: Path | str) -> Manifest:
     """Check every hash of a prepared folder. Raises UserError that names the first file that was changed."""
+    from engine.data.published import at_hand
+
     folder = Path(folder)
     manifest = Manifest.load(folder)
+    for shard in manifest.shards():
+        at_hand(folder, shard["file"])
     expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
     expected |= {SOURCES: manifest.sources["sha256"]}
     if manifest.image_size:

@@ -19,11 +19,10 @@ WRAP = 2**64
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
     """Mix 64-bit integers (Steele, Lea & Flood 2014; constants of https://prng.di.unimi.it/splitmix64.c)."""
-    with np.errstate(over="ignore"):
-        z = values.astype(U64) + U64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> U64(27))) * U64(0x94D049BB133111EB)
-        return z ^ (z >> U64(31))
+    z = np.atleast_1d(values).astype(U64) + U64(0x9E3779B97F4A7C15)  # arrays wrap around in silence, scalars don't
+    z = (z ^ (z >> U64(30))) * U64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> U64(27))) * U64(0x94D049BB133111EB)
+    return z ^ (z >> U64(31))
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

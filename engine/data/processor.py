@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from engine.config import Config
 from engine.data.manifest import PROCESSOR, TOKENIZER
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 
 OF_IMAGES = ("preprocessor_config.json", "processor_config.json")  # files that tell of an image processor
+IMAGE_PROCESSOR = "image_processor"  # folder of an unfinished folder
 
 
 def has_image_processor(folder: Path) -> bool:
@@ -99,3 +103,32 @@ def join(model_type: str, image_processor: Any, tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return getattr(transformers, name)(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def choose_image_processor(config: Config, given: Path | None) -> Any:
+    """Return what scales the images: data.image_processor, else that of `given`, else the architecture's own."""
+    folder = config.data.image_processor or (given if given and has_image_processor(given) else None)
+    if folder is None:
+        return new_image_processor(_architecture(config, given), config.data.image_size)
+    found = load_image_processor(str(folder))
+    if side_of(found) is None:
+        raise UserError(f"the image processor in {folder} does not make square images of one size: give another one")
+    return found
+
+
+def write_processor(config: Config, given: Path | None, folder: Path) -> None:
+    """Put what reads images, and captions where there are, into one folder, as a model's folder has it."""
+    shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
+    found = load_image_processor(str(folder / IMAGE_PROCESSOR))
+    if config.data.caption:
+        found = join(_architecture(config, given), found, load_tokenizer(folder / "tokenizer"))
+    found.save_pretrained(folder / PROCESSOR)
+    for name in ("tokenizer", IMAGE_PROCESSOR):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _architecture(config: Config, given: Path | None) -> str:
+    """Return the model type of a start bundle, else that of the config."""
+    if given and (given / "config.json").is_file():
+        return str(json.loads((given / "config.json").read_text()).get("model_type", config.model.type))
+    return config.model.type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.data.manifest import Manifest
+from engine.data.published import at_hand
 from engine.errors import UserError
 
 IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
@@ -192,7 +194,11 @@ class Split:
         if shard not in self._open:
             import pyarrow as pa
 
-            batch = pa.ipc.open_file(pa.memory_map(str(self.folder / self._files[shard]))).get_batch(0)
+            with at_hand(self.folder, self._files[shard]).open(
+                "rb"
+            ) as file:  # Arrow's own map asks for all pages at once
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
             lists = batch.column("tokens")
             labels = batch.column("label").to_numpy() if "label" in batch.schema.names else np.empty(0, np.int32)
             images = batch.column("image").values.to_numpy() if "image" in batch.schema.names else np.empty(0, np.uint8)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from engine.config import DataConfig
 from engine.data.corpus import Document, Part, Piece, evenly, split_of
-from engine.data.files import File
+from engine.data.inputs import File
 from engine.errors import UserError
 
 LICENCE = "PSF-2.0"

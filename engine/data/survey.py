@@ -101,7 +101,7 @@ def survey(
         if labelled:
             labels.append(document.label)
         if document.split == "train" and not keep_texts:
-            sample.add(i, int.from_bytes(digest[:8], "little"), document.text)
+            sample.add(i, int.from_bytes(digest[:8], "little"), document.text[:BPE_CHARACTERS])
         if held is not None:
             held.append(document)
     for i, text in sample:
@@ -253,7 +253,7 @@ def keep(corpus: Sequence[Part], surveys: Sequence[Survey], seed: int, labelled:
 
 def sample_sizes(corpus: Sequence[Part], characters: int) -> list[float]:
     """Return how many characters each part gives to a sample of so many in all."""
-    sizes = [sum(piece.size for piece in part.pieces) for part in corpus]
+    sizes = [part.size for part in corpus]
     total = sum(sizes)
     return [characters * (size / total if total else 1 / len(sizes)) for size in sizes]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.spread import cores
 from engine.errors import UserError
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
@@ -163,15 +163,15 @@ def specials(folder: Path) -> Specials:
     )
 
 
-def fast_encoder(folder: Path, sample: Iterable[str] = ()) -> Encoder:
+def fast_encoder(folder: Path, sample: Iterable[str] = (), threads: int | None = None) -> Encoder:
     """Return texts -> ids (integer arrays), without special tokens; a special token spelled out in a text is plain text.
 
-    A byte-level BPE with GPT-2's pattern is run by tiktoken, on threads, from the very same merges (3 to 5 times the
-    tokens/s) once its ids of `sample` equal those of `tokenizers`; any other tokenizer is run by `tokenizers`.
+    A byte-level BPE with GPT-2's pattern is run by tiktoken, on threads (None: one a core), from the very same
+    merges (3 to 5 times the tokens/s) once its ids of `sample` equal those of `tokenizers`; any other tokenizer is run by `tokenizers`.
     """
     backend = _backend(folder)
     backend.encode_special_tokens = True
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or cores()
 
     def exact(texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(e.ids, np.int64) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]

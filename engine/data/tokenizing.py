@@ -114,7 +114,7 @@ def _batches(part: Part, documents: Iterable[Document], splits: np.ndarray) -> I
             held[number] = Batch(batch.split)
     if count != len(splits):
         raise UserError(
-            f"{part.pieces[0].file.path} gave other documents the second time it was read: "
+            f"{part.pieces[0].file.place} gave other documents the second time it was read: "
             "do not change the input meanwhile, and use a data.filter that always gives the same answer"
         )
     yield from (batch for batch in held.values() if batch.documents)

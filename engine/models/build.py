@@ -117,6 +117,15 @@ def from_config(config: Any, auto_class: str, **options: Any) -> nn.Module:
     return made
 
 
+def shape_of(folder: Path | None, model: ModelConfig, processor: Any, options: dict[str, Any]) -> Any:
+    """Return the transformers config of the bundle in `folder`, or else that of `model`, with the task's `options`."""
+    if folder is None:
+        return transformers_config(model, processor, options)
+    import transformers
+
+    return set_dropout(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options), model)
+
+
 def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelConfig, seed: int) -> nn.Module:
     """Load fp32 weights from a Hugging Face folder; a head that it lacks gets fresh weights from the seed."""
     import transformers
@@ -125,9 +134,8 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelCon
     torch.manual_seed(seed)
     kind = getattr(transformers, auto_class)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
         loaded: nn.Module = kind.from_pretrained(
-            folder, config=set_dropout(config, model), dtype=torch.float32, attn_implementation=model.attention,
+            folder, config=shape_of(folder, model, None, options), dtype=torch.float32, attn_implementation=model.attention,
             ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:

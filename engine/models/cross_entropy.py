@@ -167,7 +167,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, of_bias = (graded and needed for needed in ctx.needs_input_grad[:3])
         gradients = Gradients(hidden_TD, weight_VD, of_hidden, of_weight, of_bias, single=len(targets_T) <= rows)
         total = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
-        for start in range(0, len(targets_T), rows):
+        for start in range(0, max(1, len(targets_T)), rows):  # without a target there are gradients too: zeros
             hidden_CD, targets_C = hidden_TD[start : start + rows], targets_T[start : start + rows]
             logits_CV = F.linear(hidden_CD, weight_VD, bias_V)
             total += losses_and_slopes(logits_CV, targets_C, z_loss, graded)

@@ -22,6 +22,7 @@ class Objective(contract.OverVocabulary):
 
     auto_class = "AutoModelForCausalLM"
     architectures = ("ForCausalLM", "LMHeadModel")
+    divisible = True
 
     def samples(self, split: Split) -> Samples:
         """Pack the split's documents."""

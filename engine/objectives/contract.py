@@ -83,6 +83,7 @@ class Objective(ABC):
     mode: ClassVar[str]  # "min" or "max" of that metric
     served: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
+    divisible: ClassVar[bool] = False  # whether ranks may share a sequence: each token's loss and scores add up
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class Objective(contract.OverVocabulary):
 
     auto_class = "AutoModelForMaskedLM"
     architectures = ("ForMaskedLM",)
+    divisible = True
     forward_options: ClassVar[dict[str, Any]] = {}
 
     def model_options(self) -> dict[str, Any]:

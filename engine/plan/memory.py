@@ -151,7 +151,8 @@ def activation_bytes(config: Config, stacks: list[Stack], width: int) -> tuple[f
     """Return the bytes that a micro-batch's blocks keep for the backward pass, and those of a block that is computed again."""
     kept, recomputed = 0.0, 0.0
     for stack in stacks:
-        tokens, layers = config.micro_batch * stack.tokens, stack.config.num_hidden_layers
+        tokens = config.micro_batch * stack.tokens / config.train.sequence_parallel
+        layers = stack.config.num_hidden_layers
         block = tokens * width * block_widths(stack.config)
         if config.train.activation_checkpointing:
             kept += tokens * width * stack.config.hidden_size * layers
@@ -167,7 +168,8 @@ def loss_bytes(config: Config, sizes: Sizes, width: int) -> tuple[float, float]:
     engine/models/cross_entropy.py holds the logits of some tokens at a time (and, but on a processor, their logarithmic
     probabilities in fp32), and the gradients of hidden states and output embedding.
     """
-    (vocabulary, hidden), tokens = sizes.head, config.micro_batch * sizes.predicted
+    vocabulary, hidden = sizes.head
+    tokens = config.micro_batch * sizes.predicted / config.train.sequence_parallel
     if not tokens:
         return 0.0, 0.0
     chunk = config.objective.logits_chunk

@@ -29,9 +29,9 @@ from engine.sweep.space import Space, check_space, count
 from engine.sweep.stopping import grace_steps, make_rule, rungs
 from engine.sweep.trial import FAILED, FAILURE, run_trial
 from engine.sweep.weights import start_state
+from engine.train.job import Job
 from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, Status, now
-from engine.train.worker import Job
 
 NO_END = 10**9  # trials: the course says when it is over
 QUIET = {  # for Tune: no files of its own beside ours, and none of its state, which ours replaces

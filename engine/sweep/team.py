@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -21,9 +20,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.sweep.weights import copier
 from engine.train.group import Group
+from engine.train.job import Job
 from engine.train.loop import Metrics
 from engine.train.watchdog import SLOW
-from engine.train.worker import Job, work
+from engine.train.worker import work
 
 LAST_S = 60.0  # that the other ranks may take to end a trial after rank 0 has
 
@@ -49,14 +49,14 @@ class Team:
             for rank in range(1, world)
         ]  # fmt: skip
         nodes = [ray.get_runtime_context().get_node_id(), *ray.get([other.node.remote() for other in self._others])]
-        locals_ = Counter(nodes)
+        beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
         host, port = ray.util.get_node_ip_address(), free_port()
         limit_s = job.config.train.hang_timeout_s * SLOW
         joining = [
-            other.join.remote(rank, world, host, port, locals_[nodes[rank]], limit_s)
+            other.join.remote(rank, world, host, port, beside[rank], limit_s)
             for rank, other in enumerate(self._others, 1)
         ]
-        self.group = join(0, world, host, port, locals_[nodes[0]], limit_s)
+        self.group = join(0, world, host, port, beside[0], limit_s)
         ray.get(joining)
 
     def work(self, job: Job, state: list[ray.ObjectRef], report: Callable[[Metrics], None]) -> Metrics:
@@ -116,11 +116,12 @@ def asks(line: Metrics, job: Job) -> bool:
     return line["step"] < job.config.train.max_steps and any(name.startswith("validation_") for name in line)
 
 
-def join(rank: int, world: int, host: str, port: int, beside: int, limit_s: float) -> Group:
-    """Join the process group of a team; `beside`: its ranks on this node."""
+def join(rank: int, world: int, host: str, port: int, beside: tuple[int, int], limit_s: float) -> Group:
+    """Join the process group of a team; `beside`: which of the ranks on this node this is, and how many they are."""
     cuda = torch.cuda.is_available()
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(beside),
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(beside[1]),
+        LOCAL_RANK="0" if cuda else str(beside[0]),  # a rank sees the one GPU that Ray gave it
         MASTER_ADDR=host, MASTER_PORT=str(port),
     )  # fmt: skip
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=limit_s))

@@ -17,9 +17,10 @@ from engine.errors import UserError
 from engine.sweep.team import Team
 from engine.sweep.weights import copier
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.loop import Metrics
 from engine.train.run_folder import RunFolder
-from engine.train.worker import Job, local_group, work
+from engine.train.worker import local_group, work
 from engine.train.zero import import_deepspeed
 
 FAILURE = "failed"  # in a report: why the trial failed

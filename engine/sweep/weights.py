@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import numpy as np
 
 from engine.config import identity
 from engine.objectives.contract import Objective
-from engine.train.worker import Job, make_model
+from engine.train.checkpoint import Checkpoint
+from engine.train.job import Job
+from engine.train.start import Make, fill, held, hollow, make_model
 
 StartState = dict[
     str, Any
@@ -25,45 +26,38 @@ def start_state(job: Job) -> StartState:
     model = make_model(job, job.objective())
     return {
         "facts": deciding(job),
-        "tensors": {name: tensor.detach().numpy() for name, tensor in _tensors(model)},
+        "tensors": {name: tensor.detach().numpy() for name, tensor in held(model)},
         "random": np.array(torch.get_rng_state()),
     }
 
 
-def copier(state: StartState) -> Callable[[Job, Objective], Any]:
+def copier(state: StartState) -> Make:
     """Return what makes a trial's model from the start state, where that is the trial's, and else as any other job's is made."""
 
-    def make(job: Job, objective: Objective) -> Any:
-        return copied(state, job, objective) if state["facts"] == deciding(job) else make_model(job, objective)
+    def make(job: Job, objective: Objective, checkpoint: Checkpoint | None = None) -> Any:
+        if state["facts"] != deciding(job):
+            return make_model(job, objective, checkpoint)
+        model = copied(state, job, objective)
+        if checkpoint:
+            fill(model, checkpoint)
+        return model
 
     return make
 
 
 def copied(state: StartState, job: Job, objective: Objective) -> Any:
-    """Make the module without initializing it, and copy the weights into it: bit for bit what `make_model` makes.
+    """Make the module without any weights, and copy the weights into it: bit for bit what `make_model` makes.
 
     The arrays may be read-only views of shared memory, which they stay.
     """
     import torch
-    from transformers import AutoConfig
-    from transformers.initialization import no_init_weights
 
-    from engine.models.build import from_config, set_dropout, transformers_config
-
-    options, model = objective.model_options(), job.config.model
-    if job.start:
-        shape = set_dropout(AutoConfig.from_pretrained(job.start, local_files_only=True, **options), model)
-    else:
-        shape = transformers_config(model, objective.processor, options)
     torch.manual_seed(job.config.seed)
-    with no_init_weights():
-        made: Any = from_config(shape, objective.auto_class, dtype=torch.float32, attn_implementation=model.attention)
-    made.tie_weights()
-    with torch.no_grad():
-        for name, tensor in _tensors(made):
-            np.copyto(tensor.detach().numpy(), state["tensors"][name])
+    model: Any = hollow(job, objective)
+    for name, tensor in held(model):
+        tensor.data = torch.from_numpy(np.array(state["tensors"][name]))
     torch.set_rng_state(torch.from_numpy(np.array(state["random"])))
-    return made.eval() if job.start else made
+    return model.eval() if job.start else model
 
 
 def deciding(job: Job) -> str:
@@ -72,7 +66,3 @@ def deciding(job: Job) -> str:
     apart = ("model.dropout", "model.attention")
     facts = {key: v for key, v in identity(job.config, apart).items() if key.startswith(keys)}
     return json.dumps([facts, str(job.data), str(job.start and Path(job.start).resolve())], sort_keys=True)
-
-
-def _tensors(model: Any) -> list[tuple[str, Any]]:
-    return [*model.named_parameters(), *model.named_buffers()]

@@ -17,10 +17,11 @@ from engine.sweep.record import Trial, best_first
 from engine.sweep.search import Place
 from engine.sweep.trial import figures, job_of
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, step_folder, step_folders
+from engine.train.job import Job
 from engine.train.launch import Watch, run_workers
 from engine.train.run_folder import RunFolder, Status, now
 from engine.train.state import TrainState
-from engine.train.worker import Job, export
+from engine.train.worker import export
 
 SOUP, RETRAINED = "soup", "retrained"
 
@@ -120,7 +121,7 @@ class Kitchen:
     def __init__(self, winner: Winner) -> None:
         """Take the model and the data of this winner."""
         from engine.data.shards import Split
-        from engine.train.worker import make_model
+        from engine.train.start import make_model
         from engine.train.zero import AVERAGE
 
         job = winner.job

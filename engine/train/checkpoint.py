@@ -159,6 +159,7 @@ class CheckpointWriter:
         self.keep_best = keep_best
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
         self._error: Exception | None = None
 
     @property
@@ -167,28 +168,45 @@ class CheckpointWriter:
         return self._error is not None
 
     def save(self, fragments: Iterable[Fragment], state: TrainState, about: dict[str, Any]) -> None:
-        """Copy the fragments to host memory and write them behind the caller's back, once the save before is in place."""
+        """Begin to write the fragments behind the caller's back, once the save before is in place.
+
+        They may not be changed before `hold` has returned: they are copied to host memory beside the next forward and
+        backward pass, which only read them.
+        """
         self.wait()
         if self._error is not None:
             self._say_failed(step_folder(self.folder, state.step))
             return
         shapes: dict[str, list[int]] = {}
-        tensors: dict[str, torch.Tensor] = {}
+        live: dict[str, torch.Tensor] = {}
         for fragment in fragments:
             shapes[fragment.name] = list(fragment.shape)
             for kind, tensor in fragment.tensors.items():
-                key = f"{kind}:{fragment.name}:{fragment.start}"
-                tensors[key] = self._copy(key, tensor.detach())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies of all fragments have run at once
-        self._thread = threading.Thread(target=self._write, args=(tensors, shapes, state, about), name="checkpoint")
+                live[f"{kind}:{fragment.name}:{fragment.start}"] = tensor.detach()
+        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream())  # the update that is still under way
+        self._copied.clear()
+        self._thread = threading.Thread(
+            target=self._write, args=(live, stream, shapes, state, about), name="checkpoint"
+        )
         self._thread.start()
 
-    def _copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Begin to copy into host memory that is kept from save to save: fresh pages would cost more than the copy."""
-        if key not in self._buffers or self._buffers[key].numel() != tensor.numel():
-            self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._buffers[key].copy_(tensor, non_blocking=True)
+    def hold(self) -> None:
+        """Wait until the fragments of the save under way may be changed."""
+        if self._thread is not None:
+            self._copied.wait()
+
+    def _copy(self, live: dict[str, torch.Tensor], stream: Any) -> dict[str, torch.Tensor]:
+        """Copy into host memory that is kept from save to save: fresh pages would cost more than the copy."""
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            for key, tensor in live.items():
+                if key not in self._buffers or self._buffers[key].numel() != tensor.numel():
+                    self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._buffers[key].copy_(tensor, non_blocking=True)
+        if stream:
+            stream.synchronize()
+        return {key: self._buffers[key] for key in live}
 
     def wait(self) -> None:
         """Wait until the save under way is in place, or has failed."""
@@ -209,10 +227,15 @@ class CheckpointWriter:
         return f"the checkpoint could not be written to {self.folder}: {faults[0]}; the one before it is whole"
 
     def _write(
-        self, tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], state: TrainState, about: dict[str, Any]
-    ) -> None:
+        self, live: dict[str, torch.Tensor], stream: Any, shapes: dict[str, list[int]], state: TrainState,
+        about: dict[str, Any],
+    ) -> None:  # fmt: skip
         target = step_folder(self.folder, state.step)
         try:
+            try:
+                tensors = self._copy(live, stream)
+            finally:
+                self._copied.set()
             target.mkdir(parents=True, exist_ok=True)
             file = target / f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
             part = file.with_suffix(".part")

@@ -24,9 +24,9 @@ from engine.errors import UserError
 from engine.objectives.contract import check_data
 from engine.progress import Bar, console
 from engine.train import preload
+from engine.train.job import Job
 from engine.train.profile import PAGE
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
-from engine.train.worker import Job
 
 COUNTS = {"skipped": "skipped", "rollbacks": "rolled back"}  # in a line of metrics.jsonl -> on the bar
 
@@ -87,12 +87,16 @@ def check_job(job: Job) -> None:
                 f"sequence length {config.data.sequence_length:,} is over the {positions:,} positions of "
                 f"{job.start.name}: use data.sequence_length={positions}"
             )
-    if config.data.within_documents:
+    if config.data.within_documents or config.train.sequence_parallel > 1:
         from engine.models.build import transformers_config
         from engine.models.documents import check_kept_apart
+        from engine.train.sequence_parallel import check_divisible
 
-        shape = shape if job.start else transformers_config(config.model, objective.tokenizer, options)
-        check_kept_apart(shape, objective.auto_class, config.model.attention)
+        shape = shape if job.start else transformers_config(config.model, objective.processor, options)
+        if config.data.within_documents:
+            check_kept_apart(shape, objective.auto_class, config.model.attention)
+        if config.train.sequence_parallel > 1:
+            check_divisible(shape, type(objective), config.train.sequence_parallel, config.data.sequence_length)
 
 
 def packed(samples: Any, config: Config) -> str:

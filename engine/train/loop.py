@@ -22,6 +22,7 @@ from engine.train.guards import GiveUp, RollBack, Skip, decide, loss_fault, norm
 from engine.train.meter import Meter
 from engine.train.run_folder import RunFolder
 from engine.train.schedule import learning_rate
+from engine.train.sequence_parallel import SequenceParallel
 from engine.train.state import TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import Sharded
@@ -44,12 +45,17 @@ class Run:
     about: dict[str, Any]  # what a checkpoint's manifest says of the run
     log: Callable[[Metrics], None]
     meter: Meter
+    sequence: SequenceParallel
     state: TrainState = field(default_factory=TrainState)
     saved_step: int = -1
     heart: Heartbeat = field(default_factory=Heartbeat)
     wants_save: Callable[[], bool] = lambda: False  # whether this rank was asked for a checkpoint at once
     save_asked: bool = False  # whether any rank was, before the last step
     notes: Metrics = field(default_factory=dict)  # what the next logged line says beside its figures
+
+    def collate(self, samples: list[dict[str, Any]]) -> Batch:
+        """Make a micro-batch of samples, or of this rank's part of each, on the rank's device."""
+        return self.sequence.part(self.objective.collate(samples).to(self.group.device))
 
     def ended(self) -> bool:
         """Whether no step is left to take."""
@@ -186,6 +192,8 @@ def train_step(run: Run) -> Metrics | None:
 
 def update(run: Run, loss: float) -> tuple[float, float, str]:
     """Update the weights unless the loss forbids it; return the rate, the gradient norm, and what is wrong, if anything."""
+    run.meter.enter("checkpoint")
+    run.writer.hold()
     run.meter.enter("optimizer")
     rate = learning_rate(run.config, run.state.step)
     if fault := loss_fault(loss, run.state.recent, run.config.train):
@@ -222,18 +230,18 @@ def give_up(run: Run, reason: str) -> NoReturn:
 def collate_share(run: Run, ids: np.ndarray, draws: np.ndarray) -> tuple[list[tuple[Batch, float]], np.ndarray]:
     """Return this rank's micro-batches of a step, each with its weight (1, or 0), and the ids in them.
 
-    Every rank makes equally many passes, as ZeRO asks; one that is short of samples takes part with weight 0.
+    Every rank makes equally many passes, as ZeRO asks; one that is short of samples takes part with weight 0. Of the ranks
+    that share sequences, the first counts the ids.
     """
-    micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
+    micro, rank, world = run.config.micro_batch, run.sequence.share, run.sequence.shares
     batches: list[tuple[Batch, float]] = []
     seen = []
     for first in range(0, len(ids), micro * world):
         places = range(len(ids))[first + rank * micro : first + (rank + 1) * micro]
         mine = ids[places.start : places.stop]
         shown = [run.samples[ids[place]] | {"draw": draws[place]} for place in places or range(1)]
-        batch = run.objective.collate(shown).to(run.group.device)
-        batches.append((batch, float(len(mine) > 0)))
-        seen.append(mine)
+        batches.append((run.collate(shown), float(len(mine) > 0)))
+        seen.append(mine if run.sequence.rank == 0 else mine[:0])
     return batches, np.concatenate(seen)
 
 
@@ -243,7 +251,7 @@ def validate(run: Run) -> dict[str, float]:
     if run.validation is None:
         return {}
     run.heart.slow()  # its first time may compile
-    micro, rank, world = run.config.micro_batch, run.group.rank, run.group.world
+    micro, rank, world = run.config.micro_batch, run.sequence.share, run.sequence.shares
     size = len(run.validation)
     count = min(size, run.config.train.evaluate_samples or size)
     ids = np.arange(count) * size // count  # spread evenly: neighbours come from one file
@@ -252,9 +260,9 @@ def validate(run: Run) -> dict[str, float]:
     for first in range(0, len(ids), micro * world):
         run.heart.beat()
         mine = ids[first + rank * micro : first + (rank + 1) * micro]
-        batch = run.objective.collate([run.validation[i] | {"draw": i} for i in (mine if len(mine) else ids[:1])])
-        scores = run.objective.score(run.model, batch.to(run.group.device))  # type: ignore[arg-type]
-        if len(mine):
+        batch = run.collate([run.validation[i] | {"draw": i} for i in (mine if len(mine) else ids[:1])])
+        scores = run.sequence.scores(run.objective.score(run.model, batch))  # type: ignore[arg-type]
+        if len(mine) and scores:
             parts.append(scores)
     run.model.train()
     # A rank without a single sample of its own (more ranks than samples) has nothing to add.

@@ -63,7 +63,7 @@ def most_that_fit(one: int, three: int, room: float) -> int:
 def dry_batch(run: Run, samples: int) -> None:
     """Take a forward and a backward pass whose gradients are all zero, and leave everything as it was."""
     longest = max(range(min(64, len(run.samples))), key=lambda i: size_of(run.samples[i]))
-    batch = run.objective.collate([run.samples[longest] | {"draw": 0}] * samples).to(run.group.device)
+    batch = run.collate([run.samples[longest] | {"draw": 0}] * samples)
     devices = [run.group.device] if run.group.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         ((batch, _),) = run.objective.before_step(run.model, [(batch, 1.0)], run.group)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def deciding(config: Config, group: Group) -> dict[str, Any]:
         for key, value in identity(config, ignoring=()).items()
         if key.startswith(("model.", "objective.", "zero.")) or key in (
             "data.sequence_length", "data.vocab_size", "data.tokenizer", "bundle", "optim.name", "train.ema",
-            "train.precision", "train.compile", "train.activation_checkpointing",
+            "train.precision", "train.compile", "train.sequence_parallel", "train.activation_checkpointing",
         )
     }  # fmt: skip
     machine = torch.cuda.get_device_name(group.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"

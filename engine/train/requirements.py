@@ -23,6 +23,9 @@ def check_machine(config: Config) -> None:
         raise UserError(
             "model.attention=flex_attention trains on GPUs only, and here is none: use model.attention=sdpa"
         )
+    quantized = [name for name, value in config.zero.options.items() if "quantized" in name and value]
+    if quantized and not has_gpu():
+        raise UserError(f"zero.options.{quantized[0]} needs a GPU, and here is none: leave it out")
     if config.train.precision == "fp16" and not has_fp16():
         raise UserError(
             "train.precision=fp16 needs a GPU, or a processor with fp16, and here is none: use train.precision=bf16"

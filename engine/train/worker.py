@@ -6,63 +6,35 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, fingerprint, from_dict, identity, replace, to_dict
+from engine.config import Config, fingerprint, identity, replace
 from engine.data.manifest import Manifest
 from engine.data.order import Order
-from engine.data.packing import Mix, Packing
-from engine.data.processor import prepared_processor
+from engine.data.packing import Mix
 from engine.data.shards import Split
-from engine.errors import UserError
-from engine.models.build import build, freeze_layers, load
-from engine.objectives.contract import Objective, objective_class
+from engine.models.build import freeze_layers, stacks_of
+from engine.objectives.contract import Objective
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
 from engine.train.energy import EnergyMeter, total
 from engine.train.group import Group
+from engine.train.job import Job
 from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
 from engine.train.micro_batch import fitting_micro_batch
 from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
+from engine.train.sequence_parallel import SequenceParallel
+from engine.train.start import Make, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import AVERAGE, DTYPES, Sharded
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training job: a config with its model and objective, a data order, a start state."""
-
-    config: Config
-    data: Path  # folder of the prepared data
-    start: Path | None = None  # folder of the bundle to start from; None: fresh weights
-    leaves_bundle: bool = True  # a sweep's trial leaves its last checkpoint only
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for the way to another process."""
-        return {"config": to_dict(self.config), "data": str(self.data), "start": self.start and str(self.start),
-                "leaves_bundle": self.leaves_bundle}  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> Job:
-        """Read what `to_dict` wrote."""
-        start = tree["start"] and Path(tree["start"])
-        return cls(from_dict(tree["config"]), Path(tree["data"]), start, tree["leaves_bundle"])
-
-    def objective(self) -> Objective:
-        """Return the task, with the data's processor and labels."""
-        labels = Manifest.load(self.data).labels
-        processor, options = prepared_processor(self.data), self.config.objective
-        data = self.config.data
-        return objective_class(options.name)(options, processor, data.sequence_length, labels, Packing.of(data))
 
 
 def work(
@@ -70,7 +42,7 @@ def work(
     group: Group,
     listen: Callable[[Metrics], None] | None = None,
     wants_save: Callable[[], bool] = lambda: False,
-    make: Callable[[Job, Objective], Any] | None = None,
+    make: Make | None = None,
 ) -> Metrics:
     """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
 
@@ -86,7 +58,9 @@ def work(
     samples = objective.samples(Split.open(job.data, "train"))
     order = Order(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
-    model, checkpoint, flops_per_token = begin(job, objective, group, precision, make or make_model)
+    sequence = SequenceParallel(group, config.train.sequence_parallel, objective.auto_class == "AutoModelForCausalLM")
+
+    model, checkpoint, flops_per_token = begin(job, objective, group, precision, sequence, make)
     state = checkpoint.state if checkpoint else TrainState()
     if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
         state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
@@ -108,6 +82,7 @@ def work(
         about={"config": fingerprint(config), "data": manifest.hash},
         log=log,
         meter=meter,
+        sequence=sequence,
         state=state,
         saved_step=state.step if checkpoint else -1,
         heart=heart,
@@ -130,23 +105,28 @@ def work(
 
 
 def begin(
-    job: Job, objective: Objective, group: Group, precision: str, make: Callable[[Job, Objective], Any]
+    job: Job, objective: Objective, group: Group, precision: str, sequence: SequenceParallel, make: Make | None
 ) -> tuple[Sharded, Checkpoint | None, float]:
     """Return the sharded model in its start state, the checkpoint that it is from, if any, and the flops of a token."""
     config = job.config
-    # The order: resume, else start from the bundle, else initialize.
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
-    model = make(job, objective)
-    if checkpoint:
-        fill(model, checkpoint)
+    model = start_model(job, objective, group, checkpoint, make)
     freeze_layers(model, config.objective.frozen_layers)
     objective.meet(model.config)
     flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
+    if sequence.size > 1:
+        sequence.attach(model)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable()
-    if config.train.compile:
-        model.compile()
-    sharded = Sharded(model.to(group.device), config, group.world, precision)
+    if config.train.compile:  # block by block: all of a stack are one piece of code, compiled once
+        for block in (block for blocks in stacks_of(model) for block in blocks):
+            block.compile()
+    if config.zero.stage < 3:
+        model.to(group.device)
+    else:  # weights go there one by one, as they are sharded
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(group.device)
+    sharded = Sharded(model, config, group.world, precision)
     sharded.ensure_moments(checkpoint.state.updates if checkpoint else 0)
     if checkpoint:
         checkpoint.load(sharded.fragments(group.rank, owned=False))
@@ -193,34 +173,14 @@ class Log:
             self._file.close()
 
 
+_peak = functools.cache(hardware.matmul_peak)  # a process that trains again need not measure again
+
+
 def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:
     """Measure what the hardware can do, and make the run's meter of it."""
     datasheet = hardware.datasheet_flops(group.device, dtype)
     peak = _peak(group.device, dtype) * group.world
     return Meter(group.device, flops_per_token, peak, datasheet * group.world if datasheet else None)
-
-
-_peak = functools.cache(hardware.matmul_peak)  # a process that trains again need not measure again
-
-
-def make_model(job: Job, objective: Objective) -> Any:
-    """Make the start state: the bundle's weights, else fresh ones from the seed."""
-    config, options = job.config, objective.model_options()
-    if job.start:
-        return load(job.start, objective.auto_class, options, config.model, config.seed)
-    return build(config.model, objective.processor, objective.auto_class, options, config.seed)
-
-
-@torch.no_grad()
-def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
-    """Copy a checkpoint's weights, or their average, into a whole fp32 model. Raises UserError where it is another model's."""
-    weights = checkpoint.weights(kind)
-    for name, parameter in model.named_parameters():
-        if name not in weights or weights[name].shape != parameter.shape:
-            raise UserError(
-                f"{checkpoint.folder} holds another model ({name} differs): use another name=..., or the model's former options"
-            )
-        parameter.copy_(weights[name])
 
 
 def export(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.errors import UserError, nearest
 from engine.train.meter import Meter
 from engine.train.optimizer import MOMENTS, Muon, Part, make_optimizer
 
@@ -49,6 +50,7 @@ def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[st
         "stage": config.zero.stage,
         "overlap_comm": False,
         "reduce_bucket_size": min(int(5e8), parameters),  # DeepSpeed allots the whole bucket, a gigabyte by default
+        **config.zero.options,
     }
     if config.zero.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": config.zero.offload_optimizer}
@@ -66,6 +68,15 @@ def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[st
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise UserError for a name among zero.options that DeepSpeed doesn't know."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = DeepSpeedZeroConfig.model_fields
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"zero.options.{unknown[0]} is no option of DeepSpeed's{nearest(unknown[0], known)}")
 
 
 def import_deepspeed() -> Any:
@@ -89,7 +100,8 @@ def import_deepspeed() -> Any:
 
 
 def convert_and_partition(init: Any, parameter: nn.Parameter) -> None:
-    """Shard a weight for stage 3: what DeepSpeed does, but for sending it to all ranks before."""
+    """Shard a weight for stage 3: what DeepSpeed does, but for sending it to all ranks before, and in the run's precision."""
+    parameter.data = parameter.data.to(init.dtype)
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()  # type: ignore[attr-defined]
 
@@ -148,13 +160,16 @@ class Sharded:
         """Shard `model` (fp32, with equal weights on all ranks). The process group must be up."""
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by the CPU accelerator
         deepspeed = import_deepspeed()
+        check_options(config.zero.options)
         dtype = DTYPES[precision]
         optimizer = make_optimizer(model, config.optim, dtype)
+        options = deepspeed_config(config, precision, sum(p.numel() for p in model.parameters()))
+        if (
+            config.zero.stage == 3
+        ):  # weight by weight: what `initialize` shards it has made whole in its precision before
+            deepspeed.zero.Init(module=model, config_dict_or_path=options)
         self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, precision, sum(p.numel() for p in model.parameters())),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=options, dist_init_required=False
         )
         self.base = optimizer
         self.world = world

@@ -26,6 +26,7 @@ from tests.bench.interleaved import interleave, show
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 AT = 25  # the step at which a worker is killed; the checkpoint before it is of step 20
+HUNG_S = 60.0  # after which a restart counts as failed
 PEER = """
 import json, os, sys, time
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -69,11 +70,14 @@ def lines(file: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def wait(what: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
-    """Wait until `what` holds. Raises RuntimeError where the process ends before."""
+def wait(what: Callable[[], object], process: subprocess.Popen[bytes], at_most_s: float = 180.0) -> None:
+    """Wait until `what` holds. Raises RuntimeError where the process ends before, TimeoutError where it takes too long."""
+    limit = time.monotonic() + at_most_s
     while not what():
         if process.poll() is not None:
             raise RuntimeError(f"a contestant ended: see {process.args}")
+        if time.monotonic() > limit:
+            raise TimeoutError
         time.sleep(0.01)
 
 
@@ -106,12 +110,13 @@ def seconds(command: list[str], log: Path, word: str, ready: Callable[[subproces
             killed = time.time()
             victim.kill()
             time.sleep(0.3)  # a step that was under way may still be told
-            wait(lambda: lines(log)[-1]["time"] > killed + 0.3, process)
+            wait(lambda: lines(log)[-1]["time"] > killed + 0.3, process, HUNG_S)
             return next(line["time"] for line in lines(log) if line["time"] > killed + 0.3) - killed
         finally:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
-            psutil.wait_procs(children, timeout=30)
+            for child in psutil.wait_procs(children, timeout=30)[1]:
+                child.kill()
 
 
 def main() -> None:
@@ -135,6 +140,13 @@ def main() -> None:
             return seconds(command, folder / run / "metrics.jsonl", "RayTrainWorker", enough)
 
         def torchrun() -> float:
+            while True:  # it starts anew on the old port, and now and then its ranks wait for each other there for ever
+                try:
+                    return torchrun_once()
+                except TimeoutError:
+                    print(f"torchrun's ranks were not back after {HUNG_S} s: tried again")
+
+        def torchrun_once() -> float:
             place = folder / f"peer{next(turn)}"
             place.mkdir()
             command = [

@@ -23,7 +23,8 @@ PARTS = {
     "ray.init": PRELUDE
     + "import ray; t = time.time(); ray.init(address='local', include_dashboard=False, log_to_driver=False); print(time.time() - t)",
     "deepspeed.initialize": PRELUDE
-    + "from engine.train.worker import *; from jobs.entry import compose; from engine.models.build import Inputs; import deepspeed;"
+    + "from engine.train.worker import local_group; from engine.train.zero import Sharded; from jobs.entry import compose;"
+    "from engine.models.build import Inputs, build; import deepspeed;"
     "c = compose('pretrain', []); m = build(c.model, Inputs(vocab_size=4096), 'AutoModelForCausalLM', {}, 0); local_group();"
     "import time; t = time.time(); Sharded(m, c, 1, 'fp32'); print(time.time() - t)",
 }

@@ -29,9 +29,12 @@ from engine.data.shards import Split
 from engine.models.size import flops_per_token, parameter_count
 from engine.train import hardware
 from engine.train.checkpoint import CheckpointWriter
+from engine.train.job import Job
 from engine.train.loop import Run, train_step
 from engine.train.optimizer import parameter_groups
-from engine.train.worker import Job, local_group, make_model, measure
+from engine.train.sequence_parallel import SequenceParallel
+from engine.train.start import make_model
+from engine.train.worker import local_group, measure
 from engine.train.zero import DTYPES, Sharded, deepspeed_config
 from jobs.entry import compose
 from tests.bench.interleaved import interleave, show
@@ -71,7 +74,7 @@ def engine_step(job: Job, order: Order, precision: str) -> Callable[[], Any]:
     run = Run(
         config=job.config, group=group, objective=objective, model=sharded,
         samples=objective.samples(Split.open(job.data, "train")), validation=None, order=order,
-        writer=CheckpointWriter(folder, 0, 1, 1), about={}, log=print,
+        writer=CheckpointWriter(folder, 0, 1, 1), about={}, log=print, sequence=SequenceParallel(group),
         meter=measure(group, DTYPES[precision], flops),
     )  # fmt: skip
     sharded.train()

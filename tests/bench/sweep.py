@@ -60,8 +60,8 @@ def plain(folder: Path, words: Sequence[str]) -> None:
 
     from engine.config import with_values
     from engine.sweep.space import check_space, samples
+    from engine.train.job import Job
     from engine.train.launch import make_job
-    from engine.train.worker import Job
     from jobs.entry import compose
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

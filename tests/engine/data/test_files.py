@@ -194,6 +194,52 @@ def test_bad_rows_are_counted(configured: Callable[..., Config], tmp_path: Path)
     assert counts == {"malformed line": 3, "without text": 2, "without a label": 2}
 
 
+def test_tables_of_other_types(configured: Callable[..., Config], tmp_path: Path) -> None:
+    texts = [str(row["text"]) for row in ROWS]
+    for name, column in {
+        "large": pa.array(texts, pa.large_string()),
+        "dictionary": pa.array(texts).dictionary_encode(),
+        "view": pa.array(texts, pa.string_view()),
+    }.items():
+        with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as out:
+            table = pa.table({"text": column})
+            with pa.ipc.new_file(out, table.schema) as writer:
+                writer.write_table(table)
+        assert [d.text for d in read(configured(path=str(tmp_path / f"{name}.arrow")))[0]] == texts
+    for name, labels, told in (
+        ("floats", [1.0, 2.5, float("nan"), None], ["1", "2.5"]),
+        ("bytes", [b"a", b"", b"\xff", None], ["a", "\\xff"]),
+        ("bools", [True, False, None, True], ["True", "False", "True"]),
+    ):
+        pq.write_table(pa.table({"text": texts[:4], "label": labels}), tmp_path / f"{name}.parquet")
+        found, counts = read(configured(path=str(tmp_path / f"{name}.parquet"), label_column="label"))
+        assert [d.label for d in found] == told
+        assert counts == {"without a label": 4 - len(told)}
+
+
+def test_names_and_lines_of_any_kind(configured: Callable[..., Config], tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, name in enumerate([b"caf\xe9.txt", b"new\nline.txt", b"[x]*?.txt", b"A.TXT.GZ"]):
+        text = f"Text {i}.\r\nSecond line.\r".encode()
+        with open(bytes(folder) + b"/" + name, "wb") as out:
+            out.write(gzip.compress(text) if i == 3 else text)
+    config = configured(path=str(folder), vocab_size=300)
+    assert sorted(d.text for d in read(config)[0]) == [f"Text {i}.\nSecond line.\n" for i in range(4)]
+    made = prepare(config)
+    told = {file["path"] for file in Manifest.load(made).read_sources(made)}
+    assert told == {str(path) for path in folder.iterdir()}
+
+
+def test_a_line_over_several_pieces_is_one_document(configured: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word " * 20_000 + "\nlast")
+    config = configured(path=str(tmp_path / "a.txt"), shard_tokens=4096)
+    found, counts = read(config)
+    assert sum(len(part.pieces) for part in parts(config.data)) >= 5
+    assert "".join(d.text for d in found) == "word " * 20_000 + "\nlast"
+    assert not +counts
+
+
 def test_one_long_text_is_cut_at_paragraphs(configured: Callable[..., Config], tmp_path: Path) -> None:
     text = "".join(f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(400))
     (tmp_path / "book.txt").write_text(text)
@@ -248,6 +294,12 @@ def test_sentiment(shared: Callable[[str], Path], configured: Callable[..., Conf
         ({"path": "{d}/train.parquet", "text_column": "body"}, r"no column 'body' \(data\.text_column\), only text, label"),
         ({"path": "{d}/bad.jsonl"}, r"no line of .*bad\.jsonl is a JSON object \(the first bad one is line 1\)"),
         ({"path": "{d}/bad.parquet"}, r"bad\.parquet is no parquet file"),
+        ({"path": "{d}/array.jsonl"}, r"no line of .*array\.jsonl is a JSON object .*jq -c '\.\[\]' does it to an array"),
+        ({"path": "{d}/rows.json"}, r"rows\.json may hold rows or be a text itself: say which with data\.format=jsonl"),
+        ({"path": "{d}/other.parquet", "text_column": "number"}, r"column 'number' of .* holds int64, not text: name another with data\.text_column \(twice, twice\)"),
+        ({"path": "{d}/other.parquet", "text_column": "twice"}, r"has 2 columns 'twice' \(data\.text_column\): rename all but one"),
+        ({"path": "{d}/utf16.txt"}, r"1 not UTF-8\): give other files with data\.path=\.\.\. or make it UTF-8"),
+        ({"path": "{d}/packed.jsonl.bz2"}, r"left out: 1 packed, but not as \.gz or \.zst"),
         ({"path": "{d}/bad.jsonl.gz"}, r"cannot read .*bad\.jsonl\.gz"),
         ({"path": "{d}/hollow"}, r"is a folder with no files in it"),
         ({"path": "{d}/empty.txt"}, r"empty\.txt holds no text to train on \(left out: 1 empty\): give other files"),
@@ -278,6 +330,12 @@ def test_bad_input_gets_one_sentence(
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "prose.txt").write_text("Some prose.")
     (tmp_path / "hollow").mkdir()
+    (tmp_path / "array.jsonl").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    (tmp_path / "utf16.txt").write_bytes("prose".encode("utf-16"))
+    (tmp_path / "packed.jsonl.bz2").write_bytes(b"BZh9\0")
+    twice = pa.Table.from_arrays([pa.array([1]), *[pa.array(["a"])] * 2], names=["number", "twice", "twice"])
+    pq.write_table(twice, tmp_path / "other.parquet")
     filled = {k: v.replace("{d}", str(tmp_path)) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(UserError, match=message) as caught:
         prepare(configured(**filled))

@@ -1,13 +1,16 @@
 import errno
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from engine.config import Config, replace
@@ -15,7 +18,7 @@ from engine.data.manifest import Manifest, verify
 from engine.data.prepare import prepare
 from engine.data.shards import ShardWriter, Split
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import UserError
+from engine.errors import TryAgain, UserError
 
 SCRIPT = """
 import os, signal, sys
@@ -195,8 +198,10 @@ def test_two_at_once_make_one(tmp_path: Path, corpus: Path) -> None:
 KILLED = """
 import os, signal, sys
 from engine.config import Config, replace
+from engine.data import spread
 from engine.data.prepare import prepare
 calls, last = 0, int(sys.argv[3])
+spread.START_S = float(sys.argv[4])
 def say(stage, done, total):
     global calls
     calls += 1
@@ -208,9 +213,16 @@ print(prepare(config, progress=say), calls)
 """
 
 
-def killed_after(calls: int, runs: Path, corpus: Path) -> str | None:
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        return "engine.data.spread" in process.cmdline() and Path(process.cwd()) == Path(__file__).parents[3]
+    except psutil.Error:
+        return False
+
+
+def killed_after(calls: int, runs: Path, corpus: Path, processes: bool = False) -> str | None:
     """Prepare in a process that is killed at its so many-th word of progress; return what it printed, if it lived."""
-    command = [sys.executable, "-c", KILLED, str(runs), str(corpus), str(calls)]
+    command = [sys.executable, "-c", KILLED, str(runs), str(corpus), str(calls), "0" if processes else "inf"]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], text=True, capture_output=True, timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.stdout if done.returncode == 0 else None
@@ -227,7 +239,7 @@ def test_killed_again_and_again_no_token_is_lost_or_doubled(
     whole, calls = Path(words.split()[0]), int(words.split()[1])
     assert calls > 40
     runs, rng, kills, kept = tmp_path / "runs", random.Random(0), 0, 0
-    while (words := killed_after(rng.randint(calls // 10, calls // 3), runs, corpus)) is None:
+    while (words := killed_after(rng.randint(calls // 10, calls // 3), runs, corpus, kills % 4 == 1)) is None:
         kills += 1
         assert not list((runs / "data").glob("files-*"))
         finished = len([*(runs / "data").glob(".files-*.partial/part-*")])
@@ -235,12 +247,58 @@ def test_killed_again_and_again_no_token_is_lost_or_doubled(
         kept = finished
         assert kills < 60
     assert kills >= 3
+    deadline = time.monotonic() + 20
+    while any(_is_ours(process) for process in psutil.process_iter()):
+        assert time.monotonic() < deadline, "a process outlived the one that it worked for"
+        time.sleep(0.1)
     folder = Path(words.split()[0])
     assert verify(folder).hash == verify(whole).hash
     assert Manifest.load(folder).origins == Manifest.load(whole).origins
     assert Manifest.load(folder).skipped == {"duplicate": 1}
     assert [p.name for p in sorted(folder.iterdir())] == [p.name for p in sorted(whole.iterdir())]
     assert all((whole / p.name).read_bytes() == p.read_bytes() for p in folder.glob("*.arrow"))
+
+
+def test_processes_give_the_same_bytes(
+    tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (corpus / "zz.txt").write_text((corpus / "20.txt").read_text())
+    (tmp_path / "own.py").write_text("import os\nKEEPER = os.getpid()\ndef keep(text):\n    return len(text) > 3\n")
+    monkeypatch.chdir(tmp_path)
+    config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024, filter="own:keep", mask=["emails"])
+    monkeypatch.setattr("engine.data.spread.START_S", math.inf)
+    here = verify(prepare(config))
+    monkeypatch.setattr("engine.data.spread.START_S", 0)
+    for held in (2**28, 0):  # with the documents of the first pass, and read again
+        monkeypatch.setattr("engine.data.prepare.HELD_BYTES", held)
+        there = verify(prepare(replace(config, runs_dir=str(tmp_path / f"held{held}"))))
+        assert there.hash == here.hash
+        assert there.skipped == here.skipped
+        assert there.skipped["duplicate"] == 1
+    assert not psutil.Process().children()
+    (corpus / "bad.jsonl").write_text('{"txt": 1}\n')
+    with pytest.raises(UserError, match="has no column 'text'"):
+        prepare(config)
+    assert not psutil.Process().children()
+
+
+def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
+    tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.data.spread.START_S", 0)
+    config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
+
+    def say(stage: str, done: int, total: int) -> None:
+        if stage == "tokenize" and done:
+            for process in psutil.Process().children():
+                process.kill()
+
+    with pytest.raises(TryAgain, match=r"was killed .* give the same command again"):
+        prepare(config, progress=say)
+    [partial] = (tmp_path / "runs" / "data").glob(".*.partial")
+    assert list(partial.glob("part-*"))
+    monkeypatch.setattr("engine.data.spread.START_S", math.inf)
+    assert verify(prepare(config)).hash == verify(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere")))).hash
 
 
 def test_a_damaged_piece_of_unfinished_work_is_done_again(

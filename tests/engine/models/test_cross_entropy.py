@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
-from engine.train.worker import Job
+from engine.train.job import Job
 from tests.engine.train.ranks import losses, run_ranks
 
 V, B, L = 97, 3, 16

@@ -20,7 +20,7 @@ from engine.data.prepare import prepare
 from engine.data.processor import prepared_processor
 from engine.models.build import build
 from engine.objectives.contract import Objective, objective_class
-from engine.train.worker import Job
+from engine.train.job import Job
 from tests.engine.train.ranks import run_ranks
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.config import Config
 from engine.data.prepare import prepare
 from engine.data.shards import Split
-from engine.train.worker import Job
+from engine.train.job import Job
 from tests.engine.train.ranks import on_ranks
 
 WARM = 2  # steps before the first that counts: moments, gradients and buffers are made in them
@@ -28,7 +28,8 @@ def _rank(_rank: int, world: int, spec: str) -> None:
 
     from engine.train import loop
     from engine.train.group import Group
-    from engine.train.worker import make_model, work
+    from engine.train.start import make_model
+    from engine.train.worker import work
     from engine.train.zero import import_deepspeed
 
     job = Job.from_dict(json.loads(spec))

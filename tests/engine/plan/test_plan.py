@@ -64,6 +64,17 @@ def test_offload_moves_states_to_main_memory() -> None:
     assert "0 offload" not in found.stages
 
 
+def test_workers_that_share_sequences_have_their_part_of_activations_and_logits() -> None:
+    common = ("train.workers=4", "train.precision=bf16", "train.micro_batch=2", "objective.logits_chunk=0")
+    whole, shared = (of(*common, f"train.sequence_parallel={size}") for size in (1, 4))
+    sizes = plan(whole).sizes
+    for before, after in zip(moments(whole, sizes, 2, "bf16"), moments(shared, sizes, 2, "bf16"), strict=False):
+        assert after.activations == before.activations / 4
+        assert after.logits == before.logits / 4
+        assert after.optimizer == before.optimizer
+    assert (whole.share, shared.share) == (8, 32)
+
+
 def test_frozen_layers_have_no_gradients() -> None:
     found = plan(of("objective.frozen_layers=2", "train.precision=fp32", "zero.stage=0"))
     block = 4 * 256 * 256 + 3 * 256 * 704 + 2 * 256

@@ -10,7 +10,8 @@ import torch
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.sweep.weights import copier, deciding, start_state
-from engine.train.worker import Job, make_model
+from engine.train.job import Job
+from engine.train.start import make_model
 from tests.lives import Lives
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from engine.train.job import Job
 from engine.train.run_folder import RunFolder
-from engine.train.worker import Job
 
 
 def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:

@@ -12,8 +12,8 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folder, step_folders
+from engine.train.job import Job
 from engine.train.state import TrainState
-from engine.train.worker import Job
 from tests.engine.train.ranks import run_ranks
 
 WILD = {  # a rate at which the validation loss soon goes up

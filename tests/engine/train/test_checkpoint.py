@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
 from engine.train.group import Group
+from engine.train.job import Job
 from engine.train.run_folder import RunFolder
 from engine.train.state import TrainState
-from engine.train.worker import Job, local_group, work
+from engine.train.worker import local_group, work
 from engine.train.zero import Fragment
 
 FULL = {"a.weight": torch.arange(12.0).view(3, 4), "b:odd.name": torch.arange(7.0)}
@@ -55,6 +57,22 @@ def test_pieces_come_back_at_any_split(tmp_path: Path, world: int) -> None:
     into = torch.empty(5)
     checkpoint.copy("exp_avg", "a.weight", 4, into)
     assert into.tolist() == [8.0, 10.0, 12.0, 14.0, 16.0]
+
+
+def test_a_save_holds_the_moment_however_slow_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, copy = torch.arange(1000.0), CheckpointWriter._copy
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.2)
+        return copy(*args)
+
+    monkeypatch.setattr(CheckpointWriter, "_copy", slow)
+    writer = CheckpointWriter(tmp_path, 0, 1, 2)
+    writer.save([Fragment("a", (1000,), 0, {"weight": weight})], TrainState(step=1), {})
+    writer.hold()
+    weight.zero_()
+    writer.wait()
+    assert torch.equal(Checkpoint(step_folder(tmp_path, 1)).weights()["a"], torch.arange(1000.0))
 
 
 def test_only_the_latest_are_kept(tmp_path: Path) -> None:

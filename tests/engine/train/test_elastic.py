@@ -20,9 +20,9 @@ from cluster.ports import free_port
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
+from engine.train.job import Job
 from engine.train.launch import worker_resources
 from engine.train.run_folder import RunFolder
-from engine.train.worker import Job
 from jobs.entry import compose
 from tests.conftest import TINY
 from tests.engine.train.ranks import run_ranks

@@ -18,7 +18,7 @@ from engine.data.packing import Blocks
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.worker import Job
+from engine.train.job import Job
 from tests.engine.train.ranks import losses, run_ranks
 
 STEPS = 30

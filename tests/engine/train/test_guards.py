@@ -20,9 +20,9 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train import guards
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.run_folder import RunFolder
 from engine.train.state import TrainState
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, on_ranks, work_on
 
 BAD = 2  # the step, from 0, with the bad sample

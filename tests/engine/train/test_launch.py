@@ -21,9 +21,10 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.launch import train, worker_resources
 from engine.train.run_folder import RunFolder
-from engine.train.worker import Job, local_group, work
+from engine.train.worker import local_group, work
 from tests.engine.train.ranks import run_ranks
 
 LONG = {  # a rate at which rounding, which differs between layouts, does not grow to 1e-5 in so many steps

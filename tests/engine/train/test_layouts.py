@@ -13,8 +13,8 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.micro_batch import REMEMBERED, most_that_fit, recall, remember
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, run_here, run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -24,6 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "offloaded1": {"zero.stage": 1, "zero.offload_optimizer": "cpu"},
     "offloaded2": {"zero.stage": 2, "zero.offload_optimizer": "cpu"},
     "offloaded3": {"zero.stage": 3, "zero.offload_optimizer": "cpu", "zero.offload_param": "cpu"},
+    "buckets": {"zero.stage": 2, "zero.options": {"reduce_bucket_size": 500, "round_robin_gradients": True}},
     "tried": {"zero.stage": 2, "train.micro_batch": None},
     "tried3": {"zero.stage": 3, "train.micro_batch": None},
 }
@@ -80,6 +81,21 @@ def test_a_dry_batch_changes_no_bit(tiny: Config, tmp_path: Path) -> None:
         assert losses(results[0]) == losses(results[1]) == losses(results[2])
         for name, tensor in weights(tried).items():
             assert torch.equal(tensor, weights(known)[name]), name
+
+
+@pytest.mark.slow
+def test_weights_kept_within_groups_of_workers_give_the_same_curve(tiny: Config, tmp_path: Path) -> None:
+    base = with_values(tiny, {"train.workers": 4, "runs_dir": str(tmp_path), "zero.stage": 3})
+    grouped = with_values(base, {"name": "grouped", "zero.options": {"zero_hpz_partition_size": 2}})
+    plain, within = run_ranks([Job(config, prepare(base)) for config in (base, grouped)], 4)
+    assert losses(within) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_an_option_that_deepspeed_does_not_know_is_refused(tiny: Config) -> None:
+    with pytest.raises(UserError, match=r"zero\.options\.stage has an option of its own"):
+        with_values(tiny, {"zero.options": {"stage": 1}})
+    with pytest.raises(UserError, match="no option of DeepSpeed's; did you mean 'reduce_bucket_size'"):
+        run_here([Job(with_values(tiny, {"zero.options": {"reduce_bucket": 1}}), prepare(tiny))])
 
 
 @pytest.mark.slow

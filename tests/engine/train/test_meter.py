@@ -12,8 +12,8 @@ import torch
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.train.devices import DEVICES, known_device
+from engine.train.job import Job
 from engine.train.meter import PHASES, Meter
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, run_ranks
 
 IN_A_STEP = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]

@@ -14,8 +14,8 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.models.build import build
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.optimizer import Muon, make_optimizer, orthogonalized, parameter_groups
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, run_here, run_ranks
 
 
@@ -149,7 +149,7 @@ def test_the_average_by_hand(tiny: Config) -> None:
     )
     run_here([Job(config, data)])
     folders = step_folders(config.run_dir / "checkpoints")[::-1]
-    from engine.train.worker import make_model
+    from engine.train.start import make_model
 
     name = "model.layers.0.mlp.up_proj.weight"
     average = dict(make_model(Job(config, data), Job(config, data).objective()).named_parameters())[name].detach()

@@ -13,8 +13,8 @@ from engine.data.packing import Mix, Packing, pack
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
+from engine.train.job import Job
 from engine.train.launch import check_job
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, run_ranks
 
 

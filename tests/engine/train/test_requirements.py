@@ -13,10 +13,10 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train import requirements
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.requirements import check_machine
 from engine.train.run_folder import RunFolder
 from engine.train.state import RESCALE_AFTER, TrainState
-from engine.train.worker import Job
 from jobs import pretrain
 from tests.engine.train.ranks import losses, on_ranks, work_on
 
@@ -27,6 +27,7 @@ from tests.engine.train.ranks import losses, on_ranks, work_on
     [
         ({"model.attention": "flex_attention"}, "trains on GPUs only, and here is none: use model.attention=sdpa"),
         ({"model.attention": "flash_attention_2"}, "needs the package flash_attn, which is not installed: use model.attention=sdpa"),
+        ({"zero.options": {"zero_quantized_weights": True}}, r"zero.options.zero_quantized_weights needs a GPU, and here is none: leave it out"),
         ({"train.precision": "fp16"}, "needs a GPU, or a processor with fp16, and here is none: use train.precision=bf16"),
     ],
 )  # fmt: skip
@@ -36,7 +37,8 @@ def test_what_cannot_run_here_is_one_sentence(
     monkeypatch.setattr(requirements, "has_fp16", lambda: False)
     with pytest.raises(UserError, match=said):
         check_machine(with_values(Config(), values))
-    assert pretrain.main([f"{key}={value}" for key, value in values.items()]) == 2
+    overrides = [f"{key}={str(value).replace(chr(39), '')}" for key, value in values.items()]
+    assert pretrain.main(overrides) == 2
     assert said in capsys.readouterr().err
 
 

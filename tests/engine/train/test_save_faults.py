@@ -19,8 +19,8 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
+from engine.train.job import Job
 from engine.train.run_folder import MetricsLog, RunFolder
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, on_ranks, run_ranks, work_on
 
 # Saves a checkpoint of two ranks over one that is there, in a fork for each line of checkpoint.py that the save runs

@@ -20,8 +20,8 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folder
 from engine.train.convert import convert_and_show
+from engine.train.job import Job
 from engine.train.run_folder import RunFolder, Status, now
-from engine.train.worker import Job
 from tests.engine.train.ranks import losses, on_ranks, run_ranks
 
 FIRST, ALL = 3, 6  # steps before the change of sides, and in all
@@ -41,7 +41,7 @@ def deepspeed_alone(rank: int, world: int, spec: str, first: int, last: int, loa
     import deepspeed
 
     from engine.data.order import Order
-    from engine.train.worker import make_model
+    from engine.train.start import make_model
 
     job = Job.from_dict(json.loads(spec))
     config, objective = job.config, job.objective()

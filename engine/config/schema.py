@@ -1,28 +1,17 @@
 """Every option of Manta, declared once: its type, its default, its unit and where the default comes from.
 
-Hydra composes a raw config against these dataclasses (`conf/` states only what differs from them); `resolve` turns it
-into frozen, typed, checked objects. Past `resolve` nobody sees a DictConfig or a string key.
-
-This module imports neither torch nor Ray, so that a mistake is told within a second.
+Options that don't decide what is computed are named in LAYOUT, below the dataclasses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import re
-import string
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from engine.errors import UserError, nearest
-
-T = TypeVar("T")
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
 
 def option(
@@ -95,6 +84,10 @@ class DataConfig(Frozen):
         None, "source=huggingface: read it as it comes, without a copy; None: where it is over 4 GB or of unknown size"
     )
     packages: Optional[int] = option(16, "source=python_functions: how many packages to tell apart", least=2)
+    store: Optional[str] = option(
+        None, "address (s3://, gs://) or folder where prepared data are kept too: made once, by whoever is first; another machine "
+        "fetches them into its runs_dir, each shard when it is first read",
+    )  # fmt: skip
     licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
 
     # Images
@@ -290,6 +283,11 @@ class ZeroConfig(Frozen):
     )
     offload_optimizer: str = option("none", "where the optimizer's state is kept", choices=("none", "cpu"))
     offload_param: str = option("none", "stage 3: where the weights are kept", choices=("none", "cpu"))
+    options: dict[str, Any] = option(
+        {},
+        "any other option of DeepSpeed's zero_optimization, by its own name: of ZeRO++ zero_hpz_partition_size, say, and on GPUs "
+        "zero_quantized_weights and zero_quantized_gradients, which round what is sent, so that curves differ by layout",
+    )
 
 
 @dataclass
@@ -321,6 +319,10 @@ class TrainConfig(Frozen):
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(False, "torch.compile the model (the first step takes a minute longer)")
+    sequence_parallel: int = option(
+        1, "workers that share each sequence, for long ones (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509): "
+        "causal_lm and masked_lm; a divisor of the workers and of the model's heads", least=1,
+    )  # fmt: skip
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
     ema: float = option(
         0.0,
@@ -639,8 +641,8 @@ class Config(Frozen):
 
     @property
     def share(self) -> int:
-        """Samples of a step that one worker has to work on, at most."""
-        return math.ceil(self.global_batch / self.train.workers)
+        """Samples of a step that one worker has to work on, at most, alone or with those that share its sequences."""
+        return math.ceil(self.global_batch * self.train.sequence_parallel / self.train.workers)
 
     @property
     def micro_batch(self) -> int:
@@ -664,11 +666,12 @@ LAYOUT = (
     "job", "name", "runs_dir", "resume", "profile", "cluster", "tracking", "serve", "demo", "zero", "evaluate", "card",
     "promote", "plan", "convert",
     "train.workers", "train.gpus_per_worker", "train.cpus_per_worker", "train.micro_batch", "train.max_steps",
-    "train.compile", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.compile", "train.sequence_parallel", "train.activation_checkpointing", "train.checkpoint_every", "train.keep_checkpoints",
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
-    "train.keep_best", "train.patience", "objective.logits_chunk", "sweep.concurrent",
+    "data.store", "train.keep_best", "train.patience", "objective.logits_chunk",
+    "sweep.concurrent",
 )  # fmt: skip
 
 
@@ -680,14 +683,6 @@ def declared(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, datac
             yield from declared(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             yield prefix + f.name, f, hints[f.name]
-
-
-def config_groups() -> list[tuple[str, list[str]]]:
-    """Return (group, names of its YAML files) of conf/."""
-    from importlib.resources import files
-
-    folders = sorted((f for f in files("conf").iterdir() if f.is_dir() and f.name[0] not in "_."), key=lambda f: f.name)
-    return [(f.name, sorted(y.name[:-5] for y in f.iterdir() if y.name.endswith(".yaml"))) for f in folders]
 
 
 def type_name(hint: Any) -> str:
@@ -710,324 +705,3 @@ def get(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = getattr(config, part)
     return config
-
-
-def close(config: T) -> T:
-    """Close a config and its groups against change."""
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, f.name)
-        if isinstance(value, Frozen):
-            close(value)
-    object.__setattr__(config, "_closed", True)
-    return config
-
-
-def replace(config: Config, **changes: Any) -> Config:
-    """Return a copy with some dotted keys changed, written with `__` for the dot: `replace(c, train__workers=2)`."""
-    return with_values(config, {key.replace("__", "."): value for key, value in changes.items()})
-
-
-def with_values(config: Config, values: dict[str, Any]) -> Config:
-    """Return a checked, closed copy with the values at these dotted keys."""
-    tree = to_dict(config)
-    known = [key for key, _, _ in declared()]
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{key} is not an option{nearest(key, known)}")
-        node = tree
-        *groups, last = key.split(".")
-        for group in groups:
-            node = node[group]
-        node[last] = value
-    return from_dict(tree)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Return the config as plain nested dicts."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(tree: dict[str, Any]) -> Config:
-    """Build, check and close a config from nested dicts (missing keys take their defaults)."""
-    groups = get_type_hints(Config)
-    parts = {
-        key: groups[key](**value) if dataclasses.is_dataclass(groups[key]) else value for key, value in tree.items()
-    }
-    config = close(Config(**parts))
-    check(config)
-    return config
-
-
-def fingerprint(config: Config, ignoring: tuple[str, ...] = LAYOUT) -> str:
-    """Return the SHA-256 (hex) of all that decides what is computed: the config without the LAYOUT keys."""
-    return hashlib.sha256(json.dumps(identity(config, ignoring), sort_keys=True).encode()).hexdigest()
-
-
-def identity(config: Config, ignoring: tuple[str, ...] = LAYOUT) -> dict[str, Any]:
-    """Return {dotted key: value} of all that decides what is computed."""
-    return {
-        key: get(config, key)
-        for key, _, _ in declared()
-        if not any(key == skip or key.startswith(skip + ".") for skip in ignoring)
-    }
-
-
-def resolve(raw: Any) -> Config:
-    """Turn a composed DictConfig into a checked, frozen Config. Raises UserError with the key and the fix."""
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_object(raw)
-    assert isinstance(config, Config)
-    check(config)
-    return close(config)
-
-
-def check(config: Config) -> None:
-    """Raise UserError for a value out of its range or a contradiction between two."""
-    for key, f, _ in declared():
-        value = get(config, key)
-        if value is None:
-            continue
-        _check_range(key, f, value)
-    _check_sources(config.data)
-    _check_images(config.data)
-    _check_contradictions(config)
-
-
-def _check_parameter_group(pattern: str, changes: Any) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"optim.groups: '{pattern}' is no regular expression ({error})") from error
-    known = ("lr", "weight_decay")
-    for key, value in changes.items() if isinstance(changes, dict) else [(str(changes), None)]:
-        if key not in known:
-            raise UserError(f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{nearest(key, known)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise UserError(f"optim.groups: {pattern}: {key}={value} is not a number of 0 or more")
-
-
-def _check_range(key: str, f: dataclasses.Field[Any], value: Any) -> None:
-    choices, least, above, most = (f.metadata.get(k) for k in ("choices", "least", "above", "most"))
-    for word in value if isinstance(value, list) else [value]:
-        if choices and word not in choices:
-            raise UserError(f"{key}={word} is not one of {', '.join(choices)}{nearest(str(word), choices)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={value} is not a finite number")
-    if least is not None and value < least:
-        raise UserError(f"{key}={value} is too small: use {least} or more")
-    if above is not None and value <= above:
-        raise UserError(f"{key}={value} is too small: use more than {above}")
-    if most is not None and value > most:
-        raise UserError(f"{key}={value} is too large: use {most} or less")
-
-
-def _check_sources(data: DataConfig) -> None:
-    """Check data.sources, whose options are those of DataConfig."""
-    fields, hints = {f.name: f for f in dataclasses.fields(DataConfig)}, get_type_hints(DataConfig)
-    for name, options in data.sources.items():
-        if not isinstance(options, dict) or not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-            raise UserError(f"data.sources.{name} is no source: write NAME: {{path: ..., weight: 1.0}}")
-        for key, value in options.items():
-            where = f"data.sources.{name}.{key}"
-            if key == "weight":
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                    raise UserError(f"{where}={value} is no weight: use a number above 0, or leave the source out")
-                continue
-            if key not in PER_SOURCE:
-                raise UserError(f"{where} is not an option of a source{nearest(key, [*PER_SOURCE, 'weight'])}")
-            if value is None:
-                continue
-            if not is_of(value, hints[key]):
-                raise UserError(f"{where}={value} is not {type_name(hints[key])}")
-            _check_range(where, fields[key], value)
-    for name, source in source_configs(data).items():
-        where = f"data.sources.{name}." if data.sources else "data."
-        if data.sources and (data.label_column or source.source == "python_functions"):
-            raise UserError(
-                "data.sources are for text without labels: leave out data.label_column, or use data.path alone"
-            )
-        if source.validation_fraction + source.test_fraction >= 0.9:
-            raise UserError(
-                f"{where}validation_fraction and {where}test_fraction leave nothing to train on: use less than 0.9 in all"
-            )
-        if source.min_characters and source.max_characters and source.min_characters > source.max_characters:
-            raise UserError(
-                f"{where}min_characters {source.min_characters} is more than {where}max_characters {source.max_characters}"
-            )
-        if source.filter and not re.fullmatch(r"[\w.]+:\w+", source.filter):
-            raise UserError(f"{where}filter={source.filter} names no function: write 'module:function'")
-        if data.sources and source.source == "huggingface" and not source.path:
-            raise UserError(
-                f"{where}source=huggingface needs the dataset's name or folder: say which with {where}path=..."
-            )
-
-
-def _check_images(data: DataConfig) -> None:
-    """Check the options of images, and that a caption's parts are there."""
-    if data.image_column and (data.source != "files" or data.sources):
-        raise UserError("data.image_column is for images in files of your own: use data.source=files and data.path=...")
-    if data.image_column and (data.mask or data.filter or data.quality or data.languages):
-        raise UserError(
-            "data.mask, data.filter, data.quality and data.languages are for text: leave them out with data.image_column"
-        )
-    if data.image_column and data.caption:
-        try:
-            names = {name for _, name, _, _ in string.Formatter().parse(data.caption) if name is not None}
-        except ValueError as error:
-            raise UserError(
-                f"data.caption='{data.caption}' cannot be read ({error}): write {{label}} or {{COLUMN}}, and a brace itself twice"
-            ) from error
-        if not names or "" in names:
-            raise UserError(
-                f"data.caption='{data.caption}' is the same for every image: write {{label}} or {{COLUMN}} into it"
-            )
-        if "label" in names and not data.label_column:
-            raise UserError(
-                "data.caption names {label}: say which column has it with data.label_column=..., or name a {COLUMN}"
-            )
-    if data.sentinel_tokens and data.sentinel_tokens + 300 > data.vocab_size:
-        raise UserError(
-            f"data.sentinel_tokens {data.sentinel_tokens} leave too few of data.vocab_size {data.vocab_size} for text: "
-            f"use data.vocab_size={data.sentinel_tokens + 300} or more"
-        )
-
-
-def _check_sweep(c: Config) -> None:
-    """Check that the parts of a sweep go together."""
-    sweep = c.sweep
-    metrics, modes = (sweep.metric or "").split("+"), (sweep.mode or "").split("+")
-    for mode in modes if sweep.mode else ():
-        if mode not in ("min", "max"):
-            raise UserError(f"sweep.mode={sweep.mode}: '{mode}' is not one of min, max")
-    if len(metrics) != len(modes) and (len(metrics) > 1 or len(modes) > 1):
-        raise UserError(
-            f"sweep.metric has {len(metrics)} and sweep.mode {len(modes)} parts: say min or max for each, as in "
-            "sweep.metric=accuracy+loss sweep.mode=max+min"
-        )
-    if len(metrics) > 1 and sweep.searcher not in ("tpe", "random", "grid"):
-        raise UserError(f"sweep.searcher={sweep.searcher} looks at one metric: use sweep.searcher=tpe for several")
-    if sweep.searcher == "bohb" and sweep.scheduler != "hyperband":
-        raise UserError(
-            f"sweep.searcher=bohb is TPE with HyperBand, and sweep.scheduler is {sweep.scheduler}: use sweep.scheduler=hyperband"
-        )
-    if sweep.scheduler in ("pbt", "pb2"):
-        if sweep.searcher != "random":
-            raise UserError(
-                f"sweep.scheduler={sweep.scheduler} draws its first values at random and then changes them: leave out sweep.searcher"
-            )
-        if sweep.trials < 2 and c.job == "sweep":
-            raise UserError(f"sweep.scheduler={sweep.scheduler} needs models to copy: use sweep.trials=4 or more")
-    if sweep.soup and sweep.retrain_steps:
-        raise UserError("sweep.soup and sweep.retrain_steps each make the bundle: use one of them")
-
-
-def is_of(value: Any, hint: Any) -> bool:
-    """Say whether a value is of a declared type."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(is_of(value, one) for one in get_args(hint) if one is not type(None))
-    kind = get_origin(hint) or hint
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _check_contradictions(c: Config) -> None:
-    train, model = c.train, c.model
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
-        raise UserError(f"name='{c.name}' cannot name a folder: use letters, digits, '.', '_' and '-' only")
-    if train.global_batch_tokens is not None:
-        length = c.data.sequence_length
-        if train.global_batch is not None:
-            raise UserError(
-                f"train.global_batch {train.global_batch} and train.global_batch_tokens {train.global_batch_tokens:,} "
-                "both say how large a step is: use one of them"
-            )
-        if train.global_batch_tokens % length:
-            near = max(1, round(train.global_batch_tokens / length)) * length
-            raise UserError(
-                f"train.global_batch_tokens {train.global_batch_tokens:,} is no multiple of data.sequence_length {length:,}: "
-                f"use train.global_batch_tokens={near}"
-            )
-    if train.micro_batch and train.micro_batch > c.global_batch:
-        raise UserError(
-            f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
-            f"use train.micro_batch={c.global_batch} or less"
-        )
-    if train.min_workers and train.min_workers > train.workers:
-        raise UserError(
-            f"train.min_workers {train.min_workers} is more than train.workers {train.workers}: "
-            f"use train.min_workers={train.workers} or less"
-        )
-    if train.use_ema and not train.ema:
-        raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
-    for pattern, changes in c.optim.groups.items():
-        _check_parameter_group(pattern, changes)
-    if train.patience and not train.evaluate_every:
-        raise UserError("train.patience counts validations and there are none: say how often with train.evaluate_every")
-    if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:
-        raise UserError(
-            f"sequence length {c.data.sequence_length:,} is over the model's {model.max_position_embeddings:,} positions: "
-            f"use data.sequence_length={model.max_position_embeddings}"
-        )
-    if model.hidden_size and model.num_attention_heads and model.hidden_size % model.num_attention_heads:
-        raise UserError(
-            f"model.hidden_size {model.hidden_size} cannot be divided among model.num_attention_heads "
-            f"{model.num_attention_heads}: use a multiple of {model.num_attention_heads}"
-        )
-    if (
-        model.num_key_value_heads
-        and model.num_attention_heads
-        and model.num_attention_heads % model.num_key_value_heads
-    ):
-        raise UserError(
-            f"model.num_attention_heads {model.num_attention_heads} is no multiple of model.num_key_value_heads "
-            f"{model.num_key_value_heads}: use a divisor of {model.num_attention_heads}"
-        )
-    if c.convert.to == "checkpoint" and not c.convert.folder and c.job == "convert":
-        raise UserError("convert.to=checkpoint reads a universal checkpoint: say which with convert.folder=...")
-    if c.convert.to == "checkpoint" and c.convert.step:
-        raise UserError(
-            "convert.step chooses among a run's checkpoints, and convert.to=checkpoint makes one: leave it out"
-        )
-    if c.zero.offload_param != "none" and c.zero.stage != 3:
-        raise UserError(f"zero.offload_param needs zero.stage=3, not {c.zero.stage}")
-    if c.zero.offload_optimizer != "none" and c.zero.stage == 0:
-        raise UserError("zero.offload_optimizer needs zero.stage=1 or more, not 0")
-    if c.warmup_steps > c.total_steps:
-        raise UserError(
-            f"schedule.warmup_steps {c.warmup_steps} is more than the schedule's {c.total_steps} steps: "
-            f"use schedule.warmup_steps={c.total_steps} or less"
-        )
-    if c.schedule.total_steps and train.max_steps > c.schedule.total_steps:
-        raise UserError(
-            f"train.max_steps {train.max_steps} is more than schedule.total_steps {c.schedule.total_steps}: "
-            f"use schedule.total_steps={train.max_steps} or more"
-        )
-    if (c.evaluate.suite == "lm_eval") != bool(c.evaluate.tasks):
-        raise UserError(
-            "evaluate.suite=lm_eval and evaluate.tasks=[NAME_OR_FILE,...] go together: give both or neither"
-        )
-    packs = c.data.packing != "end_to_end" or c.data.within_documents
-    if packs and c.objective.name not in ("causal_lm", "masked_lm"):
-        raise UserError(
-            f"data.packing and data.within_documents are for objective=causal_lm and masked_lm: leave them out for {c.objective.name}"
-        )
-    if c.data.within_documents and model.attention == "flash_attention_2":
-        raise UserError(
-            "data.within_documents needs an attention with a mask, and flash_attention_2 takes none: use model.attention=sdpa"
-        )
-    if c.data.within_documents and c.objective.name == "masked_lm" and model.attention != "sdpa":
-        raise UserError(
-            f"data.within_documents and objective=masked_lm need model.attention=sdpa, not {model.attention}"
-        )
-    _check_sweep(c)
-    if c.serve.max_replicas < c.serve.min_replicas:
-        raise UserError(
-            f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "
-            f"use serve.max_replicas={c.serve.min_replicas} or more"
-        )
-    learns = c.job in ("pretrain", "finetune", "sweep")  # in the others a bundle says what the objective is
-    unlabelled = c.data.source == "files" and c.data.path and not c.data.label_column
-    if learns and c.objective.name == "classification" and unlabelled:
-        raise UserError("objective=classification needs labels: say which column has them with data.label_column=...")

@@ -1,0 +1,134 @@
+"""The input files: files, folders and globs, here or in an object store, and how one of them is opened."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from engine.config import DataConfig
+from engine.data.stores import Fetched, is_far, open_address, store_errors
+from engine.errors import UserError, nearest
+
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class File:
+    """One input: where it is, its name below the path given, the split it was given for (None: by hash), what dates it."""
+
+    path: str  # as its filesystem opens it
+    name: str
+    split: str | None
+    size: int
+    stamp: str
+    filesystem: Any
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is compressed, so that it cannot be entered in the middle."""
+        return self.path.lower().endswith(COMPRESSED)
+
+    @property
+    def place(self) -> str:
+        """Its whole address, as a person would write it."""
+        return str(self.filesystem.unstrip_protocol(self.path)) if is_far(self.filesystem) else self.path
+
+    @contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """Open it for reading bytes, unpacked if it ends in .gz or .zst. Raises UserError where it cannot be read."""
+        try:
+            with self.open_stored() as raw:
+                if self.path.lower().endswith(".gz"):
+                    yield gzip.GzipFile(fileobj=raw)  # type: ignore[misc]
+                elif self.path.lower().endswith(".zst"):
+                    import pyarrow as pa
+
+                    yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"), 2**20)  # type: ignore[arg-type]
+                else:
+                    yield raw
+        except (PermissionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {self.place} ({error}): mend it or leave it out of the path") from error
+        except OSError as error:
+            if error.errno is not None or not self.packed:
+                raise
+            raise UserError(f"cannot read {self.place} ({error}): mend it or leave it out of the path") from error
+
+    @contextmanager
+    def open_stored(self) -> Iterator[IO[bytes]]:
+        """Open it for reading its bytes as they are stored; those in a store come as they are asked for."""
+        if is_far(self.filesystem):
+            with Fetched(self.filesystem, self.path) as fetched:
+                yield io.BufferedReader(fetched, 2**20)  # type: ignore[misc]
+        else:
+            with self.filesystem.open(self.path, "rb") as raw:
+                yield raw
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of its bytes as they are stored."""
+        with self.open_stored() as raw:
+            return hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def bare(name: str) -> str:
+    """Return a name without the ending of its compression."""
+    return name.rpartition(".")[0] if name.lower().endswith(COMPRESSED) else name
+
+
+def list_files(config: DataConfig) -> list[File]:
+    """Return the input files, sorted within each path. Raises UserError for a path where nothing is."""
+    if not config.path:
+        raise UserError("data.path is not set: say where the training text is with data.path=FILE_FOLDER_OR_GLOB")
+    return [
+        *expand("data.test_path", config.test_path, "test"),
+        *expand("data.validation_path", config.validation_path, "validation"),
+        *expand("data.path", config.path, None),
+    ]
+
+
+def expand(key: str, value: str | None, split: str | None) -> list[File]:
+    """List the files of one path: a file, a folder, a glob, or several of these with commas between them."""
+    if not value:
+        return []
+    filesystem, place = open_address(f"{key}={value}", value)
+    with store_errors(f"{key}={value}", filesystem):
+        if "," in value and not filesystem.exists(place):
+            return [file for item in value.split(",") if item.strip() for file in expand(key, item.strip(), split)]
+        found, start = _find(key, value, filesystem, place)
+    files = [
+        File(path, path.removeprefix(start).lstrip("/"), split, info.get("size") or 0, _stamp(info), filesystem)
+        for path, info in sorted(found.items())
+        if not path.endswith("/")  # an empty folder, as the web pages of some stores make it
+    ]
+    files = [f for f in files if not any(part.startswith((".", "__pycache__")) for part in f.name.split("/"))]
+    if not files:
+        raise UserError(f"{key}={value} is a folder with no files in it: put text there or give another path")
+    return files
+
+
+def _find(key: str, value: str, filesystem: Any, place: str) -> tuple[dict[str, Any], str]:
+    """Return {path: facts} of the files at a place, and the path below which they are named."""
+    if filesystem.isfile(place):
+        return {place: filesystem.info(place)}, str(PurePosixPath(place).parent)
+    if filesystem.isdir(place):
+        return filesystem.find(place, detail=True), place
+    if set(place) & set("*?["):
+        found = {path: info for path, info in filesystem.glob(place, detail=True).items() if info["type"] == "file"}
+        if not found:
+            raise UserError(f"{key}='{value}' matches no file: check the pattern ('**' also goes into folders)")
+        return found, place[: min(i for i, letter in enumerate(place) if letter in "*?[")].rpartition("/")[0]
+    parent = str(PurePosixPath(place).parent)
+    there = filesystem.ls(parent, detail=False) if parent != "." and filesystem.isdir(parent) else []
+    near = nearest(PurePosixPath(place).name, [path.rstrip("/").rsplit("/", 1)[-1] for path in there])
+    raise UserError(f"{key}={value} is not there{near or ': give a file, a folder or a glob'}")
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    dates = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "created")
+    return str(next((info[key] for key in dates if info.get(key)), ""))

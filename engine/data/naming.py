@@ -1,0 +1,51 @@
+"""The name of a prepared folder: a hash of all that decides what is in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.config import DataConfig, source_configs
+from engine.data.inputs import File
+from engine.data.manifest import sha256
+from engine.data.tokenizer import has_tokenizer
+from engine.errors import UserError
+
+FORMAT = 3  # raise it when the same input would give other shards
+
+
+def content_key(
+    data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], images: Any
+) -> str:
+    """Hash all that decides the shards: format, options, seed, tokenizer, filters, and each input file's name, size and date."""
+    from engine.data.filters import filter_source
+
+    options = dataclasses.asdict(data)
+    for elsewhere in (
+        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size", "store",
+    ):  # fmt: skip
+        del options[elsewhere]
+    options["sources"] = {
+        name: {key: value for key, value in own.items() if key not in ("weight", "stream")}
+        for name, own in data.sources.items()
+    }
+    if tokenizer and not tokenizer.is_dir():
+        raise UserError(f"data.tokenizer={tokenizer} is no folder: give the folder of a Hugging Face tokenizer")
+    if tokenizer and has_tokenizer(tokenizer):
+        del options["vocab_size"], options["sentinel_tokens"]
+    digest = hashlib.sha256(
+        json.dumps([FORMAT, options, seed]).encode()
+    )  # the order of sources is that of their documents
+    if images is not None:
+        digest.update(images.to_json_string().encode())
+    for own in source_configs(data).values():
+        digest.update(filter_source(own.filter) if own.filter else b"")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if tokenizer and (tokenizer / name).is_file():
+            digest.update(sha256(tokenizer / name).encode())
+    for source, path, file in files:
+        digest.update(f"{source}\x1f{path}\x1f{file.size}\x1f{file.stamp}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()

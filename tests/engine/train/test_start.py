@@ -1,0 +1,76 @@
+"""The start state: at stage 3 a node holds the model whole only once, and each rank begins with equal weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.data.shards import Split
+from engine.train.group import Group
+from engine.train.job import Job
+from engine.train.start import held, hollow, lay_down, make_model, start_model, take_up
+from tests.engine.objectives.conftest import FAMILIES
+from tests.engine.train.ranks import on_ranks
+
+NO_GROUPS = {"model.num_key_value_heads": None, "model.intermediate_size": None}
+MODELS: dict[str, dict[str, object]] = {
+    "llama": {},
+    "gpt2": {**NO_GROUPS, "model.type": "gpt2"},
+    "bert": {**NO_GROUPS, "model.type": "bert", "model.tie_word_embeddings": None, "objective.name": "masked_lm"},
+    "t5": {**FAMILIES["span_corruption"], "objective.name": "span_corruption"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hollow_model_takes_no_memory_and_takes_up_all_of_a_whole_one(
+    tiny: Config, tmp_path: Path, name: str
+) -> None:
+    config = with_values(tiny, MODELS[name])
+    job = Job(config, prepare(config))
+    objective = job.objective()
+    whole, other = make_model(job, objective), hollow(job, objective)
+    assert {p.untyped_storage().nbytes() for p in other.parameters()} == {4}
+    lay_down(whole, tmp_path / "whole.safetensors")
+    take_up(other, tmp_path / "whole.safetensors")
+    expected = dict(held(whole))
+    assert expected.keys() == dict(held(other)).keys()
+    for key, tensor in held(other):
+        assert torch.equal(tensor, expected[key]), key
+    samples = objective.samples(Split.open(job.data, "train"))
+    batch = objective.collate([samples[0] | {"draw": 0}])
+    assert float(objective.loss(other.eval(), batch).sum) == float(objective.loss(whole.eval(), batch).sum)
+
+
+def private_bytes() -> int:
+    """Return the memory that is this process's own, files mapped into it left out."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+def start_on(rank: int, world: int, spec: str) -> None:
+    """Make the start state on a rank, and check what it took and that it is all ranks' own."""
+    job = Job.from_dict(json.loads(spec))
+    objective = job.objective()
+    make_model(Job(with_values(job.config, {"model.num_hidden_layers": 1}), job.data), objective)  # imports, once
+    before = private_bytes()
+    model = start_model(job, objective, Group(rank, world, torch.device("cpu")), None)
+    taken, size = private_bytes() - before, sum(4 * p.numel() for p in model.parameters())
+    assert size > 90e6
+    if rank > 0:
+        assert taken < size / 4
+    weight = model.get_output_embeddings().weight.detach().clone()
+    dist.broadcast(weight, 0)
+    assert torch.equal(weight, model.get_output_embeddings().weight)
+    assert float(weight.std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_at_stage_3_a_node_holds_the_model_once(tiny: Config) -> None:
+    shape = {"model.hidden_size": 512, "model.num_hidden_layers": 8, "model.intermediate_size": 1376}
+    config = with_values(tiny, {**shape, "zero.stage": 3, "train.workers": 2})
+    on_ranks(start_on, 2, json.dumps(Job(config, prepare(config)).to_dict()))
