@@ -58,7 +58,11 @@ class SweepResult:
 
 
 def sweep(config: Config) -> SweepResult:
-    """Run a sweep to its end, or go on with the one of that name. Raises UserError if no trial finished."""
+    """Run a sweep to its end, or go on with the one of that name. Raises UserError if no trial finished.
+
+    After a kill no trial that was over is repeated; one that was under way goes on from its last checkpoint
+    (train.checkpoint_every), and starts over where it had none.
+    """
     started = time.monotonic()
     space = check_space(config)
     run = RunFolder.claim(config)
