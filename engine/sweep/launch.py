@@ -206,6 +206,8 @@ def run_trials(
         tune_config=tune.TuneConfig(num_samples=NO_END, scheduler=judge, search_alg=searcher, reuse_actors=True),
     )
     tuner.fit()
+    if not all(trial.over for trial in course.trials.values()) or not course.done:
+        raise KeyboardInterrupt  # which Tune has swallowed, with its trials
 
 
 def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None]) -> tuple[Any, Any]:
@@ -234,6 +236,8 @@ def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None
             return task
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            if result is None and not error:  # Tune is being interrupted: the trial is not over
+                return
             index, reason = under_way.pop(trial_id), failures.pop(trial_id, None)
             if error:
                 told = run.path / "trials" / course.trials[index].name / "logs" / FAILED
@@ -286,7 +290,8 @@ def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[st
     asked = worker_resources(config, cluster)
     if train.cpus_per_worker is None and not asked.get("GPU"):
         slots = config.sweep.concurrent or max(1, int(cpus / train.workers))
-        return min(slots, config.sweep.trials), {"CPU": int(100 * max(0.5, cpus / slots / train.workers)) / 100}
+        trials = count(check_space(config), config) if config.sweep.space else config.sweep.trials
+        return min(slots, trials), {"CPU": int(100 * max(0.5, cpus / slots / train.workers)) / 100}
     fits = min(int(cluster[kind] / (each * train.workers) + 1e-6) for kind, each in asked.items() if each)
     return min(config.sweep.concurrent or fits, fits), asked
 
