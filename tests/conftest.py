@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from engine.config import Config, with_values  # noqa: E402
 from tests.lives import Lives, make_lives  # noqa: E402
+from tests.stores import gs, s3, s3_server  # noqa: E402, F401
 
 TINY = {  # about 60,000 parameters
     "model.type": "llama",

@@ -66,10 +66,7 @@ def _check_sources(data: DataConfig) -> None:
                 "data.sources are for text without labels: leave out data.label_column, or use data.path alone"
             )
         for key in ("path", "validation_path", "test_path", "store"):
-            if re.search(r"[a-z0-9]://[^/@]*:[^/]*@", getattr(source, key) or "", re.IGNORECASE):
-                raise UserError(
-                    f"{where}{key} has a password in it: leave it out (a store's client finds credentials in the environment)"
-                )
+            _check_address(where + key, getattr(source, key))
         if source.validation_fraction + source.test_fraction >= 0.9:
             raise UserError(
                 f"{where}validation_fraction and {where}test_fraction leave nothing to train on: use less than 0.9 in all"
@@ -94,6 +91,13 @@ def is_of(value: Any, hint: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_address(key: str, address: str | None) -> None:
+    if re.search(r"[a-z0-9]://[^/@]*:[^/]*@", address or "", re.IGNORECASE):
+        raise UserError(
+            f"{key} has a password in it: leave it out (a store's client finds credentials in the environment)"
+        )
 
 
 def _check_images(data: DataConfig) -> None:
@@ -204,6 +208,9 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"train.sequence_parallel has an attention of its own on sdpa: leave out model.attention={model.attention}"
         )
+    _check_address("train.mirror", train.mirror)
+    if train.mirror and c.job == "sweep":
+        raise UserError("train.mirror copies one run, and a sweep has many: leave it out, and use it to train the best")
     if train.use_ema and not train.ema:
         raise UserError("train.use_ema needs an average: say its decay with train.ema=0.999, or the like")
     for pattern, changes in c.optim.groups.items():

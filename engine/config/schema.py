@@ -58,7 +58,8 @@ class DataConfig(Frozen):
         "mask and licence, else those of this group; weight: times that an epoch shows each of its samples (0.5: every other)",
     )
     path: Optional[str] = option(
-        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or s3://, gs://; huggingface: the dataset's name or folder",
+        None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or in a store (s3://, gs://: pip install "
+        "'manta-train[s3]' or [gs]); huggingface: the dataset's name or folder",
     )  # fmt: skip
     validation_path: Optional[str] = option(
         None, "source=files: the same for validation; else data.validation_fraction"
@@ -338,6 +339,10 @@ class TrainConfig(Frozen):
         "a checkpoint that cannot be written (a full disk, say): go_on to the next one, or stop; the one before is whole",
         choices=("go_on", "stop"),
     )
+    mirror: Optional[str] = option(
+        None, "address (s3://, gs://) or folder that gets a copy of the run as it goes on: its checkpoints, metrics and bundle, under "
+        "its name; a run whose folder has no checkpoint goes on from there",
+    )  # fmt: skip
     keep_best: bool = option(
         False, "keep the checkpoint with the best validation too, and make the bundle of it instead of the last"
     )
@@ -670,7 +675,7 @@ LAYOUT = (
     "train.evaluate_every", "train.evaluate_samples", "train.max_failures", "train.max_skipped",
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
-    "data.store", "train.keep_best", "train.patience", "objective.logits_chunk",
+    "data.store", "train.mirror", "train.keep_best", "train.patience", "objective.logits_chunk",
     "sweep.concurrent",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.manifest import FILE, ORIGIN, Manifest, sha256
-from engine.data.stores import open_address, store_errors
+from engine.data.stores import open_address, put_file, store_errors
 from engine.errors import UserError
 
 
@@ -24,9 +24,7 @@ def publish(folder: Path, store: str) -> None:
         shards = [shard["file"] for shard in Manifest.load(folder).shards()]
         others = [path for path in _others(folder, shards) if path.name not in (FILE, ORIGIN)]
         for path in [*(at_hand(folder, shard) for shard in shards), *others, folder / FILE]:  # the manifest last
-            target = f"{place}/{path.relative_to(folder).as_posix()}"
-            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-            filesystem.put_file(str(path), target)
+            put_file(filesystem, path, f"{place}/{path.relative_to(folder).as_posix()}")
 
 
 def fetch(folder: Path, store: str) -> bool:

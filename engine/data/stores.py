@@ -9,6 +9,7 @@ import errno
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from engine.errors import TryAgain, UserError
@@ -67,6 +68,13 @@ def store_errors(said: str, filesystem: Any, done: str = "read") -> Iterator[Non
         how = CREDENTIALS.get(EXTRAS.get(_schemes(filesystem)[0], ""))
         hint = f", and your credentials ({how})" if how else ""
         raise TryAgain(f"{said} cannot be {done} ({words}): check the address{hint}") from error
+
+
+def put_file(filesystem: Any, source: Path, target: str) -> None:
+    """Copy a file from here to a place, whose folder is made if need be."""
+    if not EXTRAS.keys() & set(_schemes(filesystem)):  # a bucket has no folders, and none is made for a slip of the pen
+        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+    filesystem.put_file(str(source), target)
 
 
 class Fetched(io.RawIOBase):

@@ -25,6 +25,7 @@ from engine.objectives.contract import check_data
 from engine.progress import Bar, console
 from engine.train import preload
 from engine.train.job import Job
+from engine.train.mirror import Mirror, take_back
 from engine.train.profile import PAGE
 from engine.train.run_folder import MetricsTail, RunFolder, Status, now
 
@@ -110,6 +111,8 @@ def train(config: Config, spare: Spare | None = None) -> Outcome:
 
     `spare` starts processes that wait for a restart, if train.spares asks for them.
     """
+    if take_back(config):
+        console.print(f"the run was taken back from {config.train.mirror}/{config.name}")
     run = RunFolder.claim(config)
     done = run.status()
     if done and done.state == "finished" and done.step >= config.train.max_steps and run.bundle.exists():
@@ -125,18 +128,24 @@ def train(config: Config, spare: Spare | None = None) -> Outcome:
     )  # fmt: skip
     run.write_status(status)
     watch = Watch(run, config, status)
-    try:
-        with watch:
-            run_workers(job, run, spare if config.train.spares else None)
-    except BaseException as error:
-        state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
-        run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
-        raise
-    run.write_status(replace(watch.status, state="finished", updated=now()))
+    with Mirror(run, config, warn) if config.train.mirror else contextlib.nullcontext():
+        try:
+            with watch:
+                run_workers(job, run, spare if config.train.spares else None)
+        except BaseException as error:
+            state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+            run.write_status(replace(watch.status, state=state, updated=now(), message=str(error)[:500]))
+            raise
+        run.write_status(replace(watch.status, state="finished", updated=now()))
     if config.profile and (run.profile / PAGE).exists():
         console.print(f"profile   {run.profile / PAGE}")
     console.print(f"bundle    {run.bundle}")
     return Outcome(run, list(run.metrics())[-1])
+
+
+def warn(text: str) -> None:
+    """Tell the person who follows the run."""
+    console.print(f"warning: {text}", markup=False)
 
 
 def run_workers(job: Job, run: RunFolder, spare: Spare | None = None) -> None:

@@ -6,25 +6,23 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from engine.config import Config, with_values
-from engine.data import stores
 from engine.data.corpus import check_input
 from engine.data.manifest import Manifest, verify
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import TryAgain, UserError
+from tests.stores import SECRET, Bucket, forget
 
-SECRET = "not-to-be-printed-0123456789"
 ROWS = [f"row {i} of the corpus says {i * i}" for i in range(300)]
 
 
@@ -46,73 +44,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.write_table(pa.table({"text": ROWS[280:]}), 5)
     (folder / "f.txt").write_text("Some prose.\r\n\r\nAnd more of it.\n")
     return folder
-
-
-class Bucket:
-    """A store with one bucket, and its server."""
-
-    def __init__(self, address: str, server: Any = None) -> None:
-        self.address, self.server = address, server
-
-    @property
-    def filesystem(self) -> Any:
-        return stores.open_address("", self.address)[0]
-
-    def put(self, folder: Path) -> None:
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            self.filesystem.pipe(f"{self.address}/in/{file.relative_to(folder)}", file.read_bytes())
-
-
-def forget() -> None:
-    """Forget the clients that were made in another environment."""
-    import gcsfs
-    import s3fs
-
-    for kind in (s3fs.S3FileSystem, gcsfs.GCSFileSystem):
-        kind.clear_instance_cache()
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[Any]:
-    pytest.importorskip("moto", reason="pip install 'moto[server]'")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    pytest.importorskip("s3fs", reason="pip install 'manta-train[s3]'")
-    host, port = s3_server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    forget()
-    httpx.post(f"http://{host}:{port}/moto-api/reset").raise_for_status()
-    bucket = Bucket("s3://corpora", s3_server)
-    bucket.filesystem.mkdir("corpora")
-    yield bucket
-    forget()
-
-
-@pytest.fixture
-def gs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
-    pytest.importorskip("gcsfs", reason="pip install 'manta-train[gs]'")
-    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="corpora")
-    server.start()
-    port = server._api._httpd.server_address[1]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
-    forget()
-    yield Bucket("gs://corpora", server)
-    server.stop()
-    forget()
 
 
 @pytest.mark.parametrize("store", ["s3", "gs"])
@@ -244,6 +175,8 @@ def test_a_password_in_an_address_is_refused_and_not_said(configured: Callable[.
     for options in (
         {"data.path": f"s3://someone:{SECRET}@bucket/in"},
         {"data.test_path": f"https://someone:{SECRET}@host/in"},
+        {"data.store": f"gs://someone:{SECRET}@bucket"},
+        {"train.mirror": f"s3://someone:{SECRET}@bucket"},
         {"data.sources": {"one": {"path": f"s3://someone:{SECRET}@bucket/in"}}},
     ):
         with pytest.raises(UserError, match="has a password in it: leave it out") as error:
@@ -344,6 +277,16 @@ def test_a_changed_shard_in_a_store_is_refused(
     s3.filesystem.rm(f"corpora/prepared/{made.name}/{shard}")
     with pytest.raises(UserError, match=rf"s3://corpora/prepared/.*{shard} cannot be read"):
         Split.open(fetched, "train").document(0)
+
+
+def test_no_bucket_is_made_by_mistake(s3: Bucket, configured: Callable[..., Config], corpus: Path) -> None:
+    config = configured(path=str(corpus), vocab_size=300, store="s3://elsewhere/prepared")
+    with pytest.raises(
+        TryAgain, match=r"data\.store=s3://elsewhere/prepared cannot be written \(The specified bucket does not exist"
+    ):
+        prepare(config)
+    assert s3.filesystem.ls("") == ["corpora"]
+    assert verify(prepare(with_values(config, {"data.store": None})))  # what was made is there
 
 
 def test_an_interrupted_upload_is_taken_up_again(

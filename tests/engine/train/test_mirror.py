@@ -1,0 +1,119 @@
+"""A run's copy in a store: what it has, and that a run goes on from it bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.train.job import Job
+from engine.train.mirror import Mirror, take_back
+from engine.train.run_folder import RunFolder, Status
+from tests.engine.train.ranks import losses, run_here
+from tests.stores import Bucket
+
+
+def mirrored(config: Config, said: list[str] | None = None) -> list[dict[str, Any]]:
+    """Run a job on one rank with its mirror, as `launch.train` does with many."""
+    run = RunFolder.claim(config)
+    with Mirror(run, config, (said if said is not None else []).append):
+        [lines] = run_here([Job(config, prepare(config))])
+        run.write_status(Status("pretrain", "finished", step=lines[-1]["step"], max_steps=config.train.max_steps))
+    return lines
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_from_its_mirror(
+    tiny: Config, s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.train.mirror.EVERY_S", 0.05)
+    options = {"runs_dir": str(tmp_path / "one"), "train.checkpoint_every": 2, "schedule.total_steps": 8}
+    config = with_values(tiny, options | {"name": "copied", "train.mirror": f"{s3.address}/runs"})
+    [whole] = run_here([Job(with_values(config, {"name": "whole", "train.max_steps": 8}), prepare(config))])
+    assert not take_back(config)
+    said: list[str] = []
+    mirrored(config, said)
+    assert not said
+    kept = {name: c for name, c in content(config.run_dir).items() if not name.startswith(("logs/", "profile/"))}
+    there = {path.split("/copied/")[1] for path in s3.filesystem.find("corpora/runs/copied")}
+    assert there == set(kept)
+    assert {name.split("/")[1] for name in there if name.startswith("checkpoints/")} == {
+        "step-00000004",
+        "step-00000006",
+    }
+
+    shutil.rmtree(config.run_dir)
+    elsewhere = with_values(config, {"runs_dir": str(tmp_path / "two")})
+    assert take_back(elsewhere)
+    assert content(elsewhere.run_dir) == kept
+    assert not take_back(elsewhere)
+    with pytest.raises(UserError, match="exists with another config"):
+        RunFolder.claim(with_values(elsewhere, {"optim.lr": 0.5}))
+    longer = mirrored(with_values(elsewhere, {"train.max_steps": 8}))
+    assert losses(longer) == losses(whole)
+    assert [line["step"] for line in longer] == list(range(1, 9))
+    there = {path.split("/")[4] for path in s3.filesystem.find("corpora/runs/copied/checkpoints")}
+    assert there == {"step-00000006", "step-00000008"}
+
+
+def test_a_store_that_fails_is_told_once_and_the_run_goes_on(
+    tiny: Config, s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.train.mirror.EVERY_S", 0.01)
+    config = with_values(tiny, {"runs_dir": str(tmp_path), "train.mirror": f"{s3.address}/runs", "name": "torn"})
+    put, failed, mended = s3.filesystem.put_file, [], []
+
+    def fails(source: str, target: str) -> None:
+        if target.endswith("checkpoints/step-00000003/manifest.json") and not mended:
+            failed.append(target)
+            raise OSError("the connection was closed")
+        put(source, target)
+
+    monkeypatch.setattr(s3.filesystem, "put_file", fails)
+    said: list[str] = []
+    with Mirror(RunFolder.claim(config), config, said.append):
+        run_here([Job(with_values(config, {"train.max_steps": 3, "schedule.total_steps": 6}), prepare(config))])
+        deadline = time.monotonic() + 20
+        while len(failed) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        elsewhere = with_values(config, {"runs_dir": str(tmp_path / "elsewhere")})
+        assert len(failed) >= 3
+        assert not take_back(elsewhere)  # nothing there is whole
+        mended.append(True)
+    assert said == [
+        f"the mirror s3://corpora/runs/torn cannot be written (the connection was closed): {said[0].split('): ', 1)[1]}"
+    ]
+    assert said[0].endswith("it is tried again")
+    assert take_back(elsewhere)
+    assert (elsewhere.run_dir / "checkpoints" / "step-00000003" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_the_job_makes_and_takes_its_mirror(ray: None, tiny: Config, tmp_path: Path) -> None:
+    from engine.train.launch import train
+
+    options = {
+        "runs_dir": str(tmp_path),
+        "name": "far",
+        "train.mirror": str(tmp_path / "mirror"),
+        "schedule.total_steps": 8,
+    }
+    config = with_values(tiny, options)
+    before = train(config).last
+    bundle = content(config.run_dir / "bundle")
+    assert content(tmp_path / "mirror" / "far" / "bundle") == bundle
+    shutil.rmtree(config.run_dir)
+    assert train(config).last == before  # finished: nothing is trained again
+    assert content(config.run_dir / "bundle") == bundle
+    shutil.rmtree(config.run_dir)
+    longer = train(with_values(config, {"train.max_steps": 8})).last
+    assert (longer["step"], longer["tokens"]) == (8, before["tokens"] * 8 // 6)
