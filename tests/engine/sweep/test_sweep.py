@@ -254,14 +254,16 @@ def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -
 
 
 @pytest.mark.slow
-def test_a_trial_may_have_several_workers_and_data_of_its_own(ray: None, tiny_functions: Config) -> None:
+def test_trials_of_several_workers_stay_warm_and_stop_together(ray: None, tiny_functions: Config) -> None:
     config = of(
-        tiny_functions, "wide", sweep__searcher="grid", sweep__scheduler="none", train__workers=2, zero__stage=2,
-        train__max_steps=4, sweep__concurrent=1, sweep__metric=None, sweep__mode=None,
-        sweep__space={"optim.lr": {"choice": [1e-3]}, "data.vocab_size": {"choice": [400, 512]}},
+        tiny_functions, "wide", sweep__searcher="grid", train__workers=2, zero__stage=2, sweep__concurrent=1,
+        sweep__space={"optim.lr": {"choice": [3e-3, 1e-6]}, "data.vocab_size": {"choice": [512, 400]}},
     )  # fmt: skip
     result = sweep(config)
-    assert [trial.state for trial in result.trials] == ["finished", "finished"]
+    assert result.trials[0].state == "finished"
+    assert [trial.state for trial in result.trials[2:]] == ["stopped early"] * 2
+    assert len({trial.process for trial in result.trials}) == 1
+    check_result(config, result)
 
 
 @pytest.mark.slow
