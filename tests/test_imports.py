@@ -16,7 +16,7 @@ MAY = {
     "engine.objectives": {"engine.config", "engine.errors", "engine.data", "engine.models"},
     "engine.bundles": {"engine.config", "engine.errors", "engine.objectives", "engine.models", "engine.data"},
     "engine.train": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.bundles"},
-    "engine.sweep": {"engine.config", "engine.errors", "engine.progress", "engine.objectives", "engine.train"},
+    "engine.sweep": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.plan", "engine.train"},
     "engine.evaluate": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.models"},
     "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.data.masking", "engine.bundles", "engine.objectives", "engine.models"},
     "engine.improve": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.train.launch", "engine.evaluate", "engine.serve.records"},
@@ -29,7 +29,7 @@ RAY = {
     "engine/train/elastic.py",
     "engine/train/preload.py",
     "engine/sweep/launch.py",
-    "engine/sweep/space.py",
+    "engine/sweep/team.py",
     "engine/sweep/trial.py",
 }
 RAY_FOLDERS = ("engine/serve/", "cluster/")

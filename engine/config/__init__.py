@@ -9,7 +9,7 @@ string key.
 Nothing here imports torch or Ray, so that a mistake is told within a second.
 """
 
-from engine.config.checks import check
+from engine.config.checks import check, is_of
 from engine.config.schema import (
     LAYOUT,
     PER_SOURCE,
@@ -83,6 +83,7 @@ __all__ = [
     "from_dict",
     "get",
     "identity",
+    "is_of",
     "option",
     "replace",
     "resolve",

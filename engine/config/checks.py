@@ -56,7 +56,7 @@ def _check_sources(data: DataConfig) -> None:
                 raise UserError(f"{where} is not an option of a source{nearest(key, [*PER_SOURCE, 'weight'])}")
             if value is None:
                 continue
-            if not _is_of(value, hints[key]):
+            if not is_of(value, hints[key]):
                 raise UserError(f"{where}={value} is not {type_name(hints[key])}")
             _check_range(where, fields[key], value)
     for name, source in source_configs(data).items():
@@ -83,10 +83,10 @@ def _check_sources(data: DataConfig) -> None:
             )
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    """Say whether a value is of a declared type, for those types that DataConfig has."""
+def is_of(value: Any, hint: Any) -> bool:
+    """Say whether a value is of a declared type."""
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_is_of(value, one) for one in get_args(hint) if one is not type(None))
+        return any(is_of(value, one) for one in get_args(hint) if one is not type(None))
     kind = get_origin(hint) or hint
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -141,6 +141,35 @@ def _check_parameter_group(pattern: str, changes: Any) -> None:
             raise UserError(f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{nearest(key, known)}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise UserError(f"optim.groups: {pattern}: {key}={value} is not a number of 0 or more")
+
+
+def _check_sweep(c: Config) -> None:
+    """Check that the parts of a sweep go together."""
+    sweep = c.sweep
+    metrics, modes = (sweep.metric or "").split("+"), (sweep.mode or "").split("+")
+    for mode in modes if sweep.mode else ():
+        if mode not in ("min", "max"):
+            raise UserError(f"sweep.mode={sweep.mode}: '{mode}' is not one of min, max")
+    if len(metrics) != len(modes) and (len(metrics) > 1 or len(modes) > 1):
+        raise UserError(
+            f"sweep.metric has {len(metrics)} and sweep.mode {len(modes)} parts: say min or max for each, as in "
+            "sweep.metric=accuracy+loss sweep.mode=max+min"
+        )
+    if len(metrics) > 1 and sweep.searcher not in ("tpe", "random", "grid"):
+        raise UserError(f"sweep.searcher={sweep.searcher} looks at one metric: use sweep.searcher=tpe for several")
+    if sweep.searcher == "bohb" and sweep.scheduler != "hyperband":
+        raise UserError(
+            f"sweep.searcher=bohb is TPE with HyperBand, and sweep.scheduler is {sweep.scheduler}: use sweep.scheduler=hyperband"
+        )
+    if sweep.scheduler in ("pbt", "pb2"):
+        if sweep.searcher != "random":
+            raise UserError(
+                f"sweep.scheduler={sweep.scheduler} draws its first values at random and then changes them: leave out sweep.searcher"
+            )
+        if sweep.trials < 2 and c.job == "sweep":
+            raise UserError(f"sweep.scheduler={sweep.scheduler} needs models to copy: use sweep.trials=4 or more")
+    if sweep.soup and sweep.retrain_steps:
+        raise UserError("sweep.soup and sweep.retrain_steps each make the bundle: use one of them")
 
 
 def _check_contradictions(c: Config) -> None:
@@ -247,6 +276,7 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"data.within_documents and objective=masked_lm need model.attention=sdpa, not {model.attention}"
         )
+    _check_sweep(c)
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "

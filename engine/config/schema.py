@@ -383,17 +383,51 @@ class SweepConfig(Frozen):
     """Ray Tune over any declared key."""
 
     space: dict[str, Any] = option(
-        {}, "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} | {grid: [...]}"
+        {},
+        "key: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]} | {randint: [a, b]} (b left out) | {grid: [...]}, "
+        "each with when: {OTHER_KEY: VALUE} where it only applies then",
     )
-    trials: int = option(8, "samples drawn from the space (times the grid's size)", least=1)
+    trials: int = option(
+        8, "samples drawn from the space (times the grid's size); pbt and pb2: models trained side by side", least=1
+    )
     concurrent: Optional[int] = option(None, "trials at a time; None: as the cluster has room for", least=1)
-    scheduler: str = option(
-        "asha", "early stopping (Li et al. 2020, https://arxiv.org/abs/1810.05934)", choices=("asha", "none")
+    searcher: str = option(
+        "random",
+        "random; grid: every combination of choices, once; tpe: Optuna's (Watanabe 2023, https://arxiv.org/abs/2304.11127); "
+        "bohb: TPE by the results at the largest budget that has enough, with scheduler=hyperband (Falkner et al. 2018)",
+        choices=("random", "grid", "tpe", "bohb"),
     )
-    grace_steps: Optional[int] = option(None, "asha: steps before a trial may be stopped; None: max_steps / 9", least=1)
-    reduction: int = option(3, "asha: one in so many goes on at each rung", least=2)
-    metric: Optional[str] = option(None, "validation metric; None: the objective's own")
-    mode: Optional[str] = option(None, "min or max; None: the objective's own", choices=("min", "max"))
+    scheduler: str = option(
+        "asha",
+        "asha (Li et al. 2020, https://arxiv.org/abs/1810.05934), hyperband: asha with a bracket for each number of rungs, "
+        "median (Golovin et al. 2017) stop trials early; pbt (Jaderberg et al. 2017), pb2 (Parker-Holder et al. 2020) "
+        "change values while models train; none",
+        choices=("asha", "hyperband", "median", "pbt", "pb2", "none"),
+    )
+    grace_steps: Optional[int] = option(
+        None, "steps before a trial may be stopped; None: max_steps / reduction squared", least=1
+    )
+    reduction: int = option(3, "asha, hyperband, bohb: one in so many goes on at each rung", least=2)
+    interval: Optional[int] = option(
+        None, "pbt, pb2: steps between looks at who copies whom; None: max_steps / 5", least=1
+    )
+    quantile: float = option(
+        0.25,
+        "pbt, pb2: share of the models that copy one of the best as many (Jaderberg et al. 2017)",
+        above=0,
+        most=0.5,
+    )
+    metric: Optional[str] = option(
+        None, "validation metric; None: the objective's own; with searcher=tpe several: accuracy+ece (the first stops trials and chooses the bundle)",
+    )  # fmt: skip
+    mode: Optional[str] = option(None, "min or max, of several max+min; None: the objective's own")
+    retrain_steps: Optional[int] = option(
+        None, "train the best trial's values once more, for so many steps, and make the bundle of that", least=1
+    )
+    soup: Optional[int] = option(
+        None, "average the weights of the best so many trials, greedily, if that is better on the validation split "
+        "(Wortsman et al. 2022, https://arxiv.org/abs/2203.05482)", least=2,
+    )  # fmt: skip
 
 
 @dataclass
@@ -737,6 +771,7 @@ LAYOUT = (
     "train.max_rollbacks", "train.on_failed_save", "train.hang_timeout_s", "train.min_workers", "train.resize_every_s",
     "train.spares",
     "data.store", "train.mirror", "train.keep_best", "train.patience", "objective.logits_chunk",
+    "sweep.concurrent",
 )  # fmt: skip
 
 

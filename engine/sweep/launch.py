@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config, with_values
+from engine.config import Config, identity, with_values
 from engine.errors import UserError
 from engine.objectives.contract import objective_class
-from engine.progress import Bar, console
-from engine.sweep.space import check_space, tune_space
-from engine.sweep.trial import FAILED, run_trial
+from engine.progress import console
+from engine.sweep import winner as winners
+from engine.sweep.bandit import bandit
+from engine.sweep.board import Board
+from engine.sweep.population import Population, interval, perturb
+from engine.sweep.record import Trial, best_first, from_dict, front
+from engine.sweep.room import Room
+from engine.sweep.search import Course, Place, Search
+from engine.sweep.searchers import importances, make_searcher
+from engine.sweep.space import Space, check_space, count
+from engine.sweep.stopping import grace_steps, make_rule, rungs
+from engine.sweep.trial import FAILED, FAILURE, run_trial
+from engine.sweep.weights import start_state
 from engine.train.job import Job
 from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, Status, now
 
-DRIVER_CPUS = 0.02  # cores of a trial that only drives a worker group; Tune refuses none at all
-
-
-@dataclass
-class Trial:
-    """What became of one trial."""
-
-    name: str
-    params: dict[str, Any]
-    steps: int = 0
-    value: float | None = None  # of the sweep's metric, at the last report
-    state: str = "running"  # finished, stopped early, failed
-    reason: str = ""
-    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, metric)
+NO_END = 10**9  # trials: the course says when it is over
+QUIET = {  # for Tune: no files of its own beside ours, and none of its state, which ours replaces
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -47,140 +50,235 @@ class SweepResult:
     trials: list[Trial]
     best: Trial
     seconds: float
+    metrics: list[str] = field(default_factory=list)  # all of them
+    front: list[str] = field(default_factory=list)  # with several: the trials that none is better than in all
+    importances: dict[str, float] = field(default_factory=dict)  # key -> share of the differences
+    exploits: list[dict[str, Any]] = field(default_factory=list)  # pbt, pb2: who copied whom, and when
+    bundle: dict[str, Any] = field(default_factory=dict)  # of which run the bundle is, and what it measures
 
 
 def sweep(config: Config) -> SweepResult:
-    """Run a sweep to its end, or go on with the one of that name. Raises UserError if no trial finished."""
+    """Run a sweep to its end, or go on with the one of that name. Raises UserError if no trial finished.
+
+    After a kill no trial that was over is repeated; one that was under way goes on from its last checkpoint
+    (train.checkpoint_every), and starts over where it had none.
+    """
     started = time.monotonic()
     space = check_space(config)
     run = RunFolder.claim(config)
     file = run.path / "sweep.json"
-    if file.exists() and run.bundle.exists():
+    if file.exists() and run.bundle.exists() and enough(done := read_result(file), space, config):
         console.print(f"sweep '{config.name}' is finished already: {run.bundle}")
-        tree = json.loads(file.read_text())
-        trials = [Trial(**trial) for trial in tree.pop("trials")]
-        return SweepResult(trials=trials, **{**tree, "best": Trial(**tree["best"])})
-
+        return done
     objective = objective_class(config.objective.name)
-    metric, mode = config.sweep.metric or objective.metric, config.sweep.mode or objective.mode
-    grace = config.sweep.grace_steps or max(1, config.train.max_steps // config.sweep.reduction**2)
-    job = make_job(config)
-    trial_config = with_values(
-        job.config,
-        {
-            "runs_dir": str((run.path / "trials").absolute()),
-            "train.evaluate_every": config.train.evaluate_every or grace,
-            "train.checkpoint_every": config.train.max_steps,  # the last step's only: a stopped trial leaves nothing
-        },
-    )
-    status = Status("sweep", "running", max_steps=config.sweep.trials, pid=os.getpid(), updated=now(),
+    metrics = (config.sweep.metric or objective.metric).split("+")
+    modes = (config.sweep.mode or objective.mode).split("+")
+    job = base_job(config, run)
+    status = Status("sweep", "running", max_steps=count(space, config), pid=os.getpid(), updated=now(),
                     parent=str(job.start) if job.start else None, data=str(job.data))  # fmt: skip
     run.write_status(status)
     try:
-        trials = run_trials(config, Job(trial_config, job.data, job.start), run, tune_space(space), metric, mode, grace)
-        finished = [trial for trial in trials if trial.state == "finished" and trial.value is not None]
-        if not finished:
-            reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "none finished"
-            raise UserError(f"no trial of sweep '{config.name}' finished ({reasons}): see {run.logs}")
+        result = carry_out(config, job, space, run, metrics, modes)
     except BaseException as error:
         state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         run.write_status(replace(status, state=state, updated=now(), message=str(error)[:500]))
         raise
-    best = (min if mode == "min" else max)(finished, key=lambda trial: trial.value or 0.0)
-    keep_best(run, best)
-    result = SweepResult(metric, mode, trials, best, time.monotonic() - started)
+    result = replace(result, seconds=time.monotonic() - started)
     file.write_text(json.dumps(asdict(result)))
-    run.write_status(replace(status, state="finished", step=len(trials), loss=best.value, updated=now()))
+    winners.clear(run, result.best.name)
+    run.write_status(replace(status, state="finished", step=len(result.trials), loss=result.best.value, updated=now()))
     track(config, result)
     return result
 
 
+def carry_out(
+    config: Config, job: Job, space: Space, run: RunFolder, metrics: list[str], modes: list[str]
+) -> SweepResult:
+    """Run the trials that are left, and write the bundle of the best."""
+    course, place = make_course(config, job, space, metrics, modes)
+    with Board(course.total, config.train.max_steps, metrics[0], modes[0]) as board:
+        board.show(course.trials.values())
+        if not course.done:
+            run_trials(config, job, run, course, metrics, lambda: board.show(course.trials.values()))
+    trials = [course.trials[index] for index in sorted(course.trials)]
+    best = best_first(trials, modes[0])
+    if not best:
+        reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "none finished"
+        raise UserError(f"no trial of sweep '{config.name}' finished ({reasons}): see {run.logs}")
+    chosen = None
+    if config.sweep.retrain_steps:
+        chosen = winners.retrain(job, best[0], place, config.sweep.retrain_steps)
+    elif config.sweep.soup:
+        chosen = winners.soup(job, trials, place, metrics[0], modes[0])
+    chosen = chosen or winners.of_trial(job, best[0], place)
+    winners.write_bundle(chosen, run)
+    return SweepResult(
+        metrics[0], modes[0], trials, best[0], 0.0, metrics,
+        front=[trial.name for trial in front(trials, metrics, modes)] if len(metrics) > 1 else [],
+        importances=importances(space, trials, modes[0]),
+        exploits=[asdict(e) for e in course.state.exploits] if isinstance(course, Population) else [],
+        bundle={"name": chosen.job.config.name, "value": winners.value_of(chosen, metrics[0]), "step": chosen.line["step"]},
+    )  # fmt: skip
+
+
+def base_job(config: Config, run: RunFolder) -> Job:
+    """Prepare the data, and return the job of which each trial changes some keys."""
+    job = make_job(config)
+    every = interval(config) if config.sweep.scheduler in ("pbt", "pb2") else grace_steps(config)
+    values = {
+        "runs_dir": str((run.path / "trials").absolute()),
+        "train.evaluate_every": config.train.evaluate_every or every,
+        "train.keep_checkpoints": 1,  # the latest, for a sweep that goes on after a kill
+        "tracking.enabled": False,  # the sweep itself logs its trials, and after the last of them
+    }
+    return Job(with_values(job.config, values), job.data, job.start, leaves_bundle=False)
+
+
+def make_course(
+    config: Config, job: Job, space: Space, metrics: Sequence[str], modes: Sequence[str]
+) -> tuple[Course, Place]:
+    """Return how the sweep goes, as far as it has come, and what places its trials."""
+    import ray
+
+    slots, _ = trial_share(config, ray.cluster_resources())
+    place = Placing(config, job, Room(config, slots))
+    folder = Path(job.config.runs_dir)
+    if config.sweep.scheduler in ("pbt", "pb2"):
+        explore = perturb(space) if config.sweep.scheduler == "pbt" else bandit(space, modes[0])
+        return Population(config, folder, metrics, modes[0], space, place, explore), place
+    searcher = make_searcher(space, config, metrics, modes, rungs(config))
+    return Search(config, folder, metrics, searcher, make_rule(config, modes[0]), place), place
+
+
+class Placing:
+    """Finds what a trial takes: a micro-batch that fits, and data that are prepared as its values ask."""
+
+    def __init__(self, config: Config, base: Job, room: Room) -> None:
+        """Begin with the data of the base job."""
+        self._config, self._base, self._room = config, base, room
+        self._data = {self._facts(config): base.data}
+
+    def __call__(self, params: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+        """Return the values, with another micro-batch if need be, and the folder of the data. Raises UserError if none fits."""
+        config = with_values(self._config, params)
+        start = {"bundle": str(self._base.start)} if self._base.start else {}
+        fitting, reason = self._room.fitted(with_values(config, start))
+        if fitting is None:
+            raise UserError(reason)
+        if fitting.train.micro_batch != config.train.micro_batch:
+            params = params | {"train.micro_batch": fitting.train.micro_batch}
+        facts = self._facts(config)
+        if facts not in self._data:
+            self._data[facts] = make_job(config).data
+        return params, self._data[facts]
+
+    def _facts(self, config: Config) -> str:
+        return json.dumps({k: v for k, v in identity(config, ()).items() if k.startswith(("data.", "objective.name"))})
+
+
 def run_trials(
-    config: Config, job: Job, run: RunFolder, space: dict[str, Any], metric: str, mode: str, grace: int
-) -> list[Trial]:
-    """Run the trials through Ray Tune; one that was under way in an earlier, killed sweep of that name starts over."""
+    config: Config, job: Job, run: RunFolder, course: Course, metrics: Sequence[str], show: Callable[[], None]
+) -> None:
+    """Run the trials of a course through Ray Tune, whose worker processes go on from trial to trial."""
     import ray
     from ray import tune
-    from ray.tune import Callback, FailureConfig, RunConfig
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
+    from ray.tune import FailureConfig, RunConfig
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ |= QUIET
     slots, share = trial_share(config, ray.cluster_resources())
-    alone = config.train.workers == 1
-    if not alone:  # the trial itself drives its worker group with a sliver of a core
-        cores = {"train.cpus_per_worker": share["CPU"] - DRIVER_CPUS / config.train.workers}
-        job = Job(with_values(job.config, cores), job.data, job.start)
-    resources = share if alone else {"CPU": DRIVER_CPUS}
-    found: dict[str, Trial] = {}
-
-    class Show(Callback):
-        """Keeps the trials' curves and moves the bar."""
-
-        def _known(self, trial: Any) -> Trial:
-            return found.setdefault(trial.trial_id, Trial(f"trial-{trial.trial_id}", dict(trial.config)))
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-        ) -> None:
-            if metric in result:
-                known = self._known(trial)
-                known.curve.append((result["step"], result[metric]))
-                known.steps, known.value = known.curve[-1]
-            self._move()
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            known = self._known(trial)
-            known.state = "finished" if known.steps >= config.train.max_steps else "stopped early"
-            self._move()
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            known = self._known(trial)
-            told = run.path / "trials" / known.name / "logs" / FAILED
-            known.state = "failed"
-            known.reason = told.read_text()[:300] if told.exists() else f"its process died: see {run.logs / 'ray'}"
-            self._move()
-
-        def _move(self) -> None:
-            over = [t for t in found.values() if t.state != "running"]
-            values = [t.value for t in found.values() if t.value is not None and math.isfinite(t.value)]
-            best = f"best {metric} {(min if mode == 'min' else max)(values):.4f}  " if values else ""
-            stopped = sum(t.state == "stopped early" for t in over)
-            bar.update(len(over), f"{best}{sum(t.steps for t in found.values())} steps, {stopped} stopped early")
-
-    scheduler = (
-        AsyncHyperBandScheduler(
-            "step", max_t=config.train.max_steps, grace_period=grace, reduction_factor=config.sweep.reduction
-        )
-        if config.sweep.scheduler == "asha"
-        else FIFOScheduler()
-    )
+    if isinstance(course, Population):  # a round is a part of the schedule
+        job = replace(job, config=with_values(job.config, {"schedule.total_steps": config.total_steps}))
+    state = [ray.put(start_state(job))]  # once, for every process of every trial; the list keeps it a reference
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, spec=job.to_dict(), metric=metric), tune.PlacementGroupFactory([resources])
+        tune.with_parameters(run_trial, spec=job.to_dict(), metrics=list(metrics), resources=share, state=state),
+        tune.PlacementGroupFactory([share] * config.train.workers),
     )
     folder = (run.path / "tune").absolute()
-    run_config = RunConfig(
-        name=folder.name,
-        storage_path=str(folder.parent),
-        verbose=0,
-        callbacks=[Show()],
-        failure_config=FailureConfig(0),
-    )
-    if tune.Tuner.can_restore(str(folder)):
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    searcher, judge = adapters(course, run, slots, show)
     tuner = tune.Tuner(
         trainable,
-        param_space=space,
-        run_config=run_config,
-        tune_config=tune.TuneConfig(
-            metric=metric, mode=mode, num_samples=config.sweep.trials, scheduler=scheduler, reuse_actors=alone,
-            search_alg=BasicVariantGenerator(max_concurrent=slots, random_state=config.seed),
+        run_config=RunConfig(
+            name=folder.name, storage_path=str(folder.parent), verbose=0, failure_config=FailureConfig(0)
         ),
-    )  # fmt: skip
-    points = math.prod(len(domain["grid_search"]) for domain in space.values() if isinstance(domain, dict))
-    with Bar("sweep", total=config.sweep.trials * points) as bar:
-        tuner.fit()
-    return list(found.values())
+        tune_config=tune.TuneConfig(num_samples=NO_END, scheduler=judge, search_alg=searcher, reuse_actors=True),
+    )
+    tuner.fit()
+    if not all(trial.over for trial in course.trials.values()) or not course.done:
+        raise KeyboardInterrupt  # which Tune has swallowed, with its trials
+
+
+def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None]) -> tuple[Any, Any]:
+    """Return the searcher and the scheduler by which Tune asks the course for trials and tells it what becomes of them."""
+    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.search import Searcher
+
+    under_way: dict[str, int] = {}  # Tune's id of a trial -> its index
+    failures: dict[str, str] = {}
+    keeps: list[bool] = []
+
+    class Ask(Searcher):  # type: ignore[misc]
+        """Hands out the course's tasks, `slots` at a time."""
+
+        def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+            return True
+
+        def suggest(self, trial_id: str) -> Any:
+            if course.done:
+                return Searcher.FINISHED
+            task = course.next() if len(under_way) < slots else None
+            show()
+            if task is None:
+                return Searcher.FINISHED if course.done else None
+            under_way[trial_id] = task["index"]
+            return task
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            if result is None and not error:  # Tune is being interrupted: the trial is not over
+                return
+            index, reason = under_way.pop(trial_id), failures.pop(trial_id, None)
+            if error:
+                told = run.path / "trials" / course.trials[index].name / "logs" / FAILED
+                reason = told.read_text()[:300] if told.exists() else f"its process died: see {run.logs / 'ray'}"
+            course.end(index, reason)
+            show()
+
+        def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+            """Save nothing: the course's own folder has it all."""
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    class Judge(FIFOScheduler):  # type: ignore[misc]
+        """Tells the course of each report, and Tune what follows from it."""
+
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            """Have Tune keep the processes of all trials: else of several that end at once only one stays warm."""
+            if not keeps:
+                keeps.append(True)
+                with contextlib.suppress(
+                    AttributeError
+                ):  # it has no public way to say so; without it it is only slower
+                    tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, slots)
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            index = under_way.get(trial.trial_id)
+            if index is None:
+                return str(FIFOScheduler.CONTINUE)
+            if FAILURE in result:
+                failures[trial.trial_id] = result[FAILURE][:300]
+                return str(FIFOScheduler.CONTINUE)
+            figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+            stop = course.report(index, result["step"], figures, result["process"])
+            show()
+            return str(FIFOScheduler.STOP if stop else FIFOScheduler.CONTINUE)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    return Ask(), Judge()
 
 
 def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[str, float]]:
@@ -192,22 +290,22 @@ def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[st
     asked = worker_resources(config, cluster)
     if train.cpus_per_worker is None and not asked.get("GPU"):
         slots = config.sweep.concurrent or max(1, int(cpus / train.workers))
-        return min(slots, config.sweep.trials), {"CPU": int(100 * max(0.5, cpus / slots / train.workers)) / 100}
+        trials = count(check_space(config), config) if config.sweep.space else config.sweep.trials
+        return min(slots, trials), {"CPU": int(100 * max(0.5, cpus / slots / train.workers)) / 100}
     fits = min(int(cluster[kind] / (each * train.workers) + 1e-6) for kind, each in asked.items() if each)
     return min(config.sweep.concurrent or fits, fits), asked
 
 
-def keep_best(run: RunFolder, best: Trial) -> None:
-    """Make the best trial's bundle the run's own; of the others keep metrics and logs only."""
-    trials = run.path / "trials"
-    part = run.path / ".bundle.part"
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(trials / best.name / "bundle", part)
-    shutil.rmtree(run.bundle, ignore_errors=True)
-    part.rename(run.bundle)
-    for folder in trials.iterdir():
-        for heavy in ("checkpoints", "bundle"):
-            shutil.rmtree(folder / heavy, ignore_errors=True)
+def read_result(file: Path) -> SweepResult:
+    """Read sweep.json."""
+    tree = json.loads(file.read_text())
+    trials = [from_dict(trial) for trial in tree.pop("trials")]
+    return SweepResult(trials=trials, **{**tree, "best": from_dict(tree["best"])})
+
+
+def enough(done: SweepResult, space: Space, config: Config) -> bool:
+    """Tell whether a finished sweep is what is asked for now, and not more trials or longer ones."""
+    return done.best.budget == config.train.max_steps and len(done.trials) >= count(space, config)
 
 
 def track(config: Config, result: SweepResult) -> None:
@@ -221,9 +319,10 @@ def track(config: Config, result: SweepResult) -> None:
     with suppress_tracking_errors():
         parent = TrackedRun(config)
         for trial in result.trials:
-            child = TrackedRun(with_values(config, {**trial.params, "name": trial.name}), parent.id)
+            params = {} if trial.state == "refused" else trial.params  # they may contradict each other
+            child = TrackedRun(with_values(config, {**params, "name": trial.name}), parent.id)
             child.log([{"step": step, f"validation_{result.metric}": value} for step, value in trial.curve], moment)
-            child.end("FAILED" if trial.state == "failed" else "FINISHED")
+            child.end("FAILED" if trial.state in ("failed", "refused") else "FINISHED")
         parent.log([{"step": result.best.steps, f"validation_{result.metric}": result.best.value}], moment)
         parent.end("FINISHED")
 

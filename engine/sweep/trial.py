@@ -2,84 +2,131 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import functools
+import gc
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.config import with_values
+from engine.errors import UserError
+from engine.sweep.team import Team
+from engine.sweep.weights import copier
+from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
-from engine.train.launch import run_workers
-from engine.train.run_folder import MetricsTail, RunFolder
+from engine.train.loop import Metrics
+from engine.train.run_folder import RunFolder
 from engine.train.worker import local_group, work
+from engine.train.zero import import_deepspeed
 
-FAILED = "failed.txt"  # in a trial's logs: why it failed
+FAILURE = "failed"  # in a report: why the trial failed
+FAILED = "failed.txt"  # in a trial's logs: the same
+STOP_S = "60"  # that a stopped trial may take to put its process in order for the next one
+warm: dict[str, Team] = {}  # what this process keeps from trial to trial
 
 
-def run_trial(params: dict[str, Any], spec: dict[str, Any], metric: str) -> None:
-    """Train with `params` (dotted key -> value) over the base job `spec`, reporting `metric` at each validation to Tune.
+def run_trial(
+    task: dict[str, Any], spec: dict[str, Any], metrics: Sequence[str], resources: dict[str, float], state: list[Any]
+) -> None:
+    """Train what `task` says differs from the base job `spec`, reporting the `metrics` at each validation to Tune.
 
-    A single worker trains in this very process, which Tune keeps warm from trial to trial; several are a worker group
-    of Ray Train of their own.
+    The process that Tune keeps for its trials is rank 0; further workers, each with `resources`, stay beside it. `state`
+    holds the reference of the start state. Tune ends a trial by raising SystemExit from a report: nothing of it stays, then.
     """
     from ray import tune
 
-    base = Job.from_dict(spec)
-    name = f"trial-{tune.get_context().get_trial_id()}"
-    job = Job(with_values(base.config, {**params, "name": name}), base.data, base.start)
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = STOP_S
+    settle()
+    job = job_of(task, Job.from_dict(spec))
     run = RunFolder(job.config.run_dir)
     run.logs.mkdir(parents=True, exist_ok=True)
-
+    (run.logs / FAILED).unlink(missing_ok=True)
     reported: set[int] = set()
 
-    def report(line: dict[str, Any]) -> None:
-        if f"validation_{metric}" in line and line["step"] not in reported:
+    def report(line: Metrics) -> None:
+        if any(name.startswith("validation_") for name in line) and line["step"] not in reported:
             reported.add(line["step"])
-            tune.report({"step": line["step"], metric: line[f"validation_{metric}"]})
+            tune.report({"step": line["step"], "process": os.getpid(), **figures(line, metrics)})
 
-    def report_but_last(line: dict[str, Any]) -> None:
-        if line["step"] < job.config.train.max_steps:  # Tune ends the trial at its last report: the bundle comes first
+    def report_but_last(line: Metrics) -> None:
+        if (
+            line["step"] < job.config.train.max_steps
+        ):  # Tune ends the trial at its last report: the checkpoint comes first
             report(line)
 
     try:
-        if job.config.train.workers == 1:
-            last = work(job, local_group(), listen=report_but_last)
-        else:
-            last = follow(WorkerGroup(job, run), MetricsTail(run.metrics_file), report_but_last)
-    except Exception as error:
-        (run.logs / FAILED).write_text(str(error).strip() or repr(error))  # Tune keeps a trace, this is the reason
+        for line in before(run, task["since"]):
+            report_but_last(line)
+        last = train(job, resources, state, report_but_last)
+        report(last or list(run.metrics())[-1])  # none, where the trial had come to its end before a kill
+    except SystemExit:
+        clean(run)
         raise
-    report(last)
+    except Exception as error:
+        clean(run)
+        reason = str(error).strip() or repr(error)
+        (run.logs / FAILED).write_text(reason)  # Tune keeps a trace, this is the reason
+        if not isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or not is_whole():
+            raise  # the process, or one beside it, may be spoilt: Tune starts another for the next trial
+        tune.report({FAILURE: reason})
+    finally:
+        for rank in range(job.config.train.workers):
+            run.heartbeat(rank).unlink(missing_ok=True)
+        gc.collect()  # a model under DeepSpeed is a circle of references
 
 
-def follow(group: WorkerGroup, tail: MetricsTail, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Report a worker group's lines as they come; return the last."""
-    last: dict[str, Any] = {}
-    while not group.ended(wait_s=0.2):
-        for last in tail.lines():
-            report(last)
-    for last in tail.lines():
-        report(last)
-    return last
+def train(job: Job, resources: dict[str, float], state: list[Any], report: Callable[[Metrics], None]) -> Metrics:
+    """Train, in this process or on the team that it leads; return the last metrics."""
+    import ray
+
+    if job.config.train.workers == 1:
+        return work(job, local_group(), listen=report, make=copier(ray.get(state[0])))
+    if "team" not in warm:
+        warm["team"] = Team(job, resources)
+    return warm["team"].work(job, state, report)
 
 
-class WorkerGroup:
-    """A trial's own worker group, run from a thread so that the trial can report meanwhile."""
+@functools.cache
+def settle() -> None:
+    """Import what every trial needs, and have the collection after each pass over all of that: half a second each."""
+    import_deepspeed()
+    gc.collect()
+    gc.freeze()
 
-    def __init__(self, job: Job, run: RunFolder) -> None:
-        """Start it."""
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(job, run), daemon=True)
-        self._thread.start()
 
-    def _run(self, job: Job, run: RunFolder) -> None:
-        try:
-            run_workers(job, run)
-        except Exception as error:  # raised by `ended`, in the trial's thread
-            self._error = error
+def is_whole() -> bool:
+    """Tell whether all processes that this one keeps are ready for another trial."""
+    return all(team.whole for team in warm.values())
 
-    def ended(self, wait_s: float) -> bool:
-        """Wait at most `wait_s` seconds for the end. Raises what ended it."""
-        self._thread.join(wait_s)
-        if self._error:
-            raise self._error
-        return not self._thread.is_alive()
+
+def clean(run: RunFolder) -> None:
+    """Leave no checkpoint of a trial that did not come to its end."""
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+
+
+def before(run: RunFolder, since: int) -> list[Metrics]:
+    """Return the logged lines after step `since` that a trial goes on from: those up to its latest checkpoint."""
+    step = next((Checkpoint(folder).state.step for folder in step_folders(run.checkpoints)), 0)
+    return [line for line in run.metrics() if since < line["step"] <= step]
+
+
+def job_of(task: dict[str, Any], base: Job) -> Job:
+    """Return the job of a task: its name, params (dotted key -> value), since and until (steps) and data (a folder)."""
+    changes = {**task["params"], "name": task["name"], "train.max_steps": task["until"]}
+    return Job(with_values(base.config, changes), Path(task["data"]), base.start, leaves_bundle=False)
+
+
+def figures(line: Metrics, metrics: Sequence[str]) -> dict[str, float]:
+    """Return the metrics in a logged line: of the validation, or else what is logged of each step. Raises UserError."""
+    found = {}
+    for name in metrics:
+        value = line.get(f"validation_{name}", line.get(name))
+        if not isinstance(value, (int, float)):
+            known = ", ".join(key.removeprefix("validation_") for key in line if key.startswith("validation_"))
+            raise UserError(f"sweep.metric={name} is not measured here: use one of {known}")
+        found[name] = float(value)
+    return found

@@ -20,15 +20,19 @@ class Job:
     config: Config
     data: Path  # folder of the prepared data
     start: Path | None = None  # folder of the bundle to start from; None: fresh weights
+    leaves_bundle: bool = True  # a sweep's trial leaves its last checkpoint only
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for the way to another process."""
-        return {"config": to_dict(self.config), "data": str(self.data), "start": self.start and str(self.start)}
+        start = self.start and str(self.start)
+        told = {"data": str(self.data), "start": start, "leaves_bundle": self.leaves_bundle}
+        return {"config": to_dict(self.config), **told}
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Job:
         """Read what `to_dict` wrote."""
-        return cls(from_dict(tree["config"]), Path(tree["data"]), tree["start"] and Path(tree["start"]))
+        start = tree["start"] and Path(tree["start"])
+        return cls(from_dict(tree["config"]), Path(tree["data"]), start, tree["leaves_bundle"])
 
     def objective(self) -> Objective:
         """Return the task, with the data's processor and labels."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,16 +23,21 @@ from engine.train.checkpoint import Checkpoint
 from engine.train.group import Group
 from engine.train.job import Job
 
+Make = Callable[[Job, Objective, Checkpoint | None], Any]  # makes a start state whole
 
-def start_model(job: Job, objective: Objective, group: Group, checkpoint: Checkpoint | None) -> Any:
+
+def start_model(
+    job: Job, objective: Objective, group: Group, checkpoint: Checkpoint | None, make: Make | None = None
+) -> Any:
     """Return the model in fp32 with the weights of the checkpoint, else of the bundle, else fresh ones from the seed.
 
+    `make` makes it whole in another way than `make_model`.
     At stage 3 with several ranks one of each node makes it and lays it in a file, and all of the node map that into
     memory: what they see of it is there once, and none of it is theirs until they take their part.
     """
     shared = job.config.zero.stage == 3 and group.world > 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    whole = make_model(job, objective, checkpoint) if first or not shared else None
+    whole = (make or make_model)(job, objective, checkpoint) if first or not shared else None
     if not shared:
         return whole
     with tempfile.TemporaryDirectory(prefix="manta-") if first else contextlib.nullcontext("") as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.start import fill, make_model, start_model
+from engine.train.start import Make, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import AVERAGE, DTYPES, Sharded
@@ -41,11 +42,13 @@ def work(
     group: Group,
     listen: Callable[[Metrics], None] | None = None,
     wants_save: Callable[[], bool] = lambda: False,
+    make: Make | None = None,
 ) -> Metrics:
     """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
 
-    `listen` hears rank 0's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
-    once. The process group must be up where there are several ranks.
+    `listen` hears this rank's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
+    once; `make` makes the start state in another way than `make_model`. The process group must be up where there are
+    several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
     check_machine(config)
@@ -57,7 +60,7 @@ def work(
 
     sequence = SequenceParallel(group, config.train.sequence_parallel, objective.auto_class == "AutoModelForCausalLM")
 
-    model, checkpoint, flops_per_token = begin(job, objective, group, precision, sequence)
+    model, checkpoint, flops_per_token = begin(job, objective, group, precision, sequence, make)
     state = checkpoint.state if checkpoint else TrainState()
     if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
         state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
@@ -87,9 +90,12 @@ def work(
     )
     if config.train.micro_batch is None:
         run.config = replace(config, train__micro_batch=fitting_micro_batch(run))
-    with log:
-        fit(run)
-    if group.rank == 0:
+    try:
+        with log:
+            fit(run)
+    finally:  # a trial's process goes on after its end
+        run.writer.wait()
+    if group.rank == 0 and job.leaves_bundle:
         chosen = run.state.best_step if config.train.keep_best and run.state.best_step else run.state.step
         line = next(line for line in folder.metrics() if line["step"] == chosen)
         export(job, objective, step_folder(folder.checkpoints, chosen), DTYPES[precision], line)
@@ -99,12 +105,12 @@ def work(
 
 
 def begin(
-    job: Job, objective: Objective, group: Group, precision: str, sequence: SequenceParallel
+    job: Job, objective: Objective, group: Group, precision: str, sequence: SequenceParallel, make: Make | None
 ) -> tuple[Sharded, Checkpoint | None, float]:
     """Return the sharded model in its start state, the checkpoint that it is from, if any, and the flops of a token."""
     config = job.config
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
-    model = start_model(job, objective, group, checkpoint)
+    model = start_model(job, objective, group, checkpoint, make)
     freeze_layers(model, config.objective.frozen_layers)
     objective.meet(model.config)
     flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
@@ -135,7 +141,7 @@ class Log:
         self, folder: RunFolder, config: Config, group: Group, meter: Meter, step: int, constants: Metrics,
         listen: Callable[[Metrics], None] | None,
     ) -> None:  # fmt: skip
-        """Begin after `step` steps; `constants` are said in each line, and `listen` hears rank 0's."""
+        """Begin after `step` steps; `constants` are said in each line, and `listen` hears it."""
         self.last: Metrics = {}
         self._constants, self._listen = constants, listen
         self._file = MetricsLog(folder, step) if group.rank == 0 else None
@@ -152,8 +158,8 @@ class Log:
             self._profile(self.last)
         if self._file:
             self._file(self.last)
-            if self._listen:
-                self._listen(self.last)
+        if self._listen:
+            self._listen(self.last)
 
     def __enter__(self) -> Log:
         """Do nothing."""
@@ -167,10 +173,13 @@ class Log:
             self._file.close()
 
 
+_peak = functools.cache(hardware.matmul_peak)  # a process that trains again need not measure again
+
+
 def measure(group: Group, dtype: torch.dtype, flops_per_token: float) -> Meter:
     """Measure what the hardware can do, and make the run's meter of it."""
     datasheet = hardware.datasheet_flops(group.device, dtype)
-    peak = hardware.matmul_peak(group.device, dtype) * group.world
+    peak = _peak(group.device, dtype) * group.world
     return Meter(group.device, flops_per_token, peak, datasheet * group.world if datasheet else None)
 
 

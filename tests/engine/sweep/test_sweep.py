@@ -1,45 +1,67 @@
-"""A real sweep on Ray Tune; and a space that no trial could take is refused before any starts."""
+"""Real sweeps on Ray Tune: trials, the best one's bundle, what is kept of the others, and going on after a kill."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+import yaml
 
 from engine.bundles.bundle import Bundle
-from engine.config import Config, with_values
-from engine.errors import UserError
-from engine.sweep.launch import sweep, trial_share
+from engine.config import Config, to_dict, with_values
+from engine.evaluate.sweep_page import write_page
+from engine.sweep import launch
+from engine.sweep.launch import SweepResult, base_job, make_course, run_trials, sweep, trial_share
+from engine.sweep.population import Population
+from engine.sweep.record import read
 from engine.sweep.space import check_space
+from engine.sweep.trial import job_of
+from engine.train.checkpoint import Checkpoint, step_folder
 from engine.train.run_folder import RunFolder
+from engine.train.worker import local_group, work
 
 SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-2]}, "train.global_batch": {"choice": [8, 16]}}
+ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize(
-    ("space", "said"),
-    [
-        ({}, "sweep.space is empty"),
-        ({"optim.lrr": {"uniform": [0.1, 0.2]}}, "optim.lrr is not an option; did you mean 'optim.lr'"),
-        ({"optim.lr": {"normal": [0, 1]}}, "normal is not one of"),
-        ({"optim.lr": {"loguniform": [0.1, 0.01]}}, "low first"),
-        ({"optim.lr": {"uniform": [-1, 1]}}, "optim.lr=-1 is too small"),
-        ({"optim.lr": 3}, "is no domain"),
-        ({"train.precision": {"choice": ["bf16", "fp8"]}}, "train.precision=fp8 is not one of"),
-    ],
-)
-def test_a_wrong_space_is_one_sentence(tiny: Config, space: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        check_space(with_values(tiny, {"sweep.space": space}))
+def of(config: Config, name: str, **values: Any) -> Config:
+    """Configure a sweep of four trials of six steps."""
+    given = {"name": name, "job": "sweep", "sweep.space": SPACE, "sweep.trials": 4, "sweep.concurrent": 2,
+             "sweep.grace_steps": 2, "train.max_steps": 6, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
+    return with_values(config, given | {key.replace("__", "."): value for key, value in values.items()})
 
 
-def test_nested_keys_are_the_same_as_dotted_ones(tiny: Config) -> None:
-    nested = with_values(
-        tiny,
-        {"sweep.space": {"optim": {"lr": {"loguniform": [1e-3, 1e-2]}}, "train.global_batch": {"choice": [8, 16]}}},
-    )
-    assert check_space(nested) == check_space(with_values(tiny, {"sweep.space": SPACE}))
+def check_result(config: Config, result: SweepResult) -> None:
+    """Check what holds of every sweep."""
+    finished = [trial for trial in result.trials if trial.state == "finished"]
+    assert result.best.value == min(trial.value for trial in finished if trial.value is not None)
+    for trial in result.trials:
+        if trial.curve:
+            lines = {line["step"]: line for line in RunFolder(config.run_dir / "trials" / trial.name).metrics()}
+            assert trial.value == lines[trial.steps]["validation_loss"]
+    bundle = Bundle.open(config.run_dir / "bundle")
+    bundle.verify()
+    bundle.replay(bundle.model())
+    assert bundle.manifest is not None
+    assert bundle.manifest.run is not None
+    assert bundle.manifest.run["name"] == result.bundle["name"]
+    assert bundle.manifest.evaluation["validation_loss"] == result.bundle["value"]
+    assert json.loads((config.run_dir / "sweep.json").read_text())["best"]["name"] == result.best.name
+    assert [folder.parent.name for folder in (config.run_dir / "trials").glob("*/checkpoints")] == [result.best.name]
+    page = write_page(config.run_dir, config.name, json.loads(json.dumps(asdict(result)))).read_text()
+    assert result.best.name in page
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
@@ -50,30 +72,14 @@ def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
 
 
 def test_a_sweep_stops_the_bad_and_keeps_the_best(ray: None, tiny_functions: Config) -> None:
-    config = with_values(
-        tiny_functions,
-        {"name": "sweep", "sweep.space": SPACE, "sweep.trials": 4, "sweep.concurrent": 2, "sweep.grace_steps": 2,
-         "train.max_steps": 6, "sweep.metric": "loss", "sweep.mode": "min", "job": "sweep", "tracking.enabled": True},
-    )  # fmt: skip
+    config = of(tiny_functions, "sweep", tracking__enabled=True)
     result = sweep(config)
     assert len(result.trials) == 4
     assert {trial.state for trial in result.trials} <= {"finished", "stopped early"}
-    assert sum(len(trial.curve) for trial in result.trials) >= 4
-    finished = [trial for trial in result.trials if trial.state == "finished"]
-    assert result.best.value == min(trial.value for trial in finished if trial.value is not None)
-    for trial in result.trials:
-        assert 1e-3 <= trial.params["optim.lr"] <= 1e-2
-        lines = list(RunFolder(config.run_dir / "trials" / trial.name).metrics())
-        assert (trial.steps, trial.value) == (trial.curve[-1][0], lines[trial.steps - 1]["validation_loss"])
-    bundle = Bundle.open(config.run_dir / "bundle")
-    bundle.verify()
-    assert bundle.manifest is not None
-    assert bundle.manifest.run is not None
-    assert bundle.manifest.run["name"] == result.best.name
-    assert bundle.manifest.evaluation["validation_loss"] == result.best.value
-    assert json.loads((config.run_dir / "sweep.json").read_text())["best"]["name"] == result.best.name
-    assert not list((config.run_dir / "trials").glob("*/checkpoints"))
-    assert sweep(config).best.value == result.best.value  # nothing is done twice
+    assert len({trial.process for trial in result.trials}) == 2  # two processes, warm from trial to trial
+    check_result(config, result)
+    assert result.bundle["name"] == result.best.name
+    assert sweep(config) == result  # nothing is done twice
 
     from mlflow import MlflowClient
 
@@ -87,25 +93,204 @@ def test_a_sweep_stops_the_bad_and_keeps_the_best(ray: None, tiny_functions: Con
     assert float(best.data.params["optim.lr"]) == result.best.params["optim.lr"]
 
 
-def test_a_trial_that_fails_fails_alone(ray: None, tiny_functions: Config) -> None:
-    config = with_values(
-        tiny_functions,
-        {"name": "part", "sweep.space": {"optim.lr": {"grid": [1e-3, 1e30]}}, "sweep.trials": 1, "sweep.scheduler": "none",
-         "optim.clip": 0.0, "train.max_steps": 6, "job": "sweep"},
+def test_a_trial_that_fails_or_cannot_be_does_so_alone(ray: None, tiny_functions: Config) -> None:
+    config = of(
+        tiny_functions, "part", sweep__scheduler="none", sweep__searcher="grid", optim__clip=0.0, sweep__concurrent=1,
+        sweep__space={"optim.lr": {"choice": [1e30, 1e-3]}, "train.micro_batch": {"choice": [4, 16]},
+                      "train.global_batch": {"choice": [8]}},
+        sweep__metric=None, sweep__mode=None,
     )  # fmt: skip
+    # One by one each of these is right, as far as the base config goes.
+    config = with_values(config, {"train.global_batch": 16})
     result = sweep(config)
-    states = {trial.params["optim.lr"]: trial for trial in result.trials}
-    assert states[1e-3].state == "finished"
-    assert states[1e30].state == "failed"
-    assert "use a lower optim.lr" in states[1e30].reason
-    assert result.best.params == {"optim.lr": 1e-3}
+    states = {(t.params["optim.lr"], t.params["train.micro_batch"]): t for t in result.trials}
+    assert states[1e-3, 4].state == "finished"
+    assert states[1e30, 4].state == "failed"
+    assert "use a lower optim.lr" in states[1e30, 4].reason
+    assert [states[lr, 16].state for lr in (1e-3, 1e30)] == ["refused", "refused"]
+    assert "train.micro_batch 16 is more than" in states[1e-3, 16].reason
+    assert not (config.run_dir / "trials" / states[1e-3, 16].name / "metrics.jsonl").exists()
+    assert states[1e-3, 4].process != 0  # the process outlived the failure before
+    assert result.best is states[1e-3, 4]
+
+
+def lineage(course: Population, member: int) -> list[dict[str, Any]]:
+    """Return the values that a member's weights were trained with, round by round."""
+    found: list[dict[str, Any]] = []
+    rounds = [past.params for past in course.state.rounds] + [course.state.params]
+    for at in reversed(range(len(rounds))):
+        found.insert(0, rounds[at][member])
+        step = at * course.state.interval
+        member = next((e.donor for e in course.state.exploits if e.step == step and e.member == member), member)
+    return found
+
+
+def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, tiny_functions: Config) -> None:
+    config = of(tiny_functions, "pbt", sweep__scheduler="pbt", sweep__interval=2, train__micro_batch=4,
+                sweep__concurrent=None, train__cpus_per_worker=1.0)  # fmt: skip
+    run, space = RunFolder.claim(config), check_space(config)
+    base = base_job(config, run)
+    base = type(base)(
+        with_values(base.config, {"train.keep_checkpoints": 9}), base.data, base.start, False
+    )  # to look at
+    course, _ = make_course(config, base, space, ["loss"], ["min"])
+    assert isinstance(course, Population)
+    run_trials(config, base, run, course, ["loss"], lambda: None)
+    exploits = course.state.exploits
+    assert len(exploits) == 2
+    assert [e.step for e in exploits] == [2, 4]
+    assert all(trial.state == "finished" and trial.steps == 6 for trial in course.trials.values())
+    latest = {exploit.member: exploit for exploit in exploits}
+    for exploit in latest.values():  # bit for bit, moments and place in the data too
+        donor, clone = (
+            Checkpoint(
+                step_folder(RunFolder(config.run_dir / "trials" / course.trials[i].name).checkpoints, exploit.step)
+            )
+            for i in (exploit.donor, exploit.member)
+        )
+        assert donor.state == clone.state
+        for name in donor.shapes:
+            mine, theirs = clone.tensors(name), donor.tensors(name)
+            assert list(mine) == list(theirs)
+            assert all(torch.equal(mine[kind], theirs[kind]) for kind in mine)
+        at = exploit.step // 2
+        assert (
+            exploit.params == course.state.params[exploit.member]
+            if at == 2
+            else course.state.rounds[at].params[exploit.member]
+        )
+
+    # What came of the last exploit is what one process makes that trains with its line's values, step by step.
+    member, threads = exploits[-1].member, torch.get_num_threads()
+    torch.set_num_threads(1)
+    staged = type(base)(with_values(base.config, {"schedule.total_steps": 6}), base.data, base.start, False)
+    for at, params in enumerate(lineage(course, member)):
+        work(job_of({"name": "again", "params": params, "until": 2 * at + 2, "data": base.data}, staged), local_group())
+    torch.set_num_threads(threads)
+    again, clone = (
+        Checkpoint(step_folder(RunFolder(config.run_dir / "trials" / name).checkpoints, 6))
+        for name in ("again", course.trials[member].name)
+    )
+    for name in again.shapes:
+        assert all(torch.equal(again.tensors(name)[kind], clone.tensors(name)[kind]) for kind in again.tensors(name))
 
 
 @pytest.mark.slow
-def test_a_trial_may_have_several_workers(ray: None, tiny_functions: Config) -> None:
-    config = with_values(
-        tiny_functions,
-        {"name": "wide", "sweep.space": {"optim.lr": {"grid": [1e-3, 3e-3]}}, "sweep.trials": 1, "sweep.scheduler": "none",
-         "train.workers": 2, "zero.stage": 2, "train.max_steps": 4, "sweep.concurrent": 1, "job": "sweep"},
+def test_a_sweep_goes_on_with_more_trials(ray: None, tiny_functions: Config) -> None:
+    config = of(tiny_functions, "more", sweep__trials=2)
+    result = sweep(config)
+    more = with_values(
+        config, {"sweep.trials": 4, "resume": True, "sweep.searcher": "tpe", "sweep.scheduler": "hyperband"}
+    )
+    longer = sweep(more)
+    assert longer.trials[:2] == result.trials
+    assert len(longer.trials) == 4
+    check_result(more, longer)
+
+
+@pytest.mark.slow
+def test_a_soup_is_kept_only_if_it_is_better(ray: None, tiny_functions: Config) -> None:
+    config = of(
+        tiny_functions, "soup", sweep__soup=3, sweep__scheduler="none", sweep__trials=3, train__precision="fp32"
+    )
+    result = sweep(config)
+    assert len(result.trials) == 3
+    alone, kept = result.best.value, result.bundle
+    assert alone is not None
+    assert kept["value"] < alone if kept["name"] == "soup-soup" else kept["value"] == alone
+    check_result(config, result)
+
+
+@pytest.fixture
+def killed(tiny_functions: Config) -> tuple[Config, int]:
+    """Start `manta sweep` in a process of its own and kill it, with all its children, once two trials are over."""
+    from engine.data.prepare import prepare
+
+    prepare(tiny_functions)
+    config = of(tiny_functions, "killed", train__max_steps=8, sweep__scheduler="asha", cluster__cpus=2)
+    file = Path(config.runs_dir) / "killed.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    code = (
+        "import sys, yaml; from cluster.environment import quiet_environment; quiet_environment();"
+        "from engine.config import from_dict; from jobs.sweep import sweep;"
+        "sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    driver = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    trials, deadline = config.run_dir / "trials", time.monotonic() + 120
+    while len(list(trials.glob("*/trial.json"))) < 2:
+        assert driver.poll() is None, driver.stdout and driver.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs([child for child in children if "RuntimeEnv" not in child.name()], timeout=30)
+    assert not [process for process in alive if "run_trial" in process.name() or "ImplicitFunc" in process.name()]
+    for process in alive:  # Ray's agents look for their raylet now and then only
+        process.kill()
+    return config, len(list(trials.glob("*/trial.json")))
+
+
+def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -> None:
+    config, over = killed
+    assert 2 <= over < 4
+    before = {
+        file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (config.run_dir / "trials").glob("*/trial.json")
+    }
+    metrics = {file.parent / "metrics.jsonl": (file.parent / "metrics.jsonl").stat().st_mtime_ns for file in before}
+    result = sweep(config)
+    assert len(result.trials) == 4
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in before} == before
+    assert {file: file.stat().st_mtime_ns for file in metrics} == metrics
+    space = check_space(config)
+    assert [trial.params for trial in result.trials] == launch.make_searcher(
+        space, config, ["loss"], ["min"], []
+    )._params
+    for file in before:
+        assert read(file.parent) == result.trials[int(file.parent.name[-3:])]
+    check_result(config, result)
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_stay_warm_and_stop_together(ray: None, tiny_functions: Config) -> None:
+    config = of(
+        tiny_functions, "wide", sweep__searcher="grid", train__workers=2, zero__stage=2, sweep__concurrent=1,
+        sweep__space={"optim.lr": {"choice": [3e-3, 1e-6]}, "data.vocab_size": {"choice": [512, 400]}},
     )  # fmt: skip
-    assert [trial.state for trial in sweep(config).trials] == ["finished", "finished"]
+    result = sweep(config)
+    assert result.trials[0].state == "finished"
+    assert [trial.state for trial in result.trials[2:]] == ["stopped early"] * 2
+    assert len({trial.process for trial in result.trials}) == 1
+    check_result(config, result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"sweep__searcher": "bohb", "sweep__scheduler": "hyperband"}, {"sweep__scheduler": "median"},
+                                  {"sweep__scheduler": "pb2", "sweep__interval": 2}])  # fmt: skip
+def test_the_other_ways_to_search(ray: None, tiny_functions: Config, more: dict[str, Any]) -> None:
+    name = "-".join(str(value) for value in more.values())
+    config = of(tiny_functions, f"by-{name}", sweep__trials=6, **more)
+    result = sweep(config)
+    assert len(result.trials) == 6
+    check_result(config, result)
+    assert bool(result.exploits) == ("pb2" in name)
+
+
+@pytest.mark.slow
+def test_several_metrics_have_a_front(ray: None, tiny_functions: Config) -> None:
+    config = of(tiny_functions, "two", sweep__searcher="tpe", sweep__metric="loss+accuracy", sweep__mode="min+max")
+    result = sweep(config)
+    assert result.best.name in result.front
+    assert all(set(trial.others) == {"accuracy"} for trial in result.trials)
+    check_result(config, result)
+
+
+@pytest.mark.slow
+def test_the_best_is_retrained_at_full_length(ray: None, tiny_functions: Config) -> None:
+    config = of(tiny_functions, "long", sweep__retrain_steps=12, sweep__trials=2)
+    result = sweep(config)
+    assert result.bundle["name"] == "long-retrained"
+    assert result.bundle["step"] == 12
+    check_result(config, result)

@@ -1,0 +1,85 @@
+"""Whether a trial fits its workers' memory, told by the plan before the trial takes anything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import psutil
+
+from engine.config import Config, identity, with_values
+from engine.plan.plan import KEPT, model_shape
+
+
+class Room:
+    """The memory that a worker of a trial has, and what trials need of it. What was computed once is remembered."""
+
+    def __init__(self, config: Config, slots: int) -> None:
+        """`slots`: trials that run at a time."""
+        self._slots = slots
+        self._sizes: dict[str, Any] = {}
+        self.bytes = self._of_a_worker(config)
+
+    def _of_a_worker(self, config: Config) -> float | None:
+        """Return the bytes of a worker's device that a trial may use; None where that is not known here."""
+        import torch
+
+        from engine.train.devices import DEVICES, RESERVED
+
+        share = min(1.0, config.train.gpus_per_worker or 1.0)
+        if config.plan.device != "here":
+            return DEVICES[config.plan.device].bytes * (1 - RESERVED) * share
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED) * share
+        if config.train.gpus_per_worker:
+            return None  # of another machine's GPU
+        return psutil.virtual_memory().total * (1 - KEPT) / (config.train.workers * self._slots)
+
+    def fitted(self, config: Config) -> tuple[Config | None, str]:
+        """Return the config with a micro-batch that fits, or None and the reason why none does."""
+        if self.bytes is None:
+            return config, ""
+        asked = config.train.micro_batch
+        micro = asked or 1  # where none is asked for, the trial finds the largest itself
+        while (needed := self._need(with_values(config, {"train.micro_batch": micro}))) > self.bytes:
+            if micro == 1:
+                return None, (
+                    f"its workers would need {needed / 2**30:.2f} GiB each with one sample at a time, and have "
+                    f"{self.bytes / 2**30:.2f} (computed)"
+                )
+            micro //= 2
+        return (with_values(config, {"train.micro_batch": micro}) if asked and micro < asked else config), ""
+
+    def _need(self, config: Config) -> float:
+        from engine.plan.memory import memory, on_processor
+        from engine.train.hardware import precision
+
+        need = memory(config, self._sizes_of(config), config.zero.stage, precision(config.train))
+        return need.total + (need.host if on_processor(config) else 0)
+
+    def _sizes_of(self, config: Config) -> Any:
+        """Count the parameters of a model, once for each shape, on the meta device."""
+        from engine.plan.memory import Sizes
+
+        deciding = ("model.", "objective.", "optim.name", "bundle", "data.sequence_length", "data.vocab_size")
+        facts = {key: value for key, value in identity(config, ()).items() if key.startswith(deciding)}
+        key = json.dumps(facts, sort_keys=True)
+        if key not in self._sizes:
+            self._sizes[key] = Sizes.of(meta_model(config), config)
+        return self._sizes[key]
+
+
+def meta_model(config: Config) -> Any:
+    """Return the model of a config without any weights, with its frozen layers frozen."""
+    import torch
+    import transformers
+
+    from engine.models.build import freeze_layers
+    from engine.objectives.contract import objective_class
+
+    with torch.device("meta"):
+        model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(
+            model_shape(config)
+        )
+    freeze_layers(model, config.objective.frozen_layers)
+    return model

@@ -1,0 +1,146 @@
+"""The ranks of trials with several workers: Tune's own process is rank 0, the others are actors beside it that stay warm.
+
+The processes, their imports and their process group go on from trial to trial. A trial that is stopped ends on all ranks at
+once: after each validation they tell each other whether to go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from engine.sweep.weights import copier
+from engine.train.group import Group
+from engine.train.job import Job
+from engine.train.loop import Metrics
+from engine.train.watchdog import SLOW
+from engine.train.worker import work
+
+LAST_S = 60.0  # that the other ranks may take to end a trial after rank 0 has
+
+
+class Stopped(Exception):
+    """The trial is to end, on all ranks."""
+
+
+class Team:
+    """All ranks, as rank 0 sees them."""
+
+    def __init__(self, job: Job, resources: dict[str, float]) -> None:
+        """Start the other ranks in the bundles of this trial's placement group, each with `resources`, and meet them."""
+        self.whole = True  # whether all ranks are ready for another trial
+        world, here = job.config.train.workers, ray.util.get_current_placement_group()
+        actor: Any = ray.remote(Rank)
+        assert here is not None
+        self._others = [
+            actor.options(
+                num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(here, placement_group_bundle_index=rank),
+            ).remote()
+            for rank in range(1, world)
+        ]  # fmt: skip
+        nodes = [ray.get_runtime_context().get_node_id(), *ray.get([other.node.remote() for other in self._others])]
+        beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
+        host, port = ray.util.get_node_ip_address(), free_port()
+        limit_s = job.config.train.hang_timeout_s * SLOW
+        joining = [
+            other.join.remote(rank, world, host, port, beside[rank], limit_s)
+            for rank, other in enumerate(self._others, 1)
+        ]
+        self.group = join(0, world, host, port, beside[0], limit_s)
+        ray.get(joining)
+
+    def work(self, job: Job, state: list[ray.ObjectRef], report: Callable[[Metrics], None]) -> Metrics:
+        """Train on all ranks; return the last metrics. Where `report` raises SystemExit, all of them end, and it is raised."""
+        beside = [other.work.remote(job.to_dict(), state) for other in self._others]
+        try:
+            last = work(job, self.group, listen=self._telling(job, report), make=copier(ray.get(state[0])))
+        finally:
+            ended, late = ray.wait(beside, num_returns=len(beside), timeout=LAST_S)
+            self.whole = not late and not any(_crashed(one) for one in ended)
+        ray.get(ended)
+        return last
+
+    def _telling(self, job: Job, report: Callable[[Metrics], None]) -> Callable[[Metrics], None]:
+        def tell(line: Metrics) -> None:
+            if not asks(line, job):
+                return
+            try:
+                report(line)
+            except SystemExit:
+                self.group.sum_integers(1)
+                raise
+            self.group.sum_integers(0)
+
+        return tell
+
+
+class Rank:
+    """One of the other ranks: an actor."""
+
+    def node(self) -> str:
+        """Return the node that it is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def join(self, *place: Any) -> None:
+        """Take a place in the process group."""
+        self._group = join(*place)
+
+    def work(self, spec: dict[str, Any], state: list[ray.ObjectRef]) -> None:
+        """Train until the end, or until rank 0 says that the trial is stopped."""
+        job = Job.from_dict(spec)
+
+        def heed(line: Metrics) -> None:
+            if asks(line, job) and self._group.sum_integers(0)[0]:
+                raise Stopped
+
+        try:
+            work(job, self._group, listen=heed, make=copier(ray.get(state[0])))
+        except Stopped:
+            pass
+        finally:
+            gc.collect()
+
+
+def asks(line: Metrics, job: Job) -> bool:
+    """Tell whether a trial may be stopped after the step of this line: its validation has just been reported."""
+    return line["step"] < job.config.train.max_steps and any(name.startswith("validation_") for name in line)
+
+
+def join(rank: int, world: int, host: str, port: int, beside: tuple[int, int], limit_s: float) -> Group:
+    """Join the process group of a team; `beside`: which of the ranks on this node this is, and how many they are."""
+    cuda = torch.cuda.is_available()
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(beside[1]),
+        LOCAL_RANK="0" if cuda else str(beside[0]),  # a rank sees the one GPU that Ray gave it
+        MASTER_ADDR=host, MASTER_PORT=str(port),
+    )  # fmt: skip
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=limit_s))
+    return Group(rank, world, torch.device("cuda" if cuda else "cpu"))
+
+
+def free_port() -> int:
+    """Return a port that is free here."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def _crashed(answer: ray.ObjectRef) -> bool:
+    """Tell whether a rank's process was lost, rather than its work having come to nothing."""
+    try:
+        ray.get(answer)
+    except ray.exceptions.RayActorError:
+        return True
+    except Exception:
+        return False
+    return False

@@ -1,0 +1,45 @@
+"""What a user sees of a sweep."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from engine.sweep import board as module
+from engine.sweep.board import Board
+from engine.sweep.record import Trial
+
+TRIALS = [
+    Trial(0, "s-000", {"optim.lr": 1e-3}, 6, 6, 0.5, state="finished"),
+    Trial(1, "s-001", {"optim.lr": 1e-1}, 6, 0, None, state="failed", reason="step 1: no number"),
+    Trial(2, "s-002", {"optim.lr": 1e-2}, 6, 6, 0.7, state="finished"),
+    Trial(3, "s-003", {"optim.beta1": 0.8}, 6, 3, 0.6),
+]
+
+
+def test_off_a_terminal_each_trial_that_is_over_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=told, width=200))
+    with Board(5, 6, "accuracy", "max") as board:
+        board.show(TRIALS[:1])
+        board.show(TRIALS)
+        board.show(TRIALS)
+    lines = told.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "s-000 finished at step 6, accuracy 0.5, optim.lr=0.001" in lines[0]
+    assert "no number" in lines[1]
+    assert "best 0.7 by s-002, 3 of 5 over" in lines[2]
+
+
+def test_a_terminal_shows_a_table_with_those_that_run_first() -> None:
+    board = Board(5, 6, "accuracy", "max")
+    with board:
+        board.show([])
+        table = board.table(TRIALS)
+    told = io.StringIO()
+    Console(file=told, width=200).print(table)
+    names = [line.split()[0] for line in told.getvalue().splitlines() if line.startswith("s-0")]
+    assert names == ["s-003", "s-002", "s-000", "s-001"]
+    assert "3 of 5 over" in told.getvalue()

@@ -1,0 +1,34 @@
+"""A trial that cannot fit is refused, or gets a smaller micro-batch, by the plan's word."""
+
+from __future__ import annotations
+
+from engine.config import Config, with_values
+from engine.sweep.room import Room
+
+
+def test_a_micro_batch_is_halved_until_it_fits(tiny: Config) -> None:
+    config = with_values(tiny, {"train.micro_batch": 8})
+    room = Room(config, slots=2)
+    assert room.bytes is not None
+    assert room.fitted(config) == (config, "")
+    room.bytes = room._need(with_values(config, {"train.micro_batch": 2}))
+    fitted, _ = room.fitted(config)
+    assert fitted is not None
+    assert fitted.train.micro_batch == 2
+    own = with_values(config, {"train.micro_batch": None})  # it finds the largest for itself
+    assert room.fitted(own) == (own, "")
+    room.bytes = 1000
+    assert room.fitted(own)[0] is None
+    refused, reason = room.fitted(config)
+    assert refused is None
+    assert "with one sample at a time" in reason
+
+
+def test_room_is_shared_by_the_trials_and_their_workers(tiny: Config) -> None:
+    alone, four = Room(tiny, slots=1), Room(with_values(tiny, {"train.workers": 2}), slots=2)
+    assert alone.bytes is not None
+    assert four.bytes is not None
+    assert abs(alone.bytes / four.bytes - 4) < 0.2
+    named = Room(with_values(tiny, {"plan.device": "v100_32gb", "train.gpus_per_worker": 0.5}), slots=2)
+    assert named.bytes is not None
+    assert 13e9 < named.bytes < 17.2e9

@@ -1,0 +1,53 @@
+"""A process that trains trial after trial: one that is stopped leaves no thread, file or memory behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.config import Config, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.sweep.trial import before, clean, figures
+from engine.sweep.weights import copier, start_state
+from engine.train.job import Job
+from engine.train.run_folder import RunFolder
+from engine.train.worker import local_group, work
+from engine.train.zero import Sharded
+
+
+def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
+    config = with_values(tiny, {"train.evaluate_every": 1, "train.checkpoint_every": 1})
+    job = Job(config, prepare(config), leaves_bundle=False)
+    state, process, seen = start_state(job), psutil.Process(), []
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 3:
+            raise SystemExit  # as Tune ends a trial, while a checkpoint is being written
+
+    for number in range(5):
+        one = Job(with_values(config, {"name": f"stopped-{number}"}), job.data, leaves_bundle=False)
+        run = RunFolder(one.config.run_dir)
+        run.logs.mkdir(parents=True)
+        with pytest.raises(SystemExit):
+            work(one, local_group(), listen=stop, make=copier(state))
+        assert [line["step"] for line in before(run, 1)] == [2, 3]  # where it would go on
+        clean(run)
+        assert not run.checkpoints.exists()
+        gc.collect()
+        models = sum(isinstance(thing, Sharded) for thing in gc.get_objects())
+        seen.append((threading.active_count(), process.num_fds(), models, process.memory_info().rss))
+    assert seen[-1][:2] == seen[1][:2]
+    assert seen[-1][2] == seen[1][2] <= 1
+    assert seen[-1][3] - seen[1][3] < 32 * 2**20
+
+
+def test_a_metric_may_be_any_logged_figure() -> None:
+    line = {"step": 3, "validation_loss": 2.0, "loss": 3.0, "seconds": 0.5}
+    assert figures(line, ["loss", "seconds"]) == {"loss": 2.0, "seconds": 0.5}
+    with pytest.raises(UserError, match="sweep.metric=f1 is not measured here: use one of loss"):
+        figures(line, ["f1"])
