@@ -141,17 +141,15 @@ def losses_and_slopes(logits_CV: Tensor, targets_C: Tensor, z_loss: float, grade
     block = tokens if logits_CV.is_cuda else max(16, CACHED_LOGITS // vocabulary)
     for start in range(0, tokens, block):
         logits_NV, targets_N1 = logits_CV[start : start + block], targets_C[start : start + block, None]
-        chosen_N1 = logits_NV.gather(1, targets_N1).float()
-        log_p_NV = F.log_softmax(logits_NV, dim=1, dtype=torch.float32)
-        nll_N1 = -log_p_NV.gather(1, targets_N1)
-        normalizer_N1 = chosen_N1 + nll_N1
+        p_NV = F.softmax(logits_NV, dim=1, dtype=torch.float32)  # each exponential is taken once
+        top_N1, top_p_N1 = logits_NV.amax(1, keepdim=True).float(), p_NV.amax(1, keepdim=True)
+        normalizer_N1 = top_N1 - top_p_N1.log()  # of the likeliest token, whose probability is never small
+        nll_N1 = normalizer_N1 - logits_NV.gather(1, targets_N1).float()
         total += (nll_N1 + z_loss * normalizer_N1.square()).sum(dtype=torch.float64)
-        if graded:
-            slope_NV = log_p_NV.exp_()  # probabilities, less 1 at the target
+        if graded:  # the slopes are the probabilities, less 1 at the target
             if z_loss:
-                slope_NV *= 1 + 2 * z_loss * normalizer_N1
-            slope_NV.scatter_add_(1, targets_N1, torch.full_like(nll_N1, -1.0))
-            logits_NV.copy_(slope_NV)
+                p_NV *= 1 + 2 * z_loss * normalizer_N1
+            logits_NV.copy_(p_NV.scatter_add_(1, targets_N1, torch.full_like(nll_N1, -1.0)))
     return total
 
 

@@ -2,7 +2,7 @@
 
 The same model (llama_5m), shards, order, batch (16 x 256 tokens), ZeRO stage 1, precision, fused AdamW with clipping, one
 process with all cores. The Trainer logs once, at the end, and reads samples in a process beside it, as its users are told to.
-Predicted for the step: 1.15. Both run the same model through the same DeepSpeed. The Trainer holds the logits whole, in fp32
+Predicted for the step: 1.15, and 1.1 where both compile the model. Both run the same model through the same DeepSpeed. The Trainer holds the logits whole, in fp32
 too, and goes over them some six times more than our chunked loss (10 ms each of some 400); its wrappers, callbacks and check
 of the loss for NaN add a few milliseconds. Predicted for the command: 0.95 at 40 steps, as Ray's start is ours alone.
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PEERS = Path(sys.prefix) / "peers"  # `make bench` installs accelerate there
 
 
-def trainer(data: str, out: str, precision: str) -> None:
+def trainer(data: str, out: str, precision: str, compiled: str) -> None:
     """Be the peer: train, save the model, and print when each step ended."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -64,7 +64,7 @@ def trainer(data: str, out: str, precision: str) -> None:
         adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=STEPS // 10, optim="adamw_torch_fused",
         bf16=precision == "bf16", use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed, logging_strategy="no",
         save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential",
-        dataloader_num_workers=1, dataloader_persistent_workers=True,
+        dataloader_num_workers=1, dataloader_persistent_workers=True, torch_compile=compiled == "compiled",
     )  # fmt: skip
     set_seed(0)
     tokenizer = load_tokenizer(Path(data) / "tokenizer")
@@ -82,12 +82,12 @@ def steady(ends: list[float]) -> float:
     return (len(ends) - WARM) * BATCH * LENGTH / (ends[-1] - ends[WARM - 1])
 
 
-def run_ours(folder: str, name: str, precision: str) -> tuple[float, float]:
+def run_ours(folder: str, name: str, precision: str, compiled: bool) -> tuple[float, float]:
     """Run `manta pretrain`; return its tokens a second in the steady state and its seconds in all."""
     command = [
         sys.executable, "-m", "jobs.pretrain", f"runs_dir={folder}", f"name={name}", "zero.stage=1", f"train.max_steps={STEPS}",
         f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", f"train.precision={precision}", "train.evaluate_samples=1",
-        "tracking.enabled=false",
+        "tracking.enabled=false", f"train.compile={compiled}",
     ]  # fmt: skip
     began = time.time()
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
@@ -96,9 +96,10 @@ def run_ours(folder: str, name: str, precision: str) -> tuple[float, float]:
     return steady([json.loads(line)["time"] for line in lines]), seconds
 
 
-def run_trainer(data: Path, out: str, precision: str) -> tuple[float, float]:
+def run_trainer(data: Path, out: str, precision: str, compiled: bool) -> tuple[float, float]:
     """Run the peer; return the same."""
-    command = [sys.executable, "-m", "tests.bench.hf_trainer", str(data), out, precision]
+    how = "compiled" if compiled else "as it is"
+    command = [sys.executable, "-m", "tests.bench.hf_trainer", str(data), out, precision, how]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(PEERS)])}
     began = time.time()
@@ -107,8 +108,31 @@ def run_trainer(data: Path, out: str, precision: str) -> tuple[float, float]:
     return steady(json.loads(done.stdout.strip().splitlines()[-1])), seconds
 
 
+def compare(data: Path, folder: str, precision: str, compiled: bool, repeats: int) -> None:
+    """Print the ratios of the steady state and of the whole command."""
+    seconds: dict[str, list[float]] = {"ours": [], "Trainer": []}
+    turn = iter(range(1000))
+
+    def measure(who: str) -> float:
+        name = f"{precision}-{compiled}-{next(turn)}"
+        if who == "ours":
+            rate, whole = run_ours(folder, name, precision, compiled)
+        else:
+            rate, whole = run_trainer(data, f"{folder}/{name}", precision, compiled)
+        seconds[who].append(whole)
+        return rate
+
+    found = interleave({who: (lambda who=who: measure(who)) for who in seconds}, repeats=repeats)
+    how = f"{precision}, both compiled" if compiled else precision
+    print(f"\n{how}, ZeRO 1, {os.cpu_count()} cores, steps {WARM + 1} to {STEPS}")
+    show(found, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {how}")
+    print(f"the whole command, {STEPS} steps")
+    whole = {who: [STEPS * BATCH * LENGTH / s for s in values[1:]] for who, values in seconds.items()}
+    show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {how}")
+
+
 def main() -> None:
-    """Print the ratios of the steady state and of the whole command, for each precision."""
+    """Compare as they come, and compiled."""
     from cluster.environment import quiet_environment
     from engine.config import with_values
     from engine.data.prepare import prepare
@@ -118,29 +142,12 @@ def main() -> None:
     if not PEERS.is_dir():
         raise SystemExit(f"{PEERS} lacks accelerate, which the Trainer needs: make bench installs it there")
     quiet_environment()
-    turn = iter(range(1000))
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(with_values(compose("pretrain", []), {"runs_dir": folder}))
-        for precision in ("bf16", "fp32") if has_bf16() else ("fp32",):
-            seconds: dict[str, list[float]] = {"ours": [], "Trainer": []}
-
-            def measure(who: str, precision: str = precision, seconds: dict[str, list[float]] = seconds) -> float:
-                name = f"run{next(turn)}"
-                run = (
-                    run_ours(folder, name, precision)
-                    if who == "ours"
-                    else run_trainer(data, f"{folder}/{name}", precision)
-                )
-                seconds[who].append(run[1])
-                return run[0]
-
-            found = interleave({who: (lambda who=who, measure=measure: measure(who)) for who in seconds})
-            print(f"\n{precision}, ZeRO 1, {os.cpu_count()} cores, steps {WARM + 1} to {STEPS}")
-            show(found, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {precision}")
-            print(f"the whole command, {STEPS} steps")
-            whole = {who: [STEPS * BATCH * LENGTH / s for s in values[1:]] for who, values in seconds.items()}
-            show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {precision}")
+        precision = "bf16" if has_bf16() else "fp32"
+        compare(data, folder, precision, compiled=False, repeats=5)
+        compare(data, folder, precision, compiled=True, repeats=3)
 
 
 if __name__ == "__main__":
-    trainer(*sys.argv[1:4]) if len(sys.argv) == 4 else main()
+    trainer(*sys.argv[1:5]) if len(sys.argv) == 5 else main()
