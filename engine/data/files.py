@@ -36,8 +36,9 @@ def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
         else:
             rows = labelled(_rows(piece, config, counts), config, counts)
         key = f"{file.name}:{piece.start}:" if piece.start else f"{file.name}:"
+        place = file.place
         for number, (text, *others) in enumerate(rows):
-            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), file.place, *others)
+            yield Document(text, file.split or split_of(f"{key}{number}", seed, config), place, *others)
 
 
 def pieces(config: DataConfig, size: int) -> list[Piece]:

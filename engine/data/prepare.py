@@ -110,6 +110,8 @@ def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path,
 
     framing = Framing.of(special, labelled or images)
     work = Tokenizing(framing, data.shard_tokens, special.vocab_size, labelled)
+    if held.small and spread is over_processes:
+        spread = alone  # what is at hand is encoded by threads; to hand it on would take as long
     shards = tokenize_all(work, corpus, surveys, kept, seed, journal, held, spread, say)
     if images:
         write_processor(config, given, folder)

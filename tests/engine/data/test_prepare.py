@@ -198,10 +198,11 @@ def test_two_at_once_make_one(tmp_path: Path, corpus: Path) -> None:
 KILLED = """
 import os, signal, sys
 from engine.config import Config, replace
-from engine.data import spread
+from engine.data import prepare as preparing, spread
 from engine.data.prepare import prepare
 calls, last = 0, int(sys.argv[3])
-spread.START_S = float(sys.argv[4])
+if sys.argv[4] == "processes": spread.START_S, preparing.HELD_BYTES = 0, 0
+else: spread.START_S = float("inf")
 def say(stage, done, total):
     global calls
     calls += 1
@@ -222,7 +223,7 @@ def _is_ours(process: psutil.Process) -> bool:
 
 def killed_after(calls: int, runs: Path, corpus: Path, processes: bool = False) -> str | None:
     """Prepare in a process that is killed at its so many-th word of progress; return what it printed, if it lived."""
-    command = [sys.executable, "-c", KILLED, str(runs), str(corpus), str(calls), "0" if processes else "inf"]
+    command = [sys.executable, "-c", KILLED, str(runs), str(corpus), str(calls), "processes" if processes else "alone"]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], text=True, capture_output=True, timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.stdout if done.returncode == 0 else None
@@ -286,6 +287,7 @@ def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.data.spread.START_S", 0)
+    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
 
     def say(stage: str, done: int, total: int) -> None:

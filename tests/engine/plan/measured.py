@@ -19,7 +19,7 @@ LAST = 4
 def measured_peak(config: Config) -> float:
     """Train for a few steps on config.train.workers ranks; return rank 0's highest resident bytes in steps 3 and 4, over those after the imports."""
     config.run_dir.joinpath("logs").mkdir(parents=True)
-    on_ranks(_rank, config.train.workers, json.dumps(Job(config, prepare(config)).to_dict()))
+    on_ranks(_rank, config.train.workers, json.dumps(Job(config, prepare(config)).to_dict()), fresh=True)
     return float((config.run_dir / "peak").read_text())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -15,6 +16,11 @@ import torch.multiprocessing as mp
 
 from engine.train.job import Job
 from engine.train.run_folder import RunFolder
+
+IMPORTS = [
+    "deepspeed", "engine.train.worker", "engine.objectives.causal_lm", "engine.bundles.bundle",
+    "transformers.models.llama.modeling_llama", "tests.engine.train.ranks",
+]  # fmt: skip
 
 
 def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:
@@ -33,19 +39,31 @@ def run_here(jobs: list[Job]) -> list[list[dict[str, Any]]]:
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
-def on_ranks(function: Callable[..., None], world: int, *args: object) -> None:
-    """Call `function(rank, world, *args)` in each process of a group of `world`. Raises what one of them raises."""
+def on_ranks(function: Callable[..., None], world: int, *args: object, fresh: bool = False) -> None:
+    """Call `function(rank, world, *args)` in each process of a group of `world`. Raises what one of them raises.
+
+    They are forks of a process that has done all imports, which are most of the time of a short job; with `fresh` they
+    share nothing, so that their memory can be measured.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    mp.spawn(_rank, (world, port, function, args), nprocs=world)
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if not fresh:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # asked for when DeepSpeed is imported
+        multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTS)
+    mp.start_processes(
+        _rank, (world, dict(environment), function, args), nprocs=world, start_method="spawn" if fresh else "forkserver"
+    )
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[object, ...]) -> None:
+def _rank(
+    rank: int, world: int, environment: dict[str, str], function: Callable[..., None], args: tuple[object, ...]
+) -> None:
+    os.environ.clear()
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), DS_ACCELERATOR="cpu",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     function(rank, world, *args)
