@@ -160,7 +160,10 @@ class Door:
     def leave(self, visit: Visit, status: int) -> None:
         """Settle the tokens, count, and write the line."""
         if visit.key:
-            self.limits.settle(visit.key, visit.reserved, visit.read + visit.written)
+            used = visit.read + visit.written
+            if status == 499 and not used:  # who leaves before it is known what was used pays what was asked
+                used = visit.reserved
+            self.limits.settle(visit.key, visit.reserved, used)
         path = visit.path if visit.path in self.paths else "other"
         self.metrics.in_flight.dec()
         self.metrics.requests.labels(path, *visit.who, status).inc()

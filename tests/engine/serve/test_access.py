@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 
+from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.serve.deploy import Endpoint, deploy
 from engine.serve.keys import new_key, revoke_key
@@ -248,6 +249,42 @@ def test_the_dashboard_asks_for_what_there_is(guarded: Guarded) -> None:
         for label in group.split(",")
     }
     assert by <= labels | {"rating", "kind"}
+
+
+def test_openais_client_finds_each_of_its_options(guarded: Guarded) -> None:
+    api = guarded.openai()
+    ids = Bundle.open(Path(guarded.config.runs_dir) / "writer" / "bundle").processor()("x = 1")["input_ids"]
+
+    def ask(**options: Any) -> Any:
+        given = {"model": "writer", "prompt": "x = 1", "max_tokens": 20, "temperature": 0, "logit_bias": {"0": -100}}
+        return api.completions.create(**(given | options))
+
+    def text(**options: Any) -> str:
+        return str(ask(**options).choices[0].text)
+
+    whole = text()
+    word = whole[4:6]
+    assert text(stop=[word, "never said"]) == whole[: whole.index(word)]
+    assert text(echo=True) == "x = 1" + whole
+    assert text(prompt=ids) == whole
+    assert [choice.text for choice in ask(prompt=[ids, ids]).choices] == [whole, whole]
+    assert [choice.text for choice in ask(prompt=["x = 1", "y"], n=2).choices][:2] == [whole, whole]
+    assert text(temperature=2, extra_body={"top_k": 1}) == text(temperature=2, top_p=1e-9) == whole
+    drawn = {"temperature": 1.5, "seed": 3}
+    assert text(**drawn) == text(**drawn) != text(**drawn | {"seed": 4})
+    pulled = ask(logit_bias={"0": -100, "77": 100}, max_tokens=8, logprobs=2)
+    assert pulled.choices[0].logprobs.tokens == pulled.choices[0].logprobs.tokens[:1] * 8
+    assert [len(top) in (2, 3) for top in pulled.choices[0].logprobs.top_logprobs] == [True] * 8
+    pushed = ask(logit_bias={"0": -100, "77": 100}, max_tokens=120, frequency_penalty=2, presence_penalty=2, logprobs=0)
+    assert len(set(pushed.choices[0].logprobs.tokens)) > 1  # by the fiftieth time, 100 are taken off again
+    last = list(ask(stream=True, stream_options={"include_usage": True}))[-1]
+    assert (last.choices, last.usage.completion_tokens, last.usage.prompt_tokens) == ([], 20, len(ids))
+    chat: Callable[..., Any] = api.chat.completions.create
+    said = chat(model="writer", messages=[{"role": "user", "content": "x"}], max_completion_tokens=7)
+    assert said.usage.completion_tokens <= 7
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(temperature=3)
+    assert (caught.value.param, caught.value.type) == ("temperature", "invalid_request_error")
 
 
 def test_answers_have_the_form_that_is_asked_for(guarded: Guarded) -> None:

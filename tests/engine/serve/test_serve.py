@@ -185,6 +185,17 @@ def test_prompts_are_scored_as_lm_eval_asks_for_it(
     assert answer["usage"]["completion_tokens"] <= 4 * max_tokens
 
 
+def test_the_token_that_ends_a_text_is_scored_too(client: httpx.Client, bundles: dict[str, Bundle]) -> None:
+    tokenizer = bundles["writer"].processor()
+    ids, end = tokenizer(PROMPTS[1])["input_ids"], tokenizer.eos_token_id
+    body = {"prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True, "logit_bias": {str(end): 100}}
+    answer = complete(client, **body)
+    told, right = answer["choices"][0]["logprobs"], own_scores(bundles["writer"], ids)
+    assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", 0)
+    assert (len(told["tokens"]), told["tokens"][-1]) == (len(ids) + 1, tokenizer.eos_token)
+    assert told["token_logprobs"][-1] == pytest.approx(float(right[-1, end]), abs=1e-4)
+
+
 def test_log_probabilities_stream_as_they_come_whole(client: httpx.Client) -> None:
     body = {"prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0, "logprobs": 2, "echo": True}
     whole = complete(client, **body)["choices"][0]
