@@ -65,7 +65,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     elif up["url"] != endpoint.url:
         port = up["url"].rpartition(":")[2]
         raise UserError(f"an endpoint is up at {up['url']}, and a cluster has one: use serve.port={port} to change it")
-    from engine.serve.application import versions_of
+    from engine.serve.application import ENDPOINT, versions_of
 
     versions = versions_of(bundles, config.serve)
     new = {name: it for name, it in versions.items() if not is_running(it.app)}
@@ -73,9 +73,9 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     try:
         if up is None:
             open_endpoint(config, endpoint)
-        elif up["options"] != settings:
-            run([("endpoint", "manta", settings)])
         bring_up(new, config.serve.ready_timeout_s)
+        if up and up["options"] != settings:
+            run([("endpoint", ENDPOINT, settings)])
         known = {name: asdict(replace(it, about=about(it))) for name, it in versions.items()}
         told("take", known, asdict(plan_of(config.serve)))
         wait_until_ready(endpoint, config.serve.ready_timeout_s)
@@ -93,13 +93,14 @@ def open_endpoint(config: Config, endpoint: Endpoint) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    from engine.serve.application import ENDPOINT, STEWARD
     from engine.serve.steward import forget
 
     forget()  # what an endpoint left that was ended by another hand
     http = HTTPOptions(host=config.serve.host, port=config.serve.port)
     serve.start(http_options=http, logging_config=quiet())
     beginning = {"url": endpoint.url, "folder": str(config.run_dir.absolute()), "versions": {}}
-    run([("steward", "manta-steward", beginning), ("endpoint", "manta", of_ingress(config))])
+    run([("steward", STEWARD, beginning), ("endpoint", ENDPOINT, of_ingress(config))])
 
 
 def of_ingress(config: Config) -> dict[str, Any]:

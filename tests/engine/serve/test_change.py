@@ -71,7 +71,7 @@ def test_a_change_at_once_loses_nothing_and_so_does_the_way_back(
     before = standing(endpoint)
     with load(endpoint.url, ASK) as noted:
         wait_for(lambda: len(noted) > 20)
-        deploy(config, {"writer": bundles["two"].folder})
+        deploy(replace(config, serve__max_body_bytes=2**19), {"writer": bundles["two"].folder})  # and another ingress
         assert standing(endpoint)["hash"] == bundles["two"].hash
         changed, asked = time.monotonic(), len(noted)
         wait_for(lambda: len(noted) > asked + 20)
