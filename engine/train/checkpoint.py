@@ -167,6 +167,11 @@ class CheckpointWriter:
         """Whether this rank could not write its part of a checkpoint."""
         return self._error is not None
 
+    @property
+    def copying(self) -> bool:
+        """Whether the fragments of a save may not be changed yet."""
+        return self._thread is not None and not self._copied.is_set()
+
     def save(self, fragments: Iterable[Fragment], state: TrainState, about: dict[str, Any]) -> None:
         """Begin to write the fragments behind the caller's back, once the save before is in place.
 
@@ -194,7 +199,7 @@ class CheckpointWriter:
 
     def hold(self) -> None:
         """Wait until the fragments of the save under way may be changed."""
-        if self._thread is not None:
+        if self.copying:
             self._copied.wait()
 
     def _copy(self, live: dict[str, torch.Tensor], stream: Any) -> dict[str, torch.Tensor]:

@@ -192,8 +192,9 @@ def train_step(run: Run) -> Metrics | None:
 
 def update(run: Run, loss: float) -> tuple[float, float, str]:
     """Update the weights unless the loss forbids it; return the rate, the gradient norm, and what is wrong, if anything."""
-    run.meter.enter("checkpoint")
-    run.writer.hold()
+    if run.writer.copying:
+        run.meter.enter("checkpoint")
+        run.writer.hold()
     run.meter.enter("optimizer")
     rate = learning_rate(run.config, run.state.step)
     if fault := loss_fault(loss, run.state.recent, run.config.train):
