@@ -140,7 +140,9 @@ def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, ti
     assert len(exploits) == 2
     assert [e.step for e in exploits] == [2, 4]
     assert all(trial.state == "finished" and trial.steps == 6 for trial in course.trials.values())
-    later = {e.step: {other.member for other in exploits if other.step > e.step} for e in exploits}  # whose folders are new since
+    later = {
+        e.step: {other.member for other in exploits if other.step > e.step} for e in exploits
+    }  # whose folders are new since
     standing = [e for e in exploits if not later[e.step] & {e.member, e.donor}]
     assert exploits[-1] in standing
     for exploit in standing:  # bit for bit, moments and place in the data too
