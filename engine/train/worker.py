@@ -93,8 +93,10 @@ def work(
     try:
         with log:
             fit(run)
-    finally:  # a trial's process goes on after its end
+    finally:
         run.writer.wait()
+        if not job.leaves_bundle:  # a trial's process goes on, and the hooks on its gradients would keep its weights
+            model.engine.destroy()
     if group.rank == 0 and job.leaves_bundle:
         chosen = run.state.best_step if config.train.keep_best and run.state.best_step else run.state.step
         line = next(line for line in folder.metrics() if line["step"] == chosen)

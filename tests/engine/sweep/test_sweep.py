@@ -140,8 +140,12 @@ def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, ti
     assert len(exploits) == 2
     assert [e.step for e in exploits] == [2, 4]
     assert all(trial.state == "finished" and trial.steps == 6 for trial in course.trials.values())
-    latest = {exploit.member: exploit for exploit in exploits}
-    for exploit in latest.values():  # bit for bit, moments and place in the data too
+    later = {
+        e.step: {other.member for other in exploits if other.step > e.step} for e in exploits
+    }  # whose folders are new since
+    standing = [e for e in exploits if not later[e.step] & {e.member, e.donor}]
+    assert exploits[-1] in standing
+    for exploit in standing:  # bit for bit, moments and place in the data too
         donor, clone = (
             Checkpoint(
                 step_folder(RunFolder(config.run_dir / "trials" / course.trials[i].name).checkpoints, exploit.step)

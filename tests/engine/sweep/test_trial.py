@@ -49,5 +49,5 @@ def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
 def test_a_metric_may_be_any_logged_figure() -> None:
     line = {"step": 3, "validation_loss": 2.0, "loss": 3.0, "seconds": 0.5}
     assert figures(line, ["loss", "seconds"]) == {"loss": 2.0, "seconds": 0.5}
-    with pytest.raises(UserError, match="sweep.metric=f1 is not measured here: use one of loss"):
+    with pytest.raises(UserError, match=r"sweep\.metric=f1 is not measured here: use one of loss"):
         figures(line, ["f1"])
