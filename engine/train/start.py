@@ -113,10 +113,12 @@ def lay_down(model: nn.Module, file: Path) -> None:
 
 @torch.no_grad()
 def take_up(model: nn.Module, file: Path) -> None:
-    """Let what a model holds be views of a file, mapped into memory and read only."""
+    """Let a model's parameters be views of a file, mapped into memory and read only; its buffers, which stay, are copied."""
     laid = load_file(file)
-    for name, tensor in held(model):
-        tensor.data = laid[name]
+    for name, parameter in model.named_parameters():
+        parameter.data = laid[name]
+    for name, buffer in model.named_buffers():
+        buffer.data = laid[name].clone()
 
 
 def held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
