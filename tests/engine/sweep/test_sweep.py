@@ -167,6 +167,7 @@ def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, ti
     # What came of the last exploit is what one process makes that trains with its line's values, step by step.
     member, threads = exploits[-1].member, torch.get_num_threads()
     torch.set_num_threads(1)
+    (config.run_dir / "trials" / "again" / "logs").mkdir(parents=True)
     staged = type(base)(with_values(base.config, {"schedule.total_steps": 6}), base.data, base.start, False)
     for at, params in enumerate(lineage(course, member)):
         work(job_of({"name": "again", "params": params, "until": 2 * at + 2, "data": base.data}, staged), local_group())
