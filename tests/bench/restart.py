@@ -8,6 +8,7 @@ forms a group anew in one to two. Predicted: 0.5 to 0.8.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -113,10 +114,11 @@ def seconds(command: list[str], log: Path, word: str, ready: Callable[[subproces
             wait(lambda: lines(log)[-1]["time"] > killed + 0.3, process, HUNG_S)
             return next(line["time"] for line in lines(log) if line["time"] > killed + 0.3) - killed
         finally:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGINT)
-            for child in psutil.wait_procs(children, timeout=30)[1]:
-                child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself
+                children = psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(signal.SIGINT)
+                for child in psutil.wait_procs(children, timeout=30)[1]:
+                    child.kill()
 
 
 def main() -> None:
@@ -143,8 +145,8 @@ def main() -> None:
             while True:  # it starts anew on the old port, and now and then its ranks wait for each other there for ever
                 try:
                     return torchrun_once()
-                except TimeoutError:
-                    print(f"torchrun's ranks were not back after {HUNG_S} s: tried again")
+                except (TimeoutError, RuntimeError):
+                    print(f"torchrun's ranks were not back after {HUNG_S:.0f} s, or gave up: tried again")
 
         def torchrun_once() -> float:
             place = folder / f"peer{next(turn)}"
