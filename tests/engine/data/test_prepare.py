@@ -260,6 +260,11 @@ def test_killed_again_and_again_no_token_is_lost_or_doubled(
     assert all((whole / p.name).read_bytes() == p.read_bytes() for p in folder.glob("*.arrow"))
 
 
+def spread_over() -> list[psutil.Process]:
+    """Return the processes that prepare is spread over now."""
+    return [child for child in psutil.Process().children() if "engine.data.spread" in child.cmdline()]
+
+
 def test_processes_give_the_same_bytes(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +272,7 @@ def test_processes_give_the_same_bytes(
     (tmp_path / "own.py").write_text("import os\nKEEPER = os.getpid()\ndef keep(text):\n    return len(text) > 3\n")
     monkeypatch.chdir(tmp_path)
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024, filter="own:keep", mask=["emails"])
+    monkeypatch.setattr("engine.data.prepare.connected", lambda: False)  # whatever Ray the session has
     monkeypatch.setattr("engine.data.spread.START_S", math.inf)
     here = verify(prepare(config))
     monkeypatch.setattr("engine.data.spread.START_S", 0)
@@ -276,24 +282,24 @@ def test_processes_give_the_same_bytes(
         assert there.hash == here.hash
         assert there.skipped == here.skipped
         assert there.skipped["duplicate"] == 1
-    assert not psutil.Process().children()
+    assert not spread_over()
     (corpus / "bad.jsonl").write_text('{"txt": 1}\n')
     with pytest.raises(UserError, match="has no column 'text'"):
         prepare(config)
-    assert not psutil.Process().children()
+    assert not spread_over()
 
 
 def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("engine.data.prepare.connected", lambda: False)
     monkeypatch.setattr("engine.data.spread.START_S", 0)
     monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
-    others = set(psutil.Process().children())  # a Ray of the session, say
 
     def say(stage: str, done: int, total: int) -> None:
         if stage == "tokenize" and done:
-            for process in set(psutil.Process().children()) - others:
+            for process in spread_over():
                 process.kill()
 
     with pytest.raises(TryAgain, match=r"was killed .* give the same command again"):

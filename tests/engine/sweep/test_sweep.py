@@ -212,7 +212,7 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     from engine.data.prepare import prepare
 
     prepare(tiny_functions)
-    config = of(tiny_functions, "killed", train__max_steps=8, sweep__scheduler="asha", cluster__cpus=2)
+    config = of(tiny_functions, "killed-sweep", train__max_steps=8, sweep__scheduler="asha", cluster__cpus=2)
     file = Path(config.runs_dir) / "killed.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
     code = (
