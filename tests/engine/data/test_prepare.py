@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -297,10 +298,16 @@ def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
     monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
 
+    begin = subprocess.Popen
+
+    def killed(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = begin(*args, **options)
+        process.kill()
+        return process
+
     def say(stage: str, done: int, total: int) -> None:
-        if stage == "tokenize" and done:
-            for process in spread_over():
-                process.kill()
+        if stage == "tokenize":
+            monkeypatch.setattr("engine.data.spread.subprocess.Popen", killed)
 
     with pytest.raises(TryAgain, match=r"was killed .* give the same command again"):
         prepare(config, progress=say)
