@@ -131,6 +131,8 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelCon
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    told = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # a head that is made anew is no news
     torch.manual_seed(seed)
     kind = getattr(transformers, auto_class)
     try:
@@ -140,6 +142,8 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelCon
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no model that {auto_class} can load: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(told)
     return loaded
 
 
