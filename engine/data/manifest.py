@@ -22,7 +22,7 @@ class Manifest:
     """The facts of one prepared folder, read from and written to its manifest.json."""
 
     name: str
-    kind: str  # what `data_kind` of engine/config.py calls it
+    kind: str  # what `data_kind` of engine/config calls it
     sources: dict[
         str, Any
     ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file

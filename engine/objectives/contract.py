@@ -76,7 +76,7 @@ class Ranks(Protocol):
 class Objective(ABC):
     """One task, from example to prediction."""
 
-    reads: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config.py calls it
+    reads: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config calls it
     auto_class: ClassVar[str]  # the transformers Auto class that loads its models
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at

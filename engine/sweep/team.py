@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,6 +21,7 @@ from engine.sweep.weights import copier
 from engine.train.group import Group
 from engine.train.job import Job
 from engine.train.loop import Metrics
+from engine.train.trainer import free_address
 from engine.train.watchdog import SLOW
 from engine.train.worker import work
 
@@ -50,7 +50,7 @@ class Team:
         ]  # fmt: skip
         nodes = [ray.get_runtime_context().get_node_id(), *ray.get([other.node.remote() for other in self._others])]
         beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
-        host, port = ray.util.get_node_ip_address(), free_port()
+        host, port = free_address()
         limit_s = job.config.train.hang_timeout_s * SLOW
         joining = [
             other.join.remote(rank, world, host, port, beside[rank], limit_s)
@@ -126,13 +126,6 @@ def join(rank: int, world: int, host: str, port: int, beside: tuple[int, int], l
     )  # fmt: skip
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=limit_s))
     return Group(rank, world, torch.device("cuda" if cuda else "cpu"))
-
-
-def free_port() -> int:
-    """Return a port that is free here."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
 
 
 def _crashed(answer: ray.ObjectRef) -> bool:
