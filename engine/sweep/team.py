@@ -14,14 +14,13 @@ from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.sweep.weights import copier
 from engine.train.group import Group
 from engine.train.job import Job
 from engine.train.loop import Metrics
-from engine.train.trainer import free_address
+from engine.train.rendezvous import meet, open_address
 from engine.train.watchdog import SLOW
 from engine.train.worker import work
 
@@ -50,13 +49,12 @@ class Team:
         ]  # fmt: skip
         nodes = [ray.get_runtime_context().get_node_id(), *ray.get([other.node.remote() for other in self._others])]
         beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
-        host, port = free_address()
+        address = open_address()
         limit_s = job.config.train.hang_timeout_s * SLOW
         joining = [
-            other.join.remote(rank, world, host, port, beside[rank], limit_s)
-            for rank, other in enumerate(self._others, 1)
+            other.join.remote(rank, world, address, beside[rank], limit_s) for rank, other in enumerate(self._others, 1)
         ]
-        self.group = join(0, world, host, port, beside[0], limit_s)
+        self.group = join(0, world, address, beside[0], limit_s)
         ray.get(joining)
 
     def work(self, job: Job, state: list[ray.ObjectRef], report: Callable[[Metrics], None]) -> Metrics:
@@ -116,15 +114,14 @@ def asks(line: Metrics, job: Job) -> bool:
     return line["step"] < job.config.train.max_steps and any(name.startswith("validation_") for name in line)
 
 
-def join(rank: int, world: int, host: str, port: int, beside: tuple[int, int], limit_s: float) -> Group:
+def join(rank: int, world: int, address: tuple[str, int], beside: tuple[int, int], limit_s: float) -> Group:
     """Join the process group of a team; `beside`: which of the ranks on this node this is, and how many they are."""
     cuda = torch.cuda.is_available()
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(beside[1]),
         LOCAL_RANK="0" if cuda else str(beside[0]),  # a rank sees the one GPU that Ray gave it
-        MASTER_ADDR=host, MASTER_PORT=str(port),
     )  # fmt: skip
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=limit_s))
+    meet(rank, world, address, ray.util.get_node_ip_address(), cuda, timedelta(seconds=limit_s))
     return Group(rank, world, torch.device("cuda" if cuda else "cpu"))
 
 

@@ -20,6 +20,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.train.elastic import Elastic
+from engine.train.rendezvous import meet, open_address
 from engine.train.run_folder import RunFolder
 from engine.train.watchdog import DUMP_S, Watcher, end_hung
 
@@ -123,8 +124,8 @@ class Rendezvous(Backend):
     share_cuda_visible_devices = True  # a rank sees its node's devices, so NCCL can use their links
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Find an address on rank 0's node and tell all ranks of it."""
-        host, port = worker_group.execute_single(0, free_address)
+        """Open a port on rank 0's node and tell all ranks of it."""
+        host, port = worker_group.execute_single(0, open_address)
         worker_group.execute(set_address, host, port)
 
 
@@ -137,16 +138,8 @@ class RendezvousConfig(BackendConfig):
         return Rendezvous
 
 
-def free_address() -> tuple[str, int]:
-    """Return this node's address and a port that is free on it."""
-    from ray.train._internal.utils import get_address_and_port
-
-    host, port = get_address_and_port()
-    return host, port
-
-
 def set_address(host: str, port: int) -> None:
-    """Keep rank 0's address where torch looks for it."""
+    """Keep rank 0's address for `join`."""
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
 
 
@@ -154,7 +147,6 @@ def join() -> Any:
     """Join the run's process group: NCCL where Ray gave the rank a GPU, else Gloo. Returns this rank's Group."""
     import ray.train
     import torch
-    import torch.distributed as dist
 
     from engine.train.group import Group
 
@@ -170,5 +162,6 @@ def join() -> Any:
 
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    meet(rank, world, address, ray.util.get_node_ip_address(), device.type == "cuda")
     return Group(rank, world, device)

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.errors import ClusterError
 from cluster.session import connect, resolve
+from tests.ports import listened
 
 JOB = """
 import sys, time
@@ -123,17 +124,6 @@ def test_a_killed_ray_is_told_within_ten_seconds(job, name):
     assert "state-dump" not in job.output
     assert gone(job.started)
     assert not job.folder.exists()
-
-
-def listened(processes: list[psutil.Process]) -> set[str]:
-    """Return the addresses that these processes listen on."""
-    return {
-        c.laddr.ip.removeprefix("::ffff:")
-        for p in processes
-        if p.is_running()
-        for c in p.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN
-    }
 
 
 @pytest.mark.parametrize(

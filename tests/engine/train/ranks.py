@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -45,27 +45,29 @@ def on_ranks(function: Callable[..., None], world: int, *args: object, fresh: bo
     They are forks of a process that has done all imports, which are most of the time of a short job; with `fresh` they
     share nothing, so that their memory can be measured.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     if not fresh:
         os.environ["DS_ACCELERATOR"] = "cpu"  # asked for when DeepSpeed is imported
         multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTS)
-    mp.start_processes(
-        _rank, (world, dict(environment), function, args), nprocs=world, start_method="spawn" if fresh else "forkserver"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        given = (world, dict(environment), f"{folder}/store", function, args)
+        mp.start_processes(_rank, given, nprocs=world, start_method="spawn" if fresh else "forkserver")
 
 
 def _rank(
-    rank: int, world: int, environment: dict[str, str], function: Callable[..., None], args: tuple[object, ...]
+    rank: int,
+    world: int,
+    environment: dict[str, str],
+    store: str,
+    function: Callable[..., None],
+    args: tuple[object, ...],
 ) -> None:
     os.environ.clear()
     os.environ.update(
         environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     function(rank, world, *args)
     dist.destroy_process_group()
     sys.stdout.flush()

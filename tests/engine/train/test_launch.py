@@ -26,6 +26,7 @@ from engine.train.launch import train, worker_resources
 from engine.train.run_folder import RunFolder
 from engine.train.worker import local_group, work
 from tests.engine.train.ranks import run_ranks
+from tests.ports import listened
 
 LONG = {  # a rate at which rounding, which differs between layouts, does not grow to 1e-5 in so many steps
     "train.max_steps": 60, "train.checkpoint_every": 5, "optim.lr": 2e-3,
@@ -65,6 +66,7 @@ class Harm(threading.Thread):
     def __init__(self, run: RunFolder, signals: list[tuple[int, signal.Signals]]) -> None:
         super().__init__(daemon=True)
         self.run_folder, self.signals, self.victims = run, signals, [0]
+        self.listened: set[str] = set()  # addresses that the workers listened on
 
     def run(self) -> None:
         for step, number in self.signals:
@@ -77,6 +79,7 @@ class Harm(threading.Thread):
                     self.run_folder.metrics_file.exists()
                     and self.run_folder.metrics_file.read_bytes().count(b"\n") >= step
                 ):
+                    self.listened |= listened(train_workers())
                     self.victims.append(worker.pid)
                     worker.send_signal(number)
                     break
@@ -118,6 +121,7 @@ def test_a_killed_and_a_stopped_worker_change_nothing(
     config = two_workers(tiny, "killed", max_failures=2, hang_timeout_s=3.0)
     harm = harmed(config, [(12, signal.SIGKILL), (30, signal.SIGSTOP)])
     assert_undisturbed(config, two)
+    assert harm.listened == {"127.0.0.1"}
     run = RunFolder(config.run_dir)
     lines = list(run.metrics())
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-5)
