@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.config import TrainConfig
 from engine.errors import UserError
-from engine.models.build import build, from_config, load, shape_of
+from engine.models.attention import use_blockwise
+from engine.models.build import build, from_config, load, shape_of, stacks_of
 from engine.objectives.contract import Objective
 from engine.train.checkpoint import Checkpoint
 from engine.train.group import Group
@@ -62,6 +64,17 @@ def make_model(job: Job, objective: Objective, checkpoint: Checkpoint | None = N
     if checkpoint:
         fill(model, checkpoint)
     return model
+
+
+def equip(model: Any, train: TrainConfig, device: torch.device, precision: str) -> None:
+    """Give a model what makes its passes smaller or faster: activation checkpointing, attention, compilation."""
+    if train.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    if device.type == "cpu" and precision == "bf16":
+        use_blockwise(model)
+    if train.compile:  # block by block: all of a stack are one piece of code, compiled once
+        for block in (block for blocks in stacks_of(model) for block in blocks):
+            block.compile()
 
 
 @torch.no_grad()

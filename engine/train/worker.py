@@ -17,7 +17,7 @@ from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix
 from engine.data.shards import Split
-from engine.models.build import freeze_layers, stacks_of
+from engine.models.build import freeze_layers
 from engine.objectives.contract import Objective
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
@@ -31,7 +31,7 @@ from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.start import Make, fill, make_model, start_model
+from engine.train.start import Make, equip, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import AVERAGE, DTYPES, Sharded
@@ -118,11 +118,7 @@ def begin(
     flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if sequence.size > 1:
         sequence.attach(model)
-    if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.train.compile:  # block by block: all of a stack are one piece of code, compiled once
-        for block in (block for blocks in stacks_of(model) for block in blocks):
-            block.compile()
+    equip(model, config.train, group.device, precision)
     if config.zero.stage < 3:
         model.to(group.device)
     else:  # weights go there one by one, as they are sharded

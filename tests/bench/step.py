@@ -33,7 +33,7 @@ from engine.train.job import Job
 from engine.train.loop import Run, train_step
 from engine.train.optimizer import parameter_groups
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.start import make_model
+from engine.train.start import equip, make_model
 from engine.train.worker import local_group, measure
 from engine.train.zero import DTYPES, Sharded, deepspeed_config
 from jobs.entry import compose
@@ -66,8 +66,7 @@ def engine_step(job: Job, order: Order, precision: str) -> Callable[[], Any]:
     objective, group = job.objective(), local_group()
     model = make_model(job, objective)
     flops = flops_per_token(model, model.config, job.config.data.sequence_length)
-    if job.config.train.compile:
-        model.compile()
+    equip(model, job.config.train, group.device, precision)
     sharded = Sharded(model, job.config, 1, precision)
     sharded.ensure_moments(0)
     folder = Path(job.config.runs_dir)
