@@ -6,7 +6,7 @@ TorchTrainer, whose worker imports, joins a process group, loads the base weight
 results are equal (the losses are compared). Each is a command in a process of its own, with its own Ray.
 
 Predicted: 6 times the plain pattern at 32 steps a trial, since there each trial starts a controller and a worker (15 s of
-processor time) for 3 s of steps; 0.18 of the steps at 96 a trial with one in four going on after 3, 12 and 48 steps;
+processor time) for 3 s of steps; 0.16 of the steps at 96 a trial with one in four going on after 6 and 24 steps;
 1.0 s a trial, most of it DeepSpeed's `initialize`, the first validation and the last checkpoint.
 """
 
@@ -147,8 +147,8 @@ def main() -> None:
         record(setting="overhead", ours="ours", unit="s", ratio=spent, target=2.0, repeats=7)
 
         # By the loss: of 256 samples as many are named right by several trials, and ties go on.
-        long = [*words[:-2], f"train.max_steps={LONG}", "train.evaluate_every=3", "sweep.metric=loss", "sweep.mode=min"]
-        stopping = ["sweep.scheduler=asha", "sweep.reduction=4", "sweep.grace_steps=3"]
+        long = [*words[:-2], f"train.max_steps={LONG}", "train.evaluate_every=6", "sweep.metric=loss", "sweep.mode=min"]
+        stopping = ["sweep.scheduler=asha", "sweep.reduction=4", "sweep.grace_steps=6"]
         command("sweep", folder, *long, "name=full", "sweep.scheduler=none")
         command("sweep", folder, *long, "name=asha", *stopping)
         full, asha = swept(folder, "full"), swept(folder, "asha")

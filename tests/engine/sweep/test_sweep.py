@@ -208,7 +208,7 @@ def test_a_soup_is_kept_only_if_it_is_better(ray: None, tiny_functions: Config) 
 
 @pytest.fixture
 def killed(tiny_functions: Config) -> tuple[Config, int]:
-    """Start `manta sweep` in a process of its own and kill it, with all its children, once two trials are over."""
+    """Start `manta sweep` in a process of its own and kill it, with all its children, once two trials are over or wait at a rung."""
     from engine.data.prepare import prepare
 
     prepare(tiny_functions)
@@ -239,22 +239,25 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
 
 
 def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -> None:
-    config, over = killed
-    assert 2 <= over < 4
-    before = {
-        file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (config.run_dir / "trials").glob("*/trial.json")
-    }
-    metrics = {file.parent / "metrics.jsonl": (file.parent / "metrics.jsonl").stat().st_mtime_ns for file in before}
+    config, at_rest = killed
+    assert 2 <= at_rest < 4
+    before = {}
+    for file in (config.run_dir / "trials").glob("*/trial.json"):  # over, or waiting at a rung
+        trial = read(file.parent)
+        assert trial is not None
+        before[trial.index] = (file.parent / "metrics.jsonl").read_bytes().splitlines()[: trial.steps]
+        assert len(before[trial.index]) == trial.steps
     result = sweep(config)
     assert len(result.trials) == 4
-    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in before} == before
-    assert {file: file.stat().st_mtime_ns for file in metrics} == metrics
+    for index, lines in before.items():  # with the times at which they were written
+        file = config.run_dir / "trials" / result.trials[index].name / "metrics.jsonl"
+        assert file.read_bytes().splitlines()[: len(lines)] == lines
     space = check_space(config)
     assert [trial.params for trial in result.trials] == launch.make_searcher(
         space, config, ["loss"], ["min"], []
     )._params
-    for file in before:
-        assert read(file.parent) == result.trials[int(file.parent.name[-3:])]
+    for trial in result.trials:
+        assert read(config.run_dir / "trials" / trial.name) == trial
     check_result(config, result)
 
 
