@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import math
@@ -27,6 +28,8 @@ from engine.serve.application import version_of
 from engine.serve.deploy import Endpoint, deploy
 from engine.serve.forward import Apart, Packed, Part
 from engine.serve.generation import Completion, TransformersGenerator
+from engine.serve.replica import Replica
+from engine.serve.requests import CompletionRequest
 from engine.serve.sampling import Sampling
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import EOS, model, requests
@@ -237,6 +240,13 @@ def test_one_in_use_is_not_given_up(tmp_path: Path) -> None:
     assert (len(endless.tokens), endless.reason) == (120, "length")
     assert base.placed_at < endless.ended_at <= other.placed_at
     assert list(run.adapters.loaded) == ["clerk"]
+    adapters = Adapters(copy.deepcopy(model("llama")), run.adapters.known, 2)
+    for name in ("poet", "clerk"):
+        assert adapters.has_room({"", "poet"})
+        adapters.load(name, {"", "poet"})
+    assert not adapters.has_room({"poet", "clerk"})
+    adapters.load("judge", {"poet"})  # which is the one longest out of use
+    assert list(adapters.loaded) == ["poet", "judge"]
 
 
 def test_one_that_was_changed_meanwhile_fails_alone(tmp_path: Path) -> None:
@@ -336,6 +346,24 @@ def test_another_adapter_is_another_version(tiny: Config, bundle: Bundle, tmp_pa
     assert mark() != first
     with pytest.raises(UserError, match="was changed since it was deployed"):
         read("poet", it, bundle.model())
+
+
+def test_a_replica_knows_its_adapters_and_no_others(tiny: Config, bundle: Bundle, tmp_path: Path) -> None:
+    folder = save(tmp_path / "poet", bundle.model(), ("q_proj",), 0)
+    options = version_of("writer", bundle, with_values(tiny, {"serve.adapters": {"poet": str(folder)}}).serve).options
+    threads = torch.get_num_threads()
+    try:
+        replica = Replica(str(bundle.folder), options)
+        assert list(replica.describe()["adapters"]) == ["poet"]
+        # A request that fell to a version on trial, and was asked again of this one.
+        job = CompletionRequest(prompt="x").job() | {"adapter": "clerk"}
+        told = {"error": "there is no adapter 'clerk' here", "param": "model", "status": 404}
+        assert asyncio.run(replica.complete(job)) == told
+        save(folder, bundle.model(), ("q_proj",), 1)
+        with pytest.raises(UserError, match="was changed since it was deployed: deploy it again"):
+            Replica(str(bundle.folder), options)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
