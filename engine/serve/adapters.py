@@ -76,7 +76,7 @@ def refuse_unfit(bundle: Bundle, adapters: Mapping[str, Any]) -> None:
         raise UserError(f"serve.adapters are for bundles that write, and {bundle.folder} is for {task.options.name}")
     for name, folder in adapters.items():
         config, _ = _files(name, Path(folder))
-        told = _parsed(name, config).get("base_model_name_or_path") or ""
+        told = str(_parsed(name, config).get("base_model_name_or_path") or "")
         if (Path(told) / "config.json").is_file() and Bundle.open(told).hash != bundle.hash:
             raise UserError(f"adapter '{name}' was trained on {told}, not on {bundle.folder}: deploy that one with it")
     shape = transformers.AutoConfig.from_pretrained(bundle.folder, local_files_only=True)
@@ -269,14 +269,16 @@ def _pair(
         )
     wide = tuple(layer.weight.shape) if isinstance(layer, Conv1D) else tuple(layer.weight.shape)[::-1]
     down, up = sides.get("A"), sides.get("B")
-    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or not len(down) or len(down) != up.shape[1]:
         raise UserError(f"adapter '{name}': its matrices for {path} don't belong together: save it again with peft")
     if (down.shape[1], up.shape[0]) != wide:
         raise UserError(
             f"adapter '{name}' is for another base: {path} has {wide[0]} inputs and {wide[1]} outputs, "
             f"the adapter {down.shape[1]} and {up.shape[0]}"
         )
-    rank, alpha = down.shape[0], float(config.get("lora_alpha", 8))
+    rank, alpha = len(down), config.get("lora_alpha")
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise UserError(f"adapter '{name}' has lora_alpha={alpha}, which is no number: save it again with peft")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
     return Pair(down.to(**like), (scale * up.float()).to(**like))

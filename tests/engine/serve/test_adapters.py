@@ -296,6 +296,8 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     "kind": (_config(peft_type="IA3"), "is of peft's kind IA3"),
     "dora": (_config(use_dora=True), "has use_dora=True, which is not served"),
     "bias": (_config(bias="all"), "has bias=all, which is not served"),
+    "alpha": (_config(lora_alpha=None), "has lora_alpha=None, which is no number"),
+    "no rank": (_tensors(lambda key, it: (key, it[:0] if "A.weight" in key else it[:, :0])), "don't belong together"),
     "alphas": (_config(alpha_pattern={"q_proj": 3}), "has alpha_pattern="),
     "pissa": (_config(init_lora_weights="pissa"), "init_lora_weights=pissa, which changes the base"),
     "wide": (_tensors(lambda key, it: (key, torch.ones(4, 48) if "q_proj.lora_A" in key else it)), r"is for another base: \S+ has 32 inputs and 32 outputs, the adapter 48 and 32"),
