@@ -87,6 +87,7 @@ class Visit:
     began: float  # on time.perf_counter
     key: Key | None = None
     model: str = ""
+    adapter: str = ""  # of the model
     version: str = ""
     read: int = 0  # tokens
     written: int = 0
@@ -94,6 +95,11 @@ class Visit:
     reserved: int = 0  # tokens of the key's minute
     body: bytes = b""
     prompts: list[str] = field(default_factory=list)  # kept for the log alone
+
+    @property
+    def asked(self) -> str:
+        """The model as the client asks for it."""
+        return f"{self.model}:{self.adapter}" if self.adapter else self.model
 
     @property
     def who(self) -> tuple[str, str, str]:

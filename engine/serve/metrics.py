@@ -23,6 +23,11 @@ REPLICA = {
     "cache_tokens": ("manta_replica_cache_tokens", "tokens that the cache has room for"),
     "steps": ("manta_replica_forwards_total", "forwards run"),
     "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
+    "adapters": ("manta_replica_adapters", "LoRA adapters in memory"),
+    "adapter_loads": (
+        "manta_replica_adapter_loads_total",
+        "adapters loaded: many more than there are, and serve.max_adapters is small",
+    ),
     "reused_tokens": ("manta_replica_reused_tokens_total", "tokens of prompts that were in the cache already"),
 }
 
