@@ -581,6 +581,10 @@ class ServeConfig(Frozen):
     log_prompts: bool = option(
         False, "prompts in <runs_dir>/<name>/logs/access.jsonl too, with e-mail addresses and secrets masked"
     )
+    tracing: Optional[str] = option(
+        None, "OpenTelemetry collector that gets a trace of each request, by OTLP over HTTP: http://localhost:4318; headers, "
+        "sampling and the like by the variables OTEL_*; needs pip install 'manta-train[tracing]'",
+    )  # fmt: skip
     records_dir: Optional[str] = option(
         None, "folder for feedback, and for requests sent with store=true; None: <runs_dir>/<name>/feedback"
     )

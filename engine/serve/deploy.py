@@ -24,6 +24,7 @@ from engine.progress import console
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE
 from engine.serve.rollout import Plan, Version
+from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
 
 ASK_S = 30.0  # for the steward's answers
@@ -56,6 +57,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     """
     for folder in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(folder))
+    if config.serve.tracing:
+        exporter(config.serve.tracing)  # or it is refused here, before anything starts
     settings = of_ingress(config)
     quiet()
     up = running()

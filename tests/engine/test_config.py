@@ -42,6 +42,8 @@ JOBS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf").glob("*
         ({"serve.canary_stages": [0.5, 0.25, 1.0]}, "must be growing shares of the traffic that end with all of it"),
         ({"serve.canary_stages": [0.5]}, "must be growing shares of the traffic that end with all of it"),
         ({"serve.names": "a+b", "bundle": "one"}, "serve.names=a+b is not one name for each of bundle=one"),
+        ({"serve.tracing": "localhost:4318"}, "use http://localhost:4318"),
+        ({"serve.tracing": "http://me:secret@collector"}, "serve.tracing has a password in it"),
         ({"objective.name": "classification", "data.path": "x.jsonl"}, "data.label_column"),
         ({"optim.lrr": 1.0}, "optim.lrr is not an option; did you mean 'optim.lr'?"),
     ],
