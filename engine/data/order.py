@@ -15,14 +15,20 @@ from engine.errors import UserError
 ROUNDS = 8
 U64 = np.uint64
 WRAP = 2**64
+GAMMA = U64(0x9E3779B97F4A7C15)
+MIXING = (U64(30), U64(0xBF58476D1CE4E5B9)), (U64(27), U64(0x94D049BB133111EB))
+LAST_SHIFT = U64(31)
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
     """Mix 64-bit integers (Steele, Lea & Flood 2014; constants of https://prng.di.unimi.it/splitmix64.c)."""
-    z = np.atleast_1d(values).astype(U64) + U64(0x9E3779B97F4A7C15)  # arrays wrap around in silence, scalars don't
-    z = (z ^ (z >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> U64(27))) * U64(0x94D049BB133111EB)
-    return z ^ (z >> U64(31))
+    z = np.atleast_1d(values).astype(U64)  # arrays wrap around in silence, scalars don't
+    z += GAMMA
+    for shift, factor in MIXING:
+        z ^= z >> shift
+        z *= factor
+    z ^= z >> LAST_SHIFT
+    return z
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 The same model (llama_5m), shards, order, batch (16 x 256 tokens), ZeRO stage 1, precision, fused AdamW with clipping, one
 process with all cores. The Trainer logs once, at the end, and reads samples in a process beside it, as its users are told to.
-Predicted for the step: 1.15, and 1.1 where both compile the model. Both run the same model through the same DeepSpeed. The Trainer holds the logits whole, in fp32
-too, and goes over them some six times more than our chunked loss (10 ms each of some 400); its wrappers, callbacks and check
-of the loss for NaN add a few milliseconds. Predicted for the command: 0.95 at 40 steps, as Ray's start is ours alone.
+Predicted for the step: 1.4, compiled or not. The Trainer's attention, two fifths of its step, takes twice as long as ours; it
+holds the logits whole, in fp32 too, and goes over them some six times more than our chunked loss (10 ms each of some 400); its
+wrappers, callbacks and check of the loss for NaN add a few milliseconds. Predicted for the command: 1.0 at 40 steps, as Ray's
+start is ours alone.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
+from engine.models.attention import ATTENTION
 from engine.train.group import Group
 from engine.train.job import Job
-from engine.train.start import held, hollow, lay_down, make_model, start_model, take_up
+from engine.train.start import equip, held, hollow, lay_down, make_model, start_model, take_up
 from tests.engine.objectives.conftest import FAMILIES
 from tests.engine.train.ranks import on_ranks
 
@@ -45,6 +46,16 @@ def test_a_hollow_model_takes_no_memory_and_takes_up_all_of_a_whole_one(
     samples = objective.samples(Split.open(job.data, "train"))
     batch = objective.collate([samples[0] | {"draw": 0}])
     assert float(objective.loss(other.eval(), batch).sum) == float(objective.loss(whole.eval(), batch).sum)
+
+
+def test_only_bf16_on_a_processor_gets_the_attention_by_blocks(tiny: Config) -> None:
+    job = Job(tiny, prepare(tiny))
+    found = {}
+    for device, precision in (("cpu", "bf16"), ("cpu", "fp32"), ("cuda", "bf16")):
+        model = make_model(job, job.objective())
+        equip(model, tiny.train, torch.device(device), precision)
+        found[device, precision] = model.config._attn_implementation
+    assert found == {("cpu", "bf16"): ATTENTION, ("cpu", "fp32"): "sdpa", ("cuda", "bf16"): "sdpa"}
 
 
 def private_bytes() -> int:
