@@ -561,6 +561,10 @@ class ServeConfig(Frozen):
     cache_tokens: Optional[int] = option(
         None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
     )  # fmt: skip
+    speculate: int = option(
+        0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "
+        "texts stay what they are, and come sooner where they repeat or quote", least=0, most=64,
+    )  # fmt: skip
     queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
     batch_wait_s: float = option(
         0.0, "seconds that an input of the other tasks waits for others to share its forward, where none runs: those that "

@@ -99,7 +99,8 @@ class Replica:
         if self.objective.auto_class == "AutoModelForCausalLM":
             self.generator = TransformersGenerator(
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
-                step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens, tell=wake_readers,
+                step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens,
+                speculate=self.options.speculate, tell=wake_readers,
             )  # fmt: skip
         most, wait_s = self.options.max_batch, self.options.batch_wait_s
         self.classified = Together(self._classify, most, wait_s)
