@@ -399,13 +399,13 @@ class SweepConfig(Frozen):
     )
     scheduler: str = option(
         "asha",
-        "asha (Li et al. 2020, https://arxiv.org/abs/1810.05934), hyperband: asha with a bracket for each number of rungs, "
-        "median (Golovin et al. 2017) stop trials early; pbt (Jaderberg et al. 2017), pb2 (Parker-Holder et al. 2020) "
+        "asha (Li et al. 2020, https://arxiv.org/abs/1810.05934): a trial waits at each rung until it is among the best there, "
+        "hyperband: asha with a bracket for each number of rungs; median (Golovin et al. 2017) stops trials early; pbt (Jaderberg et al. 2017), pb2 (Parker-Holder et al. 2020) "
         "change values while models train; none",
         choices=("asha", "hyperband", "median", "pbt", "pb2", "none"),
     )
     grace_steps: Optional[int] = option(
-        None, "steps before a trial may be stopped; None: max_steps / reduction squared", least=1
+        None, "steps that every trial takes, the first rung; None: max_steps / reduction squared", least=1
     )
     reduction: int = option(3, "asha, hyperband, bohb: one in so many goes on at each rung", least=2)
     interval: Optional[int] = option(

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from engine.progress import console
-from engine.sweep.record import Trial, best_first
+from engine.sweep.record import Trial, best_first, standing_best
 
 ROWS = 12  # of the table, at most
 FRESH_S = 0.25  # between two pictures of it
@@ -75,9 +75,9 @@ class Board:
         return f"{trial.name} {trial.state} at step {trial.steps}, {self._metric} {shown(trial.value)}, {params}{why}"
 
     def _standing(self, trials: list[Trial]) -> str:
-        best = best_first(trials, self._mode)
+        best = standing_best(trials, self._mode)
         over, done = sum(trial.over for trial in trials), self._progress(trials)
-        told = f"best {shown(best[0].value)} by {best[0].name}, " if best else ""
+        told = f"best {shown(best.value)} by {best.name}, " if best else ""
         seconds = time.monotonic() - self._began
         left = seconds * (1 - done) / (done - self._at_start) if done > self._at_start >= 0 else math.nan
         return f"{told}{over} of {self._total} over, {seconds:.0f} s" + (f", {left:.0f} s left" if left == left else "")

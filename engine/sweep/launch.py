@@ -20,6 +20,7 @@ from engine.progress import console
 from engine.sweep import winner as winners
 from engine.sweep.bandit import bandit
 from engine.sweep.board import Board
+from engine.sweep.halving import Halving
 from engine.sweep.population import Population, interval, perturb
 from engine.sweep.record import Trial, best_first, from_dict, front
 from engine.sweep.room import Room
@@ -147,6 +148,8 @@ def make_course(
         explore = perturb(space) if config.sweep.scheduler == "pbt" else bandit(space, modes[0])
         return Population(config, folder, metrics, modes[0], space, place, explore), place
     searcher = make_searcher(space, config, metrics, modes, rungs(config))
+    if config.sweep.scheduler in ("asha", "hyperband"):
+        return Halving(config, folder, metrics, searcher, modes[0], place, rungs(config)), place
     return Search(config, folder, metrics, searcher, make_rule(config, modes[0]), place), place
 
 
@@ -188,7 +191,7 @@ def run_trials(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ |= QUIET
     slots, share = trial_share(config, ray.cluster_resources())
-    if isinstance(course, Population):  # a round is a part of the schedule
+    if course.in_parts:
         job = replace(job, config=with_values(job.config, {"schedule.total_steps": config.total_steps}))
     state = [ray.put(start_state(job))]  # once, for every process of every trial; the list keeps it a reference
     trainable = tune.with_resources(

@@ -87,6 +87,8 @@ class State:
 class Population:
     """Members that train in rounds."""
 
+    in_parts = True
+
     def __init__(
         self,
         config: Config,

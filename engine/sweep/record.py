@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "trial.json"
+PAUSED = "paused"  # the state of a trial that waits for others to come as far
 OVER = ("finished", "stopped early", "failed", "refused")
 
 
@@ -24,7 +25,7 @@ class Trial:
     steps: int = 0  # steps that it took
     value: float | None = None  # of the sweep's first metric, at the last report
     others: dict[str, float] = field(default_factory=dict)  # the further metrics, at the last report
-    state: str = "running"  # then one of OVER; refused: no process ever had it
+    state: str = "running"  # or PAUSED; then one of OVER; refused: no process ever had it
     reason: str = ""  # why it failed or was refused
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, metric)
     seconds: float = 0.0  # from its start to its end
@@ -55,7 +56,7 @@ def write(folder: Path, trial: Trial) -> None:
 
 
 def read(folder: Path) -> Trial | None:
-    """Return the record in a trial's folder; None where the trial is not over."""
+    """Return the record in a trial's folder; None where the trial is neither over nor paused."""
     file = folder / RECORD
     return from_dict(json.loads(file.read_text())) if file.exists() else None
 
@@ -71,6 +72,17 @@ def best_first(trials: Iterable[Trial], mode: str) -> list[Trial]:
     return sorted(
         (trial for trial in trials if trial.usable), key=lambda trial: (sign * (trial.value or 0.0), trial.index)
     )
+
+
+def standing_best(trials: Iterable[Trial], mode: str) -> Trial | None:
+    """Return the best of those that came to their end; where none has, of those that came farthest."""
+    known = list(trials)
+    if best := best_first(known, mode):
+        return best[0]
+    waiting = [trial for trial in known if trial.state == PAUSED and trial.value is not None]
+    farthest = [trial for trial in waiting if trial.steps == max(trial.steps for trial in waiting)]
+    sign = 1 if mode == "min" else -1
+    return min(farthest, key=lambda trial: (sign * (trial.value or 0.0), trial.index), default=None)
 
 
 def front(trials: Iterable[Trial], metrics: list[str], modes: list[str]) -> list[Trial]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from engine.config import Config
 from engine.errors import UserError
 from engine.sweep import record
-from engine.sweep.record import Trial
+from engine.sweep.record import PAUSED, Trial
 from engine.sweep.searchers import Searcher
 from engine.sweep.stopping import Rule
 
@@ -22,6 +22,7 @@ class Course(Protocol):
 
     trials: dict[int, Trial]
     total: int  # trials in all
+    in_parts: bool  # whether a task may be a part of a trial, whose schedule is that of the whole
 
     @property
     def done(self) -> bool:
@@ -40,6 +41,8 @@ class Course(Protocol):
 class Search:
     """Independent trials, of which a rule may stop some early."""
 
+    in_parts = False
+
     def __init__(
         self, config: Config, folder: Path, metrics: Sequence[str], searcher: Searcher, rule: Rule, place: Place
     ) -> None:
@@ -56,7 +59,8 @@ class Search:
         found = {}
         for index in range(self.total):
             trial = record.read(self._folder / trial_name(self._config, index))
-            if trial and trial.over and trial.budget == self._config.train.max_steps:
+            kept = trial and (trial.over or (self.in_parts and trial.state == PAUSED))
+            if trial and kept and trial.budget == self._config.train.max_steps:
                 found[index] = trial
                 for step, value in trial.curve:
                     self._rule.stops(index, step, value)
@@ -81,8 +85,17 @@ class Search:
                     trial.state, trial.reason = "refused", str(error)
                     record.write(self._folder / name, trial)
                     continue
-                return {"index": index, "name": name, "params": fitting, "since": 0, "until": steps, "data": str(data)}
+                return self._task(trial, fitting, data)
         return None
+
+    def _task(self, trial: Trial, params: dict[str, Any], data: Path) -> dict[str, Any]:
+        """Return the task of going on with a trial, with values that fit."""
+        return {"index": trial.index, "name": trial.name, "params": params, "since": trial.steps,
+                "until": self._until(trial), "data": str(data)}  # fmt: skip
+
+    def _until(self, trial: Trial) -> int:
+        """Return the step with which the trial's next task ends."""
+        return trial.budget
 
     def report(self, index: int, step: int, figures: dict[str, float], process: int) -> bool:
         """Hear of a validation; return whether the rule stops the trial."""
@@ -97,13 +110,17 @@ class Search:
     def end(self, index: int, reason: str | None) -> None:
         """Note how a trial ended."""
         trial = self.trials[index]
-        trial.state = "failed" if reason is not None else "stopped early" if index in self._stopped else "finished"
+        trial.state = "failed" if reason is not None else self._ended(trial)
         trial.reason = reason or ""
-        trial.seconds = time.monotonic() - self._began[index]
+        trial.seconds += time.monotonic() - self._began[index]
         if self._config.train.keep_best and trial.state == "finished":
             pick = min if self._rule.mode == "min" else max
             trial.value = pick(value for _, value in trial.curve)
         record.write(self._folder / trial.name, trial)
+
+    def _ended(self, trial: Trial) -> str:
+        """Return the state of a trial whose task has ended."""
+        return "stopped early" if trial.index in self._stopped else "finished"
 
 
 def trial_name(config: Config, index: int) -> str:

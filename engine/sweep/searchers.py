@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.config import Config
-from engine.sweep.record import Trial
+from engine.sweep.record import PAUSED, Trial
 from engine.sweep.space import Space, combinations, samples
 
 STARTUP = 10  # trials drawn at random before TPE models anything: Optuna's own choice
@@ -77,7 +77,7 @@ class Tpe:
         known = [value for value in values if value is not None and math.isfinite(value)]
         if trial.state == "finished" and len(known) == len(self._metrics):
             return self._made(trial, states.COMPLETE, values=known)
-        if trial.state == "stopped early" and len(self._metrics) == 1:
+        if trial.state in ("stopped early", PAUSED) and len(self._metrics) == 1:
             return self._made(trial, states.PRUNED, intermediate_values=dict(trial.curve))
         return self._made(trial, states.FAIL)
 
