@@ -297,6 +297,13 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"serve.names={c.serve.names} is not one name for each of bundle={c.bundle or c.tracking.alias}"
         )
+    if c.serve.adapters and "+" in (c.bundle or ""):
+        raise UserError(
+            f"serve.adapters are of one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
+        )
+    for name, folder in c.serve.adapters.items():
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", str(name)) or not isinstance(folder, str):
+            raise UserError(f"serve.adapters.{name}={folder} is no adapter: write NAME: FOLDER, the name of letters, digits, '.', '_', '-'")  # fmt: skip
     learns = c.job in ("pretrain", "finetune", "sweep")  # in the others a bundle says what the objective is
     unlabelled = c.data.source == "files" and c.data.path and not c.data.label_column
     if learns and c.objective.name == "classification" and unlabelled:

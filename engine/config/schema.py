@@ -565,6 +565,11 @@ class ServeConfig(Frozen):
         0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "
         "texts stay what they are, and come sooner where they repeat or quote", least=0, most=64,
     )  # fmt: skip
+    adapters: dict[str, Any] = option(
+        {}, "LoRA adapters on the bundle, NAME: FOLDER in peft's format; a client asks for the model BUNDLE:NAME, and different "
+        "ones share a forward",
+    )  # fmt: skip
+    max_adapters: int = option(16, "adapters in a replica's memory: each is loaded when it is asked for, in the place of the one longest out of use", least=1)  # fmt: skip
     queue_timeout_s: float = option(60.0, "seconds that a completion may wait for a place before it is refused (503)", above=0)  # fmt: skip
     batch_wait_s: float = option(
         0.0, "seconds that an input of the other tasks waits for others to share its forward, where none runs: those that "

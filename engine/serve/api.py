@@ -114,6 +114,17 @@ def _tokens(inputs: Sequence[str | list[int]]) -> int:
     return sum(-(-len(it) // CHARACTERS_PER_TOKEN) if isinstance(it, str) else len(it) for it in inputs)
 
 
+def _ids(about: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Return (model, adapter) by what a client asks for: each model, and each of its adapters; "": none."""
+    found = {f"{name}:{adapter}": (name, adapter) for name, it in about.items() for adapter in it.get("adapters", ())}
+    return found | {name: (name, "") for name in about}
+
+
+def _version(about: dict[str, Any], adapter: str) -> str:
+    """Return what metrics and records call a version: the beginning of its bundle's hash, and an adapter's name."""
+    return f"{about['hash'][:12]}:{adapter}" if adapter else about["hash"][:12]
+
+
 def _told(request_id: str) -> str:
     """Return the request's id that an answer's id holds."""
     for prefix in (ChatForm.prefix, CompletionForm.prefix):
@@ -217,20 +228,14 @@ class Api:
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """List the bundles."""
+        """List the bundles, and their adapters."""
         about = await self._ready()
-        listed = [
-            {
-                "id": name,
-                "object": "model",
-                "created": self.created,
-                "owned_by": "manta",
-                "task": it["task"],
-                "hash": it["hash"],
-                **self.bundles.standing(name),
-            }
-            for name, it in sorted(about.items())
-        ]
+        listed = []
+        for asked, (name, adapter) in sorted(_ids(about).items()):
+            it = about[name]
+            one = {"id": asked, "object": "model", "created": self.created, "owned_by": "manta", "task": it["task"]}
+            own = {"hash": it["adapters"][adapter], "parent": name} if adapter else {"hash": it["hash"]}
+            listed.append(one | own | ({} if adapter else self.bundles.standing(name)))
         return {"object": "list", "data": listed}
 
     @app.get("/v1/replicas")
@@ -263,6 +268,10 @@ class Api:
 
         async def answer(name: str, visit: Visit) -> Response:
             inputs = body.inputs()
+            if visit.adapter:
+                raise ApiError(
+                    400, f"adapters write, and '{name}' embeds without them: ask for model '{name}'", "model"
+                )
             if not self.about[name]["embeds"]:
                 raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
             if len(inputs) > MOST_INPUTS:
@@ -373,11 +382,11 @@ class Api:
 
     async def _generate(self, name: str, visit: Visit, body: Generation, form: Form) -> Response:
         """Have a replica do a job, and give its answer in a form."""
-        job = body.job()
+        job = body.job() | {"adapter": visit.adapter}
         self._check_tokens(name, [list(job["sampling"]["bias"])] if job["sampling"]["bias"] else [], "logit_bias")
         if visit.key:
             job["client"] = f"{visit.key.name} {job['client']}"
-        about = {"id": f"{form.prefix}-{visit.id}", "created": int(time.time()), "model": name}
+        about = {"id": f"{form.prefix}-{visit.id}", "created": int(time.time()), "model": visit.asked}
         if body.stream:
             stream = self.bundles[name].options(stream=True).stream.remote(job)
             head = _checked(await anext(stream))["head"]
@@ -463,11 +472,12 @@ class Api:
         visit: Visit = request.state.visit
         try:
             self.bundles.begin(await _who(request, visit), handed_on(visit.span))
-            visit.model = await self._model(model, task)
-            visit.version = self.about[visit.model]["hash"][:12]
+            visit.model, visit.adapter = await self._model(model, task)
+            visit.version = _version(self.about[visit.model], visit.adapter)
             self._remember(visit)
             response = await answer(visit.model, visit)
-            if visit.version != (answered := self.about[visit.model]["hash"][:12]):  # the one on trial could not
+            answered = _version(self.about[visit.model], visit.adapter)
+            if visit.version != answered:  # the one on trial could not
                 visit.version = answered
                 self._remember(visit)
             response.headers["x-manta-version"] = self.bundles.version(visit.model)["id"]
@@ -481,16 +491,17 @@ class Api:
         if len(self.answered) > REMEMBERED:
             del self.answered[next(iter(self.answered))]
 
-    async def _model(self, model: str | None, task: str | None) -> str:
-        """Return the name of the model that a request means; `task` None: of any. Raises ApiError where there is none."""
+    async def _model(self, model: str | None, task: str | None) -> tuple[str, str]:
+        """Return the model and the adapter that a request means; `task` None: of any. Raises ApiError where there is none."""
         about = await self._ready()
         fitting = [known for known, it in about.items() if task in (None, it["task"])]
-        if model is None and len(fitting) != 1:
+        if not model and len(fitting) != 1:
             raise ApiError(400, f"say which model: {', '.join(fitting) or 'none here does this'}", "model")
-        name = model or fitting[0]
-        if name not in about:
-            there = ", ".join(sorted(about))
-            raise ApiError(404, f"model '{name}' is not served here; there are {there}", "model", "model_not_found")
+        asked, there = model or fitting[0], _ids(about)
+        if asked not in there:
+            told = f"model '{asked}' is not served here; there are {', '.join(sorted(there))}"
+            raise ApiError(404, told, "model", "model_not_found")
+        name, adapter = there[asked]
         if task not in (None, about[name]["task"]):
-            raise ApiError(400, f"model '{name}' does {about[name]['task']}, not {task}", "model")
-        return name
+            raise ApiError(400, f"model '{asked}' does {about[name]['task']}, not {task}", "model")
+        return name, adapter

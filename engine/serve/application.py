@@ -18,6 +18,7 @@ from ray import serve
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
+from engine.serve.adapters import pinned
 from engine.serve.api import Api
 from engine.serve.gate import Access
 from engine.serve.replica import Replica
@@ -45,6 +46,7 @@ def settings_of_ingress(options: ServeConfig) -> dict[str, Any]:
 def version_of(name: str, bundle: Bundle, options: ServeConfig) -> Version:
     """Return the version that a bundle is with these options, served under a name."""
     own = {key: value for key, value in asdict(options).items() if key not in OF_A_CHANGE + OF_THE_INGRESS}
+    own["adapters"] = pinned(options.adapters)
     folder = str(bundle.folder.absolute())
     mark = hashlib.sha256(json.dumps([name, bundle.hash, folder, own], sort_keys=True).encode()).hexdigest()[:12]
     app = f"manta-{re.sub('[^A-Za-z0-9_-]', '-', name)}-{mark}"

@@ -21,6 +21,7 @@ from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.progress import console
+from engine.serve.adapters import refuse_unfit
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE
 from engine.serve.rollout import Plan, Version
@@ -53,10 +54,12 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 
     Where an endpoint is up on this Ray already, it is changed: what it serves under other names stays, and a version that
     a name has goes on until the new one is ready. Raises UserError, and changes nothing, for a port in use, a bundle that
-    was changed, one that doesn't answer as it recorded, and an address beyond loopback without keys.
+    was changed, one that doesn't answer as it recorded, an adapter that isn't for it, and an address beyond loopback
+    without keys.
     """
     for folder in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(folder))
+        refuse_unfit(Bundle.open(folder), config.serve.adapters)
     if config.serve.tracing:
         exporter(config.serve.tracing)  # or it is refused here, before anything starts
     settings = of_ingress(config)

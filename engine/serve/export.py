@@ -14,6 +14,7 @@ from ray.serve.schema import LoggingConfig, ServeDeploySchema
 from engine.bundles.bundle import Bundle
 from engine.config import Config
 from engine.progress import console
+from engine.serve.adapters import refuse_unfit
 from engine.serve.application import ENDPOINT, STEWARD, versions_of
 from engine.serve.deploy import bundles_of, of_ingress, refuse_what_has_no_endpoint, url_of
 
@@ -28,6 +29,7 @@ def export(config: Config) -> int:
     bundles = bundles_of(config)
     for place in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(place))
+        refuse_unfit(Bundle.open(place), config.serve.adapters)
     wanted = serve_config(config, bundles)
     ServeDeploySchema.model_validate(wanted)
     (folder / SERVE).write_text(yaml.safe_dump(wanted, sort_keys=False))

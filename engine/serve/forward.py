@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.serve.adapters import Adapters
+
 ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
 NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
@@ -37,6 +39,7 @@ class Part(NamedTuple):
     past: int  # its tokens in the cache already
     tokens: Sequence[int]  # the next ones
     wanted: int  # of how many of these, from the end, the logits are wanted
+    adapter: str = ""
 
 
 class Forward(Protocol):
@@ -66,13 +69,13 @@ class Packed:
 
     shares = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
         """Set the model's attention to this one; without a step it stays what it was. Raises Unpackable."""
         if not getattr(model, "_supports_attention_backend", False):
             raise Unpackable(f"{type(model).__name__} has an attention of its own")
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
-        self.model = model
+        self.model, self.adapters = model, adapters
         self.before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.device = next(model.parameters()).device
@@ -118,21 +121,23 @@ class Packed:
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Run one forward for all parts: the decoding ones first, by lane, as they lie in the cache."""
         order = sorted(range(len(parts)), key=lambda i: (len(parts[i].tokens) > 1, parts[i].lane))
-        step = Step(self, [parts[i] for i in order])
+        ordered = [parts[i] for i in order]
+        step = Step(self, ordered)
         at, rows = 0, {}
         for i in order:
             at += len(parts[i].tokens)
             rows[i] = range(at - parts[i].wanted, at)
         wanted = [row for i in range(len(parts)) for row in rows[i]]
         everything = wanted == list(range(at))
-        logits_1RV = self.model(
-            input_ids=step.ids_1T,
-            position_ids=step.positions_1T,
-            attention_mask=self._no_mask,
-            use_cache=False,
-            logits_to_keep=0 if everything else torch.tensor(wanted, dtype=torch.int64, device=self.device),
-            lanes=step,
-        ).logits
+        with self.adapters.applied([part.adapter for part in ordered for _ in part.tokens]):
+            logits_1RV = self.model(
+                input_ids=step.ids_1T,
+                position_ids=step.positions_1T,
+                attention_mask=self._no_mask,
+                use_cache=False,
+                logits_to_keep=0 if everything else torch.tensor(wanted, dtype=torch.int64, device=self.device),
+                lanes=step,
+            ).logits
         return logits_1RV[0]
 
     def write(self, layer: int, step: Step, keys_HTD: Tensor, values_HTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,8 +311,8 @@ class Apart:
     shares = False
     token_bytes = 0
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+        self.model, self.adapters = model, adapters
         self.device = next(model.parameters()).device
         self._caches: dict[int, DynamicCache] = {}
 
@@ -326,24 +331,26 @@ class Apart:
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Run a forward for each part."""
         rows = []
-        for lane, past, tokens, wanted in parts:
+        for lane, past, tokens, wanted, adapter in parts:
             if past == 0:
                 self._caches[lane] = DynamicCache(config=self.model.config)  # type: ignore[arg-type]
             elif (over := self._caches[lane].get_seq_length() - past) > 0:  # a step that failed is run again
                 self._caches[lane].crop(-over)
-            output = self.model(
-                input_ids=torch.tensor([tokens], device=self.device),
-                attention_mask=torch.ones((1, past + len(tokens)), dtype=torch.int64, device=self.device),
-                past_key_values=self._caches[lane],
-                use_cache=True,
-            )
+            with self.adapters.applied([adapter] * len(tokens)):
+                output = self.model(
+                    input_ids=torch.tensor([tokens], device=self.device),
+                    attention_mask=torch.ones((1, past + len(tokens)), dtype=torch.int64, device=self.device),
+                    past_key_values=self._caches[lane],
+                    use_cache=True,
+                )
             rows.append(output.logits[0, len(tokens) - wanted :])
         return torch.cat(rows)
 
 
-def make_forward(model: nn.Module) -> Forward:
+def make_forward(model: nn.Module, adapters: Adapters | None = None) -> Forward:
     """Return the quickest way to run a model that gives what the model itself gives."""
+    adapters = adapters or Adapters(model)
     try:
-        return Packed(model)
+        return Packed(model, adapters)
     except Unpackable:
-        return Apart(model)
+        return Apart(model, adapters)

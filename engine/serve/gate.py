@@ -89,6 +89,7 @@ class Visit:
     began: float  # on time.perf_counter
     key: Key | None = None
     model: str = ""
+    adapter: str = ""  # of the model
     version: str = ""
     read: int = 0  # tokens
     written: int = 0
@@ -97,6 +98,11 @@ class Visit:
     body: bytes = b""
     prompts: list[str] = field(default_factory=list)  # kept for the log alone
     span: Span = NO_SPAN
+
+    @property
+    def asked(self) -> str:
+        """The model as the client asks for it."""
+        return f"{self.model}:{self.adapter}" if self.adapter else self.model
 
     @property
     def who(self) -> tuple[str, str, str]:
@@ -184,7 +190,7 @@ class Door:
         visit.span.set_attributes({"manta.request": visit.id, "http.response.status_code": status})
         if visit.model:
             visit.span.set_attributes({
-                "gen_ai.request.model": visit.model, "manta.version": visit.version,
+                "gen_ai.request.model": visit.asked, "manta.version": visit.version,
                 "gen_ai.usage.input_tokens": visit.read, "gen_ai.usage.output_tokens": visit.written,
             })  # fmt: skip
         if status >= 500:

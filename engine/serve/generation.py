@@ -7,6 +7,7 @@ R rows (sequences), V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 import threading
@@ -20,6 +21,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from engine.errors import UserError
+from engine.serve.adapters import Adapters
 from engine.serve.forward import Forward, Part, make_forward
 from engine.serve.sampling import Mask, Sampling, choose
 from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
@@ -28,6 +31,7 @@ from engine.serve.speculation import Draft
 MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
 LOOK_EVERY_S = 0.05  # at the queue, for deadlines
 NOTHING = np.zeros(0, dtype=np.int64)
+LOG = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
@@ -54,6 +58,7 @@ class Completion:
     logprobs: int | None = None  # so many of the likeliest are told with each token; None: none, nor the token's own
     score_prompt: bool = False  # the same for the prompt's tokens
     client: str = ""  # whose turn it takes
+    adapter: str = ""  # "": the base alone
     deadline: float = float("inf")  # on time.monotonic: a place must be free by then
     stepwise: bool = False  # its reader wants to hear of each token, not of the end alone
     reader: Any = None  # whatever its reader knows it by
@@ -139,6 +144,7 @@ class TransformersGenerator:
         cache_tokens: int | None = None,
         speculate: int = 0,
         tell: Callable[[list[Completion]], None] = lambda _: None,
+        adapters: Adapters | None = None,
     ) -> None:
         """Run up to `max_batch` sequences of `positions` tokens together, `step_tokens` in a forward; `max_queue` more wait.
 
@@ -146,7 +152,8 @@ class TransformersGenerator:
         each sequence are guessed ahead, where the forward can go back on them. `tell` is called from the thread, once a
         step, with the completions that have something new for their readers.
         """
-        self.forward: Forward = make_forward(model)
+        self.adapters = adapters or Adapters(model)
+        self.forward: Forward = make_forward(model, self.adapters)
         room = max_batch * positions if cache_tokens is None else cache_tokens
         if cache_tokens is None and self.forward.token_bytes:
             room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // self.forward.token_bytes, 1))
@@ -162,10 +169,12 @@ class TransformersGenerator:
         self.shape = shape_for([], max_batch, room, positions)
         self.forward.shape(self.shape.lanes, self.shape.capacity)
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
+        self._by = [""] * self.shape.lanes  # adapters by which these were read
         self._used = [0] * self.shape.lanes
         self._waiting: FairQueue[Completion] = FairQueue()
         self._work = threading.Condition()
         self._left = False  # somebody was cancelled
+        self._lacks = ""  # adapter that the first of the queue waits for
         self._looked = 0.0  # when the queue was last looked through
         self._news: list[Completion] = []
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
@@ -206,6 +215,7 @@ class TransformersGenerator:
             "waiting": len(self._waiting), "running": len(running), "cached_tokens": held,
             "cache_tokens": self.shape.lanes * self.shape.capacity, "steps": self.steps, "rows": self.rows,
             "reused_tokens": self.reused_tokens, "guessed_tokens": self.guessed_tokens, "right_tokens": self.right_tokens,
+            "adapters": len(self.adapters.loaded), "adapter_loads": self.adapters.loads,
         }  # fmt: skip
 
     @torch.inference_mode()
@@ -216,6 +226,8 @@ class TransformersGenerator:
                     self._work.wait()
                 self._let_go()
                 self._admit()
+            if self._lacks:
+                self._load(self._lacks)
             if self.running:
                 self._step()
             self._tell_news()
@@ -239,15 +251,35 @@ class TransformersGenerator:
                 self._end(completion, "cancelled")
 
     def _admit(self) -> None:
-        """Give lanes to those whose turn it is, until one has to wait."""
+        """Give lanes to those whose turn it is, until one has to wait: for a lane, or for its adapter."""
+        self._lacks = ""
         while turn := self._waiting.first():
             client, completion = turn
+            if completion.adapter and completion.adapter not in self.adapters.loaded:
+                self._lacks = completion.adapter if self.adapters.has_room(self._in_use) else ""
+                return
             if not self._place(completion):
                 return
             self._waiting.start(client, completion.need)
             completion.placed_at = time.monotonic()
             self.reused_tokens += completion.reused
             self.running.append(completion)
+
+    @property
+    def _in_use(self) -> set[str]:
+        return {it.adapter for it in self.running}
+
+    def _load(self, name: str) -> None:
+        """Load an adapter, while others may queue; those that wait for one that can't be loaded are told."""
+        try:
+            self.adapters.load(name, self._in_use)
+        except (UserError, RuntimeError):  # changed or gone since it was deployed; no memory
+            LOG.exception("adapter '%s' can't be loaded", name)
+            with self._work:
+                failed = self._waiting.remove(lambda it: it.adapter == name)
+            for completion in failed:
+                completion.error, completion.reason = f"the adapter '{name}' can't be loaded any more", "error"
+            self._news += failed
 
     def _place(self, completion: Completion) -> bool:
         """Find a lane with room for a completion, and what of its prompt is in the cache; False: not now."""
@@ -261,7 +293,7 @@ class TransformersGenerator:
         prompt = np.asarray(completion.prompt[: 1 if completion.score_prompt else None])
         found: Place | None
         if self.forward.shares:
-            found = place(prompt, self._lanes())
+            found = place(prompt, self._lanes(), completion.adapter)
         else:
             busy = {it.lane for it in self.running}
             free = next(lane for lane in range(self.shape.lanes) if lane not in busy)
@@ -279,12 +311,13 @@ class TransformersGenerator:
         for lane, completion in enumerate(self.running):
             completion.lane = lane
         self.shape, self._held, self._used = shape, [NOTHING] * shape.lanes, [0] * shape.lanes
+        self._by = [""] * shape.lanes
 
     def _lanes(self) -> list[Lane]:
-        lanes = [Lane(held, held, False, used) for held, used in zip(self._held, self._used, strict=True)]
+        lanes = [Lane(it, it, False, used, by) for it, used, by in zip(self._held, self._used, self._by, strict=True)]
         for it in self.running:
             whole = np.asarray([*it.prompt, *it.tokens])
-            lanes[it.lane] = Lane(whole[: it.cached], whole, True, self.steps)
+            lanes[it.lane] = Lane(whole[: it.cached], whole, True, self.steps, it.adapter)
         return lanes
 
     def _step(self) -> None:
@@ -299,7 +332,9 @@ class TransformersGenerator:
                 guessed = self._guess(completion)
                 batch.append(completion)
                 upcoming = [*completion.upcoming(count), *guessed]
-                parts.append(Part(completion.lane, completion.cached, upcoming, wanted + len(guessed)))
+                parts.append(
+                    Part(completion.lane, completion.cached, upcoming, wanted + len(guessed), completion.adapter)
+                )
         self.rows += len(parts)
         try:
             logits_RV = self.forward.run(parts)
@@ -390,6 +425,7 @@ class TransformersGenerator:
         self.running.remove(completion)
         held = np.asarray([*completion.prompt, *completion.tokens])[: completion.cached]
         self._held[completion.lane], self._used[completion.lane] = held, self.steps
+        self._by[completion.lane] = completion.adapter
         with self._work:
             self._waiting.end(completion.client, completion.need - completion.known)
         completion.ended_at = time.monotonic()

@@ -25,6 +25,11 @@ REPLICA = {
     "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
     "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.speculate)"),
     "right_tokens": ("manta_replica_right_tokens_total", "of these, tokens that the model would have written itself"),
+    "adapters": ("manta_replica_adapters", "LoRA adapters in memory"),
+    "adapter_loads": (
+        "manta_replica_adapter_loads_total",
+        "adapters loaded: many more than there are, and serve.max_adapters is small",
+    ),
     "reused_tokens": ("manta_replica_reused_tokens_total", "tokens of prompts that were in the cache already"),
 }
 

@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.objectives.contract import pad_rows
+from engine.serve.adapters import Adapters
 from engine.serve.chat import TemplateError, chat_prompt
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
 from engine.serve.sampling import Mask, Sampling
@@ -101,6 +102,7 @@ class Replica:
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
                 step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens,
                 speculate=self.options.speculate, tell=wake_readers,
+                adapters=Adapters(self.model, self.options.adapters, self.options.max_adapters),
             )  # fmt: skip
         most, wait_s = self.options.max_batch, self.options.batch_wait_s
         self.classified = Together(self._classify, most, wait_s)
@@ -135,6 +137,7 @@ class Replica:
             "vocabulary": getattr(config, "vocab_size", 0),
             "embeds": self.objective.auto_class in EMBEDS,
             "hash": self.bundle.hash,
+            "adapters": {name: it["hash"] for name, it in self.options.adapters.items()},
         }
 
     def figures(self) -> dict[str, Any]:
@@ -206,6 +209,8 @@ class Replica:
     async def _begin(self, job: dict[str, Any]) -> tuple[dict[str, Any], list[Followed]]:
         """Tokenize a job's prompts and queue its completions, `n` of each. Raises Refused."""
         assert self.generator is not None
+        if job["adapter"] not in ("", *self.options.adapters):  # asked of a version on trial, which had it
+            raise Refused(f"there is no adapter '{job['adapter']}' here", "model", status=404)
         tokenizer, stop = self.objective.tokenizer, list(job["stop"])
         if "messages" in job:
             try:
@@ -268,6 +273,7 @@ class Replica:
             prompt, most, Sampling(**job["sampling"]),
             seed=None if job["seed"] is None else job["seed"] + copy,
             logprobs=job["logprobs"], score_prompt=job["echo"] and job["logprobs"] is not None, client=job["client"],
+            adapter=job["adapter"],
             deadline=time.monotonic() + self.options.queue_timeout_s, stepwise=job["stream"] or stops, reader=reader,
         )  # fmt: skip
 

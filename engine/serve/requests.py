@@ -105,7 +105,7 @@ class Generation(Body):
         """Return what a replica needs to know of all its completions."""
         return {
             "n": self.n, "stop": self.stops(), "seed": self.seed, "client": self.user or "", "stream": self.stream,
-            "schema": self.schema_text(),
+            "schema": self.schema_text(), "adapter": "",
             "sampling": {
                 "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
                 "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty,

@@ -105,7 +105,7 @@ class Router:
         """Count a rating of an answer of the version whose bundle's hash begins with `bundle`."""
         if model := self.models.get(name):
             for version in (model["stable"], *([model["trial"]["version"]] if model["trial"] else [])):
-                if bundle and version["hash"].startswith(bundle):
+                if bundle and version["hash"].startswith(bundle.partition(":")[0]):  # after it comes an adapter
                     self._ratings[version["id"]].append(bad)
 
     async def of_each_replica(self, name: str, method: str, timeout_s: float) -> list[Any]:

@@ -105,6 +105,7 @@ class Lane:
     coming: np.ndarray  # those that it will hold once its sequence has read its prompt; the same where none reads
     busy: bool
     used: int  # step of its last use
+    adapter: str = ""  # by which its keys and values were made
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,19 @@ class Place:
     shared: int  # tokens
 
 
-def place(prompt: np.ndarray, lanes: Sequence[Lane]) -> Place | None:
+def place(prompt: np.ndarray, lanes: Sequence[Lane], adapter: str = "") -> Place | None:
     """Return a free lane for a prompt and what of it is in the cache already; None while waiting is better, or needed.
 
-    The last token of a prompt is always read anew, for its logits.
+    The last token of a prompt is always read anew, for its logits. What another adapter read is no use.
     """
     free = [i for i, lane in enumerate(lanes) if not lane.busy]
     if not free:
         return None
     most = len(prompt) - 1
-    shared = [min(common(prompt, lane.held), most) for lane in lanes]
+    shared = [min(common(prompt, lane.held), most) if lane.adapter == adapter else 0 for lane in lanes]
     source = max(range(len(lanes)), key=lambda i: (shared[i], not lanes[i].busy))
-    soon = max((min(common(prompt, lane.coming), most) for lane in lanes if lane.busy), default=0)
+    reading = (lane for lane in lanes if lane.busy and lane.adapter == adapter)
+    soon = max((min(common(prompt, lane.coming), most) for lane in reading), default=0)
     if soon >= shared[source] + WORTH_WAITING:
         return None
     # A lane is taken over where little more than the shared text would be lost, else the one longest out of use.

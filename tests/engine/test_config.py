@@ -44,6 +44,11 @@ JOBS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf").glob("*
         ({"serve.names": "a+b", "bundle": "one"}, "serve.names=a+b is not one name for each of bundle=one"),
         ({"serve.tracing": "localhost:4318"}, "use http://localhost:4318"),
         ({"serve.tracing": "http://me:secret@collector"}, "serve.tracing has a password in it"),
+        (
+            {"serve.adapters": {"x": "f"}, "bundle": "a+b"},
+            "serve.adapters are of one bundle, and bundle=a+b are several",
+        ),
+        ({"serve.adapters": {"x:y": "f"}}, "serve.adapters.x:y=f is no adapter: write NAME: FOLDER"),
         ({"objective.name": "classification", "data.path": "x.jsonl"}, "data.label_column"),
         ({"optim.lrr": 1.0}, "optim.lrr is not an option; did you mean 'optim.lr'?"),
     ],

@@ -105,6 +105,18 @@ def test_a_prompt_finds_its_lane(prompt: list[int], lanes: list[Lane], found: Pl
         assert got == found
 
 
+def test_what_another_adapter_read_is_no_use() -> None:
+    held = np.array([1, 2, 3])
+    lanes = [Lane(held, held, False, 0, "poet"), Lane(EMPTY, EMPTY, False, 0)]
+    prompt = np.array([1, 2, 3, 4])
+    assert place(prompt, lanes, "poet") == Place(0, 0, 3)
+    assert [place(prompt, lanes, other).shared for other in ("", "clerk")] == [0, 0]  # type: ignore[union-attr]
+    coming = np.arange(60)
+    reads = [Lane(EMPTY, coming, True, 0, "poet"), Lane(EMPTY, EMPTY, False, 0)]
+    assert place(coming, reads, "poet") is None  # waits for the one that reads the same
+    assert place(coming, reads, "clerk")
+
+
 def test_common_beginnings() -> None:
     assert common(np.array([1, 2, 3]), np.array([1, 2])) == 2
     assert common(np.array([1, 2, 3]), np.array([1, 5, 3])) == 1
