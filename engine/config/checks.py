@@ -282,6 +282,11 @@ def _check_contradictions(c: Config) -> None:
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "
             f"use serve.max_replicas={c.serve.min_replicas} or more"
         )
+    _check_address("serve.tracing", c.serve.tracing)
+    if c.serve.tracing and not re.match(r"https?://[^/]", c.serve.tracing):
+        raise UserError(
+            f"serve.tracing={c.serve.tracing} is no collector's address: use http://localhost:4318, or the like"
+        )
     stages = c.serve.canary_stages
     if not stages or stages != sorted(set(stages)) or stages[0] <= 0 or stages[-1] != 1:
         raise UserError(

@@ -561,6 +561,10 @@ class ServeConfig(Frozen):
     cache_tokens: Optional[int] = option(
         None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
     )  # fmt: skip
+    speculate: int = option(
+        0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "
+        "texts stay what they are, and come sooner where they repeat or quote", least=0, most=64,
+    )  # fmt: skip
     adapters: dict[str, Any] = option(
         {}, "LoRA adapters on the bundle, NAME: FOLDER in peft's format; a client asks for the model BUNDLE:NAME, and different "
         "ones share a forward",
@@ -586,6 +590,10 @@ class ServeConfig(Frozen):
     log_prompts: bool = option(
         False, "prompts in <runs_dir>/<name>/logs/access.jsonl too, with e-mail addresses and secrets masked"
     )
+    tracing: Optional[str] = option(
+        None, "OpenTelemetry collector that gets a trace of each request, by OTLP over HTTP: http://localhost:4318; headers, "
+        "sampling and the like by the variables OTEL_*; needs pip install 'manta-train[tracing]'",
+    )  # fmt: skip
     records_dir: Optional[str] = option(
         None, "folder for feedback, and for requests sent with store=true; None: <runs_dir>/<name>/feedback"
     )

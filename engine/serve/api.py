@@ -34,6 +34,7 @@ from engine.serve.requests import (
     Generation,
 )
 from engine.serve.router import Router
+from engine.serve.tracing import FIRST_TOKEN, handed_on
 
 MOST_INPUTS = 1024  # of one embeddings request
 CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's limit; what it was is settled afterwards
@@ -418,6 +419,8 @@ class Api:
         try:
             async for message in stream:
                 for event in _checked(message)["events"]:
+                    if not last:
+                        visit.span.add_event(FIRST_TOKEN)
                     index = event["index"]
                     choice = form.delta(event, texts.pop(index, ""), index not in last)
                     last[index] = event
@@ -468,7 +471,7 @@ class Api:
         """Find the model, and answer; what became of it, the gate counts."""
         visit: Visit = request.state.visit
         try:
-            self.bundles.begin(await _who(request, visit))
+            self.bundles.begin(await _who(request, visit), handed_on(visit.span))
             visit.model, visit.adapter = await self._model(model, task)
             visit.version = _version(self.about[visit.model], visit.adapter)
             self._remember(visit)

@@ -25,6 +25,7 @@ from engine.serve.adapters import refuse_unfit
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE
 from engine.serve.rollout import Plan, Version
+from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
 
 ASK_S = 30.0  # for the steward's answers
@@ -59,6 +60,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     for folder in bundles.values():
         refuse_what_has_no_endpoint(Bundle.open(folder))
         refuse_unfit(Bundle.open(folder), config.serve.adapters)
+    if config.serve.tracing:
+        exporter(config.serve.tracing)  # or it is refused here, before anything starts
     settings = of_ingress(config)
     quiet()
     up = running()

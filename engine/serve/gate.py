@@ -24,6 +24,7 @@ from engine.serve.keys import Key, Keys
 from engine.serve.limits import Limits
 from engine.serve.metrics import Metrics
 from engine.serve.refusals import ApiError
+from engine.serve.tracing import NO_SPAN, Span, Tracing, fail, trace_id
 
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # without a key
 OPEN_FOLDER = "/page/"
@@ -46,6 +47,7 @@ class Access:
     records_dir: str = "feedback"
     body_bytes: int = 2**20
     body_timeout_s: float = 30.0
+    tracing: str | None = None  # address of a collector
 
 
 def access_for(config: Config, keys_text: str) -> Access:
@@ -63,7 +65,7 @@ def access_for(config: Config, keys_text: str) -> Access:
     run = config.run_dir.absolute()
     return Access(
         str(config.keys_file), keys_text, tuple(options.origins), str(run / "logs" / "access.jsonl"), options.log_prompts,
-        str(Path(options.records_dir or run / "feedback").absolute()), options.max_body_bytes, options.body_timeout_s,
+        str(Path(options.records_dir or run / "feedback").absolute()), options.max_body_bytes, options.body_timeout_s, options.tracing,
     )  # fmt: skip
 
 
@@ -95,6 +97,7 @@ class Visit:
     reserved: int = 0  # tokens of the key's minute
     body: bytes = b""
     prompts: list[str] = field(default_factory=list)  # kept for the log alone
+    span: Span = NO_SPAN
 
     @property
     def asked(self) -> str:
@@ -121,10 +124,10 @@ class Door:
     """Lets visits in and out."""
 
     def __init__(self, access: Access, metrics: Metrics, paths: set[str]) -> None:
-        """Read the keys; `paths` are told in metrics by their names, all others together. Raises UserError."""
+        """Read the keys; `paths` are told in metrics and traces by their names, all others together. Raises UserError."""
         self.access, self.metrics, self.paths = access, metrics, paths
         self.keys = Keys(Path(access.keys_file) if access.keys_file else None, access.keys_text)
-        self.limits = Limits()
+        self.limits, self.tracing = Limits(), Tracing(access.tracing)
         self.mask = masking(["emails", "secrets"])
         self.log = logging.Logger("manta.access")
         if access.log_file:
@@ -134,10 +137,14 @@ class Door:
 
     def visit(self, scope: Scope) -> Visit:
         """Begin a visit. Its id is the client's X-Request-Id if that can be one, else what Serve's proxy gave it."""
-        asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
         name = asked if REQUEST_ID.fullmatch(asked) else str(uuid.uuid4())
         self.metrics.in_flight.inc()
-        return Visit(name, scope["method"], scope["path"], time.perf_counter())
+        visit = Visit(name, scope["method"], scope["path"], time.perf_counter())
+        if visit.method == "POST":  # the page at / looks at the rest all the time
+            visit.span = self.tracing.request(visit.method, visit.path if visit.path in self.paths else "", headers)
+        return visit
 
     def admit(self, visit: Visit, scope: Scope) -> None:
         """Find the visit's key. Raises ApiError where it needs one and shows none that holds, or asks too often."""
@@ -164,7 +171,7 @@ class Door:
             visit.reserved = tokens
 
     def leave(self, visit: Visit, status: int) -> None:
-        """Settle the tokens, count, and write the line."""
+        """Settle the tokens, count, end the span, and write the line."""
         if visit.key:
             used = visit.read + visit.written
             if status == 499 and not used:  # who leaves before it is known what was used pays what was asked
@@ -174,8 +181,21 @@ class Door:
         self.metrics.in_flight.dec()
         self.metrics.requests.labels(path, *visit.who, status).inc()
         self.metrics.seconds.labels(path, *visit.who).observe(visit.seconds)
+        if visit.span.is_recording():
+            self._end(visit, status)
         if self.access.log_file:
             self.log.info(self._line(visit, status))
+
+    def _end(self, visit: Visit, status: int) -> None:
+        visit.span.set_attributes({"manta.request": visit.id, "http.response.status_code": status})
+        if visit.model:
+            visit.span.set_attributes({
+                "gen_ai.request.model": visit.asked, "manta.version": visit.version,
+                "gen_ai.usage.input_tokens": visit.read, "gen_ai.usage.output_tokens": visit.written,
+            })  # fmt: skip
+        if status >= 500:
+            fail(visit.span, str(status))
+        visit.span.end()
 
     def _wait(self, wait_s: float, limit: str) -> None:
         if wait_s:
@@ -188,6 +208,8 @@ class Door:
             "status": status, "milliseconds": round(1000 * visit.seconds, 2), "key": visit.key_name,
             "model": visit.model, "version": visit.version, "read": visit.read, "written": visit.written,
         }  # fmt: skip
+        if trace := trace_id(visit.span):
+            line["trace"] = trace
         if self.access.log_prompts and visit.prompts:
             assert self.mask
             line["prompts"] = [self.mask(text, Counter())[:PROMPT_CHARACTERS] for text in visit.prompts]

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import psutil
@@ -26,6 +26,7 @@ from engine.serve.adapters import Adapters
 from engine.serve.forward import Forward, Part, make_forward
 from engine.serve.sampling import Mask, Sampling, choose
 from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
+from engine.serve.speculation import Draft
 
 MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
 LOOK_EVERY_S = 0.05  # at the queue, for deadlines
@@ -79,6 +80,7 @@ class Completion:
     lane: int = -1
     cached: int = 0  # its tokens in the cache
     dice: random.Random = field(default_factory=random.Random)
+    draft: Draft = field(default_factory=Draft)
 
     def __post_init__(self) -> None:
         self.dice = random.Random(secrets.randbits(64) if self.seed is None else self.seed)
@@ -98,6 +100,14 @@ class Completion:
         if self.cached < len(self.prompt):
             return self.prompt[self.cached : self.cached + count]
         return self.tokens[self.cached - len(self.prompt) :]
+
+
+class Turn(NamedTuple):
+    """A sequence that gets its next token."""
+
+    completion: Completion
+    row: int  # of the logits
+    guessed: Sequence[int]  # tokens that went through the model after it
 
 
 class Generator(Protocol):
@@ -132,13 +142,15 @@ class TransformersGenerator:
         max_queue: int,
         step_tokens: int,
         cache_tokens: int | None = None,
+        speculate: int = 0,
         tell: Callable[[list[Completion]], None] = lambda _: None,
         adapters: Adapters | None = None,
     ) -> None:
         """Run up to `max_batch` sequences of `positions` tokens together, `step_tokens` in a forward; `max_queue` more wait.
 
-        `cache_tokens` bounds the cache (None: by `max_batch` whole sequences and the free memory). `tell` is called from
-        the thread, once a step, with the completions that have something new for their readers.
+        `cache_tokens` bounds the cache (None: by `max_batch` whole sequences and the free memory). `speculate` tokens of
+        each sequence are guessed ahead, where the forward can go back on them. `tell` is called from the thread, once a
+        step, with the completions that have something new for their readers.
         """
         self.adapters = adapters or Adapters(model)
         self.forward: Forward = make_forward(model, self.adapters)
@@ -148,11 +160,12 @@ class TransformersGenerator:
         self.cache_tokens, self.max_batch, self.max_queue = room, max_batch, max_queue
         self.positions, self.step_tokens, self.tell = positions, step_tokens, tell
         self.limit = min(positions, room)
+        self.speculate = speculate if self.forward.shares else 0
         generation: Any = model.generation_config
         eos = generation.eos_token_id if generation else None
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.running: list[Completion] = []  # the eldest first
-        self.steps = self.rows = self.reused_tokens = 0
+        self.steps = self.rows = self.reused_tokens = self.guessed_tokens = self.right_tokens = 0
         self.shape = shape_for([], max_batch, room, positions)
         self.forward.shape(self.shape.lanes, self.shape.capacity)
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
@@ -201,7 +214,8 @@ class TransformersGenerator:
         return {
             "waiting": len(self._waiting), "running": len(running), "cached_tokens": held,
             "cache_tokens": self.shape.lanes * self.shape.capacity, "steps": self.steps, "rows": self.rows,
-            "reused_tokens": self.reused_tokens, "adapters": len(self.adapters.loaded), "adapter_loads": self.adapters.loads,
+            "reused_tokens": self.reused_tokens, "guessed_tokens": self.guessed_tokens, "right_tokens": self.right_tokens,
+            "adapters": len(self.adapters.loaded), "adapter_loads": self.adapters.loads,
         }  # fmt: skip
 
     @torch.inference_mode()
@@ -315,15 +329,27 @@ class TransformersGenerator:
         for completion, left, count in zip(self.running, pending, counts, strict=True):
             if count:
                 wanted = count if completion.score_prompt and not completion.tokens else int(count == left)
+                guessed = self._guess(completion)
                 batch.append(completion)
-                upcoming = completion.upcoming(count)
-                parts.append(Part(completion.lane, completion.cached, upcoming, wanted, completion.adapter))
+                upcoming = [*completion.upcoming(count), *guessed]
+                parts.append(
+                    Part(completion.lane, completion.cached, upcoming, wanted + len(guessed), completion.adapter)
+                )
         self.rows += len(parts)
         try:
             logits_RV = self.forward.run(parts)
             self._take(batch, parts, logits_RV)
         except Exception:
             self._one_by_one(batch, parts)
+
+    def _guess(self, completion: Completion) -> list[int]:
+        """Return what a sequence that writes may go on with."""
+        most = min(self.speculate, completion.max_tokens - len(completion.tokens) - 1)
+        if not completion.tokens or most < 1:
+            return []
+        guessed = completion.draft.guess(completion.prompt, completion.tokens, most)
+        self.guessed_tokens += len(guessed)
+        return guessed
 
     def _one_by_one(self, batch: Sequence[Completion], parts: Sequence[Part]) -> None:
         """Run a failed step again, part by part: an error is that of one request, and the others go on."""
@@ -337,31 +363,43 @@ class TransformersGenerator:
                 self._end(completion, "error")
 
     def _take(self, batch: Sequence[Completion], parts: Sequence[Part], logits_RV: Tensor) -> None:
-        """Give each sequence whose last token went through its next one, and those that ask their scores."""
-        row, rows, writers = 0, [], []
+        """Give each sequence whose last token went through its next one, more if it was guessed; and scores if asked."""
+        row, turns = 0, []
         for completion, part in zip(batch, parts, strict=True):
-            through = part.past + len(part.tokens)
+            beyond = part.past + len(part.tokens) - completion.known  # tokens guessed, or negative: yet to be read
             if completion.score_prompt and not completion.tokens:
                 self._score_prompt(completion, part, logits_RV[row : row + part.wanted])
             row += part.wanted
-            if through == completion.known and completion.max_tokens:
-                rows.append(row - 1)
-                writers.append(completion)
-        picked: list[int] = []
-        if writers:
-            if len(rows) < len(logits_RV):
-                logits_RV = logits_RV[rows]
-            picked = choose(
-                logits_RV, [it.sampling for it in writers], [it.tokens for it in writers], [it.dice for it in writers],
-                [it.mask for it in writers],
-            )  # fmt: skip
-            self._score(writers, picked, logits_RV)
+            if beyond >= 0 and completion.max_tokens:
+                turns.append(Turn(completion, row - 1 - beyond, part.tokens[len(part.tokens) - beyond :]))
+        picked = self._pick(turns, logits_RV)
         for completion, part in zip(batch, parts, strict=True):
-            completion.cached = part.past + len(part.tokens)
+            completion.cached = min(part.past + len(part.tokens), completion.known)
             if completion.cached == completion.known and not completion.max_tokens:
                 self._end(completion, "length")
-        for completion, token in zip(writers, picked, strict=True):
-            self._took(completion, token)
+        while turns:
+            for turn, token in zip(turns, picked, strict=True):
+                self._took(turn.completion, token)
+            right = [turn for turn, token in zip(turns, picked, strict=True) if turn.guessed[:1] == [token]]
+            turns = [Turn(it.completion, it.row + 1, it.guessed[1:]) for it in right if not it.completion.reason]
+            for turn in turns:
+                turn.completion.cached += 1
+            self.right_tokens += len(right)
+            picked = self._pick(turns, logits_RV)
+
+    def _pick(self, turns: Sequence[Turn], logits_RV: Tensor) -> list[int]:
+        """Choose the next token of each of these sequences, and score it if that is asked."""
+        if not turns:
+            return []
+        writers = [turn.completion for turn in turns]
+        if len(turns) < len(logits_RV):
+            logits_RV = logits_RV[[turn.row for turn in turns]]
+        picked = choose(
+            logits_RV, [it.sampling for it in writers], [it.tokens for it in writers], [it.dice for it in writers],
+            [it.mask for it in writers],
+        )  # fmt: skip
+        self._score(writers, picked, logits_RV)
+        return picked
 
     def _took(self, completion: Completion, token: int) -> None:
         completion.first_at = completion.first_at or time.monotonic()

@@ -23,6 +23,8 @@ REPLICA = {
     "cache_tokens": ("manta_replica_cache_tokens", "tokens that the cache has room for"),
     "steps": ("manta_replica_forwards_total", "forwards run"),
     "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
+    "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.speculate)"),
+    "right_tokens": ("manta_replica_right_tokens_total", "of these, tokens that the model would have written itself"),
     "adapters": ("manta_replica_adapters", "LoRA adapters in memory"),
     "adapter_loads": (
         "manta_replica_adapter_loads_total",

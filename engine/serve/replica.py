@@ -26,6 +26,7 @@ from engine.serve.scaling import TOKENS
 from engine.serve.structure import BadSchema, Structure
 from engine.serve.text import Logprobs, Text
 from engine.serve.together import Together
+from engine.serve.tracing import Trace, Tracing
 
 TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
 EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
@@ -40,6 +41,7 @@ class Refused(Exception):
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
+        self.status = status
         self.told = {"error": message, "param": param, "status": status}
 
 
@@ -81,6 +83,8 @@ class Replica:
         torch.set_num_threads(max(1, round(self.options.cpus_per_replica)))
         self.bundle = Bundle.open(Path(folder))
         self.bundle.verify()
+        about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
+        self.tracing = Tracing(self.options.tracing, about)
         self.objective = self.bundle.objective()
         model = self.bundle.model(PRECISIONS[self.options.precision])
         if self.options.precision == "auto" and not torch.cuda.is_available() and not _cpu_has_bf16():
@@ -96,7 +100,8 @@ class Replica:
         if self.objective.auto_class == "AutoModelForCausalLM":
             self.generator = TransformersGenerator(
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
-                step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens, tell=wake_readers,
+                step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens,
+                speculate=self.options.speculate, tell=wake_readers,
                 adapters=Adapters(self.model, self.options.adapters, self.options.max_adapters),
             )  # fmt: skip
         most, wait_s = self.options.max_batch, self.options.batch_wait_s
@@ -143,9 +148,9 @@ class Replica:
             "steps": self.forwards + load.get("steps", 0), "rows": self.rows + load.get("rows", 0),
         }  # fmt: skip
 
-    async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
+    async def classify(self, texts: list[str], trace: Trace | None = None) -> list[dict[str, Any]]:
         """Classify a request's texts, in batches with those of other requests that come at about the same time."""
-        with self.reads(texts):
+        with self.tracing.work("classify", trace), self.reads(texts):
             return await self.classified(texts)
 
     def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
@@ -154,14 +159,14 @@ class Replica:
         lengths = [len(ids) for ids in self.objective.tokenizer(texts)["input_ids"]]
         return [answer | {"tokens": length} for answer, length in zip(answers, lengths, strict=True)]
 
-    async def embed(self, inputs: list[str | list[int]]) -> list[dict[str, Any]]:
+    async def embed(self, inputs: list[str | list[int]], trace: Trace | None = None) -> list[dict[str, Any]]:
         """Return {"embedding", "tokens"} of each input, or one {"error"}: the mean of the last hidden states, of length 1."""
         ids = [await self._ids(text) for text in inputs]
         longest = max(map(len, ids))
         if longest > self.positions:
             told = f"an input has {longest:,} tokens, over the model's {self.positions:,} positions: use less"
             return [Refused(told, "input").told]
-        with self.reads(ids):
+        with self.tracing.work("embed", trace), self.reads(ids):
             vectors = await self.embedded(ids)
         return [{"embedding": vector, "tokens": len(row)} for vector, row in zip(vectors, ids, strict=True)]
 
@@ -174,26 +179,30 @@ class Replica:
         found: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()
         return found
 
-    async def complete(self, job: dict[str, Any]) -> dict[str, Any]:
+    async def complete(self, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
         """Run a job to its end: {"head", "choices": [{"text", "reason", "tokens", "logprobs"}]}, or {"error", "param", "status"}."""
         try:
-            head, followed = await self._begin(job)
-            choices = [event async for events in self._follow(job, followed) for event in events]
+            with self.tracing.work("complete", trace) as work:
+                head, followed = await self._begin(job)
+                work.completions = [it.completion for it in followed]
+                choices = [event async for events in self._follow(job, followed) for event in events]
             choices.sort(key=lambda choice: choice["index"])
             return {"head": head | self._reused(followed), "choices": choices}
         except Refused as refused:
             return refused.told
 
-    async def stream(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, job: dict[str, Any], trace: Trace | None = None) -> AsyncIterator[dict[str, Any]]:
         """Yield {"head"}, then {"events"} as they come; {"error", "param", "status"} at any time, and nothing after it."""
         try:
-            head, followed = await self._begin(job)
-            told = False
-            async for events in self._follow(job, followed):
-                if not told:
-                    yield {"head": head | self._reused(followed)}
-                told = True
-                yield {"events": events}
+            with self.tracing.work("stream", trace) as work:
+                head, followed = await self._begin(job)
+                work.completions = [it.completion for it in followed]
+                told = False
+                async for events in self._follow(job, followed):
+                    if not told:
+                        yield {"head": head | self._reused(followed)}
+                    told = True
+                    yield {"events": events}
         except Refused as refused:
             yield refused.told
 

@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError
 
 from engine.serve.rollout import chosen, from_plain, likeness, position
 from engine.serve.steward import load
+from engine.serve.tracing import Trace
 
 REPORT_EVERY_S = 0.2
 ASK_S = 5.0  # for what a replica says of itself
@@ -39,6 +40,7 @@ class Asked:
     """One client's request: by its key it falls to a version of each model, and stays with it."""
 
     key: str
+    trace: Trace | None = None  # that replicas go on with
     fallen: dict[str, Version] = field(default_factory=dict)
 
 
@@ -66,9 +68,9 @@ class Router:
         self._copies: set[asyncio.Task[None]] = set()
         self._following = asyncio.get_running_loop().create_task(self._follow())
 
-    def begin(self, key: str) -> None:
-        """Say whose request the present task answers."""
-        _asked.set(Asked(key))
+    def begin(self, key: str, trace: Trace | None = None) -> None:
+        """Say whose request the present task answers, and which trace it belongs to."""
+        _asked.set(Asked(key, trace))
 
     def version(self, name: str) -> Version:
         """Return the version of a model that the present request falls to."""
@@ -147,7 +149,7 @@ class Router:
     async def _tried(self, version: Version, method: str, args: tuple[Any, ...]) -> Any:
         for left in reversed(range(self.tries)):
             try:
-                return await getattr(self.handles[version["app"]], method).remote(*args)
+                return await getattr(self.handles[version["app"]], method).remote(*args, **_trace())
             except RayActorError:
                 if not left:
                     raise
@@ -237,6 +239,12 @@ class Router:
         there = {version["id"] for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version")) if version}  # fmt: skip
         for version in self._gone.keys() - there:
             self._gone.pop(version).set()
+
+
+def _trace() -> dict[str, Trace]:
+    """Return the present request's trace as what a replica is told beside its job; nothing where there is none."""
+    asked = _asked.get()
+    return {"trace": asked.trace} if asked and asked.trace else {}
 
 
 def _put_back(lost: dict[str, list[T]], kept: dict[str, list[T]]) -> None:
@@ -333,7 +341,7 @@ class Stream:
 
     def _begin(self) -> Any:
         handle = self.router.handles[self.version["app"]]
-        return getattr(handle.options(stream=True), self.method).remote(*self.args)
+        return getattr(handle.options(stream=True), self.method).remote(*self.args, **_trace())
 
     async def _again(self, error: Exception) -> bool:
         """Begin anew where nothing was given out and it can help."""

@@ -42,6 +42,8 @@ JOBS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf").glob("*
         ({"serve.canary_stages": [0.5, 0.25, 1.0]}, "must be growing shares of the traffic that end with all of it"),
         ({"serve.canary_stages": [0.5]}, "must be growing shares of the traffic that end with all of it"),
         ({"serve.names": "a+b", "bundle": "one"}, "serve.names=a+b is not one name for each of bundle=one"),
+        ({"serve.tracing": "localhost:4318"}, "use http://localhost:4318"),
+        ({"serve.tracing": "http://me:secret@collector"}, "serve.tracing has a password in it"),
         (
             {"serve.adapters": {"x": "f"}, "bundle": "a+b"},
             "serve.adapters are of one bundle, and bundle=a+b are several",

@@ -184,9 +184,9 @@ def test_users_take_turns() -> None:
     assert order.index("few") <= 2
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom"])
-def test_a_step_that_failed_is_run_again_for_the_others(kind: str) -> None:
-    run = Run(kind)
+@pytest.mark.parametrize(("kind", "speculate"), [("llama", 0), ("llama", 4), ("bloom", 0)])
+def test_a_step_that_failed_is_run_again_for_the_others(kind: str, speculate: int) -> None:
+    run = Run(kind, speculate=speculate)
     asked = requests(kind)[:3]
     good = [Completion(prompt, most) for prompt, most, _ in asked]
     run.generator.submit(good)

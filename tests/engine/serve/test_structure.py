@@ -65,13 +65,14 @@ def test_a_mask_holds_for_its_row(sampling: Sampling) -> None:
     assert logits[0, 0] == 9
 
 
-def test_any_seed_gives_json_of_the_schema(bundle: Bundle) -> None:
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_any_seed_gives_json_of_the_schema(bundle: Bundle, speculate: int) -> None:
     tokenizer = bundle.processor()
     structure = Structure(tokenizer)
     grammar = structure.grammar(json.dumps(SCHEMA))
     ended: queue.Queue[Completion] = queue.Queue()
     generator = TransformersGenerator(
-        bundle.model(), 128, max_batch=4, max_queue=32, step_tokens=64,
+        bundle.model(), 128, max_batch=4, max_queue=32, step_tokens=64, speculate=speculate,
         tell=lambda news: [ended.put(it) for it in news if it.reason],  # type: ignore[func-returns-value]
     )  # fmt: skip
     asked = [Completion([7, 8], 120, Sampling(1.0), seed=i, mask=structure.mask(grammar)) for i in range(6)]

@@ -1,0 +1,98 @@
+"""Guessing ahead changes how many forwards a text takes, and no token, chance or score."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from engine.config import Config, ServeConfig
+from engine.serve.forward import Packed
+from engine.serve.generation import Completion
+from engine.serve.replica import Replica
+from engine.serve.requests import CompletionRequest
+from engine.serve.sampling import Sampling
+from engine.serve.speculation import Draft
+from tests.engine.bundles.making import fresh_bundle
+from tests.engine.serve.test_generation import CONFIGS, Run, requests
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_guessing_ahead_changes_no_token(kind: str) -> None:
+    asked = requests(kind)
+    plain, quick = Run(kind), Run(kind, speculate=4)
+    found = {}
+    for name, run in (("plain", plain), ("quick", quick)):
+        alone = [run.all([Completion(prompt, most)])[0].tokens for prompt, most, _ in asked[:4]]
+        together = run.all([Completion(prompt, most) for prompt, most, _ in asked])
+        found[name] = [*alone, *(it.tokens for it in together)]
+        assert {it.reason for it in together} <= {"stop", "length"}
+    assert found["quick"] == found["plain"] == [right for *_, right in [*asked[:4], *asked]]
+    load = quick.generator.load
+    if isinstance(quick.generator.forward, Packed):
+        assert 0 < load["right_tokens"] <= load["guessed_tokens"]
+        assert load["steps"] < plain.generator.load["steps"]
+    else:
+        assert load["guessed_tokens"] == 0
+
+
+def test_guessing_ahead_changes_no_chance_and_no_score() -> None:
+    dice = random.Random(3)
+    word = [dice.randrange(6, 300) for _ in range(6)]
+    samplings = [
+        Sampling(), Sampling(0.05), Sampling(0.3, top_p=0.9), Sampling(1.0, top_k=5), Sampling(0.2, frequency_penalty=0.5),
+        Sampling(bias={word[0]: 20.0, word[1]: 20.0}),
+    ]  # fmt: skip
+    found = []
+    for speculate in (0, 1, 3, 8):
+        run = Run("llama", speculate=speculate)
+        asked = [Completion(word * 4, 40, sampling, seed=i, logprobs=2) for i, sampling in enumerate(samplings)]
+        found.append([(it.tokens, it.reason, it.scores) for it in run.all(asked)])
+        if speculate:
+            assert run.generator.load["right_tokens"] > 0
+    for other in found[1:]:
+        for (tokens, reason, scores), (right, why, wanted) in zip(other, found[0], strict=True):
+            assert (tokens, reason) == (right, why)
+            assert [it.token for it in scores] == [it.token for it in wanted]
+            assert [it.logprob for it in scores] == pytest.approx([it.logprob for it in wanted], abs=1e-4)
+
+
+def test_a_text_is_guessed_from_itself() -> None:
+    assert Draft().guess([1, 2, 3, 4, 1, 2], [3], 2) == [4, 1]
+    assert Draft().guess([1, 2, 3, 4, 9, 2, 3], [5, 2, 3], 3) == [5, 2]  # what followed last
+    assert Draft().guess([1, 2, 3], [4], 2) == []
+    assert Draft().guess([7], [7, 7], 1) == [7]
+    assert Draft().guess([1], [], 3) == []
+    draft, prompt, written = Draft(), [1, 2, 8, 1], [2]
+    assert draft.guess(prompt, written, 9) == [8, 1]
+    written += [8, 1, 2]
+    assert draft.guess(prompt, written, 9) == [8, 1, 2, 8, 1]  # more after what was right
+    written += [8, 1, 5, 1, 2]
+    assert draft.guess(prompt, written, 9) == [8, 1, 5]  # less where a part was wrong
+
+
+def test_wrong_guesses_become_rare() -> None:
+    draft, written, guesses = Draft(), [1, 2, 1, 2], []
+    for token in range(100, 900):
+        guesses.append(list(draft.guess([], written, 8)))
+        written += [token, 1, 2]
+    assert guesses[0] == [1, 2]
+    assert 10 < sum(map(bool, guesses)) < 20
+    assert max(map(len, guesses[1:])) == 1
+
+
+def test_a_replica_guesses_where_it_is_asked_to(tiny: Config, tmp_path: Path) -> None:
+    bundle = fresh_bundle(tiny, tmp_path / "writer" / "bundle")
+    job = CompletionRequest(prompt="x = 1\ny = 2\n" * 3, max_tokens=60, temperature=0, logprobs=1).job()
+    found, forwards = [], []
+    for speculate in (0, 6):
+        replica = Replica(str(bundle.folder), asdict(ServeConfig(precision="fp32", speculate=speculate)))
+        found.append([it["text"] for it in asyncio.run(replica.complete(job))["choices"]])
+        figures = replica.figures()
+        assert (figures["right_tokens"] > 0) == (speculate > 0)
+        forwards.append(figures["steps"])
+    assert found[0] == found[1]
+    assert forwards[1] < forwards[0]
