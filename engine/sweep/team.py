@@ -20,7 +20,7 @@ from engine.sweep.weights import copier
 from engine.train.group import Group
 from engine.train.job import Job
 from engine.train.loop import Metrics
-from engine.train.rendezvous import meet, open_address
+from engine.train.rendezvous import meet, open_port
 from engine.train.watchdog import SLOW
 from engine.train.worker import work
 
@@ -49,7 +49,7 @@ class Team:
         ]  # fmt: skip
         nodes = [ray.get_runtime_context().get_node_id(), *ray.get([other.node.remote() for other in self._others])]
         beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
-        address = open_address()
+        address = open_port(ray.util.get_node_ip_address())
         limit_s = job.config.train.hang_timeout_s * SLOW
         joining = [
             other.join.remote(rank, world, address, beside[rank], limit_s) for rank, other in enumerate(self._others, 1)

@@ -14,15 +14,8 @@ MEET = timedelta(minutes=30)  # that a rank waits for the others
 _open: dict[tuple[str, int], socket.socket] = {}  # on rank 0's node: opened, and not yet met at
 
 
-def open_address() -> tuple[str, int]:
-    """Open a port on this node's address for `meet`, which rank 0 must call in this process; return both."""
-    import ray.util
-
-    return open_port(ray.util.get_node_ip_address())
-
-
 def open_port(host: str) -> tuple[str, int]:
-    """Open a free port of `host`, an address of this node; return both."""
+    """Open a free port of `host`, an address of this node, for `meet` in this process as rank 0; return both."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.create_server((host, 0), family=family, backlog=BACKLOG)
     address = (host, int(opened.getsockname()[1]))
@@ -35,7 +28,7 @@ def meet(
 ) -> None:
     """Start the process group of `world` ranks, by NCCL or else by Gloo; its collectives may take up to `limit`.
 
-    `address` is what rank 0's `open_address` returned; `here` is this node's own address.
+    `address` is what rank 0's `open_port` returned; `here` is this node's own address.
     """
     import torch.distributed as dist
 

@@ -20,7 +20,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.train.elastic import Elastic
-from engine.train.rendezvous import meet, open_address
+from engine.train.rendezvous import meet, open_port
 from engine.train.run_folder import RunFolder
 from engine.train.watchdog import DUMP_S, Watcher, end_hung
 
@@ -136,6 +136,11 @@ class RendezvousConfig(BackendConfig):
     def backend_cls(self) -> type[Backend]:
         """The backend."""
         return Rendezvous
+
+
+def open_address() -> tuple[str, int]:
+    """Open a port on this node's address, where rank 0 is; return both."""
+    return open_port(ray.util.get_node_ip_address())
 
 
 def set_address(host: str, port: int) -> None:
