@@ -145,6 +145,11 @@ def test_each_row_is_its_merged_model_in_any_company(kind: str, tmp_path: Path) 
     assert {key: it.tokens for key, it in completions.items()} == {
         (name, i): wanted[name][i] for name, i in completions
     }
+    guessing = Run(model(kind), folders, speculate=4)
+    again = {key: Completion(it.prompt, it.max_tokens, adapter=it.adapter) for key, it in completions.items()}
+    guessing.all(list(again.values()))
+    assert {key: it.tokens for key, it in again.items()} == {key: it.tokens for key, it in completions.items()}
+    assert (guessing.generator.guessed_tokens > 0) == (kind != "bloom")
     if kind != "bloom":  # whose sequences run apart
         assert {"", *NAMES} in run.together
     assert run.adapters.loads == 3
