@@ -1,4 +1,4 @@
-"""What a user sees of a sweep: a live table on a terminal, a line for each trial that is over elsewhere."""
+"""What a user sees of a sweep: a live table on a terminal, a line for each trial that is over, or waits, elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from engine.progress import console
-from engine.sweep.record import Trial, best_first, standing_best
+from engine.sweep.record import PAUSED, Trial, best_first, standing_best
 
 ROWS = 12  # of the table, at most
 FRESH_S = 0.25  # between two pictures of it
@@ -25,7 +25,7 @@ class Board:
         """Expect `total` trials of `steps` steps at most."""
         self._total, self._steps, self._metric, self._mode = total, steps, metric, mode
         self._live: Live | None = None
-        self._told: set[int] = set()
+        self._told: set[tuple[int, str, int]] = set()
         self._shown = 0.0
 
     def __enter__(self) -> Board:
@@ -47,8 +47,9 @@ class Board:
                 self._live.update(self.table(known), refresh=True)
             return
         for trial in known:
-            if trial.over and trial.index not in self._told:
-                self._told.add(trial.index)
+            rests = trial.over or trial.state == PAUSED
+            if rests and (trial.index, trial.state, trial.steps) not in self._told:
+                self._told.add((trial.index, trial.state, trial.steps))
                 console.print(f"trial     {self._line(trial)}  ({self._standing(known)})", markup=False)
 
     def table(self, trials: list[Trial]) -> Table:
