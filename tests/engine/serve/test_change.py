@@ -170,12 +170,13 @@ def test_a_bad_canary_is_withdrawn_and_harms_nobody(
 def test_a_shadow_is_compared_and_answers_nobody(
     endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]
 ) -> None:
-    old = standing(endpoint)["version"]
+    before = standing(endpoint)
+    old, answering = before["version"], next(it for it in bundles.values() if it.hash == before["hash"])
     shadow = replace(config, serve__strategy="shadow")
     # The same weights as what answers, under another option: as good as the same.
     same = with_values(shadow, {"serve.step_tokens": 64})
     with load(endpoint.url, ASK | {"stream": False}, clients=2) as noted:
-        deploy(same, {"writer": bundles["two"].folder})
+        deploy(same, {"writer": answering.folder})
         assert follow(["writer"]) == 3
     assert {(it.status, it.version) for it in noted} == {(200, old)}
     told_of = standing(endpoint)["events"][-2]
