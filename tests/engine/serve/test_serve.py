@@ -37,13 +37,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def bundles(tiny: Config, tiny_functions: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    folder = tmp_path_factory.mktemp("served")
+def writer_and_namer(tiny: Config, tiny_functions: Config, folder: Path) -> dict[str, Bundle]:
+    """Make a bundle that writes and one that classifies, of fresh weights."""
     return {
         "writer": fresh_bundle(tiny, folder / "writer" / "bundle"),
         "namer": fresh_bundle(tiny_functions, folder / "namer" / "bundle"),
     }
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny: Config, tiny_functions: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    return writer_and_namer(tiny, tiny_functions, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,7 @@ from engine.serve.metrics import Metrics
 from engine.serve.replica import Refused, Replica
 from engine.serve.requests import CompletionRequest
 from engine.serve.tracing import NO_SPAN, Tracing, handed_on, trace_id
-from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.test_serve import free_port, writer_and_namer
 
 WORD = "zanzibar"  # of the prompts, and of nothing else
 PROMPT = f"import {WORD}\n"
@@ -150,11 +149,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def bundles(tiny: Config, tiny_functions: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    folder = tmp_path_factory.mktemp("traced")
-    return {
-        "writer": fresh_bundle(tiny, folder / "writer" / "bundle"),
-        "namer": fresh_bundle(tiny_functions, folder / "namer" / "bundle"),
-    }
+    return writer_and_namer(tiny, tiny_functions, tmp_path_factory.mktemp("traced"))
 
 
 @pytest.fixture(scope="module")
