@@ -13,13 +13,12 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from rich import box
 from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import Inputs, freeze_layers, transformers_config
+from engine.models.build import Inputs, config_of, freeze_layers, from_config, shape_of
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
 from engine.progress import console
@@ -73,12 +72,7 @@ def plan(config: Config) -> Plan:
             f"use data.sequence_length={positions}"
         )
     with torch.device("meta"):
-        try:
-            model: Any = getattr(transformers, task.auto_class).from_config(shape)
-        except ValueError as error:
-            raise UserError(
-                f"model.type={shape.model_type} has no model for objective={config.objective.name} in transformers: use another of the two"
-            ) from error
+        model: Any = from_config(shape, task.auto_class)
     freeze_layers(model, config.objective.frozen_layers)
     sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
@@ -175,7 +169,7 @@ def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | N
 
 
 def model_shape(config: Config) -> Any:
-    """Return the transformers config of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
+    """Return the model's config, of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
     if config.bundle:
         places = (Path(config.bundle), Path(config.runs_dir) / config.bundle / "bundle")
         folder = next((place for place in places if (place / "config.json").is_file()), None)
@@ -183,9 +177,9 @@ def model_shape(config: Config) -> Any:
             raise UserError(
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return shape_of(folder, config.model, None, {})
     inputs = Inputs(vocab_size=config.model.vocab_size or config.data.vocab_size, image_size=config.data.image_size)
-    return transformers_config(config.model, inputs, {})
+    return config_of(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:

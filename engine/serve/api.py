@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import secrets
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -32,6 +33,7 @@ from engine.serve.requests import (
     EmbeddingRequest,
     Feedback,
     Generation,
+    ImageRequest,
 )
 from engine.serve.router import Router
 from engine.serve.tracing import FIRST_TOKEN, handed_on
@@ -41,7 +43,7 @@ CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's lim
 POLL_S, POLL_TIMEOUT_S = 1.0, 2.0  # how old replicas' figures may be, and how long they may take
 REMEMBERED = 100_000  # requests whose model is known when feedback comes
 REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
-OTHER_FAMILIES = ("/v1/images/generations", "/v1/audio/transcriptions")
+OTHER_FAMILIES = ("/v1/audio/transcriptions",)
 
 app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.", docs_url=None, redoc_url=None)
 app.add_middleware(Gate)
@@ -335,14 +337,44 @@ class Api:
             self.bundles.rated(model, version, body.rating == "down")
         return JSONResponse({"object": "feedback", "request": asked, "model": model or None, "stored": True})
 
-    @app.post("/v1/images/generations", include_in_schema=False)
+    @app.post("/v1/images/generations")
+    async def images(self, request: Request, body: ImageRequest) -> Response:
+        """Make images of what the prompt names: {"created", "data": [{"b64_json": a PNG file}], "seed", "usage"}.
+
+        Image i is that of `seed` + i; without one, the seed that was drawn is told.
+        """
+        await self._some("images", "makes images")
+
+        async def answer(name: str, visit: Visit) -> Response:
+            image = self.about[name]["image"]
+            size = f"{image['side']}x{image['side']}"
+            if body.size not in (None, "auto", size):
+                raise ApiError(400, f"model '{name}' makes images of {size}, not {body.size}: leave size out", "size")
+            self._charge(visit, [body.prompt], body.n * image["tokens"])
+            seed = secrets.randbits(53) if body.seed is None else body.seed  # which JSON numbers hold exactly
+            found = await self.bundles[name].draw.remote(body.prompt, [seed + i for i in range(body.n)])
+            _checked(found[0])
+            self._spend(visit, body.n, body.n * image["tokens"])
+            spent = {
+                "input_tokens": visit.read, "output_tokens": visit.written, "total_tokens": visit.read + visit.written,
+                "input_tokens_details": {"text_tokens": visit.read, "image_tokens": 0},
+            }  # fmt: skip
+            told = {"id": visit.id, "created": int(time.time()), "model": name, "seed": seed, "size": size, "output_format": "png"}  # fmt: skip
+            return JSONResponse(told | {"data": [{"b64_json": it["image"]} for it in found], "usage": spent})
+
+        return await self._answer(request, body.model, "images", answer)
+
     @app.post("/v1/audio/transcriptions", include_in_schema=False)
-    async def other_families(self, request: Request) -> Response:
+    async def transcriptions(self, request: Request) -> Response:
         """Say that no model here does this."""
+        return await self._some("transcription", "hears speech")
+
+    async def _some(self, task: str, what: str) -> Any:
+        """Raise ApiError where no model here does a task."""
         about = await self._ready()
-        what = "makes images" if "images" in request.url.path else "hears speech"
-        there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
-        raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
+        if not any(it["task"] == task for it in about.values()):
+            there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
+            raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
 
     def _check_length(self, tokens: int, param: str) -> None:
         if tokens > self.max_new_tokens:

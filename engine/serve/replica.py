@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
+from engine.errors import UserError
 from engine.objectives.contract import pad_rows
 from engine.serve.adapters import Adapters
 from engine.serve.chat import TemplateError, chat_prompt
@@ -28,8 +29,9 @@ from engine.serve.text import Logprobs, Text
 from engine.serve.together import Together
 from engine.serve.tracing import Trace, Tracing
 
-TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
-EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
+READS = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+TASKS = dict(zip(READS, ("completion", "classification"))) | {"diffusers.DiTTransformer2DModel": "images"}
+EMBEDS = (*READS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHARACTERS_A_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
@@ -107,6 +109,7 @@ class Replica:
         most, wait_s = self.options.max_batch, self.options.batch_wait_s
         self.classified = Together(self._classify, most, wait_s)
         self.embedded = Together(self._embed, most, wait_s)
+        self.drawn = Together(self._draw, most, wait_s)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the tokens that are still to be read and written, of all that is queued and runs here."""
@@ -116,7 +119,12 @@ class Replica:
     @contextlib.contextmanager
     def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
         """Count some inputs as in flight while they are answered."""
-        tokens = sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)
+        with self.busy(sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)):
+            yield
+
+    @contextlib.contextmanager
+    def busy(self, tokens: int) -> Iterator[None]:
+        """Count some tokens as in flight during a block."""
         self.reading += tokens
         try:
             yield
@@ -138,6 +146,7 @@ class Replica:
             "embeds": self.objective.auto_class in EMBEDS,
             "hash": self.bundle.hash,
             "adapters": {name: it["hash"] for name, it in self.options.adapters.items()},
+            "image": self.objective.image_facts(self.model.config),
         }
 
     def figures(self) -> dict[str, Any]:
@@ -178,6 +187,26 @@ class Replica:
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
         found: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()
         return found
+
+    async def draw(self, prompt: str, seeds: list[int], trace: Trace | None = None) -> list[dict[str, Any]]:
+        """Make an image of a prompt from each seed, {"image": a PNG file in base64}, or return one {"error"}."""
+        requests = [{"prompt": prompt, "seed": seed} for seed in seeds]
+        try:
+            self.objective.check_request(requests[0])
+        except UserError as error:
+            return [Refused(str(error), "prompt").told]
+        passes = len(seeds) * self.objective.options.sampling_steps
+        with (
+            self.tracing.work("draw", trace),
+            self.busy(passes * self.objective.image_facts(self.model.config)["tokens"]),
+        ):
+            return await self.drawn(requests)
+
+    def _draw(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        options = self.objective.options
+        self.forwards += options.sampling_steps * -(-len(requests) // options.images_together)
+        self.rows += options.sampling_steps * len(requests)
+        return self.objective.predict(self.model, requests)
 
     async def complete(self, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
         """Run a job to its end: {"head", "choices": [{"text", "reason", "tokens", "logprobs"}]}, or {"error", "param", "status"}."""

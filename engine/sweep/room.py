@@ -72,14 +72,11 @@ class Room:
 def meta_model(config: Config) -> Any:
     """Return the model of a config without any weights, with its frozen layers frozen."""
     import torch
-    import transformers
 
-    from engine.models.build import freeze_layers
+    from engine.models.build import freeze_layers, from_config
     from engine.objectives.contract import objective_class
 
     with torch.device("meta"):
-        model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(
-            model_shape(config)
-        )
+        model = from_config(model_shape(config), objective_class(config.objective.name).auto_class)
     freeze_layers(model, config.objective.frozen_layers)
     return model
