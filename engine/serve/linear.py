@@ -33,7 +33,7 @@ def pack_linear(model: nn.Module) -> nn.Module:
         weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS)
         small = weight_OI.nbytes <= SMALL_BYTES
-        layer.forward = partial(_linear, packed, layer.bias, weight_OI if small else None)  # type: ignore[method-assign]
+        layer.forward = partial(_linear, packed, layer.bias, weight_OI if small else None)  # type: ignore[arg-type,method-assign]
         if not small and users[id(layer.weight)] == 1:
             layer.weight = nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
     return model
