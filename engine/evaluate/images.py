@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def random_features(images_NSSC: np.ndarray) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(key=0))
     kernels = [
         torch.from_numpy(generator.standard_normal((out, into, 5, 5), dtype=np.float32) * np.sqrt(2 / (25 * into)))
-        for into, out in zip(WIDTHS, WIDTHS[1:])
+        for into, out in pairwise(WIDTHS)
     ]
     found = []
     for first in range(0, len(images_NSSC), BATCH):

@@ -29,6 +29,7 @@ def diffusers() -> Any:
         import diffusers
     except ImportError as error:
         raise UserError("making images needs the package diffusers: pip install 'manta-train[diffusion]'") from error
+    diffusers.utils.logging.set_verbosity_error()  # it warns of every change of precision
     return diffusers
 
 

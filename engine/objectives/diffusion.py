@@ -23,7 +23,7 @@ from engine.data.order import splitmix64
 from engine.data.shards import Split
 from engine.errors import UserError, nearest
 from engine.models.denoisers import LABELS, diffusers
-from engine.models.size import Stack, attention_flops, elements, matmul_parameter_count
+from engine.models.size import Stack, attention_flops, elements, matmul_flops, matmul_parameter_count
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Loss, Samples, Scores
 
@@ -75,12 +75,15 @@ class Objective(contract.Objective):
         return [Stack(shape, patches(config))]
 
     def flops(self, model: nn.Module) -> float:
-        """Count 6 a weight: once a token, but those that read timestep and label once an image."""
+        """Count those of a weight once a token, but of those that read timestep and label once an image."""
         (stack,) = self.stacks(model.config)
         once = sum(elements(p) for n, p in model.named_parameters() if ".norm1." in n or n.startswith("proj_out_1"))
         once -= sum(elements(p) for n, p in model.named_parameters() if "embedding_table" in n)
-        attention = attention_flops(stack.config.num_hidden_layers, stack.config.hidden_size, stack.tokens)
-        return 6 * once + stack.tokens * (6 * (matmul_parameter_count(model) - once) + attention)
+        share = once / matmul_parameter_count(model)
+        products = matmul_flops(model) * (share + stack.tokens * (1 - share))
+        return products + stack.tokens * attention_flops(
+            stack.config.num_hidden_layers, stack.config.hidden_size, stack.tokens
+        )
 
     @cached_property
     def scheduler(self) -> Any:
@@ -172,14 +175,14 @@ class Objective(contract.Objective):
         ]
 
     @torch.no_grad()
-    def make(self, model: nn.Module, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+    def make(self, model: Any, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
         """Make an image of each label from each seed: uint8 [B, S, S, 3].
 
         The model sees objective.images_together at a time, always as many: the products of matrices of another size would
         round otherwise.
         """
         together, found = self.options.images_together, []
-        side = model.config["sample_size"]  # type: ignore[index]
+        side = model.config["sample_size"]
         for first in range(0, len(labels), together):
             chosen = [min(i, len(labels) - 1) for i in range(first, first + together)]
             noise_BCSS = torch.stack([noise(seeds[i], side) for i in chosen])

@@ -114,9 +114,9 @@ def test_an_image_is_the_same_alone_and_in_company(family: Callable[..., Config]
     objective, model, _ = made(family("diffusion"))
     stirred(model).eval()
     alone = objective.predict(model, [{"prompt": "red", "seed": 5}])[0]["image"]
-    for company in (1, 3, 4, 6):
+    for company in (1, 5):
         others = [{"prompt": ["blue", "green"][i % 2], "seed": 50 + i} for i in range(company)]
-        for place in range(company + 1):
+        for place in {0, 1, company}:
             requests = [*others[:place], {"prompt": "red", "seed": 5}, *others[place:]]
             found = [answer["image"] for answer in objective.predict(model, requests)]
             assert found[place] == alone
@@ -198,7 +198,8 @@ def test_work_by_hand(family: Callable[..., Config]) -> None:
     tables = layers * 4 * width
     matrices = parameter_count(model) - once - tables
     assert (stack.tokens, objective.image_tokens) == (tokens, tokens)
-    assert objective.flops(model) == 6 * once + tokens * (6 * matrices + 12 * layers * width * tokens)
+    by_hand = 6 * once + tokens * (6 * matrices + 12 * layers * width * tokens)
+    assert objective.flops(model) == pytest.approx(by_hand, rel=1e-12)
 
 
 @pytest.mark.parametrize(
