@@ -343,7 +343,7 @@ class Api:
 
         Image i is that of `seed` + i; without one, the seed that was drawn is told.
         """
-        await self._some("images", "makes images")
+        await self._need("images", "makes images")
 
         async def answer(name: str, visit: Visit) -> Response:
             image = self.about[name]["image"]
@@ -365,14 +365,14 @@ class Api:
         return await self._answer(request, body.model, "images", answer)
 
     @app.post("/v1/audio/transcriptions", include_in_schema=False)
-    async def transcriptions(self, request: Request) -> Response:
+    async def other_families(self) -> None:
         """Say that no model here does this."""
-        return await self._some("transcription", "hears speech")
+        await self._need("transcription", "hears speech")
 
-    async def _some(self, task: str, what: str) -> Any:
-        """Raise ApiError where no model here does a task."""
+    async def _need(self, task: str, what: str) -> None:
+        """Raise ApiError where no model here is for a task; `what` it does."""
         about = await self._ready()
-        if not any(it["task"] == task for it in about.values()):
+        if all(it["task"] != task for it in about.values()):
             there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
             raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
 

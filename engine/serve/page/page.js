@@ -2,7 +2,7 @@
 const at = (id) => document.getElementById(id);
 const LOOK_MS = 2000;
 const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", images: "What to make images of" };
-const FIELDS = { writes: ["chat", "completion"], draws: ["images"], stores: ["chat", "completion", "classification"] };
+const FIELDS = { writes: ["chat", "completion"], draws: ["images"], keeps: ["chat", "completion", "classification"] };
 let models = [];
 let talk = []; // of the chat
 let asking = null; // what the Stop button ends
@@ -182,7 +182,7 @@ async function draw(article, signal) {
   rateable(article, answer.id);
 }
 
-const WAYS = { chat: write, completion: write, classification: classify, images: draw };
+const DOES = { classification: classify, images: draw };
 
 at("ask").onsubmit = async (submit) => {
   submit.preventDefault();
@@ -192,7 +192,7 @@ at("ask").onsubmit = async (submit) => {
   at("send").disabled = true;
   at("stop").disabled = false;
   try {
-    await WAYS[mode()](article, asking.signal);
+    await (DOES[mode()] ?? write)(article, asking.signal);
     if (mode() === "chat") at("text").value = "";
   } catch (error) {
     const stopped = error.name === "AbortError";
