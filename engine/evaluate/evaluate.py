@@ -99,7 +99,7 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     pairs = check_pairs(bundle, model, Path(options.pairs), *settings) if options.pairs else None
     generation = check_generation(bundle, model, options, config.seed) if options.generation else None
     images = None
-    if objective.makes_images and options.images:
+    if options.images and objective.image_facts(model.config):
         images = check_images(bundle, model, split, Split.open(data, "train"), classes, options, config.seed)
     return Evaluation(
         bundle, objective, data, manifest.hash, count(scores), metrics, majority, scores, time.perf_counter() - began,
@@ -259,13 +259,8 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
         if evaluation.generation:
             extras.append(("written: ", evaluation.generation.metrics, evaluation.generation.examples))
         if evaluation.images:
-            extras.append(
-                (
-                    f"images, features of {evaluation.images.features}: ",
-                    evaluation.images.metrics,
-                    evaluation.images.images,
-                )
-            )
+            checked = evaluation.images
+            extras.append((f"images, features of {checked.features}: ", checked.metrics, checked.images))
         for start, metrics, examples in extras:
             for metric, value in metrics.items():
                 table.add_row(name, start + metric, *_cells(value), f"{examples:,}")

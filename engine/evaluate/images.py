@@ -7,6 +7,7 @@ real images, which a good model comes near to, and that of noise. It grows as im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -143,14 +144,14 @@ def random_features(images_NSSC: np.ndarray) -> np.ndarray:
     """
     generator = np.random.Generator(np.random.Philox(key=0))
     kernels = [
-        torch.from_numpy(generator.standard_normal((out, into, 5, 5), dtype=np.float32) * np.sqrt(2 / (25 * into)))
+        torch.from_numpy(generator.standard_normal((out, into, 5, 5), dtype=np.float32) * math.sqrt(2 / (25 * into)))
         for into, out in pairwise(WIDTHS)
     ]
     found = []
     for first in range(0, len(images_NSSC), BATCH):
         seen = torch.from_numpy(images_NSSC[first : first + BATCH]).permute(0, 3, 1, 2).float() / 127.5 - 1
         for kernel in kernels:
-            seen = F.conv2d(seen, kernel.float(), stride=2, padding=2).relu()
+            seen = F.conv2d(seen, kernel, stride=2, padding=2).relu()
         found.append(seen.flatten(2).mean(2))
     return torch.cat(found).double().numpy()
 

@@ -85,7 +85,6 @@ class Objective(ABC):
     served: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
     divisible: ClassVar[bool] = False  # whether ranks may share a sequence: each token's loss and scores add up
-    makes_images: ClassVar[bool] = False  # whether it answers {"prompt", "seed"} with {"image": a PNG file in base64}
     needs: ClassVar[tuple[str, ...]] = ()  # packages that its models need beside transformers
 
     def __init__(
@@ -189,7 +188,10 @@ class Objective(ABC):
         """Raise UserError for a request that `predict` cannot answer."""
 
     def image_facts(self, config: Any) -> dict[str, int]:
-        """Return the side in pixels and the tokens of an image that a model of this config makes; empty where it makes none."""
+        """Return the side in pixels and the tokens of an image that a model of this config makes; empty where it makes none.
+
+        One that does answers {"prompt", "seed"} with {"image": a PNG file in base64}.
+        """
         return {}
 
     @abstractmethod

@@ -40,7 +40,6 @@ class Objective(contract.Objective):
     architectures = ("DiTTransformer2DModel",)
     metric = "loss"
     mode = "min"
-    makes_images = True
     needs = ("diffusers",)
     image_tokens = 1  # until the model is met
 

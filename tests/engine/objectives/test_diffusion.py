@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 
 from engine.bundles.bundle import Bundle
-from engine.config import Config, with_values
+from engine.config import Config, ObjectiveConfig, with_values
 from engine.data.images import from_base64, normalized, png
 from engine.data.prepare import prepare
 from engine.data.shards import Split
@@ -89,25 +89,65 @@ def test_noise_is_a_function_of_the_draw(family: Callable[..., Config]) -> None:
     assert quarters.min() > 440
 
 
-def test_the_bundle_is_plain_diffusers(bundle: Bundle, runs_dir: Path) -> None:
-    """The same image comes of diffusers' own classes, from the folder alone."""
-    objective, request = bundle.objective(), {"prompt": "Green ", "seed": 11}
-    (ours,) = objective.predict(bundle.model(), [request])
+@torch.no_grad()
+def by_diffusers(model: Any, scheduler: Any, options: ObjectiveConfig, label: int, null: int, seed: int) -> np.ndarray:
+    """Make an image by diffusers' classes alone, in as many copies as we have beside each other."""
+    together = options.images_together
+    images = noise(seed, 16).expand(together, -1, -1, -1)
+    labels = torch.tensor([label] * together + [null] * together)
+    scheduler.set_timesteps(options.sampling_steps)
+    for step in scheduler.timesteps:
+        if options.guidance == 1:
+            found = model(images, timestep=step.expand(together), class_labels=labels[:together]).sample
+        else:
+            both = model(torch.cat([images, images]), timestep=step.expand(2 * together), class_labels=labels).sample
+            shown, hidden = both.chunk(2)
+            found = hidden + options.guidance * (shown - hidden)
+        images = scheduler.step(found, step, images).prev_sample
+    return ((images[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def test_the_bundle_is_plain_diffusers(bundle: Bundle) -> None:
+    objective = bundle.objective()
+    (ours,) = objective.predict(bundle.model(), [{"prompt": "Green ", "seed": 11}])
     model = DiTTransformer2DModel.from_pretrained(bundle.folder)
     scheduler = DDIMScheduler.from_pretrained(bundle.folder, subfolder="scheduler")
-    together, null = objective.options.images_together, len(objective.labels)
-    images = noise(11, 16).expand(together, -1, -1, -1)
-    labels = torch.tensor([objective.labels.index("green")] * together + [null] * together)
-    scheduler.set_timesteps(4)
-    with torch.no_grad():
-        for step in scheduler.timesteps:
-            found = model(torch.cat([images, images]), timestep=step.expand(2 * together), class_labels=labels).sample
-            shown, hidden = found.chunk(2)
-            images = scheduler.step(hidden + 1.5 * (shown - hidden), step, images).prev_sample
-    pixels = ((images[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    label, null = objective.labels.index("green"), len(objective.labels)
+    pixels = by_diffusers(model, scheduler, objective.options, label, null, seed=11)
     assert np.array_equal(np.asarray(from_base64(ours["image"])), pixels)
     assert ours["image"] == png(pixels)
     refuse_what_has_no_endpoint(bundle)  # it has one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": 1.0},
+        {"guidance": 4.0, "images_together": 1},
+        {"noise_schedule": "squaredcos_cap_v2", "noise_steps": 50, "sampling_steps": 7, "label_dropout": 0.0},
+    ],
+)
+def test_each_option_does_what_diffusers_does(family: Callable[..., Config], options: dict[str, Any]) -> None:
+    config = family("diffusion", **{f"objective__{name}": value for name, value in options.items()})
+    objective, model, data = made(config)
+    stirred(model).eval()
+    kind = {
+        "num_train_timesteps": config.objective.noise_steps,
+        "beta_schedule": config.objective.noise_schedule,
+    }
+    scheduler = DDIMScheduler(**kind, timestep_spacing="trailing")
+    (ours,) = objective.predict(model, [{"prompt": "blue", "seed": 3}])
+    pixels = by_diffusers(model, scheduler, config.objective, 0, 3, seed=3)
+    assert np.array_equal(np.asarray(from_base64(ours["image"])), pixels)
+
+    samples = objective.samples(Split.open(data, "train"))
+    chosen = [samples[i % 5] | {"draw": i} for i in range(300)]
+    batch = objective.collate(chosen)
+    images = torch.from_numpy(normalized(np.stack([it["pixels"] for it in chosen]), objective.image_processor))
+    noisy = DDPMScheduler(**kind).add_noise(images, batch.targets, batch.inputs["timestep"])
+    assert torch.equal(noisy, batch.inputs["hidden_states"])
+    assert config.objective.noise_steps * 0.9 < batch.inputs["timestep"].max() < config.objective.noise_steps
+    assert (batch.inputs["class_labels"] == 3).any() == (config.objective.label_dropout > 0)
 
 
 def test_an_image_is_the_same_alone_and_in_company(family: Callable[..., Config]) -> None:
