@@ -15,8 +15,9 @@ import httpx
 
 @dataclass
 class Noted:
-    """One request: when it began and ended (seconds, monotonic), its status (0: no answer), the version that answered."""
+    """One request: its user, when it began and ended (seconds, monotonic), its status (0: no answer), who answered."""
 
+    user: str
     began: float
     ended: float
     status: int
@@ -34,12 +35,13 @@ def load(url: str, body: dict[str, Any], clients: int = 3, path: str = "/v1/comp
         with httpx.Client(base_url=url, timeout=90) as client:
             while not over.is_set():
                 began = time.monotonic()
-                user = {"user": f"user {next(numbers)}"} if "completions" in path else {}
+                user = f"user {next(numbers)}"
+                asked = body | ({"user": user} if "completions" in path else {})
                 try:
-                    answer = client.post(path, json=body | user)
-                    found = Noted(began, time.monotonic(), answer.status_code, answer.headers.get("x-manta-version", ""), answer.json())  # fmt: skip
+                    answer = client.post(path, json=asked)
+                    found = Noted(user, began, time.monotonic(), answer.status_code, answer.headers.get("x-manta-version", ""), answer.json())  # fmt: skip
                 except (httpx.HTTPError, ValueError):
-                    found = Noted(began, time.monotonic(), 0, "")
+                    found = Noted(user, began, time.monotonic(), 0, "")
                 noted.append(found)
                 time.sleep(pause_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy, follow, roll_back, told
+from engine.serve.rollout import position
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load
 from tests.engine.serve.test_faults import wait_for
@@ -126,21 +128,23 @@ def test_a_good_canary_takes_over_by_stages(
     endpoint: Endpoint, config: Config, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = standing(endpoint)["version"]
-    canary = replace(config, serve__strategy="canary")
-    with load(endpoint.url, ASK, clients=3) as noted:
+    with load(endpoint.url, ASK, clients=3) as noted:  # by what the old one takes, the new one is judged
         wait_for(lambda: len(noted) > 40)
-        deploy(canary, {"writer": bundles["two"].folder})
-        trial = standing(endpoint)["trial"]
-        assert (trial["hash"], trial["share"]) == (bundles["two"].hash, 0.3)
-        began = time.monotonic()
+    deploy(replace(config, serve__strategy="canary"), {"writer": bundles["two"].folder})
+    trial = standing(endpoint)["trial"]  # it stands until it has answered enough
+    assert (trial["hash"], trial["share"]) == (bundles["two"].hash, 0.3)
+    new = trial["version"]
+    with load(endpoint.url, ASK, clients=3) as noted:
         assert follow(["writer"]) == 0
-        ended = time.monotonic()
     assert {it.status for it in noted} == {200}
-    assert standing(endpoint)["hash"] == bundles["two"].hash
-    new = standing(endpoint)["version"]
-    within = [it.version for it in noted if it.began > began and it.ended < ended]
-    assert 0.1 < within.count(new) / len(within) < 0.6
-    assert set(within) == {old, new}
+    assert (standing(endpoint)["hash"], standing(endpoint)["version"]) == (bundles["two"].hash, new)
+    first = {it.user for it in noted if position(new, it.user) < 0.3}
+    assert {it.version for it in noted if it.user in first} == {new}
+    later = [it for it in noted if it.user not in first]
+    assert {it.version for it in later} <= {old, new}
+    alone = min((it.ended for it in later if it.version == new), default=math.inf)  # at the latest
+    assert max(it.began for it in later if it.version == old) < alone
+    assert sum(it.user in first and it.began < alone for it in noted) >= 15
     said = capsys.readouterr().out
     assert f"writer  canary {new}: 30% of the traffic" in said
     assert f"writer  promoted {new}: " in said
