@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -293,9 +294,10 @@ class Api:
 
         async def answer(name: str, visit: Visit) -> Response:
             pairs = body.pairs()
-            texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-            vectors = dict(zip(texts, await self._embed(name, visit, texts, "text_2"), strict=True))
-            cosines = [sum(a * b for a, b in zip(vectors[one], vectors[other], strict=True)) for one, other in pairs]
+            rows = {text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+            vectors = np.array(await self._embed(name, visit, list(rows), "text_2"))
+            first, second = (vectors[[rows[pair[side]] for pair in pairs]] for side in (0, 1))
+            cosines: list[float] = (first * second).sum(1).tolist()
             data = [{"object": "score", "index": i, "score": it} for i, it in enumerate(cosines)]
             spent = {"prompt_tokens": visit.read, "total_tokens": visit.read}
             return JSONResponse({"id": visit.id, "object": "list", "model": name, "data": data, "usage": spent})
