@@ -74,6 +74,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     from engine.serve.application import ENDPOINT, versions_of
 
     versions = versions_of(bundles, config.serve)
+    if up:
+        told("keep", [it.app for it in versions.values()], config.serve.ready_timeout_s)
     new = {name: it for name, it in versions.items() if not is_running(it.app)}
     refuse_what_cannot_fit(config.serve, len(new), beside=up is not None)
     try:
@@ -393,6 +395,7 @@ def roll_back(config: Config, name: str) -> tuple[str, str]:
         gone, back = model["trial"]["version"]["hash"], model["stable"]["hash"]
     elif model["before"]:
         version = Version(**model["before"][0])
+        told("keep", [version.app], config.serve.ready_timeout_s)
         if not is_running(version.app):  # it was kept warm for a while only
             bring_up({name: version}, config.serve.ready_timeout_s)
         plan = replace(plan_of(config.serve), strategy="replace")
