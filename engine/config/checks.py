@@ -194,6 +194,11 @@ def _check_contradictions(c: Config) -> None:
             f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
             f"use train.micro_batch={c.global_batch} or less"
         )
+    if train.workers > 1 and 0 < (train.gpus_per_worker or 0) < 1:
+        raise UserError(
+            f"train.gpus_per_worker {train.gpus_per_worker:g} would put several of train.workers {train.workers} on one GPU, "
+            "which NCCL refuses: use train.workers=1, or whole GPUs"
+        )
     if train.min_workers and train.min_workers > train.workers:
         raise UserError(
             f"train.min_workers {train.min_workers} is more than train.workers {train.workers}: "
@@ -266,6 +271,13 @@ def _check_contradictions(c: Config) -> None:
     if (c.evaluate.suite == "lm_eval") != bool(c.evaluate.tasks):
         raise UserError(
             "evaluate.suite=lm_eval and evaluate.tasks=[NAME_OR_FILE,...] go together: give both or neither"
+        )
+    _check_address("evaluate.endpoint", c.evaluate.endpoint)
+    if c.evaluate.endpoint and c.evaluate.suite != "lm_eval":
+        raise UserError("evaluate.endpoint is for evaluate.suite=lm_eval: leave it out, or name tasks")
+    if c.evaluate.endpoint and not re.match(r"https?://[^/]", c.evaluate.endpoint):
+        raise UserError(
+            f"evaluate.endpoint={c.evaluate.endpoint} is no address: use http://127.0.0.1:8000, or the like"
         )
     packs = c.data.packing != "end_to_end" or c.data.within_documents
     if packs and c.objective.name not in ("causal_lm", "masked_lm"):

@@ -378,7 +378,9 @@ class TrainConfig(Frozen):
         above=0,
     )  # fmt: skip
     spike_window: int = option(128, "good steps that a loss is judged by; before there are so many, none is", least=2)
-    max_failures: int = option(3, "restarts of the worker group after a lost or hung worker; -1: no end", least=-1)
+    max_failures: int = option(
+        3, "restarts of the worker group after a lost or hung worker; of a sweep's trial, after a lost one; -1: no end", least=-1
+    )  # fmt: skip
     hang_timeout_s: float = option(
         120.0, "seconds without any progress after which a worker is hung and the group restarts; ten times that for "
         "starting up, the first step and the last files", above=0,
@@ -473,6 +475,10 @@ class EvaluateConfig(Frozen):
         choices=("own", "lm_eval"),
     )  # fmt: skip
     tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+    endpoint: Optional[str] = option(
+        None, "suite=lm_eval: ask the endpoint at this address (http://127.0.0.1:8000), which serves the bundle, instead of "
+        "loading it; a key is taken from the variable OPENAI_API_KEY",
+    )  # fmt: skip
 
 
 @dataclass

@@ -51,8 +51,12 @@ class RunFolder:
         self.events = self.logs / "events.log"  # what befell the run: faults, restarts, roll-backs
 
     def tell(self, text: str) -> None:
-        """Note an event, for the person who follows the run."""
+        """Say what befell the run, and note it."""
         print(f"warning: {text}", flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Note an event, for the person who follows the run."""
         with contextlib.suppress(OSError), self.events.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
