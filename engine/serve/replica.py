@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from engine.serve.adapters import Adapters
 from engine.serve.chat import TemplateError, chat_prompt
 from engine.serve.forward import positions
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
+from engine.serve.linear import pack_linear
+from engine.serve.passing import in_passing
 from engine.serve.sampling import Mask, Sampling
 from engine.serve.scaling import TOKENS
 from engine.serve.structure import BadSchema, Structure
@@ -88,7 +92,7 @@ class Replica:
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
         self.tracing = Tracing(self.options.tracing, about)
         self.objective = self.bundle.objective()
-        self.model = loaded(self.bundle, self.options)
+        self.model = in_passing(lambda: loaded(self.bundle, self.options))
         self.positions = positions(self.model.config) or self.objective.sequence_length
         self.writing: set[Completion] = set()
         self.reading = 0  # tokens of the other tasks' inputs, about
@@ -96,17 +100,17 @@ class Replica:
         self.structure: Structure | None = None  # made when it is first asked for
         self.generator: Generator | None = None
         if self.objective.auto_class == "AutoModelForCausalLM":
+            draft = Bundle.open(self.options.draft) if self.options.draft else None
             self.generator = TransformersGenerator(
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
                 step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens,
                 speculate=self.options.speculate,
-                draft=loaded(Bundle.open(self.options.draft), self.options) if self.options.draft else None,
+                draft=in_passing(lambda: loaded(draft, self.options)) if draft else None,
                 compiled=self.options.compile, tell=wake_readers,
                 adapters=Adapters(self.model, self.options.adapters, self.options.max_adapters),
             )  # fmt: skip
-        most, wait_s = self.options.max_batch, self.options.batch_wait_s
-        self.classified = Together(self._classify, most, wait_s)
-        self.embedded = Together(self._embed, most, wait_s)
+        together = partial(Together, most=self.options.max_batch, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
+        self.classified, self.embedded = together(self._classify), together(self._embed)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the tokens that are still to be read and written, of all that is queued and runs here."""
@@ -337,18 +341,20 @@ def loaded(bundle: Bundle, options: ServeConfig) -> nn.Module:
     8-bit weights are made of those that were verified and have answered, and then answer again.
     """
     bundle.verify()
-    has_bf16 = torch.cuda.is_available() or _cpu_has_bf16()
+    has_bf16, smaller = torch.cuda.is_available() or _cpu_has_bf16(), options.quantize == "int8"
     dtype = PRECISIONS[options.precision]
-    if options.precision == "auto" and options.quantize == "int8" and has_bf16:
+    if options.precision == "auto" and smaller and has_bf16:
         dtype = torch.bfloat16
     model = bundle.model(dtype)
     if options.precision == "auto" and not has_bf16:
         model = model.float()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    bundle.replay(model)
-    if options.quantize == "int8":
-        quantize(model)
+    if smaller:
         bundle.replay(model)
+        quantize(model)
+    else:
+        pack_linear(model)
+    bundle.replay(model)
     return model
 
 
