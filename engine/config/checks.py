@@ -317,6 +317,18 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"serve.adapters are of one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
         )
+    if c.serve.draft and not c.serve.speculate:
+        raise UserError(
+            "serve.draft guesses serve.speculate tokens ahead, and that is 0: use serve.speculate=4, or the like"
+        )
+    if c.serve.draft and "+" in (c.bundle or ""):
+        raise UserError(
+            f"serve.draft is for one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
+        )
+    if c.serve.compile and c.serve.adapters:
+        raise UserError(
+            "serve.compile and serve.adapters can't go together, for adapters change from step to step: use one of them"
+        )
     for name, folder in c.serve.adapters.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", str(name)) or not isinstance(folder, str):
             raise UserError(f"serve.adapters.{name}={folder} is no adapter: write NAME: FOLDER, the name of letters, digits, '.', '_', '-'")  # fmt: skip
