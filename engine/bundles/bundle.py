@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from engine.bundles.card import CARD, base_of, check_card, write_card
-from engine.config import ObjectiveConfig
+from engine.config import ObjectiveConfig, group
 from engine.data.packing import Packing
 from engine.data.processor import load_processor
 from engine.errors import UserError
@@ -145,7 +145,7 @@ class Bundle:
             raise UserError(
                 f"{self.folder} was written by another version: objective.{unknown[0]} isn't known to this one"
             )
-        return ObjectiveConfig(**{name: value for name, value in recorded.items() if name in known})
+        return group(ObjectiveConfig, {name: value for name, value in recorded.items() if name in known})
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the model for inference, in its own precision or in `dtype`."""

@@ -238,6 +238,10 @@ def _check_contradictions(c: Config) -> None:
         _check_parameter_group(pattern, changes)
     if train.patience and not train.evaluate_every:
         raise UserError("train.patience counts validations and there are none: say how often with train.evaluate_every")
+    if c.objective.lora.rank and c.objective.frozen_layers:
+        raise UserError("objective.lora keeps all layers as they are: leave out objective.frozen_layers")
+    if c.objective.lora.rank and c.bundle is None and c.job in ("pretrain", "sweep"):
+        raise UserError("objective.lora adapts a trained model: say which with bundle=..., or leave it out")
     if model.max_position_embeddings and c.data.sequence_length > model.max_position_embeddings:
         raise UserError(
             f"sequence length {c.data.sequence_length:,} is over the model's {model.max_position_embeddings:,} positions: "

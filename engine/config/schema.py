@@ -225,6 +225,21 @@ class ModelConfig(Frozen):
 
 
 @dataclass
+class LoraConfig(Frozen):
+    """Low-rank adaptation (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685): `pip install 'manta-train[lora]'`."""
+
+    rank: int = option(
+        0, "finetune: width of the matrices that are trained beside each weight of the blocks, which stay (0: no LoRA)", least=0
+    )  # fmt: skip
+    alpha: Optional[float] = option(None, "what they add is scaled by alpha / rank; None: twice the rank", above=0)
+    dropout: float = option(0.0, "share of a layer's inputs that they don't see in a step", least=0, most=0.9)
+    targets: list[str] = option(
+        [], "which linear layers of the blocks, by the ends of their names: [q_proj,v_proj]; []: all "
+        "(Dettmers et al. 2023, QLoRA: all are needed to match full fine-tuning)",
+    )  # fmt: skip
+
+
+@dataclass
 class ObjectiveConfig(Frozen):
     """What is learnt. One file in engine/objectives/ each."""
 
@@ -236,6 +251,7 @@ class ObjectiveConfig(Frozen):
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
     )
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mask_rate: float = option(
         0.15, "masked_lm: share of the tokens to be predicted (Devlin et al. 2019)", above=0, most=0.9
     )

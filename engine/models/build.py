@@ -166,19 +166,14 @@ def without_warnings() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(told)
 
 
-def freeze_layers(model: nn.Module, layers: int) -> None:
-    """Keep the embeddings and the first `layers` blocks of each stack as they are; 0 freezes nothing."""
-    if layers == 0:
-        return
-    stacks = stacks_of(model)
-    least = min(len(blocks) for blocks in stacks)
-    if layers > least:
-        raise UserError(
-            f"objective.frozen_layers {layers} is more than the model's {least} blocks: use {least} or less"
-        )
-    parts = [m for m in model.modules() if isinstance(m, nn.Embedding) or m.__class__.__name__.endswith("Embeddings")]
-    for part in (*parts, *(block for blocks in stacks for block in blocks[:layers])):
-        part.requires_grad_(False)
+def embedding_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that turn inputs into the first block's: of tokens, positions, patches."""
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) or m.__class__.__name__.endswith("Embeddings")]
+
+
+def block_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of all stacks."""
+    return [block for blocks in stacks_of(model) for block in blocks]
 
 
 def stacks_of(model: nn.Module) -> list[nn.ModuleList]:

@@ -280,5 +280,5 @@ def _pair(
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise UserError(f"adapter '{name}' has lora_alpha={alpha}, which is no number: save it again with peft")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+    like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": next(model.parameters()).device}
     return Pair(down.to(**like), (scale * up.float()).to(**like))

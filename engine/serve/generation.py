@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.serve.adapters import Adapters
 from engine.serve.forward import Forward, Part, make_forward
+from engine.serve.passing import in_passing
 from engine.serve.sampling import Mask, Sampling, choose
 from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
 from engine.serve.speculation import Draft
@@ -153,7 +154,7 @@ class TransformersGenerator:
         step, with the completions that have something new for their readers.
         """
         self.adapters = adapters or Adapters(model)
-        self.forward: Forward = make_forward(model, self.adapters)
+        self.forward: Forward = in_passing(lambda: make_forward(model, self.adapters))
         room = max_batch * positions if cache_tokens is None else cache_tokens
         if cache_tokens is None and self.forward.token_bytes:
             room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // self.forward.token_bytes, 1))
@@ -167,7 +168,7 @@ class TransformersGenerator:
         self.running: list[Completion] = []  # the eldest first
         self.steps = self.rows = self.reused_tokens = self.guessed_tokens = self.right_tokens = 0
         self.shape = shape_for([], max_batch, room, positions)
-        self.forward.shape(self.shape.lanes, self.shape.capacity)
+        in_passing(lambda: self.forward.shape(self.shape.lanes, self.shape.capacity))
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
         self._by = [""] * self.shape.lanes  # adapters by which these were read
         self._used = [0] * self.shape.lanes

@@ -7,7 +7,9 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from torch import nn
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
@@ -24,6 +27,8 @@ from engine.objectives.contract import pad_rows
 from engine.serve.adapters import Adapters
 from engine.serve.chat import TemplateError, chat_prompt
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
+from engine.serve.linear import pack_linear
+from engine.serve.passing import in_passing
 from engine.serve.sampling import Mask, Sampling
 from engine.serve.scaling import TOKENS
 from engine.serve.structure import BadSchema, Structure
@@ -97,11 +102,7 @@ class Replica:
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
         self.tracing = Tracing(self.options.tracing, about)
         self.objective = self.bundle.objective()
-        model = self.bundle.model(PRECISIONS[self.options.precision])
-        if self.options.precision == "auto" and not torch.cuda.is_available() and not _cpu_has_bf16():
-            model = model.float()
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.bundle.replay(self.model)
+        self.model: Any = in_passing(self._load)
         self.positions = positions(self.model.config) or self.objective.sequence_length
         self.writing: set[Completion] = set()
         self.reading = 0  # tokens of the other tasks' inputs, about
@@ -115,10 +116,18 @@ class Replica:
                 speculate=self.options.speculate, tell=wake_readers,
                 adapters=Adapters(self.model, self.options.adapters, self.options.max_adapters),
             )  # fmt: skip
-        most, wait_s = self.options.max_batch, self.options.batch_wait_s
-        self.classified = Together(self._classify, most, wait_s)
-        self.embedded = Together(self._embed, most, wait_s)
-        self.transcribed = Together(self._transcribe, most, wait_s)
+        together = partial(Together, most=self.options.max_batch, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
+        self.classified, self.embedded = together(self._classify), together(self._embed)
+        self.transcribed = together(self._transcribe)
+
+    def _load(self) -> nn.Module:
+        """Return the model, where it will answer, after it has answered as recorded. Raises UserError if it doesn't."""
+        model = self.bundle.model(PRECISIONS[self.options.precision])
+        if self.options.precision == "auto" and not torch.cuda.is_available() and not _cpu_has_bf16():
+            model = model.float()
+        model = pack_linear(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+        self.bundle.replay(model)
+        return model
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the tokens that are still to be read and written, of all that is queued and runs here."""

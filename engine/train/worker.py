@@ -17,7 +17,7 @@ from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix
 from engine.data.shards import Split
-from engine.models.build import freeze_layers
+from engine.models.lora import merge_lora, write_adapter
 from engine.objectives.contract import Objective
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
@@ -47,7 +47,7 @@ def work(
     """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
 
     `listen` hears this rank's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
-    once; `make` makes the start state in another way than `make_model`. The process group must be up where there are
+    once; `make` makes the start state in another way than `fresh`. The process group must be up where there are
     several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
@@ -113,7 +113,6 @@ def begin(
     config = job.config
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
     model = start_model(job, objective, group, checkpoint, make)
-    freeze_layers(model, config.objective.frozen_layers)
     objective.meet(model.config)
     flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if sequence.size > 1:
@@ -189,6 +188,14 @@ def export(
 
     model = make_model(job, objective)
     fill(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
+    if job.config.objective.lora.rank:
+        write_adapter(
+            model,
+            job.config.objective.lora,
+            str(job.start),
+            (folder or job.config.run_dir / "bundle").with_name("adapter"),
+        )
+        merge_lora(model)
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
