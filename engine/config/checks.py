@@ -22,6 +22,7 @@ def check(config: Config) -> None:
         _check_range(key, f, value)
     _check_sources(config.data)
     _check_images(config.data)
+    _check_speech(config.data)
     _check_contradictions(config)
 
 
@@ -127,6 +128,26 @@ def _check_images(data: DataConfig) -> None:
         raise UserError(
             f"data.sentinel_tokens {data.sentinel_tokens} leave too few of data.vocab_size {data.vocab_size} for text: "
             f"use data.vocab_size={data.sentinel_tokens + 300} or more"
+        )
+
+
+def _check_speech(data: DataConfig) -> None:
+    """Check the options of speech."""
+    if not data.audio_column:
+        return
+    if data.image_column:
+        raise UserError("data.audio_column and data.image_column say two kinds of data: use one of them")
+    if data.source != "files" or data.sources:
+        raise UserError("data.audio_column is for sounds in files of your own: use data.source=files and data.path=...")
+    if data.label_column:
+        raise UserError(
+            f"data.label_column={data.label_column} names classes, and speech is learnt from its words: leave it out, and say "
+            "which column has these with data.text_column=..."
+        )
+    if data.mask or data.filter or data.quality or data.languages:
+        raise UserError(
+            "data.mask, data.filter, data.quality and data.languages change or choose texts, not what is said: leave them out "
+            "with data.audio_column"
         )
 
 

@@ -357,14 +357,7 @@ def serve_until_stopped(config: Config) -> int:
         return follow(list(bundles)) if not config.serve.detach else 0
     console.print(f"serving {', '.join(bundles)} at {endpoint.url} (interface: {endpoint.url}/docs)")
     for name, it in told("state")["models"].items():
-        path, body = (
-            ("classify", {"input": "some text"})
-            if it["stable"]["about"]["task"] == "classification"
-            else ("completions", {"prompt": "def "})
-        )
-        console.print(
-            f"curl {endpoint.url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
-        )
+        console.print(f"curl {endpoint.url}/v1/{example(name, it['stable']['about']['task'])}")
     if config.serve.detach:
         console.print("it stays up: `manta cluster down` ends it")
         return 0
@@ -374,6 +367,16 @@ def serve_until_stopped(config: Config) -> int:
             time.sleep(3600)
     finally:
         endpoint.stop()
+
+
+def example(name: str, task: str) -> str:
+    """Return the path of a request to a model, and curl's options for it."""
+    if task == "transcription":
+        return f"audio/transcriptions -F model={name} -F file=@speech.wav"
+    path, body = (
+        ("classify", {"input": "some text"}) if task == "classification" else ("completions", {"prompt": "def "})
+    )
+    return f"{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
 
 
 def follow(names: Sequence[str]) -> int:
