@@ -1,19 +1,20 @@
 // The page at /: asks the endpoint as any client would, and shows what comes and how fast.
 const at = (id) => document.getElementById(id);
 const LOOK_MS = 2000;
-const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", images: "What to make images of" };
+const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", transcription: "Audio file to write down", images: "What to make images of" };
 const FIELDS = { writes: ["chat", "completion"], draws: ["images"], keeps: ["chat", "completion", "classification"] };
 let models = [];
 let talk = []; // of the chat
 let asking = null; // what the Stop button ends
 
-function headers() {
+function headers(form) {
   const key = at("key").value.trim();
-  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  return { ...(!form && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
 async function ask(path, body, signal) {
-  const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(), body: body && JSON.stringify(body), signal });
+  const form = body instanceof FormData;
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(form), body: form ? body : body && JSON.stringify(body), signal });
   if (!response.ok) {
     const told = await response.json().catch(() => null);
     throw new Error(told?.error?.message ?? `${response.status} ${response.statusText}`);
@@ -38,8 +39,13 @@ function showModes() {
   at("send").disabled = !now;
   at("text-label").textContent = LABELS[now] ?? "This model cannot be tried here";
   for (const label of document.querySelectorAll("label[class]")) {
-    label.hidden = ![...label.classList].some((it) => FIELDS[it].includes(now));
+    label.hidden = ![...label.classList].some((it) => FIELDS[it]?.includes(now));
   }
+  const hears = now === "transcription";
+  at("text").hidden = hears;
+  at("text").required = !hears;
+  at("file").hidden = !hears;
+  at("file").required = hears;
 }
 
 async function look() {
@@ -182,12 +188,25 @@ async function draw(article, signal) {
   rateable(article, answer.id);
 }
 
-const DOES = { classification: classify, images: draw };
+async function transcribe(article, signal) {
+  const began = performance.now();
+  const form = new FormData();
+  form.append("model", at("model").value);
+  form.append("response_format", "verbose_json");
+  form.append("file", at("file").files[0]);
+  const response = await ask("v1/audio/transcriptions", form, signal);
+  const answer = await response.json();
+  article.querySelector(".said").textContent = answer.text;
+  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.duration.toFixed(1)} s of sound`;
+  rateable(article, response.headers.get("x-request-id"));
+}
+
+const DOES = { classification: classify, images: draw, transcription: transcribe };
 
 at("ask").onsubmit = async (submit) => {
   submit.preventDefault();
   if (asking) return;
-  const article = newAnswer(at("text").value);
+  const article = newAnswer(mode() === "transcription" ? at("file").files[0].name : at("text").value);
   asking = new AbortController();
   at("send").disabled = true;
   at("stop").disabled = false;
