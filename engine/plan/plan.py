@@ -19,7 +19,7 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import POSITIONS_A_SECOND, Inputs, transformers_config
+from engine.models.build import POSITIONS_A_SECOND, Inputs, transformers_config, without_warnings
 from engine.models.trained import choose_trained
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
@@ -196,7 +196,8 @@ def model_shape(config: Config) -> Any:
         image_size=config.data.image_size,
         max_source_positions=POSITIONS_A_SECOND * config.data.audio_seconds if config.data.audio_column else None,
     )
-    return transformers_config(config.model, inputs, {})
+    with without_warnings():  # of the tokens that a decoder begins with, which only a tokenizer knows
+        return transformers_config(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:
