@@ -399,7 +399,9 @@ class TrainConfig(Frozen):
         above=0,
     )  # fmt: skip
     spike_window: int = option(128, "good steps that a loss is judged by; before there are so many, none is", least=2)
-    max_failures: int = option(3, "restarts of the worker group after a lost or hung worker; -1: no end", least=-1)
+    max_failures: int = option(
+        3, "restarts of the worker group after a lost or hung worker; of a sweep's trial, after a lost one; -1: no end", least=-1
+    )  # fmt: skip
     hang_timeout_s: float = option(
         120.0, "seconds without any progress after which a worker is hung and the group restarts; ten times that for "
         "starting up, the first step and the last files", above=0,
@@ -494,6 +496,10 @@ class EvaluateConfig(Frozen):
         choices=("own", "lm_eval"),
     )  # fmt: skip
     tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+    endpoint: Optional[str] = option(
+        None, "suite=lm_eval: ask the endpoint at this address (http://127.0.0.1:8000), which serves the bundle, instead of "
+        "loading it; a key is taken from the variable OPENAI_API_KEY",
+    )  # fmt: skip
 
 
 @dataclass
@@ -589,6 +595,16 @@ class ServeConfig(Frozen):
         "auto", "of the served weights; auto: as the bundle was written, fp32 where a processor has no bf16 in hardware",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
+    quantize: str = option(
+        "none", "int8: linear layers' weights and the table of tokens as 8-bit integers with a scale for each output, half of "
+        "bf16's memory; serve.precision is then that of the activations, and auto bf16 where the processor has it. Golden "
+        "log-probabilities may be off by 0.5 nats",
+        choices=("none", "int8"),
+    )  # fmt: skip
+    compile: bool = option(
+        False,
+        "torch.compile what a generator runs below its logits: a minute or two more until a replica is ready, and less time a token",
+    )
     max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
     step_tokens: int = option(
         256,
@@ -601,6 +617,10 @@ class ServeConfig(Frozen):
     speculate: int = option(
         0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "
         "texts stay what they are, and come sooner where they repeat or quote", least=0, most=64,
+    )  # fmt: skip
+    draft: Optional[str] = option(
+        None, "smaller bundle with the same tokens that guesses these tokens instead, of any text: a run's or registered name, or a "
+        "folder. Its cache has as many tokens as the bundle's",
     )  # fmt: skip
     adapters: dict[str, Any] = option(
         {}, "LoRA adapters on the bundle, NAME: FOLDER in peft's format; a client asks for the model BUNDLE:NAME, and different "
