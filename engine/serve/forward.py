@@ -363,14 +363,13 @@ class _UnderWay(threading.local):
 
 _UNDER_WAY = _UnderWay()
 # One operation that the compiler doesn't look into: which lanes attend together is another matter at each step.
-_attend_op = torch.library.custom_op(
-    "manta::attend", attend_in_step, mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, int layer, float? scaling, int? window) -> Tensor",
-)  # fmt: skip
+_OPERATIONS = torch.library.Library("manta", "FRAGMENT")
+_OPERATIONS.define("attend(Tensor query, Tensor key, Tensor value, int layer, float? scaling, int? window) -> Tensor")
+_OPERATIONS.impl("attend", attend_in_step, "CompositeExplicitAutograd")
 
 
-@_attend_op.register_fake
-def _attended(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None) -> Tensor:  # fmt: skip
+@torch.library.register_fake("manta::attend", lib=_OPERATIONS)
+def _shape_of_attended(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None) -> Tensor:  # fmt: skip
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
