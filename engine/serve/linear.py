@@ -36,9 +36,8 @@ def pack_linear(model: nn.Module) -> nn.Module:
         weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS)
         small = weight_OI.nbytes <= SMALL_BYTES
-        layer.packed = Packed(packed, layer.bias, weight_OI if small else None)  # type: ignore[assignment]
-        layer.number = layer.packed.number  # type: ignore[assignment,union-attr]
-        layer.outputs = len(weight_OI)  # type: ignore[assignment]
+        layer.packed = Packed(packed, layer.bias, weight_OI if small else None)  # type: ignore[arg-type,assignment]
+        layer.number, layer.outputs = layer.packed.number, len(weight_OI)  # type: ignore[assignment,union-attr]
         layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
         if not small and users[id(layer.weight)] == 1:
             layer.weight = nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
