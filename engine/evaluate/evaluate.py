@@ -241,11 +241,6 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
     table = Table("bundle", "metric", "value", f"{100 * config.evaluate.confidence:g} % interval", "examples")
     for name, evaluation in zip(references, found, strict=True):
         extras = [("", evaluation.metrics, evaluation.examples)]
-        extras += [(f"{config.evaluate.slice_column}={s.group}: ", s.metrics, s.examples) for s in evaluation.slices]
-        extras += [
-            (f"{config.evaluate.slice_column}={s.group}, to the others: ", s.gaps, s.examples)
-            for s in evaluation.slices
-        ]
         if evaluation.pairs:
             extras.append(("pairs: ", evaluation.pairs.metrics, evaluation.pairs.pairs))
         if evaluation.generation:
@@ -253,9 +248,28 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
         for start, metrics, examples in extras:
             for metric, value in metrics.items():
                 table.add_row(name, start + metric, *_cells(value), f"{examples:,}")
+        table.add_section()
     if (majority := found[0].majority) is not None:
         table.add_row("majority class", "accuracy", *_cells(majority), f"{found[0].examples:,}")
     console.print(table)
+    for name, evaluation in zip(references, found, strict=True):
+        if evaluation.slices:
+            console.print(slice_table(name, evaluation.slices, config))
+
+
+def slice_table(name: str, slices: Sequence[Slice], config: Config) -> Table:
+    """Return the metrics of each group, and what is between them and those of all other groups together."""
+    column, interval = config.evaluate.slice_column, f"{100 * config.evaluate.confidence:g} % interval"
+    table = Table(
+        str(column), "examples", "metric", "value", interval, "minus the others", interval, title=f"{name} by {column}"
+    )
+    for one in slices:
+        first = (one.group, f"{one.examples:,}")
+        for metric, value in one.metrics.items():
+            table.add_row(*first, metric, *_cells(value), *_cells(one.gaps[metric]))
+            first = ("", "")
+        table.add_section()
+    return table
 
 
 def in_words(found: Comparison, names: Sequence[str]) -> str:
