@@ -259,16 +259,15 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
 
 def slice_table(name: str, slices: Sequence[Slice], config: Config) -> Table:
     """Return the metrics of each group, and what is between them and those of all other groups together."""
-    column, interval = config.evaluate.slice_column, f"{100 * config.evaluate.confidence:g} % interval"
+    column = config.evaluate.slice_column
     table = Table(
-        str(column), "examples", "metric", "value", interval, "minus the others", interval, title=f"{name} by {column}"
-    )
+        str(column), "metric", "value", "minus the others", box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
+        title=f"{name} by {column}, with {100 * config.evaluate.confidence:g} % intervals",
+    )  # fmt: skip
     for one in slices:
-        first = (one.group, f"{one.examples:,}")
-        for metric, value in one.metrics.items():
-            table.add_row(*first, metric, *_cells(value), *_cells(one.gaps[metric]))
-            first = ("", "")
-        table.add_section()
+        first = [one.group, f"{one.examples:,} examples"]
+        for at, (metric, value) in enumerate(one.metrics.items()):
+            table.add_row(first[at] if at < len(first) else "", metric, _in_short(value), _in_short(one.gaps[metric]))
     return table
 
 
@@ -299,6 +298,10 @@ def keep(found: Sequence[Evaluation], facts: dict[str, Any], config: Config) -> 
 
 def _cells(value: Interval) -> tuple[str, str]:
     return f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}"
+
+
+def _in_short(value: Interval) -> str:
+    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any]:
