@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Input = TypeVar("Input")
@@ -18,9 +19,19 @@ Answer = TypeVar("Answer")
 class Together(Generic[Input, Answer]):
     """Answers inputs by a function of batches, in a thread, one batch at a time."""
 
-    def __init__(self, answer: Callable[[list[Input]], Sequence[Answer]], most: int, wait_s: float = 0.0) -> None:
-        """Take up to `most` inputs into a batch; `wait_s`: seconds that the first of an idle time waits for others."""
+    def __init__(
+        self,
+        answer: Callable[[list[Input]], Sequence[Answer]],
+        most: int,
+        wait_s: float = 0.0,
+        thread: Executor | None = None,
+    ) -> None:
+        """Take up to `most` inputs into a batch; `wait_s`: seconds that the first of an idle time waits for others.
+
+        `thread`: where to answer; of those that a process has there should be one (see `passing`). None: one of its own.
+        """
         self.answer, self.most, self.wait_s = answer, most, wait_s
+        self.thread = thread or ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Input, asyncio.Future[Answer]]] = deque()
         self._running: asyncio.Task[None] | None = None
 
@@ -52,7 +63,8 @@ class Together(Generic[Input, Answer]):
 
     async def _answer(self, batch: list[tuple[Input, asyncio.Future[Answer]]]) -> None:
         try:
-            answers = await asyncio.to_thread(self.answer, [given for given, _ in batch])
+            loop = asyncio.get_running_loop()
+            answers = await loop.run_in_executor(self.thread, self.answer, [given for given, _ in batch])
         except Exception as error:
             for _, future in batch:
                 if not future.done():

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from engine.config import Config, identity, with_values
-from engine.plan.plan import KEPT, model_shape
+from engine.plan.plan import KEPT, meta_model
 
 
 class Room:
@@ -66,19 +66,3 @@ class Room:
         if key not in self._sizes:
             self._sizes[key] = Sizes.of(meta_model(config), config)
         return self._sizes[key]
-
-
-def meta_model(config: Config) -> Any:
-    """Return the model of a config without any weights, with its frozen layers frozen."""
-    import torch
-    import transformers
-
-    from engine.models.build import freeze_layers
-    from engine.objectives.contract import objective_class
-
-    with torch.device("meta"):
-        model = getattr(transformers, objective_class(config.objective.name).auto_class).from_config(
-            model_shape(config)
-        )
-    freeze_layers(model, config.objective.frozen_layers)
-    return model

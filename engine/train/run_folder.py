@@ -217,3 +217,9 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid > 0
+
+
+def adapter_of(bundle: Path) -> Path:
+    """Name the folder of the adapter that a bundle has merged: adapter for bundle, adapter-00000100 for bundle-00000100."""
+    name = bundle.name
+    return bundle.with_name(name.replace("bundle", "adapter", 1) if name.startswith("bundle") else f"{name}-adapter")

@@ -1,4 +1,4 @@
-"""Tokens a second of the generator against transformers' own ways to generate; one process, the same requests.
+"""Tokens a second of the generator against transformers' own ways to generate, each in a process of its own, in turn.
 
 16 ragged clients: prompts of 8 to 64 tokens, 16 to 128 new ones, llama_5m with fresh weights in fp32, greedy. Every
 contestant is counted by the tokens that were asked for. Peers: `generate` one after the other; one static batch of
@@ -7,15 +7,21 @@ bound is the model's bare forward loop at a constant batch of 16, against the ge
 lengths. Predicted on two cores: 5x of one by one (a forward of 16 rows costs some three times that of one), 1.6x of the
 static batch (its masks, its cache's concatenations and its rows that have ended), 1.0 of the bare loop (the lanes save
 the concatenations; the step's own work, under half a millisecond, costs as much).
+
+Why processes: libgomp gives every thread that runs products a team of its own, and where there are more threads than cores
+in all these teams, none of them spins between two products: a step then takes up to twice as long, whoever runs it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import queue
 import random
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -24,6 +30,8 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 
 from cluster.environment import quiet_environment
 from engine.serve.generation import Completion, TransformersGenerator
+from engine.serve.linear import pack_linear
+from engine.serve.passing import in_passing
 from tests.bench.interleaved import interleave, show
 
 CLIENTS = 16
@@ -62,101 +70,156 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+class Contestant:
+    """A way to generate, in a process of its own; one works at a time."""
+
+    def __init__(self, name: str) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self.asked, theirs = spawning.Pipe()
+        spawning.Process(target=contest, args=(name, theirs), daemon=True).start()
+
+    def __call__(self, requests: Requests) -> float:
+        """Answer all; return the seconds."""
+        self.asked.send(requests)
+        took: float = self.asked.recv()
+        return took
+
+
+def contest(name: str, asked: Connection) -> None:
+    """Be the process of a contestant."""
+    quiet_environment()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = in_passing(make_model)
+    answer = {"ours": Ours, "one by one": OneByOne, "static": Static, "continuous": Continuous, "bare": Bare}[name](
+        model
+    )
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the bench has ended
+        while True:
+            asked.send(answer(asked.recv()))
+
+
 class Ours:
     """The generator."""
 
     def __init__(self, model: Any) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
         self.generator = TransformersGenerator(
-            model, 512, max_batch=CLIENTS, max_queue=256, step_tokens=256,
+            in_passing(lambda: pack_linear(model)), 512, max_batch=CLIENTS, max_queue=256, step_tokens=256,
             tell=lambda news: [self.ended.put(it) for it in news if it.reason],
         )  # fmt: skip
 
-    def __call__(self, requests: Requests) -> None:
-        """Answer all."""
+    def __call__(self, requests: Requests) -> float:
+        """Answer all; return the seconds."""
+        began = time.perf_counter()
         self.generator.submit([Completion(prompt, new) for prompt, new in requests])
         for _ in requests:
             self.ended.get()
+        return time.perf_counter() - began
 
 
-@torch.inference_mode()
-def one_by_one(model: Any, requests: Requests) -> None:
+class OneByOne:
     """`generate` for each request."""
-    for prompt, new in requests:
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def __call__(self, requests: Requests) -> float:
+        """Answer all; return the seconds."""
+        return seconds(lambda: [self.answer(prompt, new) for prompt, new in requests])
+
+    def answer(self, prompt: list[int], new: int) -> None:
+        """Answer one."""
         ids = torch.tensor([prompt])
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
 
 
-@torch.inference_mode()
-def static(model: Any, requests: Requests) -> None:
+class Static:
     """One batch of `generate`, padded on the left, until the longest request is done."""
-    longest = max(len(prompt) for prompt, _ in requests)
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in requests])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in requests])
-    most = max(new for _, new in requests)
-    model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0)
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def __call__(self, requests: Requests) -> float:
+        """Answer all; return the seconds."""
+        longest = max(len(prompt) for prompt, _ in requests)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in requests])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in requests])
+        most = max(new for _, new in requests)
+        return seconds(
+            lambda: self.model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0)
+        )
 
 
-def their_continuous(model: Any, requests: Requests) -> float:
-    """transformers' continuous batching; each request ends at its own length. Returns the seconds without its start."""
-    sized = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=256)
-    generation = GenerationConfig(max_new_tokens=128, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    with model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=sized) as manager:  # fmt: skip
-        manager.add_request(requests[0][0], max_new_tokens=1)
-        manager.get_result(timeout=60)  # it has started
+class Continuous:
+    """transformers' continuous batching, its cache sized by hand; each request ends at its own length."""
 
-        def work() -> None:
-            for prompt, new in requests:
-                manager.add_request(prompt, max_new_tokens=new)
-            left = len(requests)
-            while left:
-                answer = manager.get_result(timeout=60)
-                left -= answer is not None and answer.is_finished()
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
-        return seconds(work)
+    def __call__(self, requests: Requests) -> float:
+        """Answer all; return the seconds without its start."""
+        sized = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=256)
+        generation = GenerationConfig(max_new_tokens=128, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        with self.model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=sized) as manager:  # fmt: skip
+            manager.add_request(requests[0][0], max_new_tokens=1)
+            manager.get_result(timeout=60)  # it has started
+
+            def work() -> None:
+                for prompt, new in requests:
+                    manager.add_request(prompt, max_new_tokens=new)
+                left = len(requests)
+                while left:
+                    answer = manager.get_result(timeout=60)
+                    left -= answer is not None and answer.is_finished()
+
+            return seconds(work)
 
 
-@torch.inference_mode()
-def bare(model: Any, prompts: list[list[int]], new: int) -> None:
-    """The model's own forward, a cache of transformers', and the largest logit."""
-    cache, ids = DynamicCache(config=model.config), torch.tensor(prompts)
-    for _ in range(new):
-        ids = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)  # fmt: skip
+class Bare:
+    """The model's own forward, a cache of transformers', and the largest logit; all requests are of one length."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def __call__(self, requests: Requests) -> float:
+        """Answer all; return the seconds."""
+        began = time.perf_counter()
+        cache, ids = DynamicCache(config=self.model.config), torch.tensor([prompt for prompt, _ in requests])
+        for _ in range(requests[0][1]):
+            ids = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)  # fmt: skip
+        return time.perf_counter() - began
 
 
 def main() -> None:
     """Print the ratios."""
-    quiet_environment()
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(os.cpu_count() or 1)
-    model, peer = make_model(), make_model()  # ours gets another attention
-    ours, dice = Ours(model), random.Random(0)
+    dice = random.Random(0)
+    names = {
+        "generator": "ours", "generate one by one": "one by one", "static batch of generate": "static",
+        "their continuous batching": "continuous",
+    }  # fmt: skip
+    contestants = {label: Contestant(name) for label, name in names.items()}
 
-    def rate(answer: Callable[[Requests], float]) -> float:
-        requests = ragged(random.Random(dice.randrange(2**30)))  # new ones: nothing is in a cache already
-        return sum(new for _, new in requests) / answer(requests)
+    def rate(contestant: Contestant, requests: Requests) -> float:
+        return sum(new for _, new in requests) / contestant(requests)
 
-    found = interleave(
-        {
-            "generator": lambda: rate(lambda requests: seconds(lambda: ours(requests))),
-            "generate one by one": lambda: rate(lambda requests: seconds(lambda: one_by_one(peer, requests))),
-            "static batch of generate": lambda: rate(lambda requests: seconds(lambda: static(peer, requests))),
-            "their continuous batching": lambda: rate(lambda requests: their_continuous(peer, requests)),
-        }
-    )
+    def one(contestant: Contestant) -> Callable[[], float]:  # new requests: nothing is in a cache already
+        return lambda: rate(contestant, ragged(random.Random(dice.randrange(2**30))))
+
+    found = interleave({label: one(contestant) for label, contestant in contestants.items()})
     targets = {"generate one by one": 4.0, "static batch of generate": 1.5, "their continuous batching": 4.0}
     show(found, "tokens/s", "generator", targets)
 
-    def even() -> list[list[int]]:
-        return [tokens(dice, BARE_PROMPT) for _ in range(CLIENTS)]
+    def even(contestant: Contestant) -> Callable[[], float]:
+        return lambda: rate(contestant, [(tokens(dice, BARE_PROMPT), BARE_NEW) for _ in range(CLIENTS)])
 
-    written = CLIENTS * BARE_NEW
-    found = interleave(
-        {
-            "generator, even": lambda: written / seconds(lambda: ours([(prompt, BARE_NEW) for prompt in even()])),
-            "bare forward loop": lambda: written / seconds(lambda: bare(peer, even(), BARE_NEW)),
-        }
-    )
+    bare = Contestant("bare")
+    found = interleave({"generator, even": even(contestants["generator"]), "bare forward loop": even(bare)})
     show(found, "tokens/s", "generator, even", {"bare forward loop": 0.85})
 
 

@@ -17,8 +17,8 @@ from engine.errors import UserError
 from engine.evaluate.harness import figures, installed, run_harness
 from engine.serve.deploy import Endpoint, deploy
 from tests.engine.evaluate.test_harness import TASK
-from tests.engine.serve.test_serve import free_port
 from tests.lives import Lives
+from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.slow,
