@@ -51,13 +51,20 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build, check and close a config from nested dicts (missing keys take their defaults)."""
-    groups = get_type_hints(Config)
-    parts = {
-        key: groups[key](**value) if dataclasses.is_dataclass(groups[key]) else value for key, value in tree.items()
-    }
-    config = close(Config(**parts))
+    config = close(group(Config, tree))
     check(config)
     return config
+
+
+def group(kind: type[T], tree: dict[str, Any]) -> T:
+    """Build a group of options, and those within it, from nested dicts."""
+    hints = get_type_hints(kind)
+    return kind(
+        **{
+            key: group(hints[key], value) if dataclasses.is_dataclass(hints[key]) else value  # type: ignore[arg-type]
+            for key, value in tree.items()
+        }
+    )
 
 
 def resolve(raw: Any) -> Config:

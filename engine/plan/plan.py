@@ -19,7 +19,8 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import Inputs, freeze_layers, transformers_config
+from engine.models.build import POSITIONS_A_SECOND, Inputs, transformers_config
+from engine.models.trained import choose_trained
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
 from engine.progress import console
@@ -72,14 +73,7 @@ def plan(config: Config) -> Plan:
             f"sequence length {config.data.sequence_length:,} is over the model's {positions:,} positions: "
             f"use data.sequence_length={positions}"
         )
-    with torch.device("meta"):
-        try:
-            model: Any = getattr(transformers, task.auto_class).from_config(shape)
-        except ValueError as error:
-            raise UserError(
-                f"model.type={shape.model_type} has no model for objective={config.objective.name} in transformers: use another of the two"
-            ) from error
-    freeze_layers(model, config.objective.frozen_layers)
+    model = meta_model(config)
     sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
     peak, room, devices = device_of(config, kind)
     tokens = config.global_batch * sum(stack.tokens for stack in sizes.stacks)
@@ -174,6 +168,19 @@ def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | N
     return None
 
 
+def meta_model(config: Config) -> Any:
+    """Return the model of a config without any weights, those marked that are trained. Raises UserError if there is none."""
+    task, shape = objective_class(config.objective.name), model_shape(config)
+    with torch.device("meta"):
+        try:
+            model = getattr(transformers, task.auto_class).from_config(shape)
+        except ValueError as error:
+            raise UserError(
+                f"model.type={shape.model_type} has no model for objective={config.objective.name} in transformers: use another of the two"
+            ) from error
+        return choose_trained(model, config.objective, config.seed, head=not task.over_vocabulary)
+
+
 def model_shape(config: Config) -> Any:
     """Return the transformers config of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
     if config.bundle:
@@ -184,7 +191,11 @@ def model_shape(config: Config) -> Any:
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    inputs = Inputs(vocab_size=config.model.vocab_size or config.data.vocab_size, image_size=config.data.image_size)
+    inputs = Inputs(
+        vocab_size=config.model.vocab_size or config.data.vocab_size,
+        image_size=config.data.image_size,
+        max_source_positions=POSITIONS_A_SECOND * config.data.audio_seconds if config.data.audio_column else None,
+    )
     return transformers_config(config.model, inputs, {})
 
 

@@ -38,6 +38,8 @@ from engine.serve.requests import (
 )
 from engine.serve.router import Router
 from engine.serve.tracing import FIRST_TOKEN, handed_on
+from engine.serve.transcriptions import PATH as TRANSCRIPTIONS
+from engine.serve.transcriptions import form_schema, response, uploaded
 
 MOST_INPUTS = 1024  # of one embeddings request
 CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's limit; what it was is settled afterwards
@@ -45,7 +47,7 @@ TABLE_TIMEOUT_S = 20.0
 POLL_S, POLL_TIMEOUT_S = 1.0, 2.0  # how old replicas' figures may be, and how long they may take
 REMEMBERED = 100_000  # requests whose model is known when feedback comes
 REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
-OTHER_FAMILIES = ("/v1/images/generations", "/v1/audio/transcriptions")
+OTHER_FAMILIES = ("/v1/images/generations",)
 
 app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.", docs_url=None, redoc_url=None)
 app.add_middleware(Gate)
@@ -333,6 +335,22 @@ class Api:
 
         return await self._answer(request, body.model, "completion", answer)
 
+    @app.post(TRANSCRIPTIONS, openapi_extra=form_schema())
+    async def transcriptions(self, request: Request) -> Response:
+        """Write down what is said in an audio file, sent as a form (multipart/form-data), as OpenAI's transcriptions are."""
+        body, content = await uploaded(request)
+        await self._need("transcription", "hears speech")
+
+        async def answer(name: str, visit: Visit) -> Response:
+            about = self.about[name]
+            self.door.reserve(visit, about["heard"] + about["positions"])
+            job = {"temperature": body.temperature, "language": body.language, "judged": body.response_format == "verbose_json"}  # fmt: skip
+            found = _checked(await self.bundles[name].transcribe.remote(content, job))
+            self._spend(visit, found["read"], found["written"])
+            return response(body, found)
+
+        return await self._answer(request, body.model, "transcription", answer)
+
     @app.post("/v1/feedback")
     async def feedback(self, request: Request, body: Feedback) -> Response:
         """Keep what somebody thinks of an answer; of several for one request, the last holds."""
@@ -350,13 +368,16 @@ class Api:
         return JSONResponse({"object": "feedback", "request": asked, "model": model or None, "stored": True})
 
     @app.post("/v1/images/generations", include_in_schema=False)
-    @app.post("/v1/audio/transcriptions", include_in_schema=False)
-    async def other_families(self, request: Request) -> Response:
+    async def other_families(self) -> None:
         """Say that no model here does this."""
+        await self._need("image", "makes images")
+
+    async def _need(self, task: str, what: str) -> None:
+        """Raise ApiError where no model here is for a task; `what` it does."""
         about = await self._ready()
-        what = "makes images" if "images" in request.url.path else "hears speech"
-        there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
-        raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
+        if all(it["task"] != task for it in about.values()):
+            there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
+            raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
 
     async def _embed(self, name: str, visit: Visit, inputs: Sequence[str | list[int]], param: str) -> list[list[float]]:
         """Return the embedding of each input, of length 1. Raises ApiError for what the model can't embed."""

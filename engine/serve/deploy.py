@@ -18,13 +18,14 @@ import psutil
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
 from engine.bundles.lineage import record_deployment
-from engine.config import Config, ServeConfig
+from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.progress import console
 from engine.serve.adapters import refuse_unfit
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE
 from engine.serve.rollout import Plan, Version
+from engine.serve.speculation import refuse_unfit_draft
 from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
 
@@ -54,12 +55,12 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 
     Where an endpoint is up on this Ray already, it is changed: what it serves under other names stays, and a version that
     a name has goes on until the new one is ready. Raises UserError, and changes nothing, for a port in use, a bundle that
-    was changed, one that doesn't answer as it recorded, an adapter that isn't for it, and an address beyond loopback
-    without keys.
+    was changed, one that doesn't answer as it recorded, an adapter or a draft that isn't for it, and an address beyond
+    loopback without keys.
     """
+    config = with_draft(config)
     for folder in bundles.values():
-        refuse_what_has_no_endpoint(Bundle.open(folder))
-        refuse_unfit(Bundle.open(folder), config.serve.adapters)
+        refuse_what_cannot_serve(Bundle.open(folder), config.serve)
     if config.serve.tracing:
         exporter(config.serve.tracing)  # or it is refused here, before anything starts
     settings = of_ingress(config)
@@ -260,8 +261,8 @@ def quiet() -> Any:
     return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
-    """Raise UserError for a bundle that was changed, or is for a task that the endpoint doesn't offer."""
+def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
+    """Raise UserError for a bundle that was changed, is for a task that the endpoint doesn't offer, or not for these options."""
     bundle.verify()
     objective = bundle.objective()
     if not objective.served:
@@ -269,6 +270,10 @@ def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
             f"{bundle.folder} is for {objective.options.name}, which the endpoint doesn't offer: load it with transformers, or "
             "measure it with manta evaluate"
         )
+    if options.compile and objective.auto_class != "AutoModelForCausalLM":
+        raise UserError(f"serve.compile is for bundles that write, and {bundle.folder} is for {objective.options.name}")
+    refuse_unfit(bundle, options.adapters)
+    refuse_unfit_draft(bundle, options.draft)
 
 
 def refuse_taken_port(port: int) -> None:
@@ -320,6 +325,17 @@ def bundles_of(config: Config) -> dict[str, Path]:
     return {name_of(reference, folder): folder for reference, folder in zip(references, folders, strict=True)}
 
 
+def with_draft(config: Config) -> Config:
+    """Return the config with the folder of its draft. Raises UserError where there is none that is called so."""
+    if not config.serve.draft:
+        return config
+    try:
+        folder = find_bundle(config.serve.draft, Path(config.runs_dir), config.tracking_uri)
+    except UserError as error:
+        raise UserError(f"serve.draft: {error}") from error
+    return with_values(config, {"serve.draft": str(folder.absolute())})
+
+
 def name_of(reference: str, folder: Path) -> str:
     """Return the name of a bundle: of a folder, what its manifest says; else the reference without version and alias."""
     if Path(reference).is_dir():
@@ -341,14 +357,7 @@ def serve_until_stopped(config: Config) -> int:
         return follow(list(bundles)) if not config.serve.detach else 0
     console.print(f"serving {', '.join(bundles)} at {endpoint.url} (interface: {endpoint.url}/docs)")
     for name, it in told("state")["models"].items():
-        path, body = (
-            ("classify", {"input": "some text"})
-            if it["stable"]["about"]["task"] == "classification"
-            else ("completions", {"prompt": "def "})
-        )
-        console.print(
-            f"curl {endpoint.url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
-        )
+        console.print(f"curl {endpoint.url}/v1/{example(name, it['stable']['about']['task'])}")
     if config.serve.detach:
         console.print("it stays up: `manta cluster down` ends it")
         return 0
@@ -358,6 +367,16 @@ def serve_until_stopped(config: Config) -> int:
             time.sleep(3600)
     finally:
         endpoint.stop()
+
+
+def example(name: str, task: str) -> str:
+    """Return the path of a request to a model, and curl's options for it."""
+    if task == "transcription":
+        return f"audio/transcriptions -F model={name} -F file=@speech.wav"
+    path, body = (
+        ("classify", {"input": "some text"}) if task == "classification" else ("completions", {"prompt": "def "})
+    )
+    return f"{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
 
 
 def follow(names: Sequence[str]) -> int:

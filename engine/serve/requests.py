@@ -214,6 +214,15 @@ class ClassifyRequest(Body):
         return _listed(self.input)
 
 
+class TranscriptionRequest(Body):
+    """POST /v1/audio/transcriptions: the fields of its form beside the file."""
+
+    model: str | None = None
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")  # ISO 639: en, de
+    response_format: Literal["json", "text", "verbose_json"] = "json"
+    temperature: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+
+
 class Feedback(Body):
     """POST /v1/feedback: what somebody thinks of an answer."""
 

@@ -402,6 +402,8 @@ def units(answer: Any) -> int:
 
 def is_repeatable(method: str, args: tuple[Any, ...]) -> bool:
     """Tell whether the same model would answer the same again: all but texts that are drawn without a seed."""
+    if method == "transcribe":
+        return bool(args[1]["temperature"] == 0)
     if method != "complete":
         return True
     job = args[0]

@@ -10,9 +10,8 @@ import numpy as np
 
 from engine.config import identity
 from engine.objectives.contract import Objective
-from engine.train.checkpoint import Checkpoint
 from engine.train.job import Job
-from engine.train.start import Make, fill, held, hollow, make_model
+from engine.train.start import Make, fresh, held, hollow
 
 StartState = dict[
     str, Any
@@ -20,10 +19,10 @@ StartState = dict[
 
 
 def start_state(job: Job) -> StartState:
-    """Make the start state of a job; the arrays are what `make_model` made."""
+    """Make the start state of a job; the arrays are what `fresh` made."""
     import torch
 
-    model = make_model(job, job.objective())
+    model = fresh(job, job.objective())
     return {
         "facts": deciding(job),
         "tensors": {name: tensor.detach().numpy() for name, tensor in held(model)},
@@ -34,19 +33,14 @@ def start_state(job: Job) -> StartState:
 def copier(state: StartState) -> Make:
     """Return what makes a trial's model from the start state, where that is the trial's, and else as any other job's is made."""
 
-    def make(job: Job, objective: Objective, checkpoint: Checkpoint | None = None) -> Any:
-        if state["facts"] != deciding(job):
-            return make_model(job, objective, checkpoint)
-        model = copied(state, job, objective)
-        if checkpoint:
-            fill(model, checkpoint)
-        return model
+    def make(job: Job, objective: Objective) -> Any:
+        return copied(state, job, objective) if state["facts"] == deciding(job) else fresh(job, objective)
 
     return make
 
 
 def copied(state: StartState, job: Job, objective: Objective) -> Any:
-    """Make the module without any weights, and copy the weights into it: bit for bit what `make_model` makes.
+    """Make the module without any weights, and copy the weights into it: bit for bit what `fresh` makes.
 
     The arrays may be read-only views of shared memory, which they stay.
     """

@@ -20,12 +20,13 @@ from engine.config import TrainConfig
 from engine.errors import UserError
 from engine.models.attention import use_blockwise
 from engine.models.build import build, from_config, load, shape_of, stacks_of
+from engine.models.trained import choose_trained
 from engine.objectives.contract import Objective
 from engine.train.checkpoint import Checkpoint
 from engine.train.group import Group
 from engine.train.job import Job
 
-Make = Callable[[Job, Objective, Checkpoint | None], Any]  # makes a start state whole
+Make = Callable[[Job, Objective], Any]  # makes the model that a run begins with, before any part is added or frozen
 
 
 def start_model(
@@ -33,13 +34,13 @@ def start_model(
 ) -> Any:
     """Return the model in fp32 with the weights of the checkpoint, else of the bundle, else fresh ones from the seed.
 
-    `make` makes it whole in another way than `make_model`.
+    `make` makes what it begins with in another way than `fresh`.
     At stage 3 with several ranks one of each node makes it and lays it in a file, and all of the node map that into
     memory: what they see of it is there once, and none of it is theirs until they take their part.
     """
     shared = job.config.zero.stage == 3 and group.world > 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    whole = (make or make_model)(job, objective, checkpoint) if first or not shared else None
+    whole = make_model(job, objective, checkpoint, make) if first or not shared else None
     if not shared:
         return whole
     with tempfile.TemporaryDirectory(prefix="manta-") if first else contextlib.nullcontext("") as folder:
@@ -48,22 +49,30 @@ def start_model(
         mine = {"host": np.array(socket.gethostname()), "folder": np.array(folder)}
         told = [entry for entry in group.gather(mine) if entry["folder"].item()]
         place = next(entry["folder"].item() for entry in told if entry["host"].item() == socket.gethostname())
-        model = whole if whole is not None else hollow(job, objective)
+        model = whole if whole is not None else _with_parts(hollow(job, objective), job, objective)
         take_up(model, Path(place) / "start.safetensors")
         group.barrier()  # the file may go: it stays in memory as long as it is mapped
     return model
 
 
-def make_model(job: Job, objective: Objective, checkpoint: Checkpoint | None = None) -> Any:
+def make_model(job: Job, objective: Objective, checkpoint: Checkpoint | None = None, make: Make | None = None) -> Any:
     """Make the start state whole: the bundle's weights, else fresh ones from the seed; then the checkpoint's, if any."""
-    config, options = job.config, objective.model_options()
-    if job.start:
-        model = load(job.start, objective.auto_class, options, config.model, config.seed)
-    else:
-        model = build(config.model, objective.processor, objective.auto_class, options, config.seed)
+    model = _with_parts((make or fresh)(job, objective), job, objective)
     if checkpoint:
         fill(model, checkpoint)
     return model
+
+
+def fresh(job: Job, objective: Objective) -> Any:
+    """Make the bundle's model, else one of fresh weights from the seed."""
+    config, options = job.config, objective.model_options()
+    if job.start:
+        return load(job.start, objective.auto_class, options, config.model, config.seed)
+    return build(config.model, objective.processor, objective.auto_class, options, config.seed)
+
+
+def _with_parts(model: Any, job: Job, objective: Objective) -> Any:
+    return choose_trained(model, job.config.objective, job.config.seed, head=not objective.over_vocabulary)
 
 
 def equip(model: Any, train: TrainConfig, device: torch.device, precision: str) -> None:

@@ -17,7 +17,7 @@ from engine.data.manifest import Manifest
 from engine.data.order import Order
 from engine.data.packing import Mix
 from engine.data.shards import Split
-from engine.models.build import freeze_layers
+from engine.models.lora import merge_lora, write_adapter
 from engine.objectives.contract import Objective
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
@@ -29,7 +29,7 @@ from engine.train.meter import Meter
 from engine.train.micro_batch import fitting_micro_batch
 from engine.train.profile import Profile
 from engine.train.requirements import check_machine
-from engine.train.run_folder import MetricsLog, RunFolder
+from engine.train.run_folder import MetricsLog, RunFolder, adapter_of
 from engine.train.sequence_parallel import SequenceParallel
 from engine.train.start import Make, equip, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
@@ -47,7 +47,7 @@ def work(
     """Run one rank of a job to its end, from its latest whole checkpoint if there is one; return the last metrics.
 
     `listen` hears this rank's metrics of each step; `wants_save` is asked in each step whether a checkpoint is wanted at
-    once; `make` makes the start state in another way than `make_model`. The process group must be up where there are
+    once; `make` makes the start state in another way than `fresh`. The process group must be up where there are
     several ranks.
     """
     config, folder = job.config, RunFolder(job.config.run_dir)
@@ -113,7 +113,6 @@ def begin(
     config = job.config
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
     model = start_model(job, objective, group, checkpoint, make)
-    freeze_layers(model, config.objective.frozen_layers)
     objective.meet(model.config)
     flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if sequence.size > 1:
@@ -187,12 +186,15 @@ def export(
     """Write a bundle, the run's or at `folder`, from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
-    model = make_model(job, objective)
+    folder, model = folder or RunFolder(job.config.run_dir).bundle, make_model(job, objective)
     fill(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
+    if job.config.objective.lora.rank:
+        write_adapter(model, job.config.objective.lora, str(job.start), adapter_of(folder))
+        merge_lora(model)
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
-        folder or job.config.run_dir / "bundle",
+        folder,
         model=model,
         objective=objective,
         name=job.config.name,

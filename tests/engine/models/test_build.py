@@ -9,7 +9,7 @@ from engine.config import Config, ModelConfig, with_values
 from engine.data.prepare import prepare
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
-from engine.models.build import build, freeze_layers
+from engine.models.build import build
 from engine.models.size import flops_per_token, matmul_parameter_count, parameter_count
 from jobs.entry import compose
 
@@ -33,16 +33,6 @@ def test_counts_by_hand(tiny: Config, tokenizer: object) -> None:
     assert parameter_count(model) == vocabulary * width + 2 * block + width
     assert matmul_parameter_count(model) == parameter_count(model)  # tied: the embedding is the output product too
     assert flops_per_token(model, model.config, 32) == 6 * parameter_count(model) + 12 * 2 * width * 32
-
-
-def test_frozen_layers_are_the_embedding_and_the_first_blocks(tiny: Config, tokenizer: object) -> None:
-    model = build(tiny.model, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0)
-    freeze_layers(model, 1)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert {name for name in frozen if "layers" not in name} == {"model.embed_tokens.weight"}
-    assert {name.split(".")[2] for name in frozen if "layers" in name} == {"0"}
-    with pytest.raises(UserError, match="more than the model's 2 blocks: use 2 or less"):
-        freeze_layers(model, 3)
 
 
 @pytest.mark.parametrize(

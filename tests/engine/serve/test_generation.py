@@ -8,6 +8,7 @@ import queue
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -59,13 +60,14 @@ def requests(kind: str) -> list[tuple[list[int], int, list[int]]]:
 
 
 class Run:
-    """A generator whose ended completions can be waited for."""
+    """A generator, of a kind's model or a given one, whose ended completions can be waited for."""
 
-    def __init__(self, kind: str, **options: int | None) -> None:
+    def __init__(self, kind: str | nn.Module, **options: Any) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
         sizes: dict = {"max_batch": 5, "max_queue": 100, "step_tokens": 24, "cache_tokens": None} | options
+        own = model(kind) if isinstance(kind, str) else kind
         self.generator = TransformersGenerator(
-            model(kind), 128, **sizes, tell=lambda news: [self.ended.put(it) for it in news if it.reason]
+            own, 128, **sizes, tell=lambda news: [self.ended.put(it) for it in news if it.reason]
         )
 
     def all(self, completions: list[Completion]) -> list[Completion]:

@@ -11,12 +11,12 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.sweep.weights import copier, deciding, start_state
 from engine.train.job import Job
-from engine.train.start import make_model
+from engine.train.start import fresh
 from tests.lives import Lives
 
 
 def equal(job: Job, state: dict) -> None:  # type: ignore[type-arg]
-    made = make_model(job, job.objective())
+    made = fresh(job, job.objective())
     drawn = torch.rand(3)
     state["tensors"] = {name: np.array(array) for name, array in state["tensors"].items()}
     for array in state["tensors"].values():
@@ -34,8 +34,8 @@ def equal(job: Job, state: dict) -> None:  # type: ignore[type-arg]
 
 
 def test_fresh_weights_and_a_bundle_s_are_copied_bit_for_bit(tiny: Config, lives: Lives) -> None:
-    fresh = Job(tiny, prepare(tiny))
-    equal(fresh, start_state(fresh))
+    untrained = Job(tiny, prepare(tiny))
+    equal(untrained, start_state(untrained))
     start = lives.runs_dir / "base" / "bundle"
     tuned = Job(lives.labelled, prepare(lives.labelled, start), start)
     state = start_state(tuned)
@@ -49,5 +49,5 @@ def test_another_start_is_made_as_ever(tiny: Config) -> None:
     state = start_state(job)
     assert deciding(other) != state["facts"]
     model = copier(state)(other, other.objective())
-    expected = make_model(other, other.objective())
+    expected = fresh(other, other.objective())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
