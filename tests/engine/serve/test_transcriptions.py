@@ -12,8 +12,8 @@ import openai
 from engine.bundles.bundle import Bundle
 from engine.serve.deploy import Endpoint
 from tests.engine.data.sounds import file_of, hum
+from tests.engine.serve.clients import wait_for
 from tests.engine.serve.test_access import browser_page  # noqa: F401
-from tests.engine.serve.test_faults import wait_for
 
 PATH = "/v1/audio/transcriptions"
 SPEECH = {
