@@ -82,7 +82,7 @@ def new_feature_extractor(model_type: str, seconds: int) -> Any:
     made = feature_extractor_class_from_name(name)(chunk_length=seconds) if name else None
     if not hears_windows(made):
         raise UserError(
-            f"model.type={model_type} hears no speech in windows of so many seconds: use model=whisper_5m, or no data.audio_column"
+            f"model.type={model_type} hears no speech in windows of so many seconds: use model=whisper_1m, or no data.audio_column"
         )
     return made
 
@@ -137,7 +137,7 @@ def join(model_type: str, preprocessor: Any, tokenizer: Any) -> Any:
     if name is None:
         raise UserError(
             f"model.type={model_type} doesn't read texts with images or sounds: use model=clip_5m for images with captions, "
-            "model=whisper_5m for speech"
+            "model=whisper_1m for speech"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import POSITIONS_A_SECOND, Inputs, config_of, from_config, shape_of
+from engine.models.build import POSITIONS_A_SECOND, Inputs, config_of, from_config, shape_of, without_warnings
 from engine.models.trained import choose_trained
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
@@ -190,7 +190,8 @@ def model_shape(config: Config) -> Any:
         image_size=config.data.image_size,
         max_source_positions=POSITIONS_A_SECOND * config.data.audio_seconds if config.data.audio_column else None,
     )
-    return config_of(config.model, inputs, {})
+    with without_warnings():  # of the tokens that a decoder begins with, which only a tokenizer knows
+        return config_of(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 
 from engine.bundles.bundle import Bundle
-from engine.config import Config, ObjectiveConfig, with_values
+from engine.config import Config, ObjectiveConfig, ServeConfig, with_values
 from engine.data.images import from_base64, normalized, png
 from engine.data.prepare import prepare
 from engine.data.shards import Split
@@ -24,6 +24,7 @@ from engine.models.build import build, load, recompute_activations
 from engine.models.denoisers import make_denoiser
 from engine.models.size import parameter_count
 from engine.objectives.diffusion import noise
+from engine.serve.deploy import refuse_what_cannot_serve
 from tests.engine.objectives.conftest import Curves, gradients, made, relative_error
 
 
@@ -115,6 +116,7 @@ def test_the_bundle_is_plain_diffusers(bundle: Bundle) -> None:
     pixels = by_diffusers(model, scheduler, objective.options, label, null, seed=11)
     assert np.array_equal(np.asarray(from_base64(ours["image"])), pixels)
     assert ours["image"] == png(pixels)
+    refuse_what_cannot_serve(bundle, ServeConfig())  # it can
 
 
 @pytest.mark.parametrize(
