@@ -141,7 +141,7 @@ def train(config: Config, spare: Spare | None = None) -> Outcome:
     if config.profile and (run.profile / PAGE).exists():
         console.print(f"profile   {run.profile / PAGE}")
     console.print(f"bundle    {run.bundle}")
-    if config.objective.lora.rank:
+    if adapter_of(run.bundle).exists():
         console.print(f"adapter   {adapter_of(run.bundle)}")
     return Outcome(run, list(run.metrics())[-1])
 
