@@ -77,7 +77,10 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
         "Energy": _about_energy((facts["training"] or {}).get("energy")),
         "Evaluation": _table(
             ("metric, on validation", "value"),
-            [(n.removeprefix("validation_"), v) for n, v in facts["evaluation"].items()],
+            [
+                (n.removeprefix("validation_"), f"{v:.4f}" if isinstance(v, float) else v)
+                for n, v in facts["evaluation"].items()
+            ],
         )
         if facts["evaluation"]
         else "None when the bundle was written; later ones follow at the end.",
@@ -181,7 +184,7 @@ def _about_training(facts: Mapping[str, Any]) -> str:
     rows += [(f"`{key}`", value) for key, value in config.items() if key.startswith(("optim.", "schedule."))]
     rows += [(f"`{key}`", config.get(key)) for key in ("train.precision",)]
     told = [(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value) for name, value in rows
-            if value is not None]  # fmt: skip
+            if value is not None and value != {}]  # fmt: skip
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     return (_table(("", ""), told) + "\n\n" if told else "") + f"Versions: {versions}."
 

@@ -691,6 +691,7 @@ class ImproveConfig(Frozen):
     """`manta improve`: from what clients sent and said to a better version."""
 
     records: Optional[str] = option(None, "folder with the endpoint's records; None: <runs_dir>/*/feedback")
+    every_s: Optional[float] = option(None, "seconds from one look to the next, until Ctrl-C; None: look once", above=0)
     go: bool = option(False, "act where something has drifted: train, test and register; else only say what is found")
     recent: int = option(1000, "requests, the latest so many, that are compared with what the bundle was trained on", least=20)  # fmt: skip
     min_requests: int = option(100, "recorded requests to judge by, at least", least=20)

@@ -245,11 +245,6 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
     table = Table("bundle", "metric", "value", f"{100 * config.evaluate.confidence:g} % interval", "examples")
     for name, evaluation in zip(references, found, strict=True):
         extras = [("", evaluation.metrics, evaluation.examples)]
-        extras += [(f"{config.evaluate.slice_column}={s.group}: ", s.metrics, s.examples) for s in evaluation.slices]
-        extras += [
-            (f"{config.evaluate.slice_column}={s.group}, to the others: ", s.gaps, s.examples)
-            for s in evaluation.slices
-        ]
         if evaluation.pairs:
             extras.append(("pairs: ", evaluation.pairs.metrics, evaluation.pairs.pairs))
         if evaluation.generation:
@@ -257,9 +252,27 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
         for start, metrics, examples in extras:
             for metric, value in metrics.items():
                 table.add_row(name, start + metric, *_cells(value), f"{examples:,}")
+        table.add_section()
     if (majority := found[0].majority) is not None:
         table.add_row("majority class", "accuracy", *_cells(majority), f"{found[0].examples:,}")
     console.print(table)
+    for name, evaluation in zip(references, found, strict=True):
+        if evaluation.slices:
+            console.print(slice_table(name, evaluation.slices, config))
+
+
+def slice_table(name: str, slices: Sequence[Slice], config: Config) -> Table:
+    """Return the metrics of each group, and what is between them and those of all other groups together."""
+    column = config.evaluate.slice_column
+    table = Table(
+        str(column), "metric", "value", "minus the others", box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
+        title=f"{name} by {column}, with {100 * config.evaluate.confidence:g} % intervals",
+    )  # fmt: skip
+    for one in slices:
+        first = [one.group, f"{one.examples:,} examples"]
+        for at, (metric, value) in enumerate(one.metrics.items()):
+            table.add_row(first[at] if at < len(first) else "", metric, _in_short(value), _in_short(one.gaps[metric]))
+    return table
 
 
 def in_words(found: Comparison, names: Sequence[str]) -> str:
@@ -289,6 +302,10 @@ def keep(found: Sequence[Evaluation], facts: dict[str, Any], config: Config) -> 
 
 def _cells(value: Interval) -> tuple[str, str]:
     return f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}"
+
+
+def _in_short(value: Interval) -> str:
+    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any]:

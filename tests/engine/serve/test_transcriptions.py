@@ -22,8 +22,8 @@ from engine.serve.keys import new_key
 from tests.engine.bundles.making import fresh_bundle, taught_bundle
 from tests.engine.data.sounds import file_of, hum, hummed_table
 from tests.engine.objectives.conftest import FAMILIES
+from tests.engine.serve.clients import wait_for
 from tests.engine.serve.test_access import browser_page  # noqa: F401
-from tests.engine.serve.test_faults import wait_for
 from tests.engine.serve.test_serve import free_port
 
 PATH = "/v1/audio/transcriptions"
