@@ -16,6 +16,7 @@ from engine.data.manifest import PROCESSOR, TOKENIZER
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 
+LIKE = {"dit": "vit"}  # architectures without an image processor of their own -> whose they use: pixels from -1 to 1
 FILES = ("preprocessor_config.json", "processor_config.json")  # that tell of a preprocessor
 PREPROCESSOR = "preprocessor"  # folder of an unfinished folder
 
@@ -98,10 +99,10 @@ def new_image_processor(model_type: str, size: int) -> Any:
         get_image_processor_class_from_name,
     )
 
-    name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("pil")
+    name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(LIKE.get(model_type, model_type)) or {}).get("pil")
     if name is None:
         raise UserError(
-            f"model.type={model_type} reads no images: use model=vit_5m or clip_5m, or no data.image_column"
+            f"model.type={model_type} reads no images: use model=vit_5m, clip_5m or dit_5m, or no data.image_column"
         )
     kind = get_image_processor_class_from_name(name)
     side = {"height": size, "width": size}
