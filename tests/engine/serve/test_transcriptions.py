@@ -120,7 +120,9 @@ def test_company_changes_nothing(listening: Listening) -> None:
 
 def test_a_temperature_draws(listening: Listening) -> None:
     numbers = np.random.default_rng(0)
-    mixed = [file_of(hum("one", 8000) * share + hum("three", 8000) * (1 - share), 8000) for share in np.linspace(0.3, 0.7, 6)]
+    mixed = [
+        file_of(hum("one", 8000) * share + hum("three", 8000) * (1 - share), 8000) for share in np.linspace(0.3, 0.7, 6)
+    ]
     noise = [file_of(numbers.normal(0, 0.1, 4000).astype(np.float32), 8000) for _ in range(3)]
     drawn = [{listening.post(sound, temperature="1").json()["text"] for _ in range(8)} for sound in mixed + noise]
     assert max(map(len, drawn)) > 1
