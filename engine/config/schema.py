@@ -106,6 +106,20 @@ class DataConfig(Frozen):
         "'a photo of a {label}'",
     )
 
+    # Speech
+    audio_column: Optional[str] = option(
+        None, "column with the sound, of which data.text_column has the words: its file's bytes (WAV, FLAC, OGG, MP3), as "
+        "`datasets` keeps them, or its path; needs pip install 'manta-train[audio]'; None: the data are no speech",
+    )  # fmt: skip
+    audio_seconds: int = option(
+        30, "seconds that a model hears at once: shorter sounds are filled up with silence, longer ones are left out "
+        "(Radford et al. 2022, Whisper: 30)", least=1,
+    )  # fmt: skip
+    feature_extractor: Optional[str] = option(
+        None,
+        "folder of a Hugging Face feature extractor; None: the start bundle's, else the architecture's own for audio_seconds",
+    )
+
     # Which are kept
     validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
     test_fraction: float = option(0.05, "share of the files (or rows) held out for the final test", least=0, most=0.5)
@@ -161,8 +175,10 @@ def data_kind(data: DataConfig) -> str:
     """Name what these options prepare.
 
     text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
-    captioned: images with a text each.
+    captioned: images with a text each; speech: sounds with their words.
     """
+    if data.audio_column:
+        return "speech"
     if data.image_column:
         return "captioned" if data.caption else "images"
     return "labelled" if data.label_column or data.source == "python_functions" else "text"
@@ -183,9 +199,11 @@ def source_configs(data: DataConfig) -> dict[str, DataConfig]:
 
 @dataclass
 class ModelConfig(Frozen):
-    """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
+    """An architecture of transformers, or dit of diffusers, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, ...")
+    type: str = option(
+        "llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, whisper, ...; of diffusers: dit"
+    )
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -200,7 +218,7 @@ class ModelConfig(Frozen):
         least=0,
         most=0.9,
     )
-    options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
+    options: dict[str, Any] = option({}, "any other field of the architecture's config, by its own name")
     attention: str = option(
         "sdpa",
         "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
@@ -229,7 +247,8 @@ class ObjectiveConfig(Frozen):
 
     name: str = option(
         "causal_lm",
-        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive",
+        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive, "
+        "diffusion, speech_recognition",
     )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
@@ -244,6 +263,24 @@ class ObjectiveConfig(Frozen):
     mean_span: float = option(
         3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
     )
+    noise_steps: int = option(1000, "diffusion: steps from an image to pure noise (Ho et al. 2020)", least=2)
+    noise_schedule: str = option(
+        "linear", "diffusion: how noise grows over the steps: linear (Ho et al. 2020), or by a squared cosine (Nichol & Dhariwal 2021)",
+        choices=("linear", "squaredcos_cap_v2"),
+    )  # fmt: skip
+    label_dropout: float = option(
+        0.1, "diffusion: share of the samples that are shown without their label, for guidance (Ho & Salimans 2022)", least=0, most=0.9
+    )  # fmt: skip
+    sampling_steps: int = option(
+        25, "diffusion: forwards for an image (Song et al. 2020, DDIM); at most noise_steps", least=1
+    )
+    guidance: float = option(
+        1.5, "diffusion: how far an image is led towards its label: 1 not beyond what was learnt, and half the work "
+        "(Peebles & Xie 2023: 1.5 for the best FID, 4 for single images)", least=1, most=20,
+    )  # fmt: skip
+    images_together: int = option(
+        4, "diffusion: images in one forward, always as many, made up with copies: so an image is the same whatever is beside it", least=1
+    )  # fmt: skip
     z_loss: float = option(
         0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
     )
@@ -251,6 +288,10 @@ class ObjectiveConfig(Frozen):
         None,
         "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
         least=0,
+    )
+    language: Optional[str] = option(
+        None,
+        "speech_recognition: language that is spoken (ISO 639: en), for a tokenizer that knows several, as Whisper's",
     )
 
 
@@ -378,7 +419,9 @@ class TrainConfig(Frozen):
         above=0,
     )  # fmt: skip
     spike_window: int = option(128, "good steps that a loss is judged by; before there are so many, none is", least=2)
-    max_failures: int = option(3, "restarts of the worker group after a lost or hung worker; -1: no end", least=-1)
+    max_failures: int = option(
+        3, "restarts of the worker group after a lost or hung worker; of a sweep's trial, after a lost one; -1: no end", least=-1
+    )  # fmt: skip
     hang_timeout_s: float = option(
         120.0, "seconds without any progress after which a worker is hung and the group restarts; ten times that for "
         "starting up, the first step and the last files", above=0,
@@ -468,11 +511,23 @@ class EvaluateConfig(Frozen):
     target_column: str = option("target", "generation: column with the reference")
     max_new_tokens: int = option(64, "generation: most tokens written for an example", least=1)
     max_examples: Optional[int] = option(None, "generation: take the first so many examples (None: all)", least=1)
+    images: int = option(
+        500, "a model that makes images: so many are made, one to each held-out image at most, and compared with those by the "
+        "Fréchet distance (Heusel et al. 2017); 0: none", least=0,
+    )  # fmt: skip
+    features: Optional[str] = option(
+        None, "bundle of objective=image_classification by whose last hidden states images are compared; None: by a convolution "
+        "with random weights. Neither is Inception's: don't compare the distance with a published FID",
+    )  # fmt: skip
     suite: str = option(
         "own", "own: the metrics here; lm_eval: EleutherAI's harness (pip install 'manta-train[lm-eval]')",
         choices=("own", "lm_eval"),
     )  # fmt: skip
     tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+    endpoint: Optional[str] = option(
+        None, "suite=lm_eval: ask the endpoint at this address (http://127.0.0.1:8000), which serves the bundle, instead of "
+        "loading it; a key is taken from the variable OPENAI_API_KEY",
+    )  # fmt: skip
 
 
 @dataclass
@@ -608,6 +663,7 @@ class ServeConfig(Frozen):
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
+    max_audio_bytes: int = option(25 * 2**20, "largest request with an audio file, in bytes (OpenAI's: 25 MB)", least=1024)  # fmt: skip
     body_timeout_s: float = option(30.0, "seconds that a request's body may take to come (408)", above=0)
     keys_file: Optional[str] = option(
         None, "file of hashed keys; None: <runs_dir>/keys.json, where `manta key` keeps them. With keys there, or in the "
@@ -663,6 +719,7 @@ class ImproveConfig(Frozen):
     """`manta improve`: from what clients sent and said to a better version."""
 
     records: Optional[str] = option(None, "folder with the endpoint's records; None: <runs_dir>/*/feedback")
+    every_s: Optional[float] = option(None, "seconds from one look to the next, until Ctrl-C; None: look once", above=0)
     go: bool = option(False, "act where something has drifted: train, test and register; else only say what is found")
     recent: int = option(1000, "requests, the latest so many, that are compared with what the bundle was trained on", least=20)  # fmt: skip
     min_requests: int = option(100, "recorded requests to judge by, at least", least=20)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from engine.evaluate.report import ACCENT, INK, MUTED, SECOND, axes, code, picture, table, text, write_html
+from engine.evaluate.report import ACCENT, INK, MUTED, PAPER, SECOND, axes, code, picture, table, text, write_html
 
 LOGARITHMIC = 20.0  # an axis whose greatest value is so many times its least shows logarithms
 BESIDE = -0.12  # where a line passes an axis whose key does not apply to the trial
+BEHIND = {"facecolor": PAPER, "alpha": 0.8, "linewidth": 0, "pad": 1}  # what is written stays readable over lines
+LEGEND = (
+    "<p class=mute>Each line is a trial. Orange: the best; blue: came to its end; grey: was stopped early or failed. "
+    "A line passes below an axis whose key did not apply to the trial.</p>"
+)
 
 
 def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
@@ -28,13 +35,13 @@ def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
         f"{facts['best']['value']:.4f} with {code(values(facts['best']['params']))}; {text(kept)}.</p>"
     )
     sections = [
-        ("Every trial, axis by axis", picture(draw_parallel(trials, facts["metric"], facts["best"]["name"]))),
+        ("Every trial, axis by axis", picture(draw_parallel(trials, facts["metric"], facts["best"]["name"])) + LEGEND),
         ("Learning curves", picture(draw_curves(trials, facts["metric"], facts["best"]["name"]))),
         ("Which values mattered", importance(facts["importances"])),
-        ("What stopping early has saved", f"<p>{text(told_saved(saved(trials), facts['seconds']))}</p>"),
+        ("What stopping early has saved", f"<p>{text(told_saved(saved(folder, trials), facts['seconds']))}</p>"),
         *([("Not beaten in all metrics", front(facts))] if facts["front"] else []),
         *([("Who went on from whom", exploits(facts))] if facts["exploits"] else []),
-        ("The trials", listed(trials, facts["mode"])),
+        ("The trials", listed(trials, facts["metric"], facts["mode"])),
     ]
     return write_html(folder / "sweep.html", name, f"{name}: {len(trials)} trials", lead, sections)
 
@@ -44,14 +51,21 @@ def values(params: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
 
 
-def saved(trials: list[dict[str, Any]]) -> dict[str, float]:
+def saved(folder: Path, trials: list[dict[str, Any]]) -> dict[str, float]:
     """Return the steps taken and not taken, and the seconds that the latter would have cost at each trial's own pace."""
     stopped = [trial for trial in trials if trial["state"] == "stopped early" and trial["steps"]]
+    left = {trial["name"]: trial["budget"] - trial["steps"] for trial in stopped}
     return {
         "taken": sum(trial["steps"] for trial in trials),
-        "steps": sum(trial["budget"] - trial["steps"] for trial in stopped),
-        "seconds": sum((t["budget"] - t["steps"]) * t["seconds"] / t["steps"] for t in stopped),
+        "steps": sum(left.values()),
+        "seconds": sum(steps * pace(folder / "trials" / name / "metrics.jsonl") for name, steps in left.items()),
     }
+
+
+def pace(file: Path) -> float:
+    """Return the median seconds of the steps in a metrics.jsonl: what a process does once, in its first step, is no pace."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return statistics.median([json.loads(line)["seconds"] for line in lines if line.endswith("}")] or [0.0])
 
 
 def told_saved(found: dict[str, float], seconds: float) -> str:
@@ -102,7 +116,7 @@ def exploits(facts: dict[str, Any]) -> str:
     return table(("after step", "who", "went on from", "with"), rows)
 
 
-def listed(trials: list[dict[str, Any]], mode: str) -> str:
+def listed(trials: list[dict[str, Any]], metric: str, mode: str) -> str:
     """List the trials, the best first."""
     sign = 1 if mode == "min" else -1
     order = sorted(
@@ -110,10 +124,16 @@ def listed(trials: list[dict[str, Any]], mode: str) -> str:
     )
     rows = [
         (text(t["name"]), code(values(t["params"])), f"{t['steps']:,}", "" if t["value"] is None else f"{t['value']:.4f}",
-         f"{t['seconds']:.1f} s", text(t["state"] + (f": {t['reason']}" if t["reason"] else "")))
+         f"{t['seconds']:.1f} s", text(ending(t)))
         for t in order
     ]  # fmt: skip
-    return table(("trial", "what differs", "steps", "metric", "took", ""), rows)
+    return table(("trial", "what differs", "steps", metric, "took", ""), rows)
+
+
+def ending(trial: dict[str, Any]) -> str:
+    """Say how a trial ended."""
+    again = f", begun again {trial['losses']} times" if trial.get("losses") else ""
+    return trial["state"] + again + (f": {trial['reason']}" if trial["reason"] else "")
 
 
 def colour(trial: dict[str, Any], best: str) -> tuple[str, float]:
@@ -146,12 +166,12 @@ def draw_parallel(trials: list[dict[str, Any]], metric: str, best: str) -> Figur
     for at, scale in enumerate(scales):
         ax.axvline(at, color=MUTED, lw=0.8)
         for value, place in scale.marks():
-            ax.text(at + 0.03, place, value, fontsize=8, color=INK, va="center")
+            ax.text(at + 0.03, place, value, fontsize=8, color=INK, va="center", bbox=BEHIND, zorder=3)
     for trial in sorted(told, key=lambda t: t["name"] == best):
         shade, width = colour(trial, best)
         places = [s.place(trial["params"][k]) if k in trial["params"] else BESIDE for k, s in zip(keys, scales)]
         ax.plot(range(len(scales)), [*places, scales[-1].place(trial["value"])], color=shade, lw=width)
-    ax.set_xticks(range(len(scales)), [*(key.split(".")[-1] for key in keys), metric])
+    ax.set_xticks(range(len(scales)), [*(key.replace(".", ".\n") for key in keys), metric])
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.set_xlim(-0.1, len(scales) - 0.6)

@@ -34,7 +34,7 @@ OF_A_CHANGE = (
     "keep_warm_s", "export", "image",
 )  # fmt: skip
 OF_THE_INGRESS = (  # replicas have no part in them
-    "host", "port", "max_body_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
+    "host", "port", "max_body_bytes", "max_audio_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from ray import serve
@@ -20,6 +22,7 @@ from torch import nn
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
+from engine.errors import UserError
 from engine.models.int8 import quantize
 from engine.objectives.contract import pad_rows
 from engine.serve.adapters import Adapters
@@ -35,8 +38,17 @@ from engine.serve.text import Logprobs, Text
 from engine.serve.together import Together
 from engine.serve.tracing import Trace, Tracing
 
-TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
-EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
+TASKS = {
+    "AutoModelForCausalLM": "completion",
+    "AutoModelForSequenceClassification": "classification",
+    "AutoModelForSpeechSeq2Seq": "transcription",
+    "diffusers.DiTTransformer2DModel": "images",
+}
+EMBEDS = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForMaskedLM",
+)  # whose models read a text and have one last hidden state a token
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHARACTERS_A_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
@@ -111,6 +123,8 @@ class Replica:
             )  # fmt: skip
         together = partial(Together, most=self.options.max_batch, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
         self.classified, self.embedded = together(self._classify), together(self._embed)
+        self.drawn = together(self._draw)
+        self.transcribed = together(self._transcribe)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the tokens that are still to be read and written, of all that is queued and runs here."""
@@ -120,7 +134,12 @@ class Replica:
     @contextlib.contextmanager
     def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
         """Count some inputs as in flight while they are answered."""
-        tokens = sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)
+        with self.busy(sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)):
+            yield
+
+    @contextlib.contextmanager
+    def busy(self, tokens: int) -> Iterator[None]:
+        """Count some tokens as in flight during a block."""
         self.reading += tokens
         try:
             yield
@@ -140,8 +159,10 @@ class Replica:
             "positions": self.generator.limit if self.generator else self.positions,
             "vocabulary": getattr(config, "vocab_size", 0),
             "embeds": self.objective.auto_class in EMBEDS,
+            "heard": getattr(config, "max_source_positions", 0),  # positions of a window of sound
             "hash": self.bundle.hash,
             "adapters": {name: it["hash"] for name, it in self.options.adapters.items()},
+            "image": self.objective.image_facts(self.model.config),
         }
 
     def figures(self) -> dict[str, Any]:
@@ -182,6 +203,59 @@ class Replica:
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
         found: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()
         return found
+
+    async def draw(self, prompt: str, seeds: list[int], trace: Trace | None = None) -> list[dict[str, Any]]:
+        """Make an image of a prompt from each seed, {"image": a PNG file in base64}, or return one {"error"}."""
+        requests = [{"prompt": prompt, "seed": seed} for seed in seeds]
+        try:
+            self.objective.check_request(requests[0])
+        except UserError as error:
+            return [Refused(str(error), "prompt").told]
+        passes = len(seeds) * self.objective.options.sampling_steps
+        with (
+            self.tracing.work("draw", trace),
+            self.busy(passes * self.objective.image_facts(self.model.config)["tokens"]),
+        ):
+            return await self.drawn(requests)
+
+    def _draw(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        options = self.objective.options
+        self.forwards += options.sampling_steps * -(-len(requests) // options.images_together)
+        self.rows += options.sampling_steps * len(requests)
+        return self.objective.predict(self.model, requests)
+
+    async def transcribe(self, content: bytes, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
+        """Write down what is said in an audio file, in a batch with others: {"text", "tokens", "seconds", "read", "written"}.
+
+        With job["judged"] also {"avg_logprob"}: the mean log-probability of the tokens, in nats. Or one {"error"}.
+        """
+        hears: Any = self.objective
+        try:
+            if job["language"]:
+                hears.prompt_in(job["language"])
+        except UserError as error:
+            return Refused(f"language: {error}", "language").told
+        try:
+            request = await asyncio.to_thread(self.objective.prepare, {"audio": content})
+        except UserError as error:
+            return Refused(f"file: {error}", "file").told
+        extractor = hears.extractor
+        seconds = len(request["sound"]) / extractor.sampling_rate
+        read = math.ceil(seconds * self.model.config.max_source_positions / extractor.chunk_length)  # type: ignore[union-attr,operator]
+        with self.tracing.work("transcribe", trace), self.reads([[0] * read]):
+            (found,) = await self.transcribed([request | job])
+        return found | {"seconds": seconds, "read": read, "written": len(found["tokens"])}
+
+    def _transcribe(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self.forwards, self.rows = self.forwards + 1, self.rows + len(requests)
+        answers = self.objective.predict(self.model, requests)
+        for request, answer in zip(requests, answers, strict=True):
+            if request["judged"]:
+                tokens = np.array([*answer["tokens"], self.objective.tokenizer.eos_token_id])
+                tokens = tokens[: self.objective.sequence_length]
+                (judged,) = self.objective.predict(self.model, [{"sound": request["sound"], "tokens": tokens}])
+                answer["avg_logprob"] = float(np.mean(judged["logprobs"]))
+        return answers
 
     async def complete(self, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
         """Run a job to its end: {"head", "choices": [{"text", "reason", "tokens", "logprobs"}]}, or {"error", "param", "status"}."""

@@ -58,6 +58,7 @@ class Router:
         """Take the steward's application; `tries`: of one request that replicas lose."""
         self.steward, self.tries = serve.get_app_handle(steward), tries
         self.number = -1
+        self.informed = asyncio.Event()  # once there is a table
         self.models: dict[str, dict[str, Any]] = {}
         self.handles: dict[str, Any] = {}
         self.abouts: dict[str, dict[str, Any]] = {}
@@ -236,6 +237,7 @@ class Router:
         for app in apps - self.handles.keys():
             self.handles[app] = await asyncio.to_thread(serve.get_app_handle, app)
         self.models, self.number = table["models"], table["number"]
+        self.informed.set()
         there = {version["id"] for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version")) if version}  # fmt: skip
         for version in self._gone.keys() - there:
             self._gone.pop(version).set()
@@ -400,6 +402,8 @@ def units(answer: Any) -> int:
 
 def is_repeatable(method: str, args: tuple[Any, ...]) -> bool:
     """Tell whether the same model would answer the same again: all but texts that are drawn without a seed."""
+    if method == "transcribe":
+        return bool(args[1]["temperature"] == 0)
     if method != "complete":
         return True
     job = args[0]

@@ -1,18 +1,20 @@
 // The page at /: asks the endpoint as any client would, and shows what comes and how fast.
 const at = (id) => document.getElementById(id);
 const LOOK_MS = 2000;
-const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of" };
+const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", transcription: "Audio file to write down", images: "What to make images of" };
+const FIELDS = { writes: ["chat", "completion"], draws: ["images"], keeps: ["chat", "completion", "classification"] };
 let models = [];
 let talk = []; // of the chat
 let asking = null; // what the Stop button ends
 
-function headers() {
+function headers(form) {
   const key = at("key").value.trim();
-  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  return { ...(!form && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
 async function ask(path, body, signal) {
-  const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(), body: body && JSON.stringify(body), signal });
+  const form = body instanceof FormData;
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(form), body: form ? body : body && JSON.stringify(body), signal });
   if (!response.ok) {
     const told = await response.json().catch(() => null);
     throw new Error(told?.error?.message ?? `${response.status} ${response.statusText}`);
@@ -36,7 +38,14 @@ function showModes() {
   const now = document.querySelector('input[name="mode"]:checked')?.value;
   at("send").disabled = !now;
   at("text-label").textContent = LABELS[now] ?? "This model cannot be tried here";
-  for (const label of document.querySelectorAll(".writes")) label.hidden = now === "classification";
+  for (const label of document.querySelectorAll("label[class]")) {
+    label.hidden = ![...label.classList].some((it) => FIELDS[it]?.includes(now));
+  }
+  const hears = now === "transcription";
+  at("text").hidden = hears;
+  at("text").required = !hears;
+  at("file").hidden = !hears;
+  at("file").required = hears;
 }
 
 async function look() {
@@ -162,15 +171,47 @@ async function classify(article, signal) {
   rateable(article, answer.id);
 }
 
+async function draw(article, signal) {
+  const began = performance.now();
+  const body = {
+    model: at("model").value, prompt: at("text").value, n: Number(at("count").value),
+    ...(at("seed").value && { seed: Number(at("seed").value) }),
+  };
+  const answer = await (await ask("v1/images/generations", body, signal)).json();
+  article.querySelector(".images").append(...answer.data.map((it, i) => {
+    const image = new Image();
+    image.src = `data:image/png;base64,${it.b64_json}`;
+    image.alt = image.title = `${body.prompt}, seed ${answer.seed + i}`;
+    return image;
+  }));
+  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.size}, seed ${answer.seed}`;
+  rateable(article, answer.id);
+}
+
+async function transcribe(article, signal) {
+  const began = performance.now();
+  const form = new FormData();
+  form.append("model", at("model").value);
+  form.append("response_format", "verbose_json");
+  form.append("file", at("file").files[0]);
+  const response = await ask("v1/audio/transcriptions", form, signal);
+  const answer = await response.json();
+  article.querySelector(".said").textContent = answer.text;
+  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.duration.toFixed(1)} s of sound`;
+  rateable(article, response.headers.get("x-request-id"));
+}
+
+const DOES = { classification: classify, images: draw, transcription: transcribe };
+
 at("ask").onsubmit = async (submit) => {
   submit.preventDefault();
   if (asking) return;
-  const article = newAnswer(at("text").value);
+  const article = newAnswer(mode() === "transcription" ? at("file").files[0].name : at("text").value);
   asking = new AbortController();
   at("send").disabled = true;
   at("stop").disabled = false;
   try {
-    await (mode() === "classification" ? classify : write)(article, asking.signal);
+    await (DOES[mode()] ?? write)(article, asking.signal);
     if (mode() === "chat") at("text").value = "";
   } catch (error) {
     const stopped = error.name === "AbortError";

@@ -29,7 +29,7 @@ from engine.serve.sampling import Sampling
 from engine.serve.speculation import SmallModel
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import CONFIGS, EOS, Run, model, requests
-from tests.engine.serve.test_serve import free_port
+from tests.ports import free_port
 
 DRAFTS = {"llama": "gpt2", "gpt2": "llama", "qwen2": "qwen2"}  # of another family, but for one
 

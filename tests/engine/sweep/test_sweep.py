@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from ray import cloudpickle
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, to_dict, with_values
@@ -24,6 +26,7 @@ from engine.sweep import launch
 from engine.sweep.launch import SweepResult, base_job, make_course, run_trials, sweep, trial_share
 from engine.sweep.population import Population
 from engine.sweep.record import read
+from engine.sweep.recovery import Recovery
 from engine.sweep.space import check_space
 from engine.sweep.trial import job_of
 from engine.train.checkpoint import Checkpoint, step_folder
@@ -69,6 +72,12 @@ def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
     assert trial_share(with_values(tiny, {"sweep.concurrent": 2}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
     assert trial_share(with_values(tiny, {"train.workers": 2}), {"CPU": 4.0}) == (2, {"CPU": 1.0})
     assert trial_share(with_values(tiny, {"train.cpus_per_worker": 2.0}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
+
+
+def test_tune_keeps_no_picture_of_a_terminal_or_a_course(tmp_path: Path) -> None:
+    lock = threading.Lock()  # as a live table has one
+    for one in launch.adapters(lock, Recovery(0), RunFolder(tmp_path), 1, lambda: None):  # type: ignore[arg-type]
+        cloudpickle.dumps(one)
 
 
 def test_a_sweep_stops_the_bad_and_keeps_the_best(ray: None, tiny_functions: Config) -> None:
@@ -223,7 +232,7 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     command = [sys.executable, "-c", code, str(file)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     driver = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    trials, deadline = config.run_dir / "trials", time.monotonic() + 120
+    trials, deadline = config.run_dir / "trials", time.monotonic() + 240
     while len(list(trials.glob("*/trial.json"))) < 2:
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
         assert time.monotonic() < deadline
@@ -231,7 +240,7 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     children = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs([child for child in children if "RuntimeEnv" not in child.name()], timeout=30)
+    _, alive = psutil.wait_procs([child for child in children if "RuntimeEnv" not in child.name()], timeout=60)
     assert not [process for process in alive if "run_trial" in process.name() or "ImplicitFunc" in process.name()]
     for process in alive:  # Ray's agents look for their raylet now and then only
         process.kill()
@@ -240,7 +249,8 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
 
 def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -> None:
     config, at_rest = killed
-    assert 2 <= at_rest < 4
+    assert at_rest >= 2
+    assert not (config.run_dir / "sweep.json").exists()
     before = {}
     for file in (config.run_dir / "trials").glob("*/trial.json"):  # over, or waiting at a rung
         trial = read(file.parent)
