@@ -62,7 +62,7 @@ def quietly() -> Iterator[None]:
     """Keep the harness from asking git and pip about this place, which takes seconds, and its progress bars from a log."""
     from lm_eval import evaluator
 
-    unasked = {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: None}
+    unasked: dict[str, Any] = {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: None}
     elsewhere = contextlib.nullcontext() if console.is_terminal else contextlib.redirect_stderr(io.StringIO())
     with mock.patch.multiple(evaluator, create=True, **unasked), elsewhere:
         yield

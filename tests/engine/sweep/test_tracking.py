@@ -24,7 +24,9 @@ def test_every_trial_is_a_child_run(uri: str, tiny: Config) -> None:  # noqa: F8
     config = with_values(tiny, {"name": "told", "job": "sweep", "tracking.enabled": True, "tracking.uri": uri})
     track(config, SweepResult("loss", "min", TRIALS, TRIALS[0], 1.0, ["loss"]))
     client = MlflowClient(uri)
-    runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("manta").experiment_id])}
+    runs = {
+        run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("manta").experiment_id])
+    }
     assert set(runs) == {"told", *(trial.name for trial in TRIALS)}
     parent = runs["told"]
     assert parent.data.metrics["validation_loss"] == 0.5
