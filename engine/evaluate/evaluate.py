@@ -31,6 +31,7 @@ from engine.evaluate.bootstrap import Comparison, Interval, compare, count, inte
 from engine.evaluate.evaluation_page import write_page
 from engine.evaluate.generation import Generation, check_generation
 from engine.evaluate.harness import run_harness
+from engine.evaluate.images import ImageCheck, about_images, check_images
 from engine.evaluate.metrics import ByteCounter, details, from_libraries, quick
 from engine.evaluate.pairs import PairCheck, check_pairs
 from engine.evaluate.slices import Slice, by_group
@@ -54,6 +55,7 @@ class Evaluation:
     slices: list[Slice]
     pairs: PairCheck | None
     generation: Generation | None
+    images: ImageCheck | None
 
 
 def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
@@ -96,9 +98,12 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
         slices = by_group(summarize, scores, groups, *settings)
     pairs = check_pairs(bundle, model, Path(options.pairs), *settings) if options.pairs else None
     generation = check_generation(bundle, model, options, config.seed) if options.generation else None
+    images = None
+    if options.images and objective.image_facts(model.config):
+        images = check_images(bundle, model, split, Split.open(data, "train"), classes, options, config.seed)
     return Evaluation(
         bundle, objective, data, manifest.hash, count(scores), metrics, majority, scores, time.perf_counter() - began,
-        slices, pairs, generation,
+        slices, pairs, generation, images,
     )  # fmt: skip
 
 
@@ -206,6 +211,9 @@ def evaluate_and_show(config: Config) -> Comparison | None:
     if config.evaluate.suite == "lm_eval":
         show_harness(references, folders, config)
         return None
+    if config.evaluate.features:
+        features = find_bundle(config.evaluate.features, Path(config.runs_dir), config.tracking_uri)
+        config = with_values(config, {"evaluate.features": str(features)})
     if len(folders) == 2:
         check_comparable(*(Bundle.open(folder) for folder in folders))
     found = [evaluate_bundle(folder, config) for folder in folders]
@@ -249,6 +257,9 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
             extras.append(("pairs: ", evaluation.pairs.metrics, evaluation.pairs.pairs))
         if evaluation.generation:
             extras.append(("written: ", evaluation.generation.metrics, evaluation.generation.examples))
+        if evaluation.images:
+            checked = evaluation.images
+            extras.append((f"images, features of {checked.features}: ", checked.metrics, checked.images))
         for start, metrics, examples in extras:
             for metric, value in metrics.items():
                 table.add_row(name, start + metric, *_cells(value), f"{examples:,}")
@@ -328,6 +339,7 @@ def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any
         "slices": [one.to_dict() for one in evaluation.slices],
         "pairs": evaluation.pairs and evaluation.pairs.to_dict(),
         "generation": evaluation.generation and evaluation.generation.to_dict(),
+        "images": evaluation.images and evaluation.images.to_dict(),
         "details": details(evaluation.objective, evaluation.scores),
     }
 
@@ -352,4 +364,6 @@ def card_section(facts: dict[str, Any]) -> str:
         if told := facts[key]:
             size = told.get("pairs", told.get("examples"))
             parts.append(f"### {title.format(size, told['file'])}\n\n{head}\n{rows(told['metrics'])}")
+    if told := facts["images"]:
+        parts.append(f"### {about_images(told)}\n\n{head}\n{rows(told['metrics'])}")
     return "\n\n".join(parts)
