@@ -60,7 +60,7 @@ _OPERATIONS.impl("int8_product", _product, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("manta::int8_product", lib=_OPERATIONS)
 def _shape_of_product(rows_RI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    return rows_RI.new_empty((len(rows_RI), len(weight_OI)))
+    return rows_RI.new_empty((rows_RI.shape[0], weight_OI.shape[0]))  # `len` would fix the number of rows
 
 
 class Int8Embedding(nn.Module):

@@ -272,6 +272,10 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
         )
     if options.compile and objective.auto_class != "AutoModelForCausalLM":
         raise UserError(f"serve.compile is for bundles that write, and {bundle.folder} is for {objective.options.name}")
+    if options.quantize != "none" and objective.reads not in ("text", "labelled"):
+        raise UserError(
+            f"serve.quantize is for bundles that read or write text, and {bundle.folder} is for {objective.options.name}"
+        )
     refuse_unfit(bundle, options.adapters)
     refuse_unfit_draft(bundle, options.draft)
 

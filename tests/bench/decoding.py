@@ -1,4 +1,4 @@
-"""Tokens a second of the generator by the options that are to make it faster; one process, a Llama of 28 M parameters.
+"""Tokens a second of the generator by the options that are to make it faster, for a Llama of 28 M parameters.
 
 Weights in fp32, in bf16, and in 8 bits with bf16 activations; torch compile; and a draft. 1 and 16 sequences, prompts of 36
 tokens, 96 new ones, greedy. The weights are fresh. The target's later layers add little, and the draft is its first layer
@@ -9,12 +9,14 @@ and a trained pair has a share of its own. Predicted at 1 sequence, where a toke
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
+import multiprocessing
 import os
 import queue
 import random
 import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -24,10 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cluster.environment import quiet_environment
 from engine.models.int8 import quantize, weight_bytes
 from engine.serve.generation import Completion, TransformersGenerator
+from engine.serve.linear import pack_linear
+from engine.serve.passing import in_passing
 from tests.bench.interleaved import interleave, show
 
 PROMPT, NEW = 36, 96  # tokens
 VOCABULARY = 4096
+SEQUENCES, REPEATS = (1, 16), 5
 FAINT = 0.1  # what the target's later layers add, beside its first
 
 
@@ -59,63 +64,91 @@ def make_pair() -> tuple[Any, Any]:
 
 
 class Contestant:
-    """A generator with some options."""
+    """A generator with some options, in a process of its own (see `generation`); one works at a time."""
 
-    def __init__(self, model: Any, **options: Any) -> None:
-        self.ended: queue.Queue[Completion] = queue.Queue()
-        self.generator = TransformersGenerator(
-            model, 512, max_batch=16, max_queue=256, step_tokens=256, **options,
-            tell=lambda news: [self.ended.put(it) for it in news if it.reason],
-        )  # fmt: skip
-        self.dice = random.Random(0)
+    def __init__(self, name: str) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self.asked, theirs = spawning.Pipe()
+        spawning.Process(target=contest, args=(name, theirs), daemon=True).start()
+        self.bytes: int = self.asked.recv()  # of the weights
+        self.right = 0.0  # share of its guesses so far
 
     def rate(self, sequences: int) -> float:
         """Answer so many at once; return the tokens a second."""
-        prompts = [[self.dice.randrange(6, VOCABULARY) for _ in range(PROMPT)] for _ in range(sequences)]
-        began = time.perf_counter()
-        self.generator.submit([Completion(prompt, NEW) for prompt in prompts])
-        for _ in prompts:
-            self.ended.get()
-        return sequences * NEW / (time.perf_counter() - began)
-
-    @property
-    def right(self) -> float:
-        """The share of the guesses that was right."""
-        return self.generator.right_tokens / max(self.generator.guessed_tokens, 1)
+        self.asked.send(sequences)
+        took, self.right = self.asked.recv()
+        return sequences * NEW / float(took)
 
 
-def in_8_bits(model: Any) -> Any:
-    """Return a model with weights of 8 bits."""
-    quantize(model)
-    return model
+def contest(name: str, asked: Connection) -> None:
+    """Be the process of a contestant."""
+    quiet_environment()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(os.cpu_count() or 1)
+    model, draft = in_passing(lambda: make(name))
+    asked.send(weight_bytes(model))
+    ended: queue.Queue[Completion] = queue.Queue()
+    dice = random.Random(0)
+    generator = TransformersGenerator(
+        in_passing(lambda: pack_linear(model)), 512, max_batch=16, max_queue=256, step_tokens=256, compiled="compiled" in name,
+        speculate=6 if draft else 0, draft=draft, tell=lambda news: [ended.put(it) for it in news if it.reason],
+    )  # fmt: skip
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the bench has ended
+        while True:
+            prompts = [[dice.randrange(6, VOCABULARY) for _ in range(PROMPT)] for _ in range(asked.recv())]
+            began = time.perf_counter()
+            generator.submit([Completion(prompt, NEW) for prompt in prompts])
+            for _ in prompts:
+                ended.get()
+            asked.send((time.perf_counter() - began, generator.right_tokens / max(generator.guessed_tokens, 1)))
+
+
+def make(name: str) -> tuple[Any, Any]:
+    """Return a contestant's model, and its draft if it has one."""
+    if name in ("with a draft", "without"):
+        target, draft = make_pair()
+        return target.bfloat16(), pack_linear(draft.bfloat16()) if name == "with a draft" else None
+    model = make_model()
+    if not name.startswith("fp32"):
+        model = model.bfloat16()
+    if name.startswith("int8"):
+        quantize(model)
+    return model, None
 
 
 def main() -> None:
     """Print the ratios."""
-    quiet_environment()
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(os.cpu_count() or 1)
-    models = {"fp32": make_model(), "bf16": make_model().bfloat16(), "int8": in_8_bits(make_model().bfloat16())}
-    print("weights: " + ", ".join(f"{name} {weight_bytes(model) / 2**20:.1f} MiB" for name, model in models.items()))
-    contestants = {name: Contestant(model) for name, model in models.items()}
-    contestants["bf16, compiled"] = Contestant(copy.deepcopy(models["bf16"]), compiled=True)
-    contestants["int8, compiled"] = Contestant(copy.deepcopy(models["int8"]), compiled=True)
-    for sequences in (1, 16):
+    names = ("fp32", "bf16", "int8", "fp32, compiled", "bf16, compiled", "int8, compiled", "with a draft", "without")
+    contestants = {name: Contestant(name) for name in names}
+    print("weights: " + ", ".join(f"{name} {contestants[name].bytes / 2**20:.1f} MiB" for name in names[:3]))
+    for sequences in SEQUENCES:
         print(f"-- {sequences} at once")
-        found = interleave({name: functools.partial(it.rate, sequences) for name, it in contestants.items()})
-        show(found, "tokens/s", "int8", {"fp32": 1.0, "bf16": 1.0}, setting=f"{sequences} sequences")
-        show({name: found[name] for name in ("bf16, compiled", "bf16")}, "tokens/s", "bf16, compiled", {"bf16": 1.0}, setting=f"{sequences} sequences")  # fmt: skip
-    target, draft = make_pair()
-    pair = {
-        "with a draft": Contestant(target.bfloat16(), speculate=6, draft=draft.bfloat16()),
-        "without": Contestant(copy.deepcopy(target)),
-    }
-    for sequences in (1, 16):
-        print(f"-- {sequences} at once")
-        found = interleave({name: functools.partial(it.rate, sequences) for name, it in pair.items()})
-        right = f"{100 * pair['with a draft'].right:.0f} % of the guesses right"
+        setting = f"{sequences} sequences"
+        found = interleave({name: functools.partial(it.rate, sequences) for name, it in contestants.items()}, REPEATS)
+        show(
+            {name: found[name] for name in ("fp32", "bf16", "int8")},
+            "tokens/s",
+            "int8",
+            {"fp32": 1.0, "bf16": 1.0},
+            setting,
+        )
+        for name in ("fp32", "bf16", "int8"):
+            show(
+                {f"{name}, compiled": found[f"{name}, compiled"], name: found[name]},
+                "tokens/s",
+                f"{name}, compiled",
+                {name: 1.0},
+                setting,
+            )
+        right = f"{100 * contestants['with a draft'].right:.0f} % of the guesses right"
         print(right)
-        show(found, "tokens/s", "with a draft", {"without": 1.0}, setting=f"{sequences} sequences, {right}")
+        show(
+            {name: found[name] for name in ("with a draft", "without")},
+            "tokens/s",
+            "with a draft",
+            {"without": 1.0},
+            f"{setting}, {right}",
+        )
 
 
 if __name__ == "__main__":

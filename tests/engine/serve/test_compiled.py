@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from engine.config import Config, with_values
 from engine.errors import UserError
+from engine.models.int8 import quantize
 from engine.serve.deploy import refuse_what_cannot_serve
 from engine.serve.forward import make_forward
 from engine.serve.generation import Completion
+from engine.serve.linear import pack_linear
 from tests.engine.bundles.making import fresh_bundle
+from tests.engine.serve.test_adapters import greedy
 from tests.engine.serve.test_generation import Run, model, requests
 
 
+def whole(own: nn.Module) -> nn.Module:
+    return own
+
+
+def in_8_bits(own: nn.Module) -> nn.Module:
+    quantize(own)
+    return own
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-def test_compiled_it_writes_the_same(kind: str) -> None:
-    asked = requests(kind)
-    own = copy.deepcopy(model(kind))
+@pytest.mark.parametrize(("kind", "weights"), [("llama", pack_linear), ("gpt2", in_8_bits), ("qwen2", whole)])
+def test_compiled_it_writes_the_same(kind: str, weights: Callable[[nn.Module], nn.Module]) -> None:
+    own = weights(copy.deepcopy(model(kind)))
+    asked = [(prompt, most, greedy(own, prompt, most)) for prompt, most, _ in requests(kind)]
+    ids = torch.tensor([asked[0][0]])
+    with torch.no_grad():
+        before = own(ids).logits
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = Run(own, compiled=True)
+    run = Run(own, compiled=True, speculate=3, draft=copy.deepcopy(model(kind)))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 2  # for one token, and for any number of them
+    assert graphs == 4  # for one token, and for any number of them, of the model and of the draft
     alone = [run.all([Completion(prompt, most)])[0].tokens for prompt, most, _ in asked[:4]]
     together = run.all([Completion(prompt, most) for prompt, most, _ in asked])
     assert alone == [right for *_, right in asked[:4]]
     assert [it.tokens for it in together] == [right for *_, right in asked]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing is compiled while clients wait
-    ids = torch.tensor([asked[0][0]])
+    assert run.generator.right_tokens > 0
     with torch.no_grad():  # by itself it answers as before
-        assert torch.allclose(own(ids).logits, model(kind)(ids).logits, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert torch.equal(own(ids).logits, before)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing was compiled while clients wait
 
 
-def test_what_cannot_be_compiled_is_refused(tiny: Config, tiny_functions: Config, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_compiled_is_refused(tiny: Config, tiny_functions: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"serve\.compile: this model can't be compiled"):
         make_forward(copy.deepcopy(model("bloom")), compiled=True)
     with pytest.raises(UserError, match=r"serve\.compile and serve\.adapters can't go together"):
