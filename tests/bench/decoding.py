@@ -125,12 +125,30 @@ def main() -> None:
         print(f"-- {sequences} at once")
         setting = f"{sequences} sequences"
         found = interleave({name: functools.partial(it.rate, sequences) for name, it in contestants.items()}, REPEATS)
-        show({name: found[name] for name in ("fp32", "bf16", "int8")}, "tokens/s", "int8", {"fp32": 1.0, "bf16": 1.0}, setting)
+        show(
+            {name: found[name] for name in ("fp32", "bf16", "int8")},
+            "tokens/s",
+            "int8",
+            {"fp32": 1.0, "bf16": 1.0},
+            setting,
+        )
         for name in ("fp32", "bf16", "int8"):
-            show({f"{name}, compiled": found[f"{name}, compiled"], name: found[name]}, "tokens/s", f"{name}, compiled", {name: 1.0}, setting)
+            show(
+                {f"{name}, compiled": found[f"{name}, compiled"], name: found[name]},
+                "tokens/s",
+                f"{name}, compiled",
+                {name: 1.0},
+                setting,
+            )
         right = f"{100 * contestants['with a draft'].right:.0f} % of the guesses right"
         print(right)
-        show({name: found[name] for name in ("with a draft", "without")}, "tokens/s", "with a draft", {"without": 1.0}, f"{setting}, {right}")
+        show(
+            {name: found[name] for name in ("with a draft", "without")},
+            "tokens/s",
+            "with a draft",
+            {"without": 1.0},
+            f"{setting}, {right}",
+        )
 
 
 if __name__ == "__main__":
