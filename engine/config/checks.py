@@ -318,6 +318,11 @@ def _check_contradictions(c: Config) -> None:
             f"objective.sampling_steps {c.objective.sampling_steps} is more than objective.noise_steps {c.objective.noise_steps}: "
             f"use objective.sampling_steps={c.objective.noise_steps} or less"
         )
+    if c.objective.name == "diffusion" and c.objective.guidance != 1 and not c.objective.label_dropout:
+        raise UserError(
+            f"objective.guidance {c.objective.guidance:g} leads away from images without a label, and objective.label_dropout=0 "
+            "shows none: use objective.guidance=1, or label_dropout=0.1"
+        )
     _check_sweep(c)
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(

@@ -60,11 +60,11 @@ def slices(told: dict[str, Any]) -> str:
     headline = next(iter(told["metrics"]))
     gaps = {one["group"]: one["gaps"][headline] for one in told["slices"]}
     parts = [picture(draw_gaps(gaps, headline))]
+    interval = f"{100 * told['confidence']:g} % interval"
     for one in told["slices"]:
-        rows = one["metrics"] | {f"{name}, minus that of the others": value for name, value in one["gaps"].items()}
-        parts.append(
-            f"<p>{text(one['group'])}, {one['examples']:,} examples</p>" + metrics_table(rows, told["confidence"])
-        )
+        rows = [(text(n), *cells(value), *cells(one["gaps"][n])) for n, value in one["metrics"].items()]
+        head = ("metric", "value", interval, "minus the others", interval)
+        parts.append(f"<p>{text(one['group'])}, {one['examples']:,} examples</p>" + table(head, rows))
     return "".join(parts)
 
 
@@ -97,8 +97,13 @@ def images(told: dict[str, Any], confidence: float) -> str:
 
 def metrics_table(metrics: Metrics, confidence: float) -> str:
     """List metrics with their intervals."""
-    rows = [(text(n), f"{v['value']:.4f}", f"{v['low']:.4f} to {v['high']:.4f}") for n, v in metrics.items()]
+    rows = [(text(n), *cells(value)) for n, value in metrics.items()]
     return table(("metric", "value", f"{100 * confidence:g} % interval"), rows)
+
+
+def cells(value: dict[str, float]) -> tuple[str, str]:
+    """Write a value and its interval."""
+    return f"{value['value']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}"
 
 
 def draw_gaps(gaps: Metrics, metric: str) -> Figure:

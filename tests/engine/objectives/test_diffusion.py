@@ -122,9 +122,9 @@ def test_the_bundle_is_plain_diffusers(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"guidance": 1.0},
+        {"guidance": 1.0, "label_dropout": 0.0},
         {"guidance": 4.0, "images_together": 1},
-        {"noise_schedule": "squaredcos_cap_v2", "noise_steps": 50, "sampling_steps": 7, "label_dropout": 0.0},
+        {"noise_schedule": "squaredcos_cap_v2", "noise_steps": 50, "sampling_steps": 7},
     ],
 )
 def test_each_option_does_what_diffusers_does(family: Callable[..., Config], options: dict[str, Any]) -> None:
@@ -256,6 +256,7 @@ def test_work_by_hand(family: Callable[..., Config]) -> None:
         ({"model.intermediate_size": 64}, "model.intermediate_size is no option of DiTTransformer2DModel"),
         ({"model.num_attention_heads": None}, "say model.num_attention_heads too"),
         ({"model.attention": "eager"}, "model.attention=eager is not for model.type=dit"),
+        ({"objective.label_dropout": 0.0}, "use objective.guidance=1, or label_dropout=0.1"),
         ({"objective.sampling_steps": 1001}, "objective.sampling_steps 1001 is more than objective.noise_steps 1000"),
     ],
 )

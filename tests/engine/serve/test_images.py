@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,9 @@ from engine.data.processor import new_image_processor
 from engine.models.build import build
 from engine.objectives.contract import objective_class
 from engine.serve.deploy import Endpoint, deploy
-from tests.engine.serve.test_access import browser_page, wait_for  # noqa: F401
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.clients import wait_for
+from tests.engine.serve.test_access import browser_page  # noqa: F401
+from tests.ports import free_port
 
 LABELS = ["cat", "dog", "plane"]
 DIT = {
@@ -40,6 +42,7 @@ def stirred_bundle(tiny: Config, folder: Path) -> Bundle:
     kind = objective_class("diffusion")
     objective: Any = kind(config.objective, new_image_processor("dit", 16), config.data.sequence_length, LABELS)
     model = build(config.model, objective.processor, objective.auto_class, objective.model_options(), seed=0)
+    torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -95,17 +98,19 @@ def test_openais_client_gets_what_the_bundle_makes(api: openai.OpenAI, bundle: B
 
 def test_an_image_is_the_same_whatever_shares_the_forward(api: openai.OpenAI, endpoint: Endpoint) -> None:
     def figures() -> tuple[int, int]:
-        (found,) = httpx.get(f"{endpoint.url}/v1/replicas").json()["data"]
-        return found["steps"], found["rows"]
+        time.sleep(1.1)  # for a second those of before are told
+        found: list[Any] = []
+        wait_for(lambda: found.extend(httpx.get(f"{endpoint.url}/v1/replicas", timeout=60).json()["data"]) or found)
+        return found[0]["steps"], found[0]["rows"]
 
     asked = [(LABELS[i % 3], 100 + i) for i in range(7)]
     alone = [draw(api, *it)[0] for it in asked]
-    wait_for(lambda: figures()[1] % 5 == 0)
     steps, rows = figures()
     with ThreadPoolExecutor(7) as pool:
         assert [found[0] for found in pool.map(lambda it: draw(api, *it), asked)] == alone
-    wait_for(lambda: figures()[1] - rows == 7 * 5)
-    assert figures()[0] - steps < 7 * 5  # they did share some
+    after = figures()
+    assert after[1] - rows == 7 * 5
+    assert after[0] - steps < 7 * 5  # they did share some
     assert len(set(alone)) == 7
 
 
@@ -165,7 +170,7 @@ def test_the_page_shows_images(endpoint: Endpoint, browser_page: Any) -> None:  
     page.fill("#count", "2")
     page.fill("#seed", "3")
     page.click("#send")
-    wait_for(lambda: page.evaluate("[...document.images].filter(it => it.naturalWidth == 16).length") == 2, 20)
+    wait_for(lambda: page.evaluate("[...document.images].filter(it => it.naturalWidth == 16).length") == 2)
     assert page.get_attribute(".images img", "alt") == "cat, seed 3"
     page.click("article .up")
     page.wait_for_selector('article .up[aria-pressed="true"]')

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,13 +16,18 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
-from engine.config import Config, with_values
+from cluster import local, state
+from cluster.ports import free_port
+from engine.config import Config, to_dict, with_values
+from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.sweep.launch import SweepResult, sweep
+from engine.sweep.launch import SweepResult, read_result, sweep
 from engine.sweep.record import Trial
 from engine.sweep.recovery import Lost, Recovery, clear, note
 from engine.train.run_folder import RunFolder
+from tests.engine.train.test_elastic import ROOT, SLOWLY, wait
 
 STEPS = 12
 
@@ -97,27 +104,22 @@ def curves(config: Config, result: SweepResult) -> list[list[dict[str, Any]]]:
     return [[{k: line[k] for k in kept if k in line} for line in folder.metrics()] for folder in folders]
 
 
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_trial_goes_on_after_a_worker_of_its_was_killed(
-    ray: None, tiny_functions: Config, capsys: pytest.CaptureFixture[str]
+    ray: None, tiny_functions: Config, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    config = of(tiny_functions, "shot", sweep__trials=3, sweep__concurrent=1)
-    with kills(config, {"shot-000": (1, 3), "shot-001": (0, 4)}) as killed:
+    config = of(tiny_functions, f"shot{rank}", sweep__trials=2, sweep__concurrent=1)
+    name = f"shot{rank}-000"
+    with kills(config, {name: (rank, 4)}) as killed:
         result = sweep(config)
-    assert len(killed) == 2
-    assert [(trial.state, trial.losses) for trial in result.trials] == [
-        ("finished", 1),
-        ("finished", 1),
-        ("finished", 0),
-    ]
-    first, second, undisturbed = curves(config, result)
+    assert len(killed) == 1
+    assert [(trial.state, trial.losses) for trial in result.trials] == [("finished", 1), ("finished", 0)]
+    shot, undisturbed = curves(config, result)
     assert [line["step"] for line in undisturbed] == list(range(1, STEPS + 1))
-    assert first == undisturbed  # bit for bit
-    assert second == undisturbed
-    assert [trial.curve for trial in result.trials] == [result.trials[2].curve] * 3
-    told = capsys.readouterr().out
-    assert "trial shot-000 is begun again: its worker 1 was lost (restart 1)" in told
-    assert "trial shot-001 is begun again: its worker 0 was lost (restart 1)" in told
-    assert "worker 1 was lost" in RunFolder(config.run_dir / "trials" / "shot-000").events.read_text()
+    assert shot == undisturbed  # bit for bit
+    assert result.trials[0].curve == result.trials[1].curve
+    assert f"trial {name} is begun again: its worker {rank} was lost (restart 1)" in capsys.readouterr().out
+    assert f"worker {rank} was lost" in RunFolder(config.run_dir / "trials" / name).events.read_text()
 
 
 @pytest.mark.slow
@@ -132,3 +134,57 @@ def test_a_trial_that_is_lost_again_and_again_gives_up_and_others_are_unharmed(
     assert result.trials[1].losses == 0
     assert len(curves(config, result)[1]) == STEPS
     assert json.loads((config.run_dir / "sweep.json").read_text())["best"]["name"] == "doomed-001"
+
+
+DRIVER = """
+import sys, yaml
+from cluster.environment import quiet_environment
+quiet_environment()
+from engine.config import from_dict
+from jobs.sweep import sweep
+sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
+"""
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[state.State]:
+    """Three nodes of one core, where each step takes a fifth of a second longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "sitecustomize.py").write_text(SLOWLY)
+        patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+        patch.setenv("MANTA_HOME", str(tmp_path / "home"))
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+            patch.delenv(name, raising=False)
+        try:
+            yield local.up(nodes=3, cpus_per_node=1, port=free_port(26479), dashboard_port=free_port(28365))
+        finally:
+            local.down()
+
+
+@pytest.mark.slow
+def test_a_trial_whose_node_goes_is_begun_again_on_those_that_are_left(
+    tiny_functions: Config, nodes: state.State, tmp_path: Path
+) -> None:
+    prepare(tiny_functions)
+    config = of(tiny_functions, "moved", sweep__trials=2, train__cpus_per_worker=1.0, train__max_steps=20,
+                cluster__address="auto")  # fmt: skip
+    (tmp_path / "moved.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": nodes.token_path}
+    with (tmp_path / "said.txt").open("wb") as said, subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "moved.yaml")], cwd=ROOT, env=environment, stdout=said, stderr=said
+    ) as process:  # fmt: skip
+        try:
+            trial = RunFolder(config.run_dir / "trials" / "moved-000")
+            wait(lambda: trial.metrics_file.exists() and trial.metrics_file.read_bytes().count(b"\n") >= 4, process)
+            raylets = [kin for rank in (0, 1) for kin in psutil.Process(process_of(trial, rank)).parents() if kin.name() == "raylet"]  # fmt: skip
+            lost = next(raylet for raylet in raylets if "--head" not in raylet.cmdline())
+            for kin in (lost, *lost.children(recursive=True)):
+                kin.kill()
+            assert process.wait(300) == 0, (tmp_path / "said.txt").read_text()
+        finally:
+            process.terminate()
+    result = read_result(config.run_dir / "sweep.json")
+    assert [(trial.state, trial.losses) for trial in result.trials] == [("finished", 1), ("finished", 0)]
+    moved, undisturbed = curves(config, result)
+    assert [line["step"] for line in undisturbed] == list(range(1, 21))
+    assert moved == undisturbed

@@ -123,6 +123,17 @@ def test_a_trial_that_fails_or_cannot_be_does_so_alone(ray: None, tiny_functions
     assert result.best is states[1e-3, 4]
 
 
+@pytest.mark.slow
+def test_a_trial_out_of_memory_fails_alone(ray: None, tiny_functions: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.Room, "fitted", lambda self, config: (config, ""))  # the plan would refuse it
+    config = of(tiny_functions, "large", sweep__scheduler="none", sweep__searcher="grid", sweep__concurrent=1,
+                sweep__space={"model.intermediate_size": {"choice": [10**13, 64]}})  # fmt: skip
+    result = sweep(config)
+    assert [trial.state for trial in result.trials] == ["failed", "finished"]
+    assert "can't allocate memory" in result.trials[0].reason
+    assert result.trials[0].losses == 0  # no other try would change it
+
+
 def lineage(course: Population, member: int) -> list[dict[str, Any]]:
     """Return the values that a member's weights were trained with, round by round."""
     found: list[dict[str, Any]] = []
