@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,7 +22,8 @@ from starlette.exceptions import HTTPException
 
 from engine.serve.answers import ChatForm, CompletionForm, Form, usage
 from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
-from engine.serve.gate import Access, Door, Gate, Visit
+from engine.serve.front import Front, listen
+from engine.serve.gate import Door, Gate, Visit, access_from
 from engine.serve.metrics import Metrics
 from engine.serve.records import Recorder
 from engine.serve.refusals import ApiError
@@ -136,20 +138,47 @@ def _told(request_id: str) -> str:
 class Api:
     """The ingress: checks requests, hands them to the bundles' replicas, and counts."""
 
-    def __init__(self, steward: str, options: dict[str, Any], access: Access) -> None:
-        """Take the steward's application, and the options of ServeConfig. Raises UserError for unreadable keys."""
-        self.bundles, self.access = Router(steward, options["tries"]), access
-        self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
+    def __init__(self, steward: str, settings: dict[str, Any], listens: bool) -> None:
+        """Take the steward's application, and the options of ServeConfig and Access; `listens`: without Serve's proxy.
+
+        Raises UserError for unreadable keys, and an address that it cannot listen on.
+        """
+        self.bundles = Router(steward, settings, self._change)
         self.created = int(time.time())
         self.counts = Metrics()
-        paths = {"/", "/docs", *app.openapi()["paths"], *OTHER_FAMILIES}
-        Gate.door = self.door = Door(access, self.counts, paths)
+        self.paths = {"/", "/docs", *app.openapi()["paths"], *OTHER_FAMILIES}
         self.pages = page_files()
-        records = Path(access.records_dir)
-        self.recorders = {kind: Recorder(records, kind) for kind in ("feedback", "requests")}
+        self.door: Door | None = None
+        self._change(settings)
+        self.front: Front | None = None
+        if listens:
+            taken = listen(settings["options"]["host"], settings["options"]["port"])
+            self.opening = asyncio.get_running_loop().create_task(self._open(taken))
         self.answered: dict[str, tuple[str, str, str]] = {}  # request -> model, version, key; the eldest first
         self.polled_at = 0.0
         self.polling = asyncio.Lock()
+
+    def _change(self, settings: dict[str, Any]) -> None:
+        """Go by these settings from now on. Raises UserError for unreadable keys, and goes by the old ones."""
+        options, access = settings["options"], access_from(settings["access"])
+        door = Door(access, self.counts, self.paths)
+        if self.door:
+            door.limits = self.door.limits
+        if not self.door or access.records_dir != self.access.records_dir:
+            self.recorders = {kind: Recorder(Path(access.records_dir), kind) for kind in ("feedback", "requests")}
+        Gate.door, self.door, self.access = door, door, access
+        self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
+
+    async def _open(self, taken: socket.socket) -> None:
+        """Take requests, once Serve knows this object by which its methods are called."""
+        while serve.get_replica_context().servable_object is not self:
+            await asyncio.sleep(0.01)
+        self.front = Front(self.app, taken)
+
+    async def __del__(self) -> None:
+        """Answer what has come before the process ends: Serve awaits this."""
+        if self.front:
+            await self.front.close()
 
     @property
     def about(self) -> dict[str, dict[str, Any]]:

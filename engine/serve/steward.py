@@ -63,7 +63,8 @@ class Steward:
         return self.endpoint
 
     async def opened(self, url: str, folder: str, options: dict[str, Any]) -> None:
-        """Note where the endpoint listens, which run changed it last, and the options of its ingress."""
+        """Note where the endpoint listens, which run changed it last, and the settings of its ingress, which goes by them."""
+        self.number += options != self.endpoint["options"]
         self.endpoint |= {"url": url, "folder": folder, "options": options}
         self.file = Path(folder) / EVENTS
         self._store()
@@ -84,7 +85,7 @@ class Steward:
     async def report(self, known: int, answers: dict[str, list[tuple[bool, float]]], shadows: dict[str, list[dict[str, Any]]], ratings: dict[str, list[bool]]) -> dict[str, Any] | None:  # fmt: skip
         """Take what a router saw, by version: answers (failed, pace), comparisons, ratings (True: bad).
 
-        Returns {"number", "models"}, or None where the router knows the newest.
+        Returns {"number", "models", "settings"}, or None where the router knows the newest.
         """
         for version, found in answers.items():
             self._told[version] += [Answer(failed, pace) for failed, pace in found]
@@ -187,7 +188,8 @@ class Steward:
         internal_kv._internal_kv_put(KEY, json.dumps(plain).encode(), overwrite=True)
 
     def _table(self) -> dict[str, Any]:
-        return {"number": self.number, "models": {name: model.table() for name, model in self.models.items()}}
+        models = {name: model.table() for name, model in self.models.items()}
+        return {"number": self.number, "models": models, "settings": self.endpoint["options"]}
 
 
 def load() -> dict[str, Any] | None:
