@@ -24,6 +24,7 @@ from engine.serve.answers import ChatForm, CompletionForm, Form, usage
 from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
 from engine.serve.front import Front, listen
 from engine.serve.gate import Door, Gate, Visit, access_from
+from engine.serve.limits import Limits
 from engine.serve.metrics import Metrics
 from engine.serve.records import Recorder
 from engine.serve.refusals import ApiError
@@ -148,7 +149,7 @@ class Api:
         self.counts = Metrics()
         self.paths = {"/", "/docs", *app.openapi()["paths"], *OTHER_FAMILIES}
         self.pages = page_files()
-        self.door: Door | None = None
+        self.limits, self.records_dir = Limits(), ""
         self._change(settings)
         self.front: Front | None = None
         if listens:
@@ -161,19 +162,18 @@ class Api:
     def _change(self, settings: dict[str, Any]) -> None:
         """Go by these settings from now on. Raises UserError for unreadable keys, and goes by the old ones."""
         options, access = settings["options"], access_from(settings["access"])
-        door = Door(access, self.counts, self.paths)
-        if self.door:
-            door.limits = self.door.limits
-        if not self.door or access.records_dir != self.access.records_dir:
-            self.recorders = {kind: Recorder(Path(access.records_dir), kind) for kind in ("feedback", "requests")}
-        Gate.door, self.door, self.access = door, door, access
+        Gate.door = self.door = Door(access, self.counts, self.paths, self.limits)
+        if access.records_dir != self.records_dir:
+            self.records_dir = access.records_dir
+            self.recorders = {kind: Recorder(Path(self.records_dir), kind) for kind in ("feedback", "requests")}
+        self.access = access
         self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
 
     async def _open(self, taken: socket.socket) -> None:
         """Take requests, once Serve knows this object by which its methods are called."""
         while serve.get_replica_context().servable_object is not self:
             await asyncio.sleep(0.01)
-        self.front = Front(self.app, taken)
+        self.front = Front(self.app, taken)  # type: ignore[attr-defined]  # of Serve's own class around this one
 
     async def __del__(self) -> None:
         """Answer what has come before the process ends: Serve awaits this."""

@@ -128,11 +128,14 @@ class Visit:
 class Door:
     """Lets visits in and out."""
 
-    def __init__(self, access: Access, metrics: Metrics, paths: set[str]) -> None:
-        """Read the keys; `paths` are told in metrics and traces by their names, all others together. Raises UserError."""
+    def __init__(self, access: Access, metrics: Metrics, paths: set[str], limits: Limits | None = None) -> None:
+        """Read the keys; `paths` are told in metrics and traces by their names, all others together.
+
+        `limits`: what keys have left, where another door stood here before. Raises UserError.
+        """
         self.access, self.metrics, self.paths = access, metrics, paths
         self.keys = Keys(Path(access.keys_file) if access.keys_file else None, access.keys_text)
-        self.limits, self.tracing = Limits(), Tracing(access.tracing)
+        self.limits, self.tracing = limits or Limits(), Tracing(access.tracing)
         self.mask = masking(["emails", "secrets"])
         self.log = logging.Logger("manta.access")
         if access.log_file:

@@ -30,7 +30,8 @@ DONE, PART, END, ERROR, CLOSING = range(5)
 CONNECT_S = 2.0
 LOOK_S = 0.02  # between two looks at whether all is answered, when a replica ends
 
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+Reader = asyncio.StreamReader
+Writer = asyncio.StreamWriter
 
 
 def is_own(writer: Writer) -> bool:
