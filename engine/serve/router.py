@@ -28,8 +28,9 @@ from engine.serve.scaling import ongoing
 from engine.serve.steward import load
 from engine.serve.tracing import Trace
 
-REPORT_EVERY_S = 0.2
-LOOK_EVERY_S = 1.0  # for replicas that came or went
+REPORT_EVERY_S = 0.2  # while something is tried
+WAIT_S = 2.0  # for news otherwise
+LOOK_EVERY_S = 2.0  # for replicas that came or went
 ASK_S = 5.0  # for what a replica says of itself
 MOST_TOLD = 20_000  # answers of a version that wait to be reported, while the steward is away
 SHADOWS = 16  # copies under way at once: more are left out, so that copying never slows what clients wait for
@@ -245,7 +246,8 @@ class Router:
             answers, shadows, ratings = self._answers, self._shadows, self._ratings
             self._answers, self._shadows, self._ratings = defaultdict(list), defaultdict(list), defaultdict(list)
             try:
-                told = self.steward.report.remote(self.number, dict(answers), dict(shadows), dict(ratings))
+                wait_s = 0.0 if any(model["trial"] for model in self.models.values()) else WAIT_S
+                told = self.steward.report.remote(self.number, dict(answers), dict(shadows), dict(ratings), wait_s)
                 if table := await asyncio.wait_for(told, 10 * ASK_S):
                     await self._adopt(table)
             except Exception:  # the steward was lost and comes back: what was seen is told then
