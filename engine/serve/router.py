@@ -260,11 +260,13 @@ class Router:
         """Keep lanes to the replicas that there are, for ever."""
         while True:
             self.lanes.forget(self.lanes.apps - self._apps())
-            for app in self._apps() & self.handles.keys():
-                with contextlib.suppress(Exception):  # none is there, or one doesn't answer: the handle is used
-                    asked = self.handles[app].broadcast("lane").results_async(timeout_s=ASK_S, return_exceptions=True)
-                    await self.lanes.follow(app, await asked, self.node)
+            await asyncio.gather(*(self._look(app) for app in self._apps() & self.handles.keys()))
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self, app: str) -> None:
+        with contextlib.suppress(Exception):  # none is there, or Serve is away: lanes that there are go on
+            asked = self.handles[app].broadcast("lane").results_async(timeout_s=ASK_S, return_exceptions=True)
+            await self.lanes.follow(app, await asyncio.wait_for(asked, 2 * ASK_S), self.node)
 
     def _apps(self) -> set[str]:
         """Return the applications of all versions that may be asked."""
