@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("prepare", "pretrain", "finetune", "sweep", "evaluate", "deploy", "plan", "demo")
-PATHS = ("data.path", "data.validation_path", "data.test_path", "data.tokenizer", "data.image_processor", "runs_dir")
+PATHS = (
+    "data.path",
+    "data.validation_path",
+    "data.test_path",
+    "data.tokenizer",
+    "data.image_processor",
+    "data.feature_extractor",
+    "runs_dir",
+)
 NAMES_OR_PATHS = ("bundle", "evaluate.against")  # a run's name, or a folder
 IN_SOURCES = re.compile(r"(\b(?:validation_|test_)?path:\s*)('[^']*'|\"[^\"]*\"|[^\s,}]+)")  # of data.sources={...}
 LEFT_OUT = (

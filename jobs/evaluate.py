@@ -1,6 +1,7 @@
 """Measure a bundle on held-out data, with confidence intervals; against another one on the same examples.
 
-suite=lm_eval tasks=[NAME_OR_FILE,...] runs EleutherAI's harness; both are short for evaluate.suite and evaluate.tasks.
+suite=lm_eval tasks=[NAME_OR_FILE,...] runs EleutherAI's harness, with endpoint=http://127.0.0.1:8000 on the endpoint that
+serves the bundle; these are short for evaluate.suite, evaluate.tasks and evaluate.endpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from engine.config import Config
 from jobs.entry import start
 
-SHORT = ("suite=", "tasks=")
+SHORT = ("suite=", "tasks=", "endpoint=")
 
 
 def evaluate(config: Config) -> None:

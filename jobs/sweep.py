@@ -22,11 +22,12 @@ def sweep(config: Config) -> None:
         result = sweep(config)
     from engine.evaluate.sweep_page import write_page
     from engine.progress import console
+    from engine.train.run_folder import adapter_of
 
     page = write_page(config.run_dir, config.name, asdict(result))
-    console.print(
-        f"best      {result.best.name}\nbundle    {config.run_dir / 'bundle'}\nreport    {page}", markup=False
-    )
+    adapter = adapter_of(config.run_dir / "bundle")
+    lines = [f"best      {result.best.name}", f"bundle    {config.run_dir / 'bundle'}", f"report    {page}"]
+    console.print("\n".join(lines + [f"adapter   {adapter}"] * adapter.exists()), markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

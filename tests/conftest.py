@@ -90,5 +90,5 @@ def nothing_left() -> Iterator[None]:
     left = [
         p for p in psutil.Process().children(recursive=True) if "ray" in p.name() or "raylet" in " ".join(p.cmdline())
     ]
-    _, alive = psutil.wait_procs(left, timeout=10)
+    _, alive = psutil.wait_procs(left, timeout=60)
     assert not alive, f"left behind: {[p.cmdline()[:3] for p in alive]}"

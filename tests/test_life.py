@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from engine.bundles.bundle import Bundle
+from tests.ports import free_port
 
 
 def test_the_whole_life(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.manta", "demo", "experiment=demo_small", f"serve.port={port}"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        [sys.executable, "-m", "jobs.manta", "demo", "experiment=demo_small", f"serve.port={free_port()}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     runs = tmp_path / "runs"

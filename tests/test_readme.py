@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["train.global_batch=8", "train.precision=fp32", "data.sequence_length=64", "optim.lr=2e-3"]
@@ -98,9 +99,7 @@ def test_the_jobs_run_in_the_readmes_order(folder: Path) -> None:
 
 
 def deploy_and_ask(folder: Path, words: list[str]) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     words = [word if not word.startswith("serve.port=") else f"serve.port={port}" for word in words]
     with subprocess.Popen(
         [sys.executable, "-m", "jobs.manta", *words],
@@ -110,7 +109,7 @@ def deploy_and_ask(folder: Path, words: list[str]) -> None:
         text=True,
     ) as process:
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 240
             while True:
                 assert process.poll() is None, process.stdout and process.stdout.read()
                 assert time.monotonic() < deadline

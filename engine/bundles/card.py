@@ -30,6 +30,10 @@ TASKS = {  # auto class -> (Hugging Face's name of the task, what such a model i
         "text2text-generation",
         "filling spans left out of a text, and as the start of a fine-tuning",
     ),
+    "AutoModelForSpeechSeq2Seq": (
+        "automatic-speech-recognition",
+        "writing down speech of the kind that it was trained on",
+    ),
     "AutoModelForImageClassification": ("image-classification", "naming the class of an image among those below"),
     "AutoModelForZeroShotImageClassification": (
         "zero-shot-image-classification",

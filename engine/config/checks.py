@@ -22,6 +22,7 @@ def check(config: Config) -> None:
         _check_range(key, f, value)
     _check_sources(config.data)
     _check_images(config.data)
+    _check_speech(config.data)
     _check_contradictions(config)
 
 
@@ -130,6 +131,26 @@ def _check_images(data: DataConfig) -> None:
         )
 
 
+def _check_speech(data: DataConfig) -> None:
+    """Check the options of speech."""
+    if not data.audio_column:
+        return
+    if data.image_column:
+        raise UserError("data.audio_column and data.image_column say two kinds of data: use one of them")
+    if data.source != "files" or data.sources:
+        raise UserError("data.audio_column is for sounds in files of your own: use data.source=files and data.path=...")
+    if data.label_column:
+        raise UserError(
+            f"data.label_column={data.label_column} names classes, and speech is learnt from its words: leave it out, and say "
+            "which column has these with data.text_column=..."
+        )
+    if data.mask or data.filter or data.quality or data.languages:
+        raise UserError(
+            "data.mask, data.filter, data.quality and data.languages change or choose texts, not what is said: leave them out "
+            "with data.audio_column"
+        )
+
+
 def _check_parameter_group(pattern: str, changes: Any) -> None:
     try:
         re.compile(pattern)
@@ -193,6 +214,11 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"train.micro_batch {train.micro_batch} is more than train.global_batch {c.global_batch}: "
             f"use train.micro_batch={c.global_batch} or less"
+        )
+    if train.workers > 1 and 0 < (train.gpus_per_worker or 0) < 1:
+        raise UserError(
+            f"train.gpus_per_worker {train.gpus_per_worker:g} would put several of train.workers {train.workers} on one GPU, "
+            "which NCCL refuses: use train.workers=1, or whole GPUs"
         )
     if train.min_workers and train.min_workers > train.workers:
         raise UserError(
@@ -267,6 +293,13 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             "evaluate.suite=lm_eval and evaluate.tasks=[NAME_OR_FILE,...] go together: give both or neither"
         )
+    _check_address("evaluate.endpoint", c.evaluate.endpoint)
+    if c.evaluate.endpoint and c.evaluate.suite != "lm_eval":
+        raise UserError("evaluate.endpoint is for evaluate.suite=lm_eval: leave it out, or name tasks")
+    if c.evaluate.endpoint and not re.match(r"https?://[^/]", c.evaluate.endpoint):
+        raise UserError(
+            f"evaluate.endpoint={c.evaluate.endpoint} is no address: use http://127.0.0.1:8000, or the like"
+        )
     packs = c.data.packing != "end_to_end" or c.data.within_documents
     if packs and c.objective.name not in ("causal_lm", "masked_lm"):
         raise UserError(
@@ -304,6 +337,18 @@ def _check_contradictions(c: Config) -> None:
     if c.serve.adapters and "+" in (c.bundle or ""):
         raise UserError(
             f"serve.adapters are of one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
+        )
+    if c.serve.draft and not c.serve.speculate:
+        raise UserError(
+            "serve.draft guesses serve.speculate tokens ahead, and that is 0: use serve.speculate=4, or the like"
+        )
+    if c.serve.draft and "+" in (c.bundle or ""):
+        raise UserError(
+            f"serve.draft is for one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
+        )
+    if c.serve.compile and c.serve.adapters:
+        raise UserError(
+            "serve.compile and serve.adapters can't go together, for adapters change from step to step: use one of them"
         )
     for name, folder in c.serve.adapters.items():
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", str(name)) or not isinstance(folder, str):

@@ -106,6 +106,20 @@ class DataConfig(Frozen):
         "'a photo of a {label}'",
     )
 
+    # Speech
+    audio_column: Optional[str] = option(
+        None, "column with the sound, of which data.text_column has the words: its file's bytes (WAV, FLAC, OGG, MP3), as "
+        "`datasets` keeps them, or its path; needs pip install 'manta-train[audio]'; None: the data are no speech",
+    )  # fmt: skip
+    audio_seconds: int = option(
+        30, "seconds that a model hears at once: shorter sounds are filled up with silence, longer ones are left out "
+        "(Radford et al. 2022, Whisper: 30)", least=1,
+    )  # fmt: skip
+    feature_extractor: Optional[str] = option(
+        None,
+        "folder of a Hugging Face feature extractor; None: the start bundle's, else the architecture's own for audio_seconds",
+    )
+
     # Which are kept
     validation_fraction: float = option(0.05, "share of the files (or rows) held out for validation", least=0, most=0.5)
     test_fraction: float = option(0.05, "share of the files (or rows) held out for the final test", least=0, most=0.5)
@@ -161,8 +175,10 @@ def data_kind(data: DataConfig) -> str:
     """Name what these options prepare.
 
     text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
-    captioned: images with a text each.
+    captioned: images with a text each; speech: sounds with their words.
     """
+    if data.audio_column:
+        return "speech"
     if data.image_column:
         return "captioned" if data.caption else "images"
     return "labelled" if data.label_column or data.source == "python_functions" else "text"
@@ -185,7 +201,7 @@ def source_configs(data: DataConfig) -> dict[str, DataConfig]:
 class ModelConfig(Frozen):
     """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, ...")
+    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, whisper, ...")
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -229,7 +245,8 @@ class ObjectiveConfig(Frozen):
 
     name: str = option(
         "causal_lm",
-        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive",
+        "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive, "
+        "speech_recognition",
     )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
@@ -251,6 +268,10 @@ class ObjectiveConfig(Frozen):
         None,
         "over a vocabulary: tokens whose logits are held at a time; None: 1,024, or what 128 MiB hold; 0: all",
         least=0,
+    )
+    language: Optional[str] = option(
+        None,
+        "speech_recognition: language that is spoken (ISO 639: en), for a tokenizer that knows several, as Whisper's",
     )
 
 
@@ -378,7 +399,9 @@ class TrainConfig(Frozen):
         above=0,
     )  # fmt: skip
     spike_window: int = option(128, "good steps that a loss is judged by; before there are so many, none is", least=2)
-    max_failures: int = option(3, "restarts of the worker group after a lost or hung worker; -1: no end", least=-1)
+    max_failures: int = option(
+        3, "restarts of the worker group after a lost or hung worker; of a sweep's trial, after a lost one; -1: no end", least=-1
+    )  # fmt: skip
     hang_timeout_s: float = option(
         120.0, "seconds without any progress after which a worker is hung and the group restarts; ten times that for "
         "starting up, the first step and the last files", above=0,
@@ -473,6 +496,10 @@ class EvaluateConfig(Frozen):
         choices=("own", "lm_eval"),
     )  # fmt: skip
     tasks: list[str] = option([], "suite=lm_eval: names of its tasks, or YAML files of tasks")
+    endpoint: Optional[str] = option(
+        None, "suite=lm_eval: ask the endpoint at this address (http://127.0.0.1:8000), which serves the bundle, instead of "
+        "loading it; a key is taken from the variable OPENAI_API_KEY",
+    )  # fmt: skip
 
 
 @dataclass
@@ -568,6 +595,16 @@ class ServeConfig(Frozen):
         "auto", "of the served weights; auto: as the bundle was written, fp32 where a processor has no bf16 in hardware",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
+    quantize: str = option(
+        "none", "int8: linear layers' weights and the table of tokens as 8-bit integers with a scale for each output, half of "
+        "bf16's memory; serve.precision is then that of the activations, and auto bf16 where the processor has it. Golden "
+        "log-probabilities may be off by 0.5 nats",
+        choices=("none", "int8"),
+    )  # fmt: skip
+    compile: bool = option(
+        False,
+        "torch.compile what a generator runs below its logits: a minute or two more until a replica is ready, and less time a token",
+    )
     max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
     step_tokens: int = option(
         256,
@@ -580,6 +617,10 @@ class ServeConfig(Frozen):
     speculate: int = option(
         0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "
         "texts stay what they are, and come sooner where they repeat or quote", least=0, most=64,
+    )  # fmt: skip
+    draft: Optional[str] = option(
+        None, "smaller bundle with the same tokens that guesses these tokens instead, of any text: a run's or registered name, or a "
+        "folder. Its cache has as many tokens as the bundle's",
     )  # fmt: skip
     adapters: dict[str, Any] = option(
         {}, "LoRA adapters on the bundle, NAME: FOLDER in peft's format; a client asks for the model BUNDLE:NAME, and different "
@@ -594,6 +635,7 @@ class ServeConfig(Frozen):
     max_queue: int = option(256, "requests waiting before one is told to come again (429)", least=1)
     max_new_tokens: int = option(256, "most tokens that one completion may ask for", least=1)
     max_body_bytes: int = option(2**20, "largest request, in bytes", least=1024)
+    max_audio_bytes: int = option(25 * 2**20, "largest request with an audio file, in bytes (OpenAI's: 25 MB)", least=1024)  # fmt: skip
     body_timeout_s: float = option(30.0, "seconds that a request's body may take to come (408)", above=0)
     keys_file: Optional[str] = option(
         None, "file of hashed keys; None: <runs_dir>/keys.json, where `manta key` keeps them. With keys there, or in the "

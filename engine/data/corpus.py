@@ -23,13 +23,13 @@ PART_BYTES = 4  # of text for a token of data.shard_tokens
 
 @dataclass(frozen=True)
 class Document:
-    """One text, the split it belongs to, the file it came from and, for labelled data, its label; or an image."""
+    """One text, the split it belongs to, the file it came from and, for labelled data, its label; or an image or a sound."""
 
-    text: str  # of an image: its caption, or nothing
+    text: str  # of an image: its caption, or nothing; of a sound: its words
     split: str
     source: str
     label: str | None = None
-    image: np.ndarray | None = None  # uint8 [S, S, 3]
+    signal: np.ndarray | None = None  # of an image: uint8 [S, S, 3]; of a sound: int16 [samples]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def read(part: Part, seed: int, skipped: Counter[str], masked: Counter[str]) -> 
     for document in _reader(part.config.source).read(part, seed, skipped):
         if mask:
             document = dataclasses.replace(document, text=mask(document.text, masked))
-        if not document.text.strip() and document.image is None:
+        if not document.text.strip() and document.signal is None:
             skipped["empty"] += 1
         elif against and (reason := against(document.text)):
             skipped[reason] += 1

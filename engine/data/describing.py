@@ -14,7 +14,7 @@ import numpy as np
 from engine.config import Config, data_kind, source_configs
 from engine.data.corpus import SPLITS, Part
 from engine.data.manifest import PROCESSOR, SOURCES, Manifest, hash_of, sha256
-from engine.data.processor import load_image_processor, side_of
+from engine.data.processor import load_feature_extractor, load_image_processor, side_of
 from engine.data.stdlib import LICENCE
 from engine.data.survey import DROPPED, Kept, Survey
 from engine.data.tokenizer import Specials
@@ -26,7 +26,7 @@ def write_manifest(
     shards: Sequence[Shards], special: Specials, folder: Path, labelled: bool,
 ) -> None:  # fmt: skip
     """Write manifest.json and the list of input files."""
-    images = config.data.image_column is not None
+    images, speech = config.data.image_column is not None, config.data.audio_column is not None
     names = list(source_configs(config.data))
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
@@ -62,7 +62,7 @@ def write_manifest(
         kind=data_kind(config.data),
         sources=_write_sources(folder, by_file),
         origins=origins,
-        tokenizer=hash_of(folder / PROCESSOR) if images else sha256(folder / "tokenizer" / "tokenizer.json"),
+        tokenizer=hash_of(folder / PROCESSOR) if images or speech else sha256(folder / "tokenizer" / "tokenizer.json"),
         vocab_size=special.vocab_size,
         eos_id=special.eos_id,
         pad_id=special.pad_id,
@@ -72,6 +72,7 @@ def write_manifest(
         config=dataclasses.asdict(config.data),
         seed=config.seed,
         image_size=side_of(load_image_processor(str(folder / PROCESSOR))) or 0 if images else 0,
+        sampling_rate=load_feature_extractor(str(folder / PROCESSOR)).sampling_rate if speech else 0,
     ).save(folder)
 
 

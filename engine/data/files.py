@@ -14,6 +14,7 @@ from engine.config import DataConfig
 from engine.data.corpus import Document, Part, Piece, label_name, no_label, split_of
 from engine.data.images import caption_fields, pictures
 from engine.data.inputs import File, bare, list_files
+from engine.data.speech import utterances
 from engine.errors import UserError, nearest
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
@@ -33,6 +34,8 @@ def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
             rows: Iterable[tuple[Any, ...]] = ((text,) for text in _texts(piece, counts))
         elif config.image_column:
             rows = pictures(_rows(piece, config, counts), config, file, counts)
+        elif config.audio_column:
+            rows = utterances(_rows(piece, config, counts), config, file, counts)
         else:
             rows = labelled(_rows(piece, config, counts), config, counts)
         key = f"{file.name}:{piece.start}:" if piece.start else f"{file.name}:"
@@ -56,7 +59,7 @@ def pieces(config: DataConfig, size: int) -> list[Piece]:
     found: list[Piece] = []
     for file in given:
         kind = config.format if config.format != "auto" else _kind(file.name)
-        if kind == "text" and (column := config.image_column or config.label_column):
+        if kind == "text" and (column := config.image_column or config.audio_column or config.label_column):
             raise UserError(
                 f"{file.place} is plain text and has no column '{column}': "
                 "give labelled data as .jsonl, .parquet or .arrow (data.format says which)"
@@ -190,6 +193,8 @@ def _rows(piece: Piece, config: DataConfig, counts: Counter[str]) -> Iterator[di
 def columns(config: DataConfig) -> dict[str, str]:
     """Return the columns that are read, and for each the option that names it."""
     found = {config.label_column: "data.label_column"} if config.label_column else {}
+    if config.audio_column:
+        return {config.text_column: "data.text_column", config.audio_column: "data.audio_column"}
     if not config.image_column:
         return {config.text_column: "data.text_column"} | found
     of_caption = {name: "data.caption" for name in caption_fields(config.caption) if name != "label"}
@@ -292,7 +297,7 @@ def _need_fields(place: str, config: DataConfig, schema: Any) -> None:
     for name, key in columns(config).items():
         if schema.names.count(name) > 1:
             raise UserError(f"{place} has {schema.names.count(name)} columns '{name}' ({key}): rename all but one")
-    if config.image_column:
+    if config.image_column or config.audio_column:
         return
     kind = schema.field(config.text_column).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind

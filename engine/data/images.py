@@ -8,37 +8,30 @@ import io
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.config import DataConfig
 from engine.data.corpus import label_name, no_label
+from engine.data.media import Decoded, content_of, decoded
 from engine.data.processor import load_image_processor
-from engine.data.stores import is_far, store_errors
 from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.data.inputs import File
     from engine.data.shards import Split
 
-CHUNK = 256  # rows that are decoded together, by threads
 
-
-def pictures(
-    rows: Iterable[dict[str, Any]], config: DataConfig, file: File, counts: Counter[str]
-) -> Iterator[tuple[str, str | None, np.ndarray]]:
-    """Yield (caption, label, pixels) of each row that has an image, and a label and a caption where these are asked for.
+def pictures(rows: Iterable[dict[str, Any]], config: DataConfig, file: File, counts: Counter[str]) -> Iterator[Decoded]:
+    """Return (caption, label, pixels) of each row that has an image, and a label and a caption where these are asked for.
 
     Pixels are uint8 [S, S, 3], as data.image_processor cuts and scales them. Count the rows left out, by reason.
     """
     assert config.image_processor
     processor = load_image_processor(config.image_processor)
 
-    def read(row: dict[str, Any]) -> tuple[str, str | None, np.ndarray] | str:
+    def read(row: dict[str, Any]) -> Decoded | str:
         label = row.get(config.label_column) if config.label_column else None
         if config.label_column and no_label(label):
             return "without a label"
@@ -53,14 +46,7 @@ def pictures(
         except ValueError:
             return "not an image"
 
-    remaining = iter(rows)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes and scales without holding the interpreter
-        while chunk := list(islice(remaining, CHUNK)):
-            for found in pool.map(read, chunk):
-                if isinstance(found, str):
-                    counts[found] += 1
-                else:
-                    yield found
+    return decoded(rows, read, counts)
 
 
 def caption_fields(template: str | None) -> list[str]:
@@ -75,24 +61,6 @@ def caption_of(row: dict[str, Any], config: DataConfig, label: str | None) -> st
         return None
     caption = (config.caption or "").format(**values)
     return None if config.caption and not caption.strip() else caption
-
-
-def content_of(value: Any, file: File) -> bytes | None:
-    """Return the bytes of an image: those of the column, or of the file that it names, beside the table's own."""
-    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
-    if isinstance(content, bytes):
-        return content
-    if not isinstance(path, str) or not path:
-        return None
-    place = str(PurePosixPath(file.path).parent / path)
-    with store_errors(place, file.filesystem):
-        try:
-            found: bytes = file.filesystem.cat_file(place)
-        except OSError as error:
-            if is_far(file.filesystem) and not isinstance(error, FileNotFoundError):
-                raise  # it may well be there
-            return None
-    return found
 
 
 def decode(content: bytes) -> Any:

@@ -14,7 +14,7 @@ from engine.errors import UserError
 
 FILE, SOURCES = "manifest.json", "sources.jsonl"
 ORIGIN = "store.json"  # where a store has the shards: its address; they are fetched when they are first read
-TOKENIZER, PROCESSOR = "tokenizer", "processor"  # folders, the one of text and the other of images
+TOKENIZER, PROCESSOR = "tokenizer", "processor"  # folders, the one of text and the other of images or sounds
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Manifest:
         str, Any
     ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file
     origins: dict[str, dict[str, Any]]  # source -> {licence, files, bytes, documents, tokens, skipped, masked}
-    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; of images, that of the files in processor/
+    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; of images or sounds, that of the files in processor/
     vocab_size: int
     eos_id: int
     pad_id: int
@@ -38,7 +38,8 @@ class Manifest:
     ]  # split -> {"shards": [{file, source, rows, tokens, bytes, sha256}], "documents", "tokens"}
     config: dict[str, Any]  # the DataConfig
     seed: int
-    image_size: int = 0  # side of an image in pixels; 0: the data are text
+    image_size: int = 0  # side of an image in pixels; 0: there are none
+    sampling_rate: int = 0  # samples a second of the sounds; 0: there are none
     hash: str = field(default="")  # SHA-256 over the shards' hashes, the tokenizer's and the labels
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ def verify(folder: Path | str) -> Manifest:
         at_hand(folder, shard["file"])
     expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
     expected |= {SOURCES: manifest.sources["sha256"]}
-    if manifest.image_size:
+    if manifest.image_size or manifest.sampling_rate:
         found = hash_of(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else ""
         if found != manifest.tokenizer:
             raise UserError(

@@ -18,14 +18,15 @@ FORMAT = 3  # raise it when the same input would give other shards
 
 
 def content_key(
-    data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], images: Any
+    data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], preprocessor: Any
 ) -> str:
-    """Hash all that decides the shards: format, options, seed, tokenizer, filters, and each input file's name, size and date."""
+    """Hash all that decides the shards: format, options, seed, tokenizer, preprocessor, filters, and each input file's name, size and date."""
     from engine.data.filters import filter_source
 
     options = dataclasses.asdict(data)
     for elsewhere in (
-        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size", "store",
+        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size",
+        "feature_extractor", "audio_seconds", "store",
     ):  # fmt: skip
         del options[elsewhere]
     options["sources"] = {
@@ -39,8 +40,8 @@ def content_key(
     digest = hashlib.sha256(
         json.dumps([FORMAT, options, seed]).encode()
     )  # the order of sources is that of their documents
-    if images is not None:
-        digest.update(images.to_json_string().encode())
+    if preprocessor is not None:
+        digest.update(preprocessor.to_json_string().encode())
     for own in source_configs(data).values():
         digest.update(filter_source(own.filter) if own.filter else b"")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):

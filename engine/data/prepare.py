@@ -20,15 +20,23 @@ from engine.data.journal import Journal
 from engine.data.manifest import PROCESSOR, TOKENIZER, Manifest
 from engine.data.naming import content_key
 from engine.data.passes import Held, Progress, Surveying, survey_all, tokenize_all
-from engine.data.processor import IMAGE_PROCESSOR, choose_image_processor, write_processor
+from engine.data.processor import PREPROCESSOR, choose_preprocessor, write_processor
 from engine.data.published import fetch, locked, publish
 from engine.data.spread import Spread, alone, connected, over_cluster, over_processes
 from engine.data.survey import BPE_CHARACTERS, Kept, keep, sample_sizes, sampled
-from engine.data.tokenizer import Specials, close_with_eos, copy_tokenizer, has_tokenizer, specials, train_bpe
+from engine.data.tokenizer import (
+    Specials,
+    close_with_eos,
+    copy_tokenizer,
+    has_tokenizer,
+    open_transcripts,
+    specials,
+    train_bpe,
+)
 from engine.data.tokenizing import Framing, Tokenizing
 from engine.errors import TryAgain, UserError
 
-UNPACKED = 16  # bytes of pixels, about, for one of an image's file
+UNPACKED = 16  # bytes of pixels or sound, about, for one of a file
 NO_TEXT = Specials(eos_id=0, pad_id=0, opening=[], closing=[], vocab_size=1)  # of images without captions
 HELD_BYTES = 2**28  # a corpus up to this size is read once and kept in memory; a larger one is read twice
 PROBE_CHARACTERS = 2**17  # of the sample by which a fast encoder is compared to the tokenizer that is given
@@ -49,8 +57,9 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
     if set(data.name) & set("/\\") or data.name.startswith("."):
         raise UserError(f"data.name='{data.name}' cannot name a folder: use letters, digits, '_' and '-'")
     files = inputs(data)
-    images = choose_image_processor(config, given) if data.image_column else None
-    folder = Path(config.runs_dir) / "data" / f"{data.name}-{content_key(data, config.seed, given, files, images)[:8]}"
+    preprocessor = choose_preprocessor(config, given)
+    key = content_key(data, config.seed, given, files, preprocessor)
+    folder = Path(config.runs_dir) / "data" / f"{data.name}-{key[:8]}"
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +69,10 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
                     publish(folder, data.store)
                 return folder
             partial.mkdir(exist_ok=True)  # it may be of a run that was killed: this one goes on with it
-            if images is not None:
-                images.save_pretrained(partial / IMAGE_PROCESSOR)
-                data = dataclasses.replace(data, image_processor=str(partial / IMAGE_PROCESSOR))
+            if preprocessor is not None:
+                preprocessor.save_pretrained(partial / PREPROCESSOR)
+                named = str(partial / PREPROCESSOR)
+                data = dataclasses.replace(data, image_processor=named, feature_extractor=named)
             _build(config, given, parts(data), partial, say)
             shutil.rmtree(folder, ignore_errors=True)  # one that isn't whole
             partial.rename(folder)
@@ -91,9 +101,9 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
 def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path, say: Progress) -> None:
     data, seed = config.data, config.seed
     labelled = data.label_column is not None or data.source == "python_functions"
-    images = data.image_column is not None
+    images, media = data.image_column is not None, bool(data.image_column or data.audio_column)
     spread = _spread(config)
-    within = -1 if spread is over_cluster else HELD_BYTES // (UNPACKED if images else 1)
+    within = -1 if spread is over_cluster else HELD_BYTES // (UNPACKED if media else 1)
     held, journal = Held(corpus, within), Journal(folder)
     sizes = sample_sizes(corpus, PROBE_CHARACTERS if given else BPE_CHARACTERS)
     surveys = survey_all(corpus, Surveying(seed, sizes, held.small), journal, held, spread, say)
@@ -113,15 +123,15 @@ def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path,
     if held.small and spread is over_processes:
         spread = alone  # what is at hand is encoded by threads; to hand it on would take as long
     shards = tokenize_all(work, corpus, surveys, kept, seed, journal, held, spread, say)
-    if images:
+    if media:
         write_processor(config, given, folder)
     write_manifest(config, corpus, surveys, kept, shards, special, folder, labelled)
     journal.close()
 
 
 def _spread(config: Config) -> Spread:
-    if config.data.image_column:
-        return alone  # threads decode images, and the options of these name a folder here
+    if config.data.image_column or config.data.audio_column:
+        return alone  # threads decode images and sounds, and the options of these name a folder here
     return over_cluster if config.cluster.address != "local" and connected() else over_processes
 
 
@@ -129,13 +139,15 @@ def _write_tokenizer(data: DataConfig, given: Path | None, sample: list[str], fo
     """Copy the tokenizer that is given, or train one on the sample, unless an earlier try left one."""
     if (folder / TOKENIZER).exists():
         return
-    images, part = data.image_column is not None, folder / "tokenizer.part"
+    media, part = bool(data.image_column or data.audio_column), folder / "tokenizer.part"
     shutil.rmtree(part, ignore_errors=True)
     if given and (has_tokenizer(given) or str(given) == data.tokenizer):
         copy_tokenizer(given, part)
     else:
-        train_bpe(sample, data.vocab_size, part, data.sentinel_tokens, closing=images or data.sentinel_tokens > 0)
-    if images:
+        train_bpe(sample, data.vocab_size, part, data.sentinel_tokens, closing=media or data.sentinel_tokens > 0)
+        if data.audio_column:
+            open_transcripts(part)
+    if media:
         close_with_eos(part)
     part.rename(folder / TOKENIZER)
 

@@ -1,4 +1,7 @@
-"""What turns raw examples into a model's inputs, in the Hugging Face layout: a tokenizer, an image processor, or both."""
+"""What turns raw examples into a model's inputs, in the Hugging Face layout: a tokenizer, a preprocessor, or both.
+
+A preprocessor is what makes arrays of images or sounds: an image processor, or a feature extractor.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from engine.data.manifest import PROCESSOR, TOKENIZER
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 
-OF_IMAGES = ("preprocessor_config.json", "processor_config.json")  # files that tell of an image processor
-IMAGE_PROCESSOR = "image_processor"  # folder of an unfinished folder
+FILES = ("preprocessor_config.json", "processor_config.json")  # that tell of a preprocessor
+PREPROCESSOR = "preprocessor"  # folder of an unfinished folder
 
 
-def has_image_processor(folder: Path) -> bool:
-    """Say whether a folder holds an image processor."""
-    return any((folder / name).is_file() for name in OF_IMAGES)
+def has_preprocessor(folder: Path) -> bool:
+    """Say whether a folder holds an image processor or a feature extractor."""
+    return any((folder / name).is_file() for name in FILES)
 
 
 def load_processor(folder: Path) -> Any:
-    """Return the tokenizer, the image processor, or the processor that holds both, of a folder. Raises UserError where there is none."""
-    if not has_image_processor(folder):
+    """Return the tokenizer, the preprocessor, or the processor that holds both, of a folder. Raises UserError where there is none."""
+    if not has_preprocessor(folder):
         return load_tokenizer(folder)
     from transformers import AutoProcessor
 
@@ -52,6 +55,40 @@ def load_image_processor(folder: str) -> Any:
         raise UserError(
             f"data.image_processor={folder} holds none that transformers can load: {str(error).splitlines()[0]}"
         ) from error
+
+
+@functools.lru_cache(maxsize=4)
+def load_feature_extractor(folder: str) -> Any:
+    """Return the feature extractor of a folder. Raises UserError where there is none."""
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"data.feature_extractor={folder} holds none that transformers can load: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def new_feature_extractor(model_type: str, seconds: int) -> Any:
+    """Make the feature extractor of an architecture that hears `seconds` at once. Raises UserError where it has none."""
+    from transformers.models.auto.feature_extraction_auto import (
+        FEATURE_EXTRACTOR_MAPPING_NAMES,
+        feature_extractor_class_from_name,
+    )
+
+    name = FEATURE_EXTRACTOR_MAPPING_NAMES.get(model_type)
+    made = feature_extractor_class_from_name(name)(chunk_length=seconds) if name else None
+    if not hears_windows(made):
+        raise UserError(
+            f"model.type={model_type} hears no speech in windows of so many seconds: use model=whisper_5m, or no data.audio_column"
+        )
+    return made
+
+
+def hears_windows(extractor: Any) -> bool:
+    """Say whether a feature extractor makes as many frames of each sound, as Whisper's does."""
+    return all(isinstance(getattr(extractor, name, None), int) for name in ("sampling_rate", "chunk_length", "n_samples", "nb_max_frames"))  # fmt: skip
 
 
 def new_image_processor(model_type: str, size: int) -> Any:
@@ -90,7 +127,7 @@ def side_of(image_processor: Any) -> int | None:
     return int(height) if not shapes and height == width and channels == 3 else None
 
 
-def join(model_type: str, image_processor: Any, tokenizer: Any) -> Any:
+def join(model_type: str, preprocessor: Any, tokenizer: Any) -> Any:
     """Return one processor of both, of the architecture's kind. Raises UserError where it has none."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -98,16 +135,33 @@ def join(model_type: str, image_processor: Any, tokenizer: Any) -> Any:
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
     if name is None:
         raise UserError(
-            f"model.type={model_type} doesn't read images with captions: use model=clip_5m, or no data.caption"
+            f"model.type={model_type} doesn't read texts with images or sounds: use model=clip_5m for images with captions, "
+            "model=whisper_5m for speech"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return getattr(transformers, name)(image_processor=image_processor, tokenizer=tokenizer)
+    return getattr(transformers, name)(preprocessor, tokenizer)
 
 
-def choose_image_processor(config: Config, given: Path | None) -> Any:
-    """Return what scales the images: data.image_processor, else that of `given`, else the architecture's own."""
-    folder = config.data.image_processor or (given if given and has_image_processor(given) else None)
+def choose_preprocessor(config: Config, given: Path | None) -> Any:
+    """Return what makes arrays of the data's images or sounds, if they are: the one that is named, else that of `given`, else the architecture's own."""
+    named = config.data.image_processor if config.data.image_column else config.data.feature_extractor
+    folder = named or (given if given and has_preprocessor(given) else None)
+    if config.data.image_column:
+        return _image_processor(config, given, folder)
+    return _feature_extractor(config, given, folder) if config.data.audio_column else None
+
+
+def _feature_extractor(config: Config, given: Path | None, folder: Path | str | None) -> Any:
+    if folder is None:
+        return new_feature_extractor(_architecture(config, given), config.data.audio_seconds)
+    found = load_feature_extractor(str(folder))
+    if not hears_windows(found):
+        raise UserError(f"the feature extractor in {folder} does not hear windows of one length: give another one")
+    return found
+
+
+def _image_processor(config: Config, given: Path | None, folder: Path | str | None) -> Any:
     if folder is None:
         return new_image_processor(_architecture(config, given), config.data.image_size)
     found = load_image_processor(str(folder))
@@ -117,13 +171,14 @@ def choose_image_processor(config: Config, given: Path | None) -> Any:
 
 
 def write_processor(config: Config, given: Path | None, folder: Path) -> None:
-    """Put what reads images, and captions where there are, into one folder, as a model's folder has it."""
+    """Put what reads images or sounds, and texts where there are, into one folder, as a model's folder has it."""
     shutil.rmtree(folder / PROCESSOR, ignore_errors=True)
-    found = load_image_processor(str(folder / IMAGE_PROCESSOR))
-    if config.data.caption:
-        found = join(_architecture(config, given), found, load_tokenizer(folder / "tokenizer"))
+    load = load_feature_extractor if config.data.audio_column else load_image_processor
+    found = load(str(folder / PREPROCESSOR))
+    if (folder / TOKENIZER).is_dir():
+        found = join(_architecture(config, given), found, load_tokenizer(folder / TOKENIZER))
     found.save_pretrained(folder / PROCESSOR)
-    for name in ("tokenizer", IMAGE_PROCESSOR):
+    for name in (TOKENIZER, PREPROCESSOR):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,17 @@ from engine.data.manifest import Manifest
 from engine.data.published import at_hand
 from engine.errors import UserError
 
-IMAGE_BYTES = 16  # of pixels that fill a shard as much as a token does
+SIGNAL_BYTES = 16  # of pixels or sound that fill a shard as much as a token does
+
+
+class Columns(NamedTuple):
+    """A shard, mapped into memory: the rows' values end to end, and where each row begins and ends."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    signals: np.ndarray  # pixels, or the samples of sounds
+    sound_offsets: np.ndarray
 
 
 class ShardWriter:
@@ -36,25 +46,28 @@ class ShardWriter:
         self._tokens: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
-        self._images: list[np.ndarray] = []
-        self._held = 0
+        self._signals: list[np.ndarray] = []
+        self._held = self._signal_bytes = 0
 
     def add(
         self,
         tokens: np.ndarray,
         lengths: np.ndarray,
         labels: np.ndarray | None = None,
-        images: np.ndarray | None = None,
+        signals: Sequence[np.ndarray] = (),
     ) -> None:
-        """Add documents: their tokens end to end, and the length and label of each; and images, uint8 [rows, S, S, 3]."""
+        """Add documents: their tokens end to end, and the length and label of each.
+
+        `signals` are their images, uint8 [S, S, 3] of one size, or their sounds, int16 [samples].
+        """
         self._tokens.append(tokens.astype(self.dtype))
         self._lengths.append(lengths)
         if labels is not None:
             self._labels.append(labels)
-        if images is not None:
-            self._images.append(images)
+        self._signals += signals
+        self._signal_bytes += sum(signal.nbytes for signal in signals)
         self._held += len(tokens)
-        if self._held + sum(held.nbytes for held in self._images) // IMAGE_BYTES >= self.shard_tokens:
+        if self._held + self._signal_bytes // SIGNAL_BYTES >= self.shard_tokens:
             self._write()
 
     def close(self) -> list[dict[str, Any]]:
@@ -72,9 +85,13 @@ class ShardWriter:
         columns = {"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._tokens)))}
         if self.labelled:
             columns["label"] = pa.array(np.concatenate(self._labels).astype(np.int32))
-        if self._images:
-            images = np.concatenate(self._images).reshape(len(lengths), -1)
-            columns["image"] = pa.FixedSizeListArray.from_arrays(pa.array(images.ravel()), images.shape[1])
+        if self._signals:
+            values = pa.array(np.concatenate([signal.ravel() for signal in self._signals]))
+            if self._signals[0].ndim == 3:
+                columns["image"] = pa.FixedSizeListArray.from_arrays(values, self._signals[0].size)
+            else:
+                ends = np.cumsum([0, *map(len, self._signals)]).astype(np.int32)
+                columns["sound"] = pa.ListArray.from_arrays(pa.array(ends), values)
         batch = pa.record_batch(columns)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -91,7 +108,8 @@ class ShardWriter:
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
-        self._tokens, self._lengths, self._labels, self._images, self._held = [], [], [], [], 0
+        self._tokens, self._lengths, self._labels, self._signals = [], [], [], []
+        self._held = self._signal_bytes = 0
 
 
 class Split:
@@ -106,7 +124,7 @@ class Split:
         self._files = [shard["file"] for shard in shards]
         self._first_row = np.cumsum([0, *(shard["rows"] for shard in shards)])
         self._first_token = np.cumsum([0, *(shard["tokens"] for shard in shards)])
-        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, Columns] = {}
 
     @classmethod
     def open(cls, folder: Path | str, name: str) -> Split:
@@ -137,30 +155,36 @@ class Split:
     def document(self, i: int) -> np.ndarray:
         """Return the tokens of document i, [length], read-only and without a copy."""
         shard, row = self._find(self._first_row, i, self.rows)
-        values, offsets, *_ = self._shard(shard)
-        return values[offsets[row] : offsets[row + 1]]
+        held = self._shard(shard)
+        return held.tokens[held.offsets[row] : held.offsets[row + 1]]
 
     def label(self, i: int) -> int:
         """Return the label of document i, an index of the manifest's labels."""
         shard, row = self._find(self._first_row, i, self.rows)
-        return int(self._shard(shard)[2][row])
+        return int(self._shard(shard).labels[row])
 
     def image(self, i: int) -> np.ndarray:
         """Return the pixels of image i: uint8 [S, S, 3], read-only and without a copy."""
         shard, row = self._find(self._first_row, i, self.rows)
         side = self.manifest.image_size
-        found: np.ndarray = self._shard(shard)[3].reshape(-1, side, side, 3)[row]
+        found: np.ndarray = self._shard(shard).signals.reshape(-1, side, side, 3)[row]
         return found
+
+    def sound(self, i: int) -> np.ndarray:
+        """Return the samples of sound i: int16 [samples], read-only and without a copy."""
+        shard, row = self._find(self._first_row, i, self.rows)
+        held = self._shard(shard)
+        return held.signals[held.sound_offsets[row] : held.sound_offsets[row + 1]]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document: int64 [rows]."""
-        return np.concatenate([np.diff(self._shard(i)[1]) for i in range(len(self._files))]).astype(np.int64)
+        return np.concatenate([np.diff(self._shard(i).offsets) for i in range(len(self._files))]).astype(np.int64)
 
     @cached_property
     def labels(self) -> np.ndarray:
         """Label of each document: int32 [rows]."""
-        return np.concatenate([self._shard(i)[2] for i in range(len(self._files))])
+        return np.concatenate([self._shard(i).labels for i in range(len(self._files))])
 
     def stream(self, start: int, stop: int) -> np.ndarray:
         """Return tokens [start, stop) of all documents laid end to end; without a copy inside one shard."""
@@ -168,7 +192,7 @@ class Split:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
         first, last = np.searchsorted(self._first_token, [start, stop - 1], side="right") - 1
         pieces = [
-            self._shard(shard)[0][max(0, start - self._first_token[shard]) : stop - self._first_token[shard]]
+            self._shard(shard).tokens[max(0, start - self._first_token[shard]) : stop - self._first_token[shard]]
             for shard in range(first, last + 1)
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -178,7 +202,7 @@ class Split:
         first, last = np.searchsorted(self._first_token, [start, stop - 1], side="right") - 1
         found = []
         for shard in range(first, last + 1):
-            offsets = self._shard(shard)[1][:-1]
+            offsets = self._shard(shard).offsets[:-1]
             low, high = np.searchsorted(offsets, [start - self._first_token[shard], stop - self._first_token[shard]])
             found.append(offsets[low:high].astype(np.int64) + self._first_token[shard])
         return np.concatenate(found)
@@ -189,8 +213,8 @@ class Split:
         shard = int(np.searchsorted(starts, i, side="right")) - 1
         return shard, i - int(starts[shard])
 
-    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return (tokens, offsets, labels, pixels) of one shard, mapped into memory."""
+    def _shard(self, shard: int) -> Columns:
+        """Return the columns of one shard, mapped into memory."""
         if shard not in self._open:
             import pyarrow as pa
 
@@ -201,6 +225,13 @@ class Split:
             batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
             lists = batch.column("tokens")
             labels = batch.column("label").to_numpy() if "label" in batch.schema.names else np.empty(0, np.int32)
-            images = batch.column("image").values.to_numpy() if "image" in batch.schema.names else np.empty(0, np.uint8)
-            self._open[shard] = lists.values.to_numpy(), lists.offsets.to_numpy(), labels, images
+            signals, sound_offsets = np.empty(0, np.uint8), np.empty(0, np.int32)
+            if "image" in batch.schema.names:
+                signals = batch.column("image").values.to_numpy()
+            elif "sound" in batch.schema.names:
+                sounds = batch.column("sound")
+                signals, sound_offsets = sounds.values.to_numpy(), sounds.offsets.to_numpy()
+            self._open[shard] = Columns(
+                lists.values.to_numpy(), lists.offsets.to_numpy(), labels, signals, sound_offsets
+            )
         return self._open[shard]

@@ -91,8 +91,8 @@ def survey(
     sample = Sample(sample_characters)
     for i, document in enumerate(read(part, seed, skipped, masked)):
         content = document.text.encode()
-        if document.image is not None:
-            content += document.image.tobytes()
+        if document.signal is not None:
+            content += document.signal.tobytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
         digests += digest
         splits.append(SPLITS.index(document.split))

@@ -18,6 +18,7 @@ from engine.errors import UserError
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
+TRANSCRIPT = ("<|startoftranscript|>", "<|notimestamps|>")  # of Whisper; the tokens after the last would be timestamps
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -94,6 +95,22 @@ def close_with_eos(folder: Path) -> None:
     before = tokenizer.post_processor
     tokenizer.post_processor = processors.Sequence([before, ending]) if before else ending
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def open_transcripts(folder: Path) -> None:
+    """Let the tokenizer that `train_bpe` has written open each sequence as a transcript, and be Whisper's for transformers."""
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TRANSCRIPT])
+    start, framed = TRANSCRIPT[0], [(token, tokenizer.token_to_id(token)) for token in (TRANSCRIPT[0], END)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {END}", pair=f"{start} $A $B {END}", special_tokens=framed
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer_config.json"
+    described = json.loads(file.read_text()) | {"tokenizer_class": "WhisperTokenizer", "predict_timestamps": True}
+    file.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def has_tokenizer(folder: Path) -> bool:

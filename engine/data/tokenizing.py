@@ -76,7 +76,7 @@ class Tokenizing:
         done = 0
         for batch, tokens, lengths in _ahead(encoded, _batches(part, documents, splits)):
             labels = label_ids[batch.numbers] if self.labelled else None
-            writers[batch.split].add(tokens, lengths, labels, batch.images())
+            writers[batch.split].add(tokens, lengths, labels, batch.signals())
             done += len(batch.documents)
             heard(done)
         return {split: writer.close() for split, writer in writers.items()}
@@ -89,12 +89,11 @@ class Batch:
     split: str
     documents: list[Document] = dataclasses.field(default_factory=list)
     numbers: list[int] = dataclasses.field(default_factory=list)
-    characters: int = 0  # and bytes of pixels
+    characters: int = 0  # and bytes of signals
 
-    def images(self) -> np.ndarray | None:
-        """Return the documents' images, if they are: uint8 [documents, S, S, 3]."""
-        found = [document.image for document in self.documents if document.image is not None]
-        return np.stack(found) if found else None
+    def signals(self) -> list[np.ndarray]:
+        """Return the documents' images or sounds, if they are."""
+        return [document.signal for document in self.documents if document.signal is not None]
 
 
 def _batches(part: Part, documents: Iterable[Document], splits: np.ndarray) -> Iterator[Batch]:
@@ -108,7 +107,7 @@ def _batches(part: Part, documents: Iterable[Document], splits: np.ndarray) -> I
         batch = held[number]
         batch.documents.append(document)
         batch.numbers.append(count - 1)
-        batch.characters += len(document.text) + (0 if document.image is None else document.image.nbytes)
+        batch.characters += len(document.text) + (0 if document.signal is None else document.signal.nbytes)
         if batch.characters >= BATCH_CHARACTERS:
             yield batch
             held[number] = Batch(batch.split)

@@ -140,7 +140,11 @@ def compare_evaluations(a: Evaluation, b: Evaluation, config: Config) -> Compari
     """Compare two bundles. Raises UserError where their figures don't mean the same."""
     first, second = a.objective, b.objective
     check_comparable(a.bundle, b.bundle)
-    if "tokens" in a.scores and (a.data, first.sequence_length) != (b.data, second.sequence_length):
+    if (
+        first.metric == "loss"
+        and "tokens" in a.scores
+        and (a.data, first.sequence_length) != (b.data, second.sequence_length)
+    ):
         raise UserError(
             f"{a.bundle.folder} and {b.bundle.folder} differ in tokenizer or sequence length, so their losses a token don't "
             "compare: evaluate each alone"

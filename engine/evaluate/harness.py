@@ -1,8 +1,9 @@
-"""EleutherAI's lm-eval on a bundle: its own tasks by name, or tasks in YAML files on this disk."""
+"""EleutherAI's lm-eval on a bundle, here or through the endpoint that serves it: its own tasks by name, or YAML files."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import EvaluateConfig
 from engine.errors import UserError, nearest
+
+CONCURRENT = 8  # requests under way at an endpoint, which puts them into one batch itself
 
 
 def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str, dict[str, float]]:
@@ -27,7 +30,6 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     if objective.auto_class != "AutoModelForCausalLM":
         raise UserError(f"lm_eval asks language models, and {bundle.folder} is for {objective.options.name}")
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -41,17 +43,54 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"evaluate.tasks: lm_eval has no task {name}{nearest(name, manager.all_tasks)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(
-        pretrained=bundle.model().to(device), tokenizer=objective.tokenizer, batch_size=options.batch, device=device,
-        max_length=objective.sequence_length,
-    )  # fmt: skip
     found = lm_eval.simple_evaluate(
-        model=model, tasks=names, task_manager=manager, limit=options.max_examples, bootstrap_iters=options.resamples,
+        model=through(bundle, options) if options.endpoint else here(bundle, options), tasks=names, task_manager=manager, limit=options.max_examples, bootstrap_iters=options.resamples,
         log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
     )  # fmt: skip
     assert found is not None
     return figures(found["results"], names)
+
+
+def here(bundle: Bundle, options: EvaluateConfig) -> Any:
+    """Return the bundle's model in this process, as the harness asks it."""
+    from lm_eval.models.huggingface import HFLM
+
+    objective, device = bundle.objective(), "cuda" if torch.cuda.is_available() else "cpu"
+    return HFLM(
+        pretrained=bundle.model().to(device), tokenizer=objective.tokenizer, batch_size=options.batch, device=device,
+        max_length=objective.sequence_length,
+    )  # fmt: skip
+
+
+def through(bundle: Bundle, options: EvaluateConfig) -> Any:
+    """Return the endpoint that serves the bundle, as the harness asks it. Raises UserError where it does not serve it."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    assert options.endpoint
+    url = options.endpoint.rstrip("/")
+    return LocalCompletionsAPI(
+        base_url=f"{url}/v1/completions", model=served_name(url, bundle), tokenizer=str(bundle.folder),
+        tokenizer_backend="huggingface", num_concurrent=CONCURRENT, max_length=bundle.objective().sequence_length,
+    )  # fmt: skip
+
+
+def served_name(url: str, bundle: Bundle) -> str:
+    """Return the name under which an endpoint serves a bundle: that which has its hash. Raises UserError where none has."""
+    import httpx
+
+    key = os.environ.get("OPENAI_API_KEY")  # where the harness looks for it too
+    try:
+        answer = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=30)
+        answer.raise_for_status()
+        models = answer.json()["data"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        needs = ", which needs a key in OPENAI_API_KEY" if "401" in str(error) else ""
+        raise UserError(f"evaluate.endpoint={url} cannot be asked{needs} ({str(error).splitlines()[0]})") from error
+    for model in models:
+        if model.get("hash") == bundle.hash:
+            return str(model["id"])
+    known = ", ".join(f"{model['id']} {str(model.get('hash'))[:12]}" for model in models)
+    raise UserError(f"evaluate.endpoint={url} does not serve {bundle.folder} ({bundle.hash[:12]}); it serves {known}")
 
 
 def installed() -> bool:

@@ -12,6 +12,10 @@ from engine.evaluate.report import ACCENT, INK, MUTED, SECOND, axes, code, pictu
 
 LOGARITHMIC = 20.0  # an axis whose greatest value is so many times its least shows logarithms
 BESIDE = -0.12  # where a line passes an axis whose key does not apply to the trial
+LEGEND = (
+    "<p class=mute>Each line is a trial. Orange: the best; blue: came to its end; grey: was stopped early or failed. "
+    "A line passes below an axis whose key did not apply to the trial.</p>"
+)
 
 
 def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
@@ -28,13 +32,13 @@ def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
         f"{facts['best']['value']:.4f} with {code(values(facts['best']['params']))}; {text(kept)}.</p>"
     )
     sections = [
-        ("Every trial, axis by axis", picture(draw_parallel(trials, facts["metric"], facts["best"]["name"]))),
+        ("Every trial, axis by axis", picture(draw_parallel(trials, facts["metric"], facts["best"]["name"])) + LEGEND),
         ("Learning curves", picture(draw_curves(trials, facts["metric"], facts["best"]["name"]))),
         ("Which values mattered", importance(facts["importances"])),
         ("What stopping early has saved", f"<p>{text(told_saved(saved(trials), facts['seconds']))}</p>"),
         *([("Not beaten in all metrics", front(facts))] if facts["front"] else []),
         *([("Who went on from whom", exploits(facts))] if facts["exploits"] else []),
-        ("The trials", listed(trials, facts["mode"])),
+        ("The trials", listed(trials, facts["metric"], facts["mode"])),
     ]
     return write_html(folder / "sweep.html", name, f"{name}: {len(trials)} trials", lead, sections)
 
@@ -102,7 +106,7 @@ def exploits(facts: dict[str, Any]) -> str:
     return table(("after step", "who", "went on from", "with"), rows)
 
 
-def listed(trials: list[dict[str, Any]], mode: str) -> str:
+def listed(trials: list[dict[str, Any]], metric: str, mode: str) -> str:
     """List the trials, the best first."""
     sign = 1 if mode == "min" else -1
     order = sorted(
@@ -110,10 +114,16 @@ def listed(trials: list[dict[str, Any]], mode: str) -> str:
     )
     rows = [
         (text(t["name"]), code(values(t["params"])), f"{t['steps']:,}", "" if t["value"] is None else f"{t['value']:.4f}",
-         f"{t['seconds']:.1f} s", text(t["state"] + (f": {t['reason']}" if t["reason"] else "")))
+         f"{t['seconds']:.1f} s", text(ending(t)))
         for t in order
     ]  # fmt: skip
-    return table(("trial", "what differs", "steps", "metric", "took", ""), rows)
+    return table(("trial", "what differs", "steps", metric, "took", ""), rows)
+
+
+def ending(trial: dict[str, Any]) -> str:
+    """Say how a trial ended."""
+    again = f", begun again {trial['losses']} times" if trial.get("losses") else ""
+    return trial["state"] + again + (f": {trial['reason']}" if trial["reason"] else "")
 
 
 def colour(trial: dict[str, Any], best: str) -> tuple[str, float]:

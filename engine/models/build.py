@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from torch import nn
 from engine.config import ModelConfig
 from engine.errors import UserError, nearest
 
+# Of Whisper's encoder (Radford et al. 2022, section 2.2): a frame of a spectrogram every 10 ms, and a position for two.
+STRIDE, POSITIONS_A_SECOND = 2, 50
 # Options of ours that aren't fields of a transformers config.
 OURS = {"type", "options", "attention", "dropout"}
 
@@ -26,10 +30,12 @@ class Inputs:
     eos_token_id: int | None = None
     bos_token_id: int | None = None
     image_size: int | None = None  # pixels
+    num_mel_bins: int | None = None  # of a sound's spectrogram
+    max_source_positions: int | None = None  # that a window of sound has after an encoder's convolutions
 
     @classmethod
     def of(cls, processor: Any) -> Inputs:
-        """Read them from transformers' tokenizer, image processor, or processor of both."""
+        """Read them from transformers' tokenizer, image processor, feature extractor, or a processor that holds two."""
         if isinstance(processor, Inputs):
             return processor
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -41,6 +47,9 @@ class Inputs:
         if hasattr(images, "image_mean"):
             size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
             known["image_size"] = getattr(size, "height", None)
+        sounds = getattr(processor, "feature_extractor", processor)
+        if frames := getattr(sounds, "nb_max_frames", None):
+            known |= {"num_mel_bins": sounds.feature_size, "max_source_positions": frames // STRIDE}
         return cls(**known)
 
 
@@ -131,20 +140,30 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelCon
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    told = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # a head that is made anew is no news
     torch.manual_seed(seed)
     kind = getattr(transformers, auto_class)
     try:
-        loaded: nn.Module = kind.from_pretrained(
-            folder, config=shape_of(folder, model, None, options), dtype=torch.float32, attn_implementation=model.attention,
-            ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True,
-        )  # fmt: skip
+        with without_warnings():  # a head that is made anew is no news
+            loaded: nn.Module = kind.from_pretrained(
+                folder, config=shape_of(folder, model, None, options), dtype=torch.float32, attn_implementation=model.attention,
+                ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True,
+            )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no model that {auto_class} can load: {str(error).splitlines()[0]}") from error
+    return loaded
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Have transformers tell of errors only, during a block."""
+    import transformers
+
+    told = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
     finally:
         transformers.utils.logging.set_verbosity(told)
-    return loaded
 
 
 def embedding_parts(model: nn.Module) -> list[nn.Module]:

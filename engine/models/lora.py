@@ -76,7 +76,7 @@ def write_adapter(model: Any, lora: LoraConfig, base: str | None, folder: Path) 
     adapted = [paths[id(layer)] for _, _, layer in _adapted(model)]
     config = _peft_config(lora, adapted)
     config.base_model_name_or_path, config.inference_mode = base, True
-    config.modules_to_save = whole or None
+    config.modules_to_save, config.target_modules = whole or None, sorted(adapted)
     config.task_type = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}.get(
         next((end for end in ("ForCausalLM", "ForSequenceClassification") if type(model).__name__.endswith(end)), "")
     )

@@ -95,7 +95,7 @@ class Objective(ABC):
     ) -> None:
         """Take the processor, the longest sample in tokens, the names of the classes, if any, and the packing.
 
-        The processor is transformers': a tokenizer, an image processor, or one that holds both.
+        The processor is transformers': a tokenizer, an image processor, or one that holds a tokenizer and what reads images or sounds.
         """
         self.options = options
         self.processor = processor
@@ -229,6 +229,7 @@ KINDS = {  # kind of prepared data -> what it is, and how it comes about
     "text": ("text without labels", "leave out data.label_column and data.image_column, or use data=python_stdlib"),
     "labelled": ("texts with labels", "say which column holds the labels with data.label_column=..."),
     "images": ("images with labels", "say which columns hold them with data.image_column=... and data.label_column=..."),
+    "speech": ("speech with its words", "say which column holds the sounds with data.audio_column=..., and which their words with data.text_column=..."),
     "captioned": ("images with captions", "say which column holds the images with data.image_column=..., and what their captions are with data.caption='a photo of a {label}' or '{COLUMN}'"),
 }  # fmt: skip
 
@@ -250,8 +251,14 @@ def objective_names() -> list[str]:
 
 
 def objective_for(architecture: str) -> str | None:
-    """Return the task that a transformers class (its name) is for."""
-    return next((n for n in objective_names() if architecture.endswith(objective_class(n).architectures)), None)
+    """Return the task that a transformers class (its name) is for; of several, the one that names it most closely."""
+    found = [
+        (len(ending), name)
+        for name in objective_names()
+        for ending in objective_class(name).architectures
+        if architecture.endswith(ending)
+    ]
+    return max(found)[1] if found else None
 
 
 def objective_class(name: str) -> type[Objective]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import Inputs, transformers_config
+from engine.models.build import POSITIONS_A_SECOND, Inputs, transformers_config
 from engine.models.trained import choose_trained
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
@@ -191,7 +191,11 @@ def model_shape(config: Config) -> Any:
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    inputs = Inputs(vocab_size=config.model.vocab_size or config.data.vocab_size, image_size=config.data.image_size)
+    inputs = Inputs(
+        vocab_size=config.model.vocab_size or config.data.vocab_size,
+        image_size=config.data.image_size,
+        max_source_positions=POSITIONS_A_SECOND * config.data.audio_seconds if config.data.audio_column else None,
+    )
     return transformers_config(config.model, inputs, {})
 
 

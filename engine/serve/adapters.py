@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.bundles.bundle import Bundle
 from engine.errors import UserError
+from engine.models.int8 import Int8Linear, precision
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
@@ -262,7 +263,7 @@ def _pair(
     """Return one layer's part in the layer's precision, scaled. Raises UserError where the model has no such layer."""
     layer = layers.get(path)
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if not isinstance(layer, (nn.Linear, Conv1D)) or layer is output or "experts" in path.split("."):
+    if not isinstance(layer, (nn.Linear, Conv1D, Int8Linear)) or layer is output or "experts" in path.split("."):
         what = "no such layer" if layer is None else f"a {type(layer).__name__} there, which no adapter is served on"
         raise UserError(
             f"adapter '{name}' is for {path}, and the model has {what}: it is for another base, or merge it into a bundle"
@@ -280,5 +281,5 @@ def _pair(
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise UserError(f"adapter '{name}' has lora_alpha={alpha}, which is no number: save it again with peft")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": next(model.parameters()).device}
+    like: dict[str, Any] = {"dtype": precision(layer), "device": next(model.parameters()).device}
     return Pair(down.to(**like), (scale * up.float()).to(**like))

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import socket
 import struct
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -35,16 +37,20 @@ from engine.serve.requests import (
     EmbeddingRequest,
     Feedback,
     Generation,
+    ScoreRequest,
 )
 from engine.serve.router import Router
 from engine.serve.tracing import FIRST_TOKEN, handed_on
+from engine.serve.transcriptions import PATH as TRANSCRIPTIONS
+from engine.serve.transcriptions import form_schema, response, uploaded
 
 MOST_INPUTS = 1024  # of one embeddings request
 CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's limit; what it was is settled afterwards
+TABLE_TIMEOUT_S = 20.0
 POLL_S, POLL_TIMEOUT_S = 1.0, 2.0  # how old replicas' figures may be, and how long they may take
 REMEMBERED = 100_000  # requests whose model is known when feedback comes
 REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
-OTHER_FAMILIES = ("/v1/images/generations", "/v1/audio/transcriptions")
+OTHER_FAMILIES = ("/v1/images/generations",)
 
 app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.", docs_url=None, redoc_url=None)
 app.add_middleware(Gate)
@@ -170,7 +176,8 @@ class Api:
         self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
 
     async def _open(self, taken: socket.socket) -> None:
-        """Take requests, once Serve knows this object by which its methods are called."""
+        """Take requests, once there is a table and Serve knows this object, by which its methods are called."""
+        await self.check_health()
         while serve.get_replica_context().servable_object is not self:
             await asyncio.sleep(0.01)
         self.front = Front(self.app, taken)  # type: ignore[attr-defined]  # of Serve's own class around this one
@@ -179,6 +186,15 @@ class Api:
         """Answer what has come before the process ends: Serve awaits this."""
         if self.front:
             await self.front.close()
+
+    async def check_health(self) -> None:
+        """Wait for the first table: an ingress that knows no model yet gets no request."""
+        with contextlib.suppress(TimeoutError):  # the steward may be away for longer: no reason to begin anew
+            await asyncio.wait_for(self.bundles.informed.wait(), TABLE_TIMEOUT_S)
+
+    async def table(self) -> int:
+        """Return the number of the steward's table that this ingress goes by."""
+        return self.bundles.number
 
     @property
     def about(self) -> dict[str, dict[str, Any]]:
@@ -296,26 +312,27 @@ class Api:
         """Embed each input: the mean of the model's last hidden states, of length 1."""
 
         async def answer(name: str, visit: Visit) -> Response:
-            inputs = body.inputs()
-            if visit.adapter:
-                raise ApiError(
-                    400, f"adapters write, and '{name}' embeds without them: ask for model '{name}'", "model"
-                )
-            if not self.about[name]["embeds"]:
-                raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
-            if len(inputs) > MOST_INPUTS:
-                raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MOST_INPUTS}: send fewer", "input")
-            self._check_tokens(name, inputs, "input")
-            self._charge(visit, inputs, 0)
-            found = await self.bundles[name].embed.remote(inputs)
-            _checked(found[0])
-            self._spend(visit, sum(it["tokens"] for it in found))
-            encoded = [
-                _base64(it["embedding"]) if body.encoding_format == "base64" else it["embedding"] for it in found
-            ]
+            vectors = await self._embed(name, visit, body.inputs(), "input")
+            encoded = [_base64(it) if body.encoding_format == "base64" else it for it in vectors]
             data = [{"object": "embedding", "index": i, "embedding": it} for i, it in enumerate(encoded)]
             spent = {"prompt_tokens": visit.read, "total_tokens": visit.read}
             return JSONResponse({"object": "list", "model": name, "data": data, "usage": spent})
+
+        return await self._answer(request, body.model, None, answer)
+
+    @app.post("/v1/score")
+    async def score(self, request: Request, body: ScoreRequest) -> Response:
+        """Tell how alike the texts of each pair are, from -1 to 1: the cosine between their embeddings."""
+
+        async def answer(name: str, visit: Visit) -> Response:
+            pairs = body.pairs()
+            rows = {text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+            vectors = np.array(await self._embed(name, visit, list(rows), "text_2"))
+            first, second = (vectors[[rows[pair[side]] for pair in pairs]] for side in (0, 1))
+            cosines: list[float] = (first * second).sum(1).tolist()
+            data = [{"object": "score", "index": i, "score": it} for i, it in enumerate(cosines)]
+            spent = {"prompt_tokens": visit.read, "total_tokens": visit.read}
+            return JSONResponse({"id": visit.id, "object": "list", "model": name, "data": data, "usage": spent})
 
         return await self._answer(request, body.model, None, answer)
 
@@ -348,6 +365,22 @@ class Api:
 
         return await self._answer(request, body.model, "completion", answer)
 
+    @app.post(TRANSCRIPTIONS, openapi_extra=form_schema())
+    async def transcriptions(self, request: Request) -> Response:
+        """Write down what is said in an audio file, sent as a form (multipart/form-data), as OpenAI's transcriptions are."""
+        body, content = await uploaded(request)
+        await self._need("transcription", "hears speech")
+
+        async def answer(name: str, visit: Visit) -> Response:
+            about = self.about[name]
+            self.door.reserve(visit, about["heard"] + about["positions"])
+            job = {"temperature": body.temperature, "language": body.language, "judged": body.response_format == "verbose_json"}  # fmt: skip
+            found = _checked(await self.bundles[name].transcribe.remote(content, job))
+            self._spend(visit, found["read"], found["written"])
+            return response(body, found)
+
+        return await self._answer(request, body.model, "transcription", answer)
+
     @app.post("/v1/feedback")
     async def feedback(self, request: Request, body: Feedback) -> Response:
         """Keep what somebody thinks of an answer; of several for one request, the last holds."""
@@ -365,13 +398,31 @@ class Api:
         return JSONResponse({"object": "feedback", "request": asked, "model": model or None, "stored": True})
 
     @app.post("/v1/images/generations", include_in_schema=False)
-    @app.post("/v1/audio/transcriptions", include_in_schema=False)
-    async def other_families(self, request: Request) -> Response:
+    async def other_families(self) -> None:
         """Say that no model here does this."""
+        await self._need("image", "makes images")
+
+    async def _need(self, task: str, what: str) -> None:
+        """Raise ApiError where no model here is for a task; `what` it does."""
         about = await self._ready()
-        what = "makes images" if "images" in request.url.path else "hears speech"
-        there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
-        raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
+        if all(it["task"] != task for it in about.values()):
+            there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
+            raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
+
+    async def _embed(self, name: str, visit: Visit, inputs: Sequence[str | list[int]], param: str) -> list[list[float]]:
+        """Return the embedding of each input, of length 1. Raises ApiError for what the model can't embed."""
+        if visit.adapter:
+            raise ApiError(400, f"adapters write, and '{name}' embeds without them: ask for model '{name}'", "model")
+        if not self.about[name]["embeds"]:
+            raise ApiError(400, f"model '{name}' does {self.about[name]['task']}, it embeds no texts", "model")
+        if len(inputs) > MOST_INPUTS:
+            raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MOST_INPUTS}: send fewer", param)
+        self._check_tokens(name, inputs, param)
+        self._charge(visit, inputs, 0)
+        found = await self.bundles[name].embed.remote(list(inputs))
+        _checked(found[0] | {"param": param})
+        self._spend(visit, sum(it["tokens"] for it in found))
+        return [it["embedding"] for it in found]
 
     def _check_length(self, tokens: int, param: str) -> None:
         if tokens > self.max_new_tokens:

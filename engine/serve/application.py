@@ -35,7 +35,7 @@ OF_A_CHANGE = (
     "keep_warm_s", "export", "image",
 )  # fmt: skip
 OF_THE_INGRESS = (  # replicas have no part in them
-    "host", "port", "max_body_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
+    "host", "port", "max_body_bytes", "max_audio_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
 )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def version_of(name: str, bundle: Bundle, options: ServeConfig) -> Version:
     own = {key: value for key, value in asdict(options).items() if key not in OF_A_CHANGE + OF_THE_INGRESS}
     own["adapters"] = pinned(options.adapters)
     folder = str(bundle.folder.absolute())
-    mark = hashlib.sha256(json.dumps([name, bundle.hash, folder, own], sort_keys=True).encode()).hexdigest()[:12]
+    whole = [name, bundle.hash, folder, own, Bundle.open(options.draft).hash if options.draft else None]
+    mark = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
     app = f"manta-{re.sub('[^A-Za-z0-9_-]', '-', name)}-{mark}"
     return Version(mark, app, bundle.hash, folder, own)
 

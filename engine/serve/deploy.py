@@ -18,13 +18,14 @@ import psutil
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
 from engine.bundles.lineage import record_deployment
-from engine.config import Config, ServeConfig
+from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.progress import console
 from engine.serve.adapters import refuse_unfit
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE
 from engine.serve.rollout import Plan, Version
+from engine.serve.speculation import refuse_unfit_draft
 from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
 
@@ -54,12 +55,12 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 
     Where an endpoint is up on this Ray already, it is changed: what it serves under other names stays, and a version that
     a name has goes on until the new one is ready. Raises UserError, and changes nothing, for a port in use, a bundle that
-    was changed, one that doesn't answer as it recorded, an adapter that isn't for it, and an address beyond loopback
-    without keys.
+    was changed, one that doesn't answer as it recorded, an adapter or a draft that isn't for it, and an address beyond
+    loopback without keys.
     """
+    config = with_draft(config)
     for folder in bundles.values():
-        refuse_what_has_no_endpoint(Bundle.open(folder))
-        refuse_unfit(Bundle.open(folder), config.serve.adapters)
+        refuse_what_cannot_serve(Bundle.open(folder), config.serve)
     if config.serve.tracing:
         exporter(config.serve.tracing)
     of_ingress(config)  # refused here, if it is, before anything starts
@@ -74,6 +75,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     from engine.serve.application import versions_of
 
     versions = versions_of(bundles, config.serve)
+    if up:
+        told("keep", [it.app for it in versions.values()], config.serve.ready_timeout_s)
     new = {name: it for name, it in versions.items() if not is_running(it.app)}
     refuse_what_cannot_fit(config.serve, len(new), beside=up is not None)
     try:
@@ -137,36 +140,51 @@ def bring_up(versions: dict[str, Version], timeout_s: float) -> None:
     if not versions:
         return
     run([("version", it.app, {"name": name, "folder": it.folder, "options": it.options}) for name, it in versions.items()])  # fmt: skip
-    deadline = time.monotonic() + timeout_s
     try:
-        while not all(is_running(it.app) for it in versions.values()):
-            applications = serve.status().applications
-            for version in versions.values():
-                found = applications.get(version.app)
-                if found and found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                    messages = [it.message for it in found.deployments.values()]
-                    raise UserError(f"the endpoint did not start: {reason_in(' '.join([*messages, found.message]))}")
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"the replicas were not ready within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
-                    "or give them longer by serve.ready_timeout_s"
-                )
-            time.sleep(LOOK_EVERY_S)
+        wait_until_running([it.app for it in versions.values()], timeout_s)
     except BaseException:
         for version in versions.values():
             serve.delete(version.app, _blocking=False)
         raise
 
 
+def wait_until_running(apps: Sequence[str], timeout_s: float) -> None:
+    """Wait for applications. Raises UserError, with the reason, where one fails, and after `timeout_s`."""
+    from ray import serve
+
+    deadline = time.monotonic() + timeout_s
+    while not all(is_running(app) for app in apps):
+        applications = serve.status().applications
+        for app in apps:
+            found = applications.get(app)
+            if found and found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                messages = [it.message for it in found.deployments.values()]
+                raise UserError(f"the endpoint did not start: {reason_in(' '.join([*messages, found.message]))}")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the replicas were not ready within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
+                "or give them longer by serve.ready_timeout_s"
+            )
+        time.sleep(LOOK_EVERY_S)
+
+
 def wait_until_ready(endpoint: Endpoint, timeout_s: float) -> None:
-    """Wait until the ingress answers, by the steward's present table. Raises UserError after `timeout_s`."""
+    """Wait until the endpoint answers, and each ingress by the steward's present table. Raises UserError after `timeout_s`."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    from engine.serve.application import ENDPOINT
+
     deadline = time.monotonic() + timeout_s
     number = told("state")["number"]
     while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
+        with contextlib.suppress(httpx.HTTPError, RayError, RayServeException, TimeoutError):
             answer = httpx.get(f"{endpoint.url}/readyz", timeout=10)
             if answer.status_code == 200 and int(answer.headers["x-manta-table"]) >= number:
-                return
+                known = serve.get_app_handle(ENDPOINT).broadcast("table").results(timeout_s=ASK_S)
+                if known and min(known) >= number:
+                    return
         time.sleep(LOOK_EVERY_S)
     raise UserError(
         f"the endpoint took no traffic within {timeout_s:.0f} s: look at Ray's logs in the run's folder, "
@@ -193,16 +211,18 @@ def is_running(app: str) -> bool:
 
 
 def told(question: str, *words: Any) -> Any:
-    """Ask the steward. One that is just replaced is asked again."""
+    """Ask the steward; one that was just lost is asked again, until another is there. Raises UserError where none comes."""
     from ray import serve
     from ray.exceptions import RayActorError
 
     from engine.serve.application import STEWARD
 
-    for _ in range(3):
-        with contextlib.suppress(RayActorError):
+    deadline = time.monotonic() + ASK_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(RayActorError, TimeoutError):
             return getattr(serve.get_app_handle(STEWARD), question).remote(*words).result(timeout_s=ASK_S)
-    raise UserError("the endpoint's steward is lost again and again: look at Ray's logs in the run's folder")
+        time.sleep(LOOK_EVERY_S)
+    raise UserError("the endpoint's steward does not answer: look at Ray's logs in the run's folder")
 
 
 def about(version: Version) -> dict[str, Any]:
@@ -236,8 +256,8 @@ def quiet() -> Any:
     return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
-    """Raise UserError for a bundle that was changed, or is for a task that the endpoint doesn't offer."""
+def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
+    """Raise UserError for a bundle that was changed, is for a task that the endpoint doesn't offer, or not for these options."""
     bundle.verify()
     objective = bundle.objective()
     if not objective.served:
@@ -245,6 +265,10 @@ def refuse_what_has_no_endpoint(bundle: Bundle) -> None:
             f"{bundle.folder} is for {objective.options.name}, which the endpoint doesn't offer: load it with transformers, or "
             "measure it with manta evaluate"
         )
+    if options.compile and objective.auto_class != "AutoModelForCausalLM":
+        raise UserError(f"serve.compile is for bundles that write, and {bundle.folder} is for {objective.options.name}")
+    refuse_unfit(bundle, options.adapters)
+    refuse_unfit_draft(bundle, options.draft)
 
 
 def refuse_taken_port(port: int) -> None:
@@ -296,6 +320,17 @@ def bundles_of(config: Config) -> dict[str, Path]:
     return {name_of(reference, folder): folder for reference, folder in zip(references, folders, strict=True)}
 
 
+def with_draft(config: Config) -> Config:
+    """Return the config with the folder of its draft. Raises UserError where there is none that is called so."""
+    if not config.serve.draft:
+        return config
+    try:
+        folder = find_bundle(config.serve.draft, Path(config.runs_dir), config.tracking_uri)
+    except UserError as error:
+        raise UserError(f"serve.draft: {error}") from error
+    return with_values(config, {"serve.draft": str(folder.absolute())})
+
+
 def name_of(reference: str, folder: Path) -> str:
     """Return the name of a bundle: of a folder, what its manifest says; else the reference without version and alias."""
     if Path(reference).is_dir():
@@ -317,14 +352,7 @@ def serve_until_stopped(config: Config) -> int:
         return follow(list(bundles)) if not config.serve.detach else 0
     console.print(f"serving {', '.join(bundles)} at {endpoint.url} (interface: {endpoint.url}/docs)")
     for name, it in told("state")["models"].items():
-        path, body = (
-            ("classify", {"input": "some text"})
-            if it["stable"]["about"]["task"] == "classification"
-            else ("completions", {"prompt": "def "})
-        )
-        console.print(
-            f"curl {endpoint.url}/v1/{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
-        )
+        console.print(f"curl {endpoint.url}/v1/{example(name, it['stable']['about']['task'])}")
     if config.serve.detach:
         console.print("it stays up: `manta cluster down` ends it")
         return 0
@@ -334,6 +362,16 @@ def serve_until_stopped(config: Config) -> int:
             time.sleep(3600)
     finally:
         endpoint.stop()
+
+
+def example(name: str, task: str) -> str:
+    """Return the path of a request to a model, and curl's options for it."""
+    if task == "transcription":
+        return f"audio/transcriptions -F model={name} -F file=@speech.wav"
+    path, body = (
+        ("classify", {"input": "some text"}) if task == "classification" else ("completions", {"prompt": "def "})
+    )
+    return f"{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
 
 
 def follow(names: Sequence[str]) -> int:
@@ -371,6 +409,7 @@ def roll_back(config: Config, name: str) -> tuple[str, str]:
         gone, back = model["trial"]["version"]["hash"], model["stable"]["hash"]
     elif model["before"]:
         version = Version(**model["before"][0])
+        told("keep", [version.app], config.serve.ready_timeout_s)
         if not is_running(version.app):  # it was kept warm for a while only
             bring_up({name: version}, config.serve.ready_timeout_s)
         plan = replace(plan_of(config.serve), strategy="replace")

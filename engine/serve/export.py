@@ -14,22 +14,21 @@ from ray.serve.schema import LoggingConfig, ServeDeploySchema
 from engine.bundles.bundle import Bundle
 from engine.config import Config
 from engine.progress import console
-from engine.serve.adapters import refuse_unfit
 from engine.serve.application import ENDPOINT, STEWARD, versions_of
-from engine.serve.deploy import bundles_of, of_ingress, refuse_what_has_no_endpoint, url_of
+from engine.serve.deploy import bundles_of, of_ingress, refuse_what_cannot_serve, url_of, with_draft
 
 SERVE, KUBERAY = "serve.yaml", "rayservice.yaml"
 
 
 def export(config: Config) -> int:
     """Write both into config.serve.export. Raises UserError for a bundle that was changed, or has no endpoint."""
+    config = with_draft(config)
     assert config.serve.export
     folder = Path(config.serve.export)
     folder.mkdir(parents=True, exist_ok=True)
     bundles = bundles_of(config)
     for place in bundles.values():
-        refuse_what_has_no_endpoint(Bundle.open(place))
-        refuse_unfit(Bundle.open(place), config.serve.adapters)
+        refuse_what_cannot_serve(Bundle.open(place), config.serve)
     wanted = serve_config(config, bundles)
     ServeDeploySchema.model_validate(wanted)
     (folder / SERVE).write_text(yaml.safe_dump(wanted, sort_keys=False))

@@ -3,12 +3,15 @@
 `Packed` lays the new tokens of all sequences end to end in one row, so that every product of the model is done once
 for all (Yu et al. 2022, Orca), and does attention itself: keys and values are written in place into lanes of a cache
 that is made once, and those that decode read the lanes where they lie. `Apart` runs any other causal model, one sequence
-after the other. Shapes: T tokens of the step, N lanes, C tokens a lane, L tokens attended, H heads, G query heads to a
-key head, D width of a head, V vocabulary.
+after the other. Shapes: T tokens of the step, or of one sequence in it, N lanes, C tokens a lane, L tokens attended,
+H heads, G query heads to a key head, D width of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +23,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.errors import UserError
 from engine.serve.adapters import Adapters
 
 ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
 NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
+SHORT = 16  # tokens of a sequence, at most, for which neighbours attend together: those that decode, and their guesses
 PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
 
 
@@ -69,13 +74,17 @@ class Packed:
 
     shares = True
 
-    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
-        """Set the model's attention to this one; without a step it stays what it was. Raises Unpackable."""
+    def __init__(self, model: nn.Module, adapters: Adapters, compiled: bool = False) -> None:
+        """Set the model's attention to this one; without a step it stays what it was. Raises Unpackable.
+
+        `compiled` has torch compile what lies below the logits, for any number of tokens and for one.
+        """
         if not getattr(model, "_supports_attention_backend", False):
             raise Unpackable(f"{type(model).__name__} has an attention of its own")
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
         self.model, self.adapters = model, adapters
+        self.runs = compiled_twin(model) if compiled else model
         self.before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.device = next(model.parameters()).device
@@ -119,8 +128,8 @@ class Packed:
             cache[lane] = 0
 
     def run(self, parts: Sequence[Part]) -> Tensor:
-        """Run one forward for all parts: the decoding ones first, by lane, as they lie in the cache."""
-        order = sorted(range(len(parts)), key=lambda i: (len(parts[i].tokens) > 1, parts[i].lane))
+        """Run one forward for all parts: the short ones first, by length and lane, as they lie in the cache."""
+        order = sorted(range(len(parts)), key=lambda i: (min(len(parts[i].tokens), SHORT + 1), parts[i].lane))
         ordered = [parts[i] for i in order]
         step = Step(self, ordered)
         at, rows = 0, {}
@@ -129,15 +138,19 @@ class Packed:
             rows[i] = range(at - parts[i].wanted, at)
         wanted = [row for i in range(len(parts)) for row in rows[i]]
         everything = wanted == list(range(at))
-        with self.adapters.applied([part.adapter for part in ordered for _ in part.tokens]):
-            logits_1RV = self.model(
-                input_ids=step.ids_1T,
-                position_ids=step.positions_1T,
-                attention_mask=self._no_mask,
-                use_cache=False,
-                logits_to_keep=0 if everything else torch.tensor(wanted, dtype=torch.int64, device=self.device),
-                lanes=step,
-            ).logits
+        _UNDER_WAY.step = step
+        try:
+            with self.adapters.applied([part.adapter for part in ordered for _ in part.tokens]):
+                logits_1RV = self.runs(
+                    input_ids=step.ids_1T,
+                    position_ids=step.positions_1T,
+                    attention_mask=self._no_mask,
+                    use_cache=False,
+                    logits_to_keep=0 if everything else torch.tensor(wanted, dtype=torch.int64, device=self.device),
+                    lanes=True,
+                ).logits
+        finally:
+            _UNDER_WAY.step = None
         return logits_1RV[0]
 
     def write(self, layer: int, step: Step, keys_HTD: Tensor, values_HTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +174,7 @@ class Packed:
         logits_RV = self.run(
             [Part(0, 3, prompts[0][3:], 1), Part(1, 3, prompts[1][-1:], 1), Part(2, 0, prompts[2], 1)]
         ).float()
+        self.run([Part(2, 0, prompts[2], 1)])  # one token alone is a shape of its own for the compiler
         for row_V, prompt in zip(logits_RV, prompts, strict=True):
             ids_1L = torch.tensor([prompt], device=self.device)
             own_V = self.model(input_ids=ids_1L, use_cache=False).logits[0, -1].float()
@@ -170,12 +184,13 @@ class Packed:
 
 
 class Run(NamedTuple):
-    """Neighbouring lanes that decode, and attend together."""
+    """Neighbouring lanes with equally many new tokens, a few, which attend together."""
 
     rows: slice  # of the step's tokens
     lanes: slice
+    new: int  # tokens of each
     length: int  # tokens attended, at most
-    mask_N11L: Tensor | None  # what is beyond a sequence's end
+    mask_N1TL: Tensor | None  # what comes later, or is beyond a sequence's end
 
 
 class Chunk(NamedTuple):
@@ -191,7 +206,7 @@ class Step:
     """Where the tokens of one forward belong, worked out once for all layers."""
 
     def __init__(self, cache: Packed, parts: Sequence[Part]) -> None:
-        """Take the parts: first those of one token, ordered by lane, then those of several."""
+        """Take the parts, the short ones first, these by length and lane."""
         self.cache, self.capacity = cache, cache.capacity
         ids: list[int] = []
         positions: list[int] = []
@@ -203,25 +218,32 @@ class Step:
         table_3T = torch.tensor([ids, positions, lanes]).to(cache.device)
         self.ids_1T, self.positions_1T, self.lanes_T = table_3T[:1], table_3T[1:2], table_3T[2]
         self._places: dict[int, Tensor] = {}
-        singles = [part for part in parts if len(part.tokens) == 1]
-        bounds = neighbours([part.lane for part in singles])
-        self.runs = [self._run(singles, start, end) for start, end in bounds]
-        self.chunks: list[Chunk] = []
-        start = len(singles)
-        for part in parts[len(singles) :]:
-            self.chunks.append(self._chunk(part, start))
-            start += len(part.tokens)
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self.pieces: list[Run | Chunk] = []
+        start = 0
+        for (count, short), group in itertools.groupby(
+            parts, lambda part: (len(part.tokens), len(part.tokens) <= SHORT)
+        ):
+            alike = list(group)
+            bounds = neighbours([part.lane for part in alike]) if short else [(i, i + 1) for i in range(len(alike))]
+            for first, end in bounds:
+                at = start + first * count
+                together = count == 1 or end > first + 1
+                self.pieces.append(self._run(alike[first:end], at) if together else self._chunk(alike[first], at))
+            start += len(alike) * count
         self.longest = max(part.past + len(part.tokens) for part in parts)
 
-    def _run(self, parts: Sequence[Part], start: int, end: int) -> Run:
-        lengths = [part.past + 1 for part in parts[start:end]]
-        longest, mask_N11L = max(lengths), None
-        if min(lengths) < longest:
+    def _run(self, parts: Sequence[Part], start: int) -> Run:
+        count, pasts = len(parts[0].tokens), [part.past for part in parts]
+        longest, mask_N1TL = max(pasts) + count, None
+        if count > 1 or min(pasts) < max(pasts):
             device = self.cache.device
-            beyond_NL = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
-            mask_NL = torch.zeros(beyond_NL.shape, dtype=self.cache.dtype, device=device)
-            mask_N11L = mask_NL.masked_fill_(beyond_NL, -torch.inf)[:, None, None]
-        return Run(slice(start, end), slice(parts[start].lane, parts[end - 1].lane + 1), longest, mask_N11L)
+            last_NT = torch.tensor(pasts, device=device)[:, None] + torch.arange(count, device=device)
+            beyond_NTL = torch.arange(longest, device=device) > last_NT[:, :, None]
+            mask_NTL = torch.zeros(beyond_NTL.shape, dtype=self.cache.dtype, device=device)
+            mask_N1TL = mask_NTL.masked_fill_(beyond_NTL, -torch.inf)[:, None]
+        rows = slice(start, start + len(parts) * count)
+        return Run(rows, slice(parts[0].lane, parts[-1].lane + 1), count, longest, mask_N1TL)
 
     def _chunk(self, part: Part, start: int) -> Chunk:
         count, mask_TL = len(part.tokens), None
@@ -239,34 +261,61 @@ class Step:
             self._places[heads] = places_HT.flatten()
         return self._places[heads]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """Write the keys and values [1, H, T, D], and attend to each sequence's own. Returns [1, T, heads, D]."""
-        _, heads, _, width = query.shape
-        key_heads = key.shape[1]
-        group = heads // key_heads
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Write the keys and values [1, H, T, D], and attend to each sequence's own. Returns [1, T, heads, D].
+
+        Raises Unpackable where a sequence is longer than the layer's window.
+        """
+        if window and self.longest > window:
+            raise Unpackable(f"{self.longest} tokens are over its window of {window}")
         keys, values = self.cache.write(layer, self, key[0], value[0])
         query_THD = query[0].transpose(0, 1)
-        outputs = []
-        for rows, lanes, length, mask_N11L in self.runs:
-            attended = F.scaled_dot_product_attention(
-                query_THD[rows].reshape(-1, key_heads, group, width),
-                keys[lanes, :, :length],
-                values[lanes, :, :length],
-                attn_mask=mask_N11L,
-                scale=scaling,
-            )
-            outputs.append(attended.reshape(len(attended), heads, -1))
-        for rows, lane, length, mask_TL in self.chunks:
-            attended = F.scaled_dot_product_attention(
-                query[:, :, rows],
-                _repeat(keys[lane : lane + 1, :, :length], group),
-                _repeat(values[lane : lane + 1, :, :length], group),
-                attn_mask=mask_TL,
-                is_causal=mask_TL is None,
-                scale=scaling,
-            )
-            outputs.append(attended[0].transpose(0, 1))
+        outputs = [
+            self._together(piece, query_THD[piece.rows], keys, values, scaling)
+            if isinstance(piece, Run)
+            else self._alone(piece, query[:, :, piece.rows], keys, values, scaling)
+            for piece in self.pieces
+        ]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _together(self, run: Run, query_RHD: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+        """Attend for R = N T tokens; the query heads of a key head are laid out as if they were tokens."""
+        _, heads, width = query_RHD.shape
+        key_heads, count, mask = keys.shape[1], run.new, run.mask_N1TL
+        group = heads // key_heads
+        if count == 1:
+            query = query_RHD.reshape(-1, key_heads, group, width)
+        else:
+            query = query_RHD.view(-1, count, key_heads, group, width).permute(0, 2, 3, 1, 4)
+            query = query.reshape(len(query), key_heads, group * count, width)
+            mask = self._mask(run, group)
+        attended = F.scaled_dot_product_attention(
+            query, keys[run.lanes, :, : run.length], values[run.lanes, :, : run.length], attn_mask=mask, scale=scaling
+        )
+        if count > 1:
+            attended = attended.view(len(query), key_heads, group, count, -1).permute(0, 3, 1, 2, 4)
+        return attended.reshape(len(query_RHD), heads, -1)
+
+    def _mask(self, run: Run, group: int) -> Tensor:
+        assert run.mask_N1TL is not None
+        key = (run.rows.start, group)
+        if key not in self._masks:
+            self._masks[key] = run.mask_N1TL.repeat(1, 1, group, 1)
+        return self._masks[key]
+
+    def _alone(self, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
+        lane, group = slice(chunk.lane, chunk.lane + 1), query.shape[1] // keys.shape[1]
+        attended = F.scaled_dot_product_attention(
+            query,
+            _repeat(keys[lane, :, : chunk.length], group),
+            _repeat(values[lane, :, : chunk.length], group),
+            attn_mask=chunk.mask_TL,
+            is_causal=chunk.mask_TL is None,
+            scale=scaling,
+        )
+        return attended[0].transpose(0, 1)
 
 
 def neighbours(numbers: Sequence[int]) -> list[tuple[int, int]]:
@@ -283,11 +332,11 @@ def _attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    lanes: Step | None = None,
+    lanes: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks it of an attention function; without `lanes`, as its own `sdpa`."""
-    if lanes is None:
+    if not lanes:
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
@@ -295,9 +344,43 @@ def _attend(
     unknown = [name for name, value in others.items() if value is not None and name not in NEUTRAL]
     if unknown:
         raise Unpackable(f"its attention takes {', '.join(unknown)}")
-    if others.get("sliding_window") and lanes.longest > others["sliding_window"]:
-        raise Unpackable(f"{lanes.longest} tokens are over its window of {others['sliding_window']}")
-    return lanes.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+    attend = torch.ops.manta.attend if torch.compiler.is_compiling() else attend_in_step
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return attend(query, key, value, layer, scaling, others.get("sliding_window")), None
+
+
+def attend_in_step(
+    query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attend as the step asks it that is under way in this thread."""
+    assert _UNDER_WAY.step is not None
+    return _UNDER_WAY.step.attend(query, key, value, layer, scaling, window)
+
+
+class _UnderWay(threading.local):
+    step: Step | None = None
+
+
+_UNDER_WAY = _UnderWay()
+# One operation that the compiler doesn't look into: which lanes attend together is another matter at each step.
+_attend_op = torch.library.custom_op(
+    "manta::attend", attend_in_step, mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, int layer, float? scaling, int? window) -> Tensor",
+)  # fmt: skip
+
+
+@_attend_op.register_fake
+def _attended(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None) -> Tensor:  # fmt: skip
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def compiled_twin(model: nn.Module) -> nn.Module:
+    """Return a model of the same weights whose base is compiled; the given one stays as it is."""
+    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+    twin, base = copy.copy(model), copy.copy(model.get_submodule(prefix))
+    twin._modules = {**model._modules, prefix: base}
+    base.compile(dynamic=True)
+    return twin
 
 
 def _repeat(heads_1HLD: Tensor, group: int) -> Tensor:
@@ -347,10 +430,24 @@ class Apart:
         return torch.cat(rows)
 
 
-def make_forward(model: nn.Module, adapters: Adapters | None = None) -> Forward:
-    """Return the quickest way to run a model that gives what the model itself gives."""
+def positions(config: Any) -> int | None:
+    """Return how many tokens a sequence may have; a sliding window's length, where only newer keys would be kept."""
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(most, window) if most and window else most
+
+
+def make_forward(model: nn.Module, adapters: Adapters | None = None, compiled: bool = False) -> Forward:
+    """Return the quickest way to run a model that gives what the model itself gives.
+
+    Raises UserError where it is to be compiled and can't.
+    """
     adapters = adapters or Adapters(model)
     try:
-        return Packed(model, adapters)
-    except Unpackable:
+        return Packed(model, adapters, compiled)
+    except Unpackable as reason:
+        if compiled:
+            raise UserError(
+                f"serve.compile: this model can't be compiled ({reason}): leave serve.compile out"
+            ) from reason
         return Apart(model, adapters)

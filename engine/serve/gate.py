@@ -25,6 +25,7 @@ from engine.serve.limits import Limits
 from engine.serve.metrics import Metrics
 from engine.serve.refusals import ApiError
 from engine.serve.tracing import NO_SPAN, Span, Tracing, fail, trace_id
+from engine.serve.transcriptions import PATH as TRANSCRIPTIONS
 
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # without a key
 OPEN_FOLDER = "/page/"
@@ -46,6 +47,7 @@ class Access:
     log_prompts: bool = False
     records_dir: str = "feedback"
     body_bytes: int = 2**20
+    audio_bytes: int = 25 * 2**20
     body_timeout_s: float = 30.0
     tracing: str | None = None  # address of a collector
 
@@ -65,7 +67,7 @@ def access_for(config: Config, keys_text: str) -> Access:
     run = config.run_dir.absolute()
     return Access(
         str(config.keys_file), keys_text, tuple(options.origins), str(run / "logs" / "access.jsonl"), options.log_prompts,
-        str(Path(options.records_dir or run / "feedback").absolute()), options.max_body_bytes, options.body_timeout_s, options.tracing,
+        str(Path(options.records_dir or run / "feedback").absolute()), options.max_body_bytes, options.max_audio_bytes, options.body_timeout_s, options.tracing,
     )  # fmt: skip
 
 
@@ -289,7 +291,9 @@ class Gate:
 
     async def _body(self, scope: Scope, receive: Any) -> bytes | None:
         """Return a request's whole body; None if the client left. Raises ApiError for one that is too large or slow."""
-        most, within_s = self.door.access.body_bytes, self.door.access.body_timeout_s
+        access = self.door.access
+        most = access.audio_bytes if scope["path"] == TRANSCRIPTIONS else access.body_bytes
+        within_s = access.body_timeout_s
         declared = int(dict(scope["headers"]).get(b"content-length", b"0"))
         body, more = bytearray(), declared <= most
         try:

@@ -27,7 +27,7 @@ from engine.serve.forward import Forward, Part, make_forward
 from engine.serve.passing import in_passing
 from engine.serve.sampling import Mask, Sampling, choose
 from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
-from engine.serve.speculation import Draft
+from engine.serve.speculation import Draft, Guesser, make_guesser
 
 MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
 LOOK_EVERY_S = 0.05  # at the queue, for deadlines
@@ -96,6 +96,11 @@ class Completion:
         """Tokens it has, of prompt and text."""
         return len(self.prompt) + len(self.tokens)
 
+    def text(self, start: int, end: int) -> list[int]:
+        """Return a part of its tokens, prompt and text end to end."""
+        before = len(self.prompt)
+        return [*self.prompt[start:end], *self.tokens[max(start - before, 0) : max(end - before, 0)]]
+
     def upcoming(self, count: int) -> list[int]:
         """Return the next tokens to go through the model."""
         if self.cached < len(self.prompt):
@@ -144,20 +149,26 @@ class TransformersGenerator:
         step_tokens: int,
         cache_tokens: int | None = None,
         speculate: int = 0,
+        draft: nn.Module | None = None,
+        compiled: bool = False,
         tell: Callable[[list[Completion]], None] = lambda _: None,
         adapters: Adapters | None = None,
     ) -> None:
         """Run up to `max_batch` sequences of `positions` tokens together, `step_tokens` in a forward; `max_queue` more wait.
 
         `cache_tokens` bounds the cache (None: by `max_batch` whole sequences and the free memory). `speculate` tokens of
-        each sequence are guessed ahead, where the forward can go back on them. `tell` is called from the thread, once a
-        step, with the completions that have something new for their readers.
+        each sequence are guessed ahead, where the forward can go back on them, by `draft` if it is given: a smaller model
+        of the same tokens, whose cache has as much room. `compiled`: by torch. `tell` is called from the thread, once a
+        step, with the completions that have something new for their readers. Raises UserError where a draft, or the
+        compiler, can't be used.
         """
         self.adapters = adapters or Adapters(model)
-        self.forward: Forward = in_passing(lambda: make_forward(model, self.adapters))
+        self.forward: Forward = in_passing(lambda: make_forward(model, self.adapters, compiled))
+        self.guesser: Guesser = in_passing(lambda: make_guesser(self.forward, model, draft, step_tokens, compiled))
         room = max_batch * positions if cache_tokens is None else cache_tokens
         if cache_tokens is None and self.forward.token_bytes:
-            room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // self.forward.token_bytes, 1))
+            token_bytes = self.forward.token_bytes + self.guesser.token_bytes
+            room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // token_bytes, 1))
         self.cache_tokens, self.max_batch, self.max_queue = room, max_batch, max_queue
         self.positions, self.step_tokens, self.tell = positions, step_tokens, tell
         self.limit = min(positions, room)
@@ -169,6 +180,7 @@ class TransformersGenerator:
         self.steps = self.rows = self.reused_tokens = self.guessed_tokens = self.right_tokens = 0
         self.shape = shape_for([], max_batch, room, positions)
         in_passing(lambda: self.forward.shape(self.shape.lanes, self.shape.capacity))
+        in_passing(lambda: self.guesser.shape(self.shape.lanes, self.shape.capacity))
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
         self._by = [""] * self.shape.lanes  # adapters by which these were read
         self._used = [0] * self.shape.lanes
@@ -216,7 +228,8 @@ class TransformersGenerator:
             "waiting": len(self._waiting), "running": len(running), "cached_tokens": held,
             "cache_tokens": self.shape.lanes * self.shape.capacity, "steps": self.steps, "rows": self.rows,
             "reused_tokens": self.reused_tokens, "guessed_tokens": self.guessed_tokens, "right_tokens": self.right_tokens,
-            "adapters": len(self.adapters.loaded), "adapter_loads": self.adapters.loads,
+            "draft_forwards": self.guesser.forwards, "adapters": len(self.adapters.loaded),
+            "adapter_loads": self.adapters.loads,
         }  # fmt: skip
 
     @torch.inference_mode()
@@ -303,12 +316,14 @@ class TransformersGenerator:
             return False
         if found.source != found.lane and found.shared:
             self.forward.copy(found.source, found.lane, found.shared)
+        self.guesser.place(found.source, found.lane, found.shared)
         completion.lane, completion.cached, completion.reused = found.lane, found.shared, found.shared
         return True
 
     def _reshape(self, shape: Shape) -> None:
         """Make the cache anew; what runs is kept, what was only held for its prefix is not."""
         self.forward.shape(shape.lanes, shape.capacity, [(it.lane, it.cached) for it in self.running])
+        self.guesser.shape(shape.lanes, shape.capacity, [it.lane for it in self.running])
         for lane, completion in enumerate(self.running):
             completion.lane = lane
         self.shape, self._held, self._used = shape, [NOTHING] * shape.lanes, [0] * shape.lanes
@@ -326,11 +341,12 @@ class TransformersGenerator:
         self.steps += 1
         pending = [completion.known - completion.cached for completion in self.running]
         counts = shares(pending, self.step_tokens)
+        guesses = self._guess()
         batch, parts = [], []
         for completion, left, count in zip(self.running, pending, counts, strict=True):
             if count:
                 wanted = count if completion.score_prompt and not completion.tokens else int(count == left)
-                guessed = self._guess(completion)
+                guessed = guesses.get(completion, [])
                 batch.append(completion)
                 upcoming = [*completion.upcoming(count), *guessed]
                 parts.append(
@@ -343,14 +359,13 @@ class TransformersGenerator:
         except Exception:
             self._one_by_one(batch, parts)
 
-    def _guess(self, completion: Completion) -> list[int]:
-        """Return what a sequence that writes may go on with."""
-        most = min(self.speculate, completion.max_tokens - len(completion.tokens) - 1)
-        if not completion.tokens or most < 1:
-            return []
-        guessed = completion.draft.guess(completion.prompt, completion.tokens, most)
-        self.guessed_tokens += len(guessed)
-        return guessed
+    def _guess(self) -> dict[Completion, list[int]]:
+        """Return what the sequences that write may go on with."""
+        most = {it: min(self.speculate, it.max_tokens - len(it.tokens) - 1) for it in self.running if it.tokens}
+        writers = [(it, count) for it, count in most.items() if count > 0]
+        guesses = self.guesser.guess(writers) if writers else []
+        self.guessed_tokens += sum(map(len, guesses))
+        return {it: guessed for (it, _), guessed in zip(writers, guesses, strict=True)}
 
     def _one_by_one(self, batch: Sequence[Completion], parts: Sequence[Part]) -> None:
         """Run a failed step again, part by part: an error is that of one request, and the others go on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,12 @@ from torch import nn
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
+from engine.errors import UserError
+from engine.models.int8 import quantize
 from engine.objectives.contract import pad_rows
 from engine.serve.adapters import Adapters
 from engine.serve.chat import TemplateError, chat_prompt
+from engine.serve.forward import positions
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
 from engine.serve.lanes import Mouth
 from engine.serve.linear import pack_linear
@@ -35,8 +40,16 @@ from engine.serve.text import Logprobs, Text
 from engine.serve.together import Together
 from engine.serve.tracing import Trace, Tracing
 
-TASKS = {"AutoModelForCausalLM": "completion", "AutoModelForSequenceClassification": "classification"}
-EMBEDS = (*TASKS, "AutoModelForMaskedLM")  # whose models read a text and have one last hidden state a token
+TASKS = {
+    "AutoModelForCausalLM": "completion",
+    "AutoModelForSequenceClassification": "classification",
+    "AutoModelForSpeechSeq2Seq": "transcription",
+}
+EMBEDS = (
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForMaskedLM",
+)  # whose models read a text and have one last hidden state a token
 PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHARACTERS_A_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
@@ -90,11 +103,10 @@ class Replica:
         self.mouth = Mouth(self)
         torch.set_num_threads(max(1, round(self.options.cpus_per_replica)))
         self.bundle = Bundle.open(Path(folder))
-        self.bundle.verify()
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
         self.tracing = Tracing(self.options.tracing, about)
         self.objective = self.bundle.objective()
-        self.model: Any = in_passing(self._load)
+        self.model = in_passing(lambda: loaded(self.bundle, self.options))
         self.positions = positions(self.model.config) or self.objective.sequence_length
         self.writing: set[Completion] = set()
         self.reading = 0  # tokens of the other tasks' inputs, about
@@ -102,23 +114,18 @@ class Replica:
         self.structure: Structure | None = None  # made when it is first asked for
         self.generator: Generator | None = None
         if self.objective.auto_class == "AutoModelForCausalLM":
+            draft = Bundle.open(self.options.draft) if self.options.draft else None
             self.generator = TransformersGenerator(
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
                 step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens,
-                speculate=self.options.speculate, tell=wake_readers,
+                speculate=self.options.speculate,
+                draft=in_passing(lambda: loaded(draft, self.options)) if draft else None,
+                compiled=self.options.compile, tell=wake_readers,
                 adapters=Adapters(self.model, self.options.adapters, self.options.max_adapters),
             )  # fmt: skip
         together = partial(Together, most=self.options.max_batch, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
         self.classified, self.embedded = together(self._classify), together(self._embed)
-
-    def _load(self) -> nn.Module:
-        """Return the model, where it will answer, after it has answered as recorded. Raises UserError if it doesn't."""
-        model = self.bundle.model(PRECISIONS[self.options.precision])
-        if self.options.precision == "auto" and not torch.cuda.is_available() and not _cpu_has_bf16():
-            model = model.float()
-        model = pack_linear(model.to("cuda" if torch.cuda.is_available() else "cpu"))
-        self.bundle.replay(model)
-        return model
+        self.transcribed = together(self._transcribe)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the tokens that are still to be read and written, of all that is queued and runs here, and requests by lanes."""
@@ -157,6 +164,7 @@ class Replica:
             "positions": self.generator.limit if self.generator else self.positions,
             "vocabulary": getattr(config, "vocab_size", 0),
             "embeds": self.objective.auto_class in EMBEDS,
+            "heard": getattr(config, "max_source_positions", 0),  # positions of a window of sound
             "hash": self.bundle.hash,
             "adapters": {name: it["hash"] for name, it in self.options.adapters.items()},
         }
@@ -199,6 +207,39 @@ class Replica:
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
         found: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()
         return found
+
+    async def transcribe(self, content: bytes, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
+        """Write down what is said in an audio file, in a batch with others: {"text", "tokens", "seconds", "read", "written"}.
+
+        With job["judged"] also {"avg_logprob"}: the mean log-probability of the tokens, in nats. Or one {"error"}.
+        """
+        hears: Any = self.objective
+        try:
+            if job["language"]:
+                hears.prompt_in(job["language"])
+        except UserError as error:
+            return Refused(f"language: {error}", "language").told
+        try:
+            request = await asyncio.to_thread(self.objective.prepare, {"audio": content})
+        except UserError as error:
+            return Refused(f"file: {error}", "file").told
+        extractor = hears.extractor
+        seconds = len(request["sound"]) / extractor.sampling_rate
+        read = math.ceil(seconds * self.model.config.max_source_positions / extractor.chunk_length)  # type: ignore[union-attr,operator]
+        with self.tracing.work("transcribe", trace), self.reads([[0] * read]):
+            (found,) = await self.transcribed([request | job])
+        return found | {"seconds": seconds, "read": read, "written": len(found["tokens"])}
+
+    def _transcribe(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self.forwards, self.rows = self.forwards + 1, self.rows + len(requests)
+        answers = self.objective.predict(self.model, requests)
+        for request, answer in zip(requests, answers, strict=True):
+            if request["judged"]:
+                tokens = np.array([*answer["tokens"], self.objective.tokenizer.eos_token_id])
+                tokens = tokens[: self.objective.sequence_length]
+                (judged,) = self.objective.predict(self.model, [{"sound": request["sound"], "tokens": tokens}])
+                answer["avg_logprob"] = float(np.mean(judged["logprobs"]))
+        return answers
 
     async def complete(self, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
         """Run a job to its end: {"head", "choices": [{"text", "reason", "tokens", "logprobs"}]}, or {"error", "param", "status"}."""
@@ -352,6 +393,29 @@ class Replica:
         return {"cached_tokens": sum(it.completion.reused for it in followed)}
 
 
+def loaded(bundle: Bundle, options: ServeConfig) -> nn.Module:
+    """Return a bundle's model where it is to run. Raises UserError if it was changed or answers otherwise than recorded.
+
+    8-bit weights are made of those that were verified and have answered, and then answer again.
+    """
+    bundle.verify()
+    has_bf16, smaller = torch.cuda.is_available() or _cpu_has_bf16(), options.quantize == "int8"
+    dtype = PRECISIONS[options.precision]
+    if options.precision == "auto" and smaller and has_bf16:
+        dtype = torch.bfloat16
+    model = bundle.model(dtype)
+    if options.precision == "auto" and not has_bf16:
+        model = model.float()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if smaller:
+        bundle.replay(model)
+        quantize(model)
+    else:
+        pack_linear(model)
+    bundle.replay(model)
+    return model
+
+
 def replica_id() -> str:
     """Return Serve's name of this replica; none outside of Serve."""
     try:
@@ -369,13 +433,6 @@ def times(completion: Completion) -> dict[str, float]:
         ended = completion.ended_at or time.monotonic()  # a stop text ends it for its reader before its lane is free
         found["between"] = (ended - completion.first_at) / (len(completion.tokens) - 1)
     return found
-
-
-def positions(config: Any) -> int | None:
-    """Return how many tokens a sequence may have; a sliding window's length, where only newer keys would be kept."""
-    most: int | None = getattr(config, "max_position_embeddings", None)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(most, window) if most and window else most
 
 
 def _cpu_has_bf16() -> bool:

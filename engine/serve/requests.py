@@ -9,8 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 Token = Annotated[StrictInt, Field(ge=0)]
 Prompt = str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
+Texts = str | Annotated[list[str], Field(min_length=1, max_length=1024)]
 Bias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]]
 MOST_LOGPROBS = 20  # likeliest tokens told with each
+
+
+def _listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 class Strict(BaseModel):
@@ -201,12 +206,21 @@ class ClassifyRequest(Body):
     """POST /v1/classify."""
 
     model: str | None = None
-    input: str | Annotated[list[str], Field(min_length=1, max_length=1024)]
+    input: Texts
     store: bool | None = None
 
     def texts(self) -> list[str]:
         """Return the texts one by one."""
-        return [self.input] if isinstance(self.input, str) else self.input
+        return _listed(self.input)
+
+
+class TranscriptionRequest(Body):
+    """POST /v1/audio/transcriptions: the fields of its form beside the file."""
+
+    model: str | None = None
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")  # ISO 639: en, de
+    response_format: Literal["json", "text", "verbose_json"] = "json"
+    temperature: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
 
 class Feedback(Body):
@@ -223,6 +237,27 @@ class Feedback(Body):
         if not (self.rating or self.label or self.text or self.comment):
             raise ValueError("nothing is said: give a rating, a label, a text or a comment")
         return self
+
+
+class ScoreRequest(Body):
+    """POST /v1/score: pairs of texts, or one text with each of several."""
+
+    model: str | None = None
+    text_1: Texts
+    text_2: Texts
+    user: str | None = None  # used for nothing here
+
+    @model_validator(mode="after")
+    def _in_pairs(self) -> ScoreRequest:
+        first, second = _listed(self.text_1), _listed(self.text_2)
+        if len(first) not in (1, len(second)):
+            raise ValueError(f"text_1 holds {len(first)} texts and text_2 {len(second)}: give as many, or one text_1")
+        return self
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the pairs one by one."""
+        first, second = _listed(self.text_1), _listed(self.text_2)
+        return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
 class EmbeddingRequest(Body):

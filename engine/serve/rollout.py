@@ -172,6 +172,10 @@ class Model:
                 self.tell(now, "canary", trial.version, f"{trial.share:.0%} of the traffic: {decision.reason}")
         return decision
 
+    def keep(self, apps: Sequence[str], until: float) -> None:
+        """Keep the replicas of applications until then at least, of those that are let go one day."""
+        self.warm = {app: max(moment, until) if app in apps else moment for app, moment in self.warm.items()}
+
     def expired(self, now: float) -> list[str]:
         """Return, and forget, the applications whose replicas are kept no longer."""
         gone = [app for app, until in self.warm.items() if until <= now]

@@ -63,6 +63,7 @@ class Router:
         """Take the steward's application, the ingress' settings, and what to call with new ones."""
         self.steward, self.settings, self.change = serve.get_app_handle(steward), settings, change
         self.number = -1
+        self.informed = asyncio.Event()  # once there is a table
         self.models: dict[str, dict[str, Any]] = {}
         self.handles: dict[str, Any] = {}
         self.abouts: dict[str, dict[str, Any]] = {}
@@ -284,6 +285,7 @@ class Router:
             self.settings = table["settings"]
             self.change(self.settings)
         self.models, self.number = table["models"], table["number"]
+        self.informed.set()
         there = {version["id"] for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version")) if version}  # fmt: skip
         for version in self._gone.keys() - there:
             self._gone.pop(version).set()
@@ -453,6 +455,8 @@ def units(answer: Any) -> int:
 
 def is_repeatable(method: str, args: tuple[Any, ...]) -> bool:
     """Tell whether the same model would answer the same again: all but texts that are drawn without a seed."""
+    if method == "transcribe":
+        return bool(args[1]["temperature"] == 0)
     if method != "complete":
         return True
     job = args[0]

@@ -85,6 +85,12 @@ class Steward:
             events += model.since(before)
         self._tell(*events)
 
+    async def keep(self, apps: list[str], seconds: float) -> None:
+        """Let no replicas of these applications go for a while: somebody is about to bring them in again."""
+        for model in self.models.values():
+            model.keep(apps, time.time() + seconds)
+        self._store()
+
     async def report(self, known: int, answers: dict[str, list[tuple[bool, float]]], shadows: dict[str, list[dict[str, Any]]], ratings: dict[str, list[bool]], wait_s: float) -> dict[str, Any] | None:  # fmt: skip
         """Take what a router saw, by version: answers (failed, pace), comparisons, ratings (True: bad).
 

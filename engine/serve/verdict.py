@@ -77,9 +77,15 @@ class Evidence:
     blocks: int = 0
     recent: list[float] = field(default_factory=list)  # the old version's paces
     questions: dict[str, Question] = field(default_factory=lambda: {name: Question() for name in QUESTIONS})
+    waiting: list[int] = field(
+        default_factory=lambda: [0] * 4
+    )  # ratings of a block that lacks one side: as Question.add
 
     def add(self, old: Sequence[Answer], new: Sequence[Answer], old_bad: Sequence[bool] = (), new_bad: Sequence[bool] = ()) -> None:  # fmt: skip
-        """Take a block of answers, and of ratings (True: bad), that came at about the same time."""
+        """Take a block of answers, and of ratings (True: bad), that came at about the same time.
+
+        Ratings are few: those of one version wait for one of the other, as a block of one side says nothing.
+        """
         dice = random.Random(self.seed * 1_000_003 + self.blocks)
         self.blocks += 1
         # The margin of the error rate: with that chance an answer of the old version counts as an error, though it was none.
@@ -93,7 +99,11 @@ class Evidence:
                 yes = sum(p > limit for p in paces[0]), sum(p > limit * (1 + self.latency_margin) for p in paces[1])
                 self.questions[name].add(len(paces[0]), yes[0], len(paces[1]), yes[1])
         self.recent = [*self.recent, *paces[0]][-RECENT:]
-        self.questions["rated bad"].add(len(old_bad), sum(old_bad), len(new_bad), sum(new_bad))
+        rated = len(old_bad), sum(old_bad), len(new_bad), sum(new_bad)
+        self.waiting = [waiting + more for waiting, more in zip(self.waiting, rated, strict=True)]
+        if self.waiting[0] and self.waiting[2]:
+            self.questions["rated bad"].add(*self.waiting)
+            self.waiting = [0] * 4
 
 
 @dataclass(frozen=True)

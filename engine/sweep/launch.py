@@ -23,12 +23,13 @@ from engine.sweep.board import Board
 from engine.sweep.halving import Halving
 from engine.sweep.population import Population, interval, perturb
 from engine.sweep.record import Trial, best_first, from_dict, front
+from engine.sweep.recovery import Recovery
 from engine.sweep.room import Room
 from engine.sweep.search import Course, Place, Search
 from engine.sweep.searchers import importances, make_searcher
 from engine.sweep.space import Space, check_space, count
 from engine.sweep.stopping import grace_steps, make_rule, rungs
-from engine.sweep.trial import FAILED, FAILURE, run_trial
+from engine.sweep.trial import FAILURE, run_trial
 from engine.sweep.weights import start_state
 from engine.train.job import Job
 from engine.train.launch import make_job, worker_resources
@@ -139,10 +140,8 @@ def make_course(
     config: Config, job: Job, space: Space, metrics: Sequence[str], modes: Sequence[str]
 ) -> tuple[Course, Place]:
     """Return how the sweep goes, as far as it has come, and what places its trials."""
-    import ray
-
-    slots, _ = trial_share(config, ray.cluster_resources())
-    place = Placing(config, job, Room(config, slots))
+    slots, share = trial_share(config, resources_for(config))
+    place = Placing(config, job, Room(config, slots, share.get("GPU", 0.0)))
     folder = Path(job.config.runs_dir)
     if config.sweep.scheduler in ("pbt", "pb2"):
         explore = perturb(space) if config.sweep.scheduler == "pbt" else bandit(space, modes[0])
@@ -190,7 +189,7 @@ def run_trials(
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ |= QUIET
-    slots, share = trial_share(config, ray.cluster_resources())
+    slots, share = trial_share(config, resources_for(config))
     if course.in_parts:
         job = replace(job, config=with_values(job.config, {"schedule.total_steps": config.total_steps}))
     state = [ray.put(start_state(job))]  # once, for every process of every trial; the list keeps it a reference
@@ -200,7 +199,7 @@ def run_trials(
     )
     folder = (run.path / "tune").absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    searcher, judge = adapters(course, run, slots, show)
+    searcher, judge = adapters(course, Recovery(config.train.max_failures), run, slots, show)
     tuner = tune.Tuner(
         trainable,
         run_config=RunConfig(
@@ -213,12 +212,14 @@ def run_trials(
         raise KeyboardInterrupt  # which Tune has swallowed, with its trials
 
 
-def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None]) -> tuple[Any, Any]:
+def adapters(
+    course: Course, recovery: Recovery, run: RunFolder, slots: int, show: Callable[[], None]
+) -> tuple[Any, Any]:
     """Return the searcher and the scheduler by which Tune asks the course for trials and tells it what becomes of them."""
     from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher
 
-    under_way: dict[str, int] = {}  # Tune's id of a trial -> its index
+    under_way: dict[str, dict[str, Any]] = {}  # Tune's id of a trial -> its task
     failures: dict[str, str] = {}
     keeps: list[bool] = []
 
@@ -229,30 +230,34 @@ def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None
             return True
 
         def suggest(self, trial_id: str) -> Any:
-            if course.done:
-                return Searcher.FINISHED
-            task = course.next() if len(under_way) < slots else None
+            task = (recovery.next() or course.next()) if len(under_way) < slots else None
             show()
-            if task is None:
-                return Searcher.FINISHED if course.done else None
-            under_way[trial_id] = task["index"]
+            if task is None:  # one that is under way may be lost, and begun again
+                return Searcher.FINISHED if course.done and not under_way else None
+            under_way[trial_id] = task
             return task
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             if result is None and not error:  # Tune is being interrupted: the trial is not over
                 return
-            index, reason = under_way.pop(trial_id), failures.pop(trial_id, None)
+            task, reason = under_way.pop(trial_id), failures.pop(trial_id, None)
             if error:
-                told = run.path / "trials" / course.trials[index].name / "logs" / FAILED
-                reason = told.read_text()[:300] if told.exists() else f"its process died: see {run.logs / 'ray'}"
-            course.end(index, reason)
+                trial = course.trials[task["index"]]
+                folder = RunFolder(trial_folder(run, trial))
+                again, reason = recovery.judge(trial, task, folder.logs)
+                if again:
+                    told = f"trial {trial.name} is begun again: {reason} (restart {trial.losses})"
+                    folder.note(told)
+                    console.print(f"warning: {told}", markup=False)
+                    return
+            course.end(task["index"], reason)
             show()
 
         def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
             """Save nothing: the course's own folder has it all."""
 
-        def __getstate__(self) -> dict[str, Any]:
-            return {}
+        def __reduce__(self) -> Any:
+            return object, ()  # Tune keeps a picture of it, which nobody reads
 
     class Judge(FIFOScheduler):  # type: ignore[misc]
         """Tells the course of each report, and Tune what follows from it."""
@@ -267,36 +272,51 @@ def adapters(course: Course, run: RunFolder, slots: int, show: Callable[[], None
                     tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, slots)
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            index = under_way.get(trial.trial_id)
-            if index is None:
+            if trial.trial_id not in under_way:
                 return str(FIFOScheduler.CONTINUE)
             if FAILURE in result:
                 failures[trial.trial_id] = result[FAILURE][:300]
                 return str(FIFOScheduler.CONTINUE)
             figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+            index = under_way[trial.trial_id]["index"]
             stop = course.report(index, result["step"], figures, result["process"])
             show()
             return str(FIFOScheduler.STOP if stop else FIFOScheduler.CONTINUE)
 
-        def __getstate__(self) -> dict[str, Any]:
-            return {}
+        def __reduce__(self) -> Any:
+            return object, ()  # Tune keeps a picture of it, which nobody reads
 
     return Ask(), Judge()
+
+
+def resources_for(config: Config) -> dict[str, float]:
+    """Return the cores and GPUs of the nodes where trials can run: of those with GPUs only, unless a worker takes none."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    with_gpus = [node for node in nodes if node.get("GPU")] if config.train.gpus_per_worker != 0 else []
+    return {kind: sum(node.get(kind, 0.0) for node in with_gpus or nodes) for kind in ("CPU", "GPU")}
 
 
 def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[str, float]]:
     """Return how many trials run at a time and the resources of each worker of theirs.
 
-    A trial gets what its workers ask for; where they ask for nothing, the trials share the cores, one core each or more.
+    A trial gets what its workers ask for; where they ask for no cores, the trials that run at a time share these.
     """
-    train, cpus = config.train, cluster.get("CPU", 1.0)
+    workers, concurrent = config.train.workers, config.sweep.concurrent
     asked = worker_resources(config, cluster)
-    if train.cpus_per_worker is None and not asked.get("GPU"):
-        slots = config.sweep.concurrent or max(1, int(cpus / train.workers))
-        trials = count(check_space(config), config) if config.sweep.space else config.sweep.trials
-        return min(slots, trials), {"CPU": int(100 * max(0.5, cpus / slots / train.workers)) / 100}
-    fits = min(int(cluster[kind] / (each * train.workers) + 1e-6) for kind, each in asked.items() if each)
-    return min(config.sweep.concurrent or fits, fits), asked
+    fits = {kind: int(cluster[kind] / (each * workers) + 1e-6) for kind, each in asked.items()}
+    if config.train.cpus_per_worker is not None:
+        most = min(fits.values())
+        return min(concurrent or most, most), asked
+    cpus = cluster.get("CPU", 1.0)
+    trials = count(check_space(config), config) if config.sweep.space else config.sweep.trials
+    if "GPU" in asked:  # and half a core a worker at least
+        slots = max(1, min(concurrent or trials, fits["GPU"], int(2 * cpus / workers)))
+    else:
+        slots = concurrent or max(1, int(cpus / workers))
+    slots = min(slots, trials)
+    return slots, asked | {"CPU": int(100 * max(0.5, cpus / slots / workers)) / 100}
 
 
 def read_result(file: Path) -> SweepResult:
@@ -325,6 +345,7 @@ def track(config: Config, result: SweepResult) -> None:
             params = {} if trial.state == "refused" else trial.params  # they may contradict each other
             child = TrackedRun(with_values(config, {**params, "name": trial.name}), parent.id)
             child.log([{"step": step, f"validation_{result.metric}": value} for step, value in trial.curve], moment)
+            child.tag("manta.ended", trial.state + (f": {trial.reason}" if trial.reason else ""))
             child.end("FAILED" if trial.state in ("failed", "refused") else "FINISHED")
         parent.log([{"step": result.best.steps, f"validation_{result.metric}": result.best.value}], moment)
         parent.end("FINISHED")

@@ -30,6 +30,7 @@ class Trial:
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, metric)
     seconds: float = 0.0  # from its start to its end
     process: int = 0  # that trained it last
+    losses: int = 0  # times that a process of its was lost, after which it was begun again
 
     @property
     def over(self) -> bool:

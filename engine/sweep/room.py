@@ -14,9 +14,9 @@ from engine.plan.plan import KEPT, meta_model
 class Room:
     """The memory that a worker of a trial has, and what trials need of it. What was computed once is remembered."""
 
-    def __init__(self, config: Config, slots: int) -> None:
-        """`slots`: trials that run at a time."""
-        self._slots = slots
+    def __init__(self, config: Config, slots: int, gpus: float = 0.0) -> None:
+        """`slots`: trials that run at a time; `gpus`: what each of their workers gets, a fraction or more; 0: none."""
+        self._slots, self._gpus = slots, gpus
         self._sizes: dict[str, Any] = {}
         self.bytes = self._of_a_worker(config)
 
@@ -26,13 +26,12 @@ class Room:
 
         from engine.train.devices import DEVICES, RESERVED
 
-        share = min(1.0, config.train.gpus_per_worker or 1.0)
+        share = min(1.0, self._gpus or 1.0)
         if config.plan.device != "here":
             return DEVICES[config.plan.device].bytes * (1 - RESERVED) * share
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED) * share
-        if config.train.gpus_per_worker:
-            return None  # of another machine's GPU
+        if self._gpus:  # of another machine, perhaps
+            here = torch.cuda.is_available()
+            return torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED) * share if here else None
         return psutil.virtual_memory().total * (1 - KEPT) / (config.train.workers * self._slots)
 
     def fitted(self, config: Config) -> tuple[Config | None, str]:

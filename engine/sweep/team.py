@@ -1,30 +1,40 @@
 """The ranks of trials with several workers: Tune's own process is rank 0, the others are actors beside it that stay warm.
 
 The processes, their imports and their process group go on from trial to trial. A trial that is stopped ends on all ranks at
-once: after each validation they tell each other whether to go on.
+once: after each validation they tell each other whether to go on. One that has lost a rank is over, and its trial is begun
+again by another: a rank that waits for one that is gone cannot go on, so the process of rank 0 ends, and with it its actors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from engine.sweep.recovery import Lost, note
 from engine.sweep.weights import copier
 from engine.train.group import Group
 from engine.train.job import Job
 from engine.train.loop import Metrics
 from engine.train.rendezvous import meet, open_port
+from engine.train.run_folder import RunFolder
 from engine.train.watchdog import SLOW
 from engine.train.worker import work
 
 LAST_S = 60.0  # that the other ranks may take to end a trial after rank 0 has
+LOOK_S = 1.0  # between looks at how the other ranks are
+NOTICE_S = (
+    5.0  # that rank 0 has to notice by itself that one is gone: its connection is closed, unless a whole node went
+)
 
 
 class Stopped(Exception):
@@ -35,7 +45,10 @@ class Team:
     """All ranks, as rank 0 sees them."""
 
     def __init__(self, job: Job, resources: dict[str, float]) -> None:
-        """Start the other ranks in the bundles of this trial's placement group, each with `resources`, and meet them."""
+        """Start the other ranks in the bundles of this trial's placement group, each with `resources`, and meet them.
+
+        Raises Lost where one is gone before it has come.
+        """
         self.whole = True  # whether all ranks are ready for another trial
         world, here = job.config.train.workers, ray.util.get_current_placement_group()
         actor: Any = ray.remote(Rank)
@@ -47,25 +60,39 @@ class Team:
             ).remote()
             for rank in range(1, world)
         ]  # fmt: skip
-        nodes = [ray.get_runtime_context().get_node_id(), *ray.get([other.node.remote() for other in self._others])]
+        asked = [other.node.remote() for other in self._others]
+        raise_first(faults(asked, asked))
+        nodes = [ray.get_runtime_context().get_node_id(), *ray.get(asked)]
         beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
         address = open_port(ray.util.get_node_ip_address())
         limit_s = job.config.train.hang_timeout_s * SLOW
         joining = [
             other.join.remote(rank, world, address, beside[rank], limit_s) for rank, other in enumerate(self._others, 1)
         ]
-        self.group = join(0, world, address, beside[0], limit_s)
-        ray.get(joining)
+        with watched(joining, RunFolder(job.config.run_dir).logs):
+            self.group = join(0, world, address, beside[0], limit_s)
+        raise_first(faults(joining, joining))
 
     def work(self, job: Job, state: list[ray.ObjectRef], report: Callable[[Metrics], None]) -> Metrics:
-        """Train on all ranks; return the last metrics. Where `report` raises SystemExit, all of them end, and it is raised."""
+        """Train on all ranks; return the last metrics. Where `report` raises SystemExit, all of them end, and it is raised.
+
+        Raises Lost where the process of a rank is gone, and otherwise what this rank or else another one has raised.
+        """
         beside = [other.work.remote(job.to_dict(), state) for other in self._others]
+        mine: Exception | None = None
+        last: Metrics = {}
         try:
-            last = work(job, self.group, listen=self._telling(job, report), make=copier(ray.get(state[0])))
+            with watched(beside, RunFolder(job.config.run_dir).logs):
+                last = work(job, self.group, listen=self._telling(job, report), make=copier(ray.get(state[0])))
+        except Exception as error:
+            mine = error
         finally:
             ended, late = ray.wait(beside, num_returns=len(beside), timeout=LAST_S)
-            self.whole = not late and not any(_crashed(one) for one in ended)
-        ray.get(ended)
+            theirs = faults(beside, ended)
+            gone = [fault for fault in theirs if isinstance(fault, Lost)]
+            self.whole = not (gone or late)
+        silent = [Lost("a worker of its does not come to the end")] if late else []
+        raise_first([*gone, *([mine] if mine else []), *theirs, *silent])
         return last
 
     def _telling(self, job: Job, report: Callable[[Metrics], None]) -> Callable[[Metrics], None]:
@@ -125,12 +152,48 @@ def join(rank: int, world: int, address: tuple[str, int], beside: tuple[int, int
     return Group(rank, world, torch.device("cuda" if cuda else "cpu"))
 
 
-def _crashed(answer: ray.ObjectRef) -> bool:
-    """Tell whether a rank's process was lost, rather than its work having come to nothing."""
+@contextlib.contextmanager
+def watched(beside: Sequence[ray.ObjectRef], logs: Path) -> Iterator[None]:
+    """End this process, with the reason in `logs`, if in the block another rank fails and this one does not notice.
+
+    It would wait for it in a collective, which nothing ends where a node is gone without closing its connections.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        waiting = {answer: rank for rank, answer in enumerate(beside, 1)}
+        while waiting and not over.is_set():
+            for answer in ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)[0]:
+                fault = fault_of(answer, waiting.pop(answer))
+                if fault and not over.wait(NOTICE_S):
+                    note(logs, fault)
+                    os._exit(1)
+
+    threading.Thread(target=watch, name="watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def faults(beside: Sequence[ray.ObjectRef], ended: Sequence[ray.ObjectRef]) -> list[Exception]:
+    """Return what went wrong with the other ranks, of those that have ended; waits for these."""
+    told = (fault_of(answer, rank) for rank, answer in enumerate(beside, 1) if answer in ended)
+    return [fault for fault in told if fault]
+
+
+def fault_of(answer: ray.ObjectRef, rank: int) -> Exception | None:
+    """Return what a rank has raised, Lost where its process is gone, None where its work is done."""
     try:
         ray.get(answer)
     except ray.exceptions.RayActorError:
-        return True
-    except Exception:
-        return False
-    return False
+        return Lost(f"its worker {rank} was lost")
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, Exception) else error
+    return None
+
+
+def raise_first(found: Sequence[Exception]) -> None:
+    """Raise the first of these, if there is one."""
+    if found:
+        raise found[0]

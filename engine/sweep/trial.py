@@ -14,6 +14,7 @@ import torch
 
 from engine.config import with_values
 from engine.errors import UserError
+from engine.sweep.recovery import Lost, clear, note
 from engine.sweep.team import Team
 from engine.sweep.weights import copier
 from engine.train.checkpoint import Checkpoint, step_folders
@@ -24,7 +25,6 @@ from engine.train.worker import local_group, work
 from engine.train.zero import import_deepspeed
 
 FAILURE = "failed"  # in a report: why the trial failed
-FAILED = "failed.txt"  # in a trial's logs: the same
 STOP_S = "60"  # that a stopped trial may take to put its process in order for the next one
 warm: dict[str, Team] = {}  # what this process keeps from trial to trial
 
@@ -44,7 +44,7 @@ def run_trial(
     job = job_of(task, Job.from_dict(spec))
     run = RunFolder(job.config.run_dir)
     run.logs.mkdir(parents=True, exist_ok=True)
-    (run.logs / FAILED).unlink(missing_ok=True)
+    clear(run.logs)
     reported: set[int] = set()
 
     def report(line: Metrics) -> None:
@@ -66,13 +66,15 @@ def run_trial(
     except SystemExit:
         clean(run)
         raise
+    except Lost as error:
+        note(run.logs, error)
+        raise
     except Exception as error:
         clean(run)
-        reason = str(error).strip() or repr(error)
-        (run.logs / FAILED).write_text(reason)  # Tune keeps a trace, this is the reason
+        note(run.logs, error)  # Tune keeps a trace, this is the reason
         if not isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)) or not is_whole():
             raise  # the process, or one beside it, may be spoilt: Tune starts another for the next trial
-        tune.report({FAILURE: reason})
+        tune.report({FAILURE: str(error).strip() or repr(error)})
     finally:
         for rank in range(job.config.train.workers):
             run.heartbeat(rank).unlink(missing_ok=True)
@@ -84,10 +86,17 @@ def train(job: Job, resources: dict[str, float], state: list[Any], report: Calla
     import ray
 
     if job.config.train.workers == 1:
+        keep_to(resources)
         return work(job, local_group(), listen=report, make=copier(ray.get(state[0])))
     if "team" not in warm:
         warm["team"] = Team(job, resources)
     return warm["team"].work(job, state, report)
+
+
+def keep_to(resources: dict[str, float]) -> None:
+    """Take no more of a GPU's memory than the fraction that a trial has of it: others have the rest."""
+    if torch.cuda.is_available() and 0 < resources.get("GPU", 0) < 1:
+        torch.cuda.set_per_process_memory_fraction(resources["GPU"])
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def soup(base: Job, trials: Sequence[Trial], place: Place, metric: str, mode: st
     )
     if not better:
         return None
-    job = job_named(f"{_sweep_of(best[0])}-{SOUP}", best[0], best[0].budget, base, place)
+    job = merged(job_named(f"{_sweep_of(best[0])}-{SOUP}", best[0], best[0].budget, base, place))
     line = winners[0].line | {f"validation_{name}": v for name, v in found.items()} | {"soup": inside}
     keep(
         job,
@@ -124,7 +124,7 @@ class Kitchen:
         from engine.train.start import make_model
         from engine.train.zero import AVERAGE
 
-        job = winner.job
+        job = merged(winner.job)
         self._config, self._objective = job.config, job.objective()
         self._model = make_model(job, self._objective)
         self._objective.meet(self._model.config)
@@ -132,9 +132,18 @@ class Kitchen:
         self._kind = AVERAGE if job.config.train.use_ema else "weight"
 
     def weights(self, winner: Winner) -> dict[str, Any]:
-        """Return the weights that a winner's bundle would have, fp32."""
-        folder = step_folder(RunFolder(winner.job.config.run_dir).checkpoints, winner.line["step"])
-        found = Checkpoint(folder).weights(self._kind)
+        """Return the weights that a winner's bundle would have, fp32; what LoRA trained is merged, so its rank doesn't matter."""
+        from engine.models.lora import merge_lora
+        from engine.train.start import fill, make_model
+
+        checkpoint = Checkpoint(step_folder(RunFolder(winner.job.config.run_dir).checkpoints, winner.line["step"]))
+        if winner.job.config.objective.lora.rank:
+            model = make_model(winner.job, self._objective)
+            fill(model, checkpoint, self._kind)
+            merge_lora(model)
+            found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        else:
+            found = checkpoint.weights(self._kind)
         wrong = [n for n, p in self._model.named_parameters() if n not in found or found[n].shape != p.shape]
         if wrong:
             raise UserError(
@@ -157,6 +166,11 @@ class Kitchen:
             for first in range(0, count, micro)
         )
         return self._objective.metrics(self._model.eval(), batches)
+
+
+def merged(job: Job) -> Job:
+    """Return the job whose model has no matrices of LoRA's beside its weights."""
+    return replace(job, config=with_values(job.config, {"objective.lora.rank": 0}))
 
 
 def keep(job: Job, weights: dict[str, Any], lines: list[dict[str, Any]]) -> None:

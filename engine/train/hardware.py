@@ -76,9 +76,10 @@ def held_memory_bytes(device: torch.device) -> int:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """Return the device's memory: the GPU's, or the machine's (or what its container may use)."""
+    """Return the device's memory: the GPU's, or this process's share of it, or the machine's (or its container's)."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return int(torch.cuda.get_device_properties(device).total_memory * share)
     return min(psutil.virtual_memory().total, _container_limit("memory.max") or 2**63)
 
 
@@ -86,7 +87,8 @@ def free_memory_bytes(device: torch.device) -> float:
     """Return the memory that this rank may still take: of the GPU, or its part of what is free on its machine."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return min(free + reserved, total_memory_bytes(device)) - held
     free = psutil.virtual_memory().available
     if limit := _container_limit("memory.max"):
         free = min(free, limit - _container_limit("memory.current"))

@@ -27,7 +27,7 @@ from engine.train import preload
 from engine.train.job import Job
 from engine.train.mirror import Mirror, take_back
 from engine.train.profile import PAGE
-from engine.train.run_folder import MetricsTail, RunFolder, Status, now
+from engine.train.run_folder import MetricsTail, RunFolder, Status, adapter_of, now
 
 COUNTS = {"skipped": "skipped", "rollbacks": "rolled back"}  # in a line of metrics.jsonl -> on the bar
 
@@ -140,6 +140,8 @@ def train(config: Config, spare: Spare | None = None) -> Outcome:
     if config.profile and (run.profile / PAGE).exists():
         console.print(f"profile   {run.profile / PAGE}")
     console.print(f"bundle    {run.bundle}")
+    if config.objective.lora.rank:
+        console.print(f"adapter   {adapter_of(run.bundle)}")
     return Outcome(run, list(run.metrics())[-1])
 
 

@@ -51,8 +51,12 @@ class RunFolder:
         self.events = self.logs / "events.log"  # what befell the run: faults, restarts, roll-backs
 
     def tell(self, text: str) -> None:
-        """Note an event, for the person who follows the run."""
+        """Say what befell the run, and note it."""
         print(f"warning: {text}", flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Note an event, for the person who follows the run."""
         with contextlib.suppress(OSError), self.events.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -213,3 +217,9 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return pid > 0
+
+
+def adapter_of(bundle: Path) -> Path:
+    """Name the folder of the adapter that a bundle has merged: adapter for bundle, adapter-00000100 for bundle-00000100."""
+    name = bundle.name
+    return bundle.with_name(name.replace("bundle", "adapter", 1) if name.startswith("bundle") else f"{name}-adapter")

@@ -50,6 +50,10 @@ class TrackedRun:
         for first in range(0, len(metrics), 1000):  # MLflow's limit a batch
             self.client.log_batch(self.id, metrics=metrics[first : first + 1000])
 
+    def tag(self, key: str, value: str) -> None:
+        """Say something of the run in words."""
+        self.client.set_tag(self.id, key, value)
+
     def end(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.id, status)

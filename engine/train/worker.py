@@ -29,7 +29,7 @@ from engine.train.meter import Meter
 from engine.train.micro_batch import fitting_micro_batch
 from engine.train.profile import Profile
 from engine.train.requirements import check_machine
-from engine.train.run_folder import MetricsLog, RunFolder
+from engine.train.run_folder import MetricsLog, RunFolder, adapter_of
 from engine.train.sequence_parallel import SequenceParallel
 from engine.train.start import Make, equip, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
@@ -186,20 +186,15 @@ def export(
     """Write a bundle, the run's or at `folder`, from a checkpoint, whatever layout wrote that; `line` is what was logged of its step."""
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
-    model = make_model(job, objective)
+    folder, model = folder or RunFolder(job.config.run_dir).bundle, make_model(job, objective)
     fill(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
     if job.config.objective.lora.rank:
-        write_adapter(
-            model,
-            job.config.objective.lora,
-            str(job.start),
-            (folder or job.config.run_dir / "bundle").with_name("adapter"),
-        )
+        write_adapter(model, job.config.objective.lora, str(job.start), adapter_of(folder))
         merge_lora(model)
     manifest = Manifest.load(job.data)
     split = "validation" if "validation" in manifest.splits else "train"
     write_bundle(
-        folder or job.config.run_dir / "bundle",
+        folder,
         model=model,
         objective=objective,
         name=job.config.name,

@@ -45,7 +45,7 @@ def run(command: str, *arguments: str, folder: Path, **environment: str) -> subp
         "except ClusterError as error: print(error, file=sys.stderr); sys.exit(2)"
     )
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
     )  # fmt: skip
 
@@ -113,7 +113,9 @@ def test_a_job_is_stopped(cluster, project):
 def test_without_the_token_nothing_is_told(cluster, project):
     for headers, code in (({}, 401), ({"Authorization": "Bearer wrong"}, 403)):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=headers), timeout=5)
+            urllib.request.urlopen(
+                urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=headers), timeout=60
+            )
         assert refused.value.code == code
     done = run("submit", "pretrain", folder=project, RAY_AUTH_TOKEN="wrong")
     assert done.returncode == 2
@@ -124,10 +126,13 @@ def test_without_the_token_nothing_is_told(cluster, project):
 
 
 def test_status(cluster, project):
-    done = run("local", "status", folder=project)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("alive") == 2
-    assert "0 of 2 cores in use" in done.stdout
+    for _ in range(10):  # what a stopped job had is free a moment later
+        done = run("local", "status", folder=project)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("alive") == 2
+        if "0 of 2 cores in use" in done.stdout:
+            return
+    raise AssertionError(done.stdout)
 
 
 def test_a_killed_raylet_is_told_and_down_leaves_nothing(cluster, project):
@@ -139,7 +144,7 @@ def test_a_killed_raylet_is_told_and_down_leaves_nothing(cluster, project):
         done = run(*command, folder=project)
         assert done.returncode == 2
         assert "has lost its raylet: `manta cluster down`" in done.stderr
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60  # Ray's own client would try for minutes
     assert local.down()
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert state.load() is None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import time
 
-import psutil
 import pytest
 
 from cluster.prestart import prestart
+from tests.engine.serve.clients import processes, wait_for
+
+
+def idle() -> set[int]:
+    return {it.pid for it in processes("ray::IDLE")}
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -28,10 +32,12 @@ def test_actors_take_the_processes(nested: bool) -> None:
             child = Actor.options(runtime_env={"env_vars": {f"{name}_INNER": "1"}}).remote()  # type: ignore[attr-defined]
             return int(ray.get(child.pid.remote()))
 
+    before = idle()
     prestart(1, inner if nested else outer, nested)
-    time.sleep(3)
-    asked = time.time()
+    wait_for(lambda: idle() - before)
+    time.sleep(2)  # until the node knows it too
+    waiting = idle()
     actor = Actor.options(runtime_env={"env_vars": outer}).remote()  # type: ignore[attr-defined]
     pid = ray.get(actor.child_pid.remote() if nested else actor.pid.remote())
-    assert psutil.Process(pid).create_time() < asked - 1
+    assert pid in waiting
     ray.kill(actor)

@@ -14,9 +14,8 @@ import pytest
 
 from engine.config import Config
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import load
-from tests.engine.serve.test_faults import wait_for
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.clients import load, wait_for
+from tests.ports import free_port
 
 ASK = {"model": "writer", "prompt": "import os", "max_tokens": 4, "temperature": 0}
 

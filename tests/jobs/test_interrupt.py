@@ -33,7 +33,7 @@ def test_an_interrupted_run_leaves_nothing_and_goes_on(tmp_path: Path) -> None:
         text=True,
     ) as process:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while len(lines(tmp_path)) < 12:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
@@ -41,10 +41,10 @@ def test_an_interrupted_run_leaves_nothing_and_goes_on(tmp_path: Path) -> None:
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=180)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    _, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     checkpoints = step_folders(tmp_path / "runs" / "mine" / "checkpoints")
     latest = Checkpoint(checkpoints[0])

@@ -1,18 +1,19 @@
 // The page at /: asks the endpoint as any client would, and shows what comes and how fast.
 const at = (id) => document.getElementById(id);
 const LOOK_MS = 2000;
-const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of" };
+const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", transcription: "Audio file to write down" };
 let models = [];
 let talk = []; // of the chat
 let asking = null; // what the Stop button ends
 
-function headers() {
+function headers(form) {
   const key = at("key").value.trim();
-  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  return { ...(!form && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
 async function ask(path, body, signal) {
-  const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(), body: body && JSON.stringify(body), signal });
+  const form = body instanceof FormData;
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(form), body: form ? body : body && JSON.stringify(body), signal });
   if (!response.ok) {
     const told = await response.json().catch(() => null);
     throw new Error(told?.error?.message ?? `${response.status} ${response.statusText}`);
@@ -36,7 +37,13 @@ function showModes() {
   const now = document.querySelector('input[name="mode"]:checked')?.value;
   at("send").disabled = !now;
   at("text-label").textContent = LABELS[now] ?? "This model cannot be tried here";
-  for (const label of document.querySelectorAll(".writes")) label.hidden = now === "classification";
+  const hears = now === "transcription";
+  for (const label of document.querySelectorAll(".writes")) label.hidden = hears || now === "classification";
+  for (const label of document.querySelectorAll(".keeps")) label.hidden = hears;
+  at("text").hidden = hears;
+  at("text").required = !hears;
+  at("file").hidden = !hears;
+  at("file").required = hears;
 }
 
 async function look() {
@@ -162,15 +169,30 @@ async function classify(article, signal) {
   rateable(article, answer.id);
 }
 
+async function transcribe(article, signal) {
+  const began = performance.now();
+  const form = new FormData();
+  form.append("model", at("model").value);
+  form.append("response_format", "verbose_json");
+  form.append("file", at("file").files[0]);
+  const response = await ask("v1/audio/transcriptions", form, signal);
+  const answer = await response.json();
+  article.querySelector(".said").textContent = answer.text;
+  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.duration.toFixed(1)} s of sound`;
+  rateable(article, response.headers.get("x-request-id"));
+}
+
+const DOES = { classification: classify, transcription: transcribe };
+
 at("ask").onsubmit = async (submit) => {
   submit.preventDefault();
   if (asking) return;
-  const article = newAnswer(at("text").value);
+  const article = newAnswer(mode() === "transcription" ? at("file").files[0].name : at("text").value);
   asking = new AbortController();
   at("send").disabled = true;
   at("stop").disabled = false;
   try {
-    await (mode() === "classification" ? classify : write)(article, asking.signal);
+    await (DOES[mode()] ?? write)(article, asking.signal);
     if (mode() === "chat") at("text").value = "";
   } catch (error) {
     const stopped = error.name === "AbortError";

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from engine.config import Config, with_values
 from engine.errors import UserError
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.bundles.test_bundles import contents
+from tests.ports import free_port
 
 P, R = "promote", "rollback"
 
@@ -53,15 +53,13 @@ def test_what_holds_after_some_moves(moves: list[tuple[str, int | None, int]], h
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An MLflow server with a database and artifacts of its own."""
     home = tmp_path_factory.mktemp("server")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     words = ["server", "--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "kept"),
              "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
     with (home / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-m", "mlflow", *words], cwd=home, stdout=log, stderr=log, start_new_session=True)  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while True:
             assert process.poll() is None, (home / "log").read_text()
             assert time.monotonic() < deadline, (home / "log").read_text()
@@ -98,7 +96,7 @@ def promote_at_once(uri: str, folder: str, name: str, to: int, gate: Any, said: 
     """Move from version 1 when the others do too."""
     alias = Alias(Registry(uri, Path(folder)), name, "champion")
     start = alias.present()
-    gate.wait(60)
+    gate.wait(240)
     try:
         alias.move("promote", start, to, f"because of {to}")
         said.put((to, "won"))
@@ -121,9 +119,9 @@ def test_of_two_at_once_one_wins_and_the_other_is_told(uri: str, three: list[Bun
     ]
     for process in racing:
         process.start()
-    results = dict(said.get(timeout=120) for _ in racing)
+    results = dict(said.get(timeout=300) for _ in racing)
     for process in racing:
-        process.join(30)
+        process.join(120)
         assert process.exitcode == 0
     winner = next(to for to, word in results.items() if word == "won")
     loser = results[5 - winner]

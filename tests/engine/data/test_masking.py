@@ -79,6 +79,6 @@ def test_plain_text_stays_as_it_is(text: str) -> None:
 @pytest.mark.parametrize("text", ["a" * 300_000 + "@", "a.b-" * 100_000 + "@", "eyJ" * 100_000 + "://", "sk-" * 100_000,
                                   "http://a:" * 30_000, "-----BEGIN PRIVATE KEY-----" * 300, "secret = " * 30_000, "xoxb-a-" * 50_000])  # fmt: skip
 def test_no_text_takes_long(text: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     mask_emails(mask_secrets(text, Counter()), Counter())
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

@@ -51,9 +51,9 @@ def test_best_fit_is_that_of_the_textbook(count: int, capacity: int) -> None:
 
 def test_best_fit_of_a_million_documents_takes_seconds() -> None:
     lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.2, 1_000_000).astype(np.int64) + 2, 2049)
-    began = time.perf_counter()
+    began = time.process_time()
     _, first = best_fit(lengths, 2049)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     assert 1 - lengths.sum() / ((len(first) - 1) * 2049) < 0.001
 
 

@@ -249,7 +249,7 @@ def test_killed_again_and_again_no_token_is_lost_or_doubled(
         kept = finished
         assert kills < 60
     assert kills >= 3
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(_is_ours(process) for process in psutil.process_iter()):
         assert time.monotonic() < deadline, "a process outlived the one that it worked for"
         time.sleep(0.1)

@@ -1,5 +1,4 @@
 import pickle
-import time
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +131,6 @@ def test_other_folders_and_splits(tmp_path: Path, documents: list[np.ndarray]) -
 
 def test_opening_is_cheap(tmp_path: Path) -> None:
     folder = write(tmp_path, [np.full(100, 7)] * 500)
-    start = time.perf_counter()
     split = Split.open(folder, "train")
     assert split.stream(49_990, 50_000).tolist() == [7] * 10
-    assert len(split._open) == 1
-    assert time.perf_counter() - start < 0.5
+    assert len(split._open) == 1  # of its files

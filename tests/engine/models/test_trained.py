@@ -18,6 +18,7 @@ from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 from engine.models.build import build
 from engine.models.lora import add_lora, merge_lora, write_adapter
+from engine.models.size import flops_per_token, matmul_parameter_count
 from engine.models.trained import choose_trained, freeze_layers
 
 LORA = LoraConfig(rank=4)
@@ -101,6 +102,23 @@ def test_a_head_of_its_own_is_trained_whole_and_is_in_the_adapter(tokenizer: Any
     torch.testing.assert_close(theirs(input_ids=ids()).logits, adapted, rtol=0, atol=1e-6)
     merge_lora(model)
     torch.testing.assert_close(model(input_ids=ids()).logits, adapted, rtol=0, atol=2e-5)
+
+
+def test_flops_leave_out_the_gradients_that_nobody_takes(tiny: Config, tokenizer: Any) -> None:
+    model = causal(tiny.model, tokenizer)
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    attended = 12 * 2 * width * 32
+    frozen = copy.deepcopy(model)
+    freeze_layers(frozen, 1)  # the first block: forward only; the tied output: no gradient of its weights
+    assert (
+        flops_per_token(frozen, model.config, 32) - attended == 2 * block + 6 * (block + width) + 4 * vocabulary * width
+    )
+    add_lora(model, LORA, 0, head=False)
+    added = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = matmul_parameter_count(model) - added
+    before = model.model.layers[0].self_attn.q_proj.base_layer.weight.numel()  # nobody asks for its inputs' gradient
+    assert flops_per_token(model, model.config, 32) - attended == 4 * base + 6 * added - 2 * before
 
 
 def test_targets_are_ends_of_names_and_a_wrong_one_is_one_sentence(tiny: Config, tokenizer: Any) -> None:

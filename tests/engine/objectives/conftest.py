@@ -1,4 +1,4 @@
-"""Small models of each family over small data: painted images, and the standard library's source."""
+"""Small models of each family over small data: painted images, hummed words, and the standard library's source."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from engine.data.processor import prepared_processor
 from engine.models.build import build
 from engine.objectives.contract import Objective, objective_class
 from engine.train.job import Job
+from tests.engine.data.sounds import hummed_table
 from tests.engine.train.ranks import run_ranks
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -47,6 +48,12 @@ FAMILIES = {
         "model.type": "clip", **NO_TEXT, **NO_SHAPE, "data.caption": "a {label} picture, {words}", "data.sequence_length": 12,
         "model.options": {"projection_dim": 16, "vision_config": VISION, "text_config": TEXT},
     },
+    "speech_recognition": {
+        "model.type": "whisper", **NO_TEXT, "model.intermediate_size": None, "data.sequence_length": 6,
+        "model.options": {
+            "decoder_layers": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_target_positions": 16,
+        },
+    },
 }  # fmt: skip
 
 
@@ -70,7 +77,13 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def family(tiny: Config, painted: Path) -> Callable[..., Config]:
+def hummed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a table of 96 hummed utterances of one to three words, five of them faulty."""
+    return hummed_table(tmp_path_factory.mktemp("hummed") / "train.parquet", 96)
+
+
+@pytest.fixture(scope="session")
+def family(tiny: Config, painted: Path, hummed: Path) -> Callable[..., Config]:
     """Return a function of an objective's name and other options -> a config of a model of 30,000 parameters or so."""
     images = {
         "data.source": "files", "data.path": str(painted), "data.image_column": "image", "data.label_column": "colour",
@@ -78,8 +91,15 @@ def family(tiny: Config, painted: Path) -> Callable[..., Config]:
         "data.test_fraction": 0.2,
     }  # fmt: skip
 
+    speech = {
+        "data.source": "files", "data.path": str(hummed), "data.audio_column": "audio", "data.text_column": "words",
+        "data.audio_seconds": 1, "data.name": "hummed", "data.max_documents": None, "data.validation_fraction": 0.2,
+        "data.test_fraction": 0.2,
+    }  # fmt: skip
+    given: dict[str, dict[str, Any]] = {"span_corruption": {}, "speech_recognition": speech}
+
     def make(task: str, **changes: Any) -> Config:
-        values = {"objective.name": task, **FAMILIES[task], **(images if task != "span_corruption" else {})}
+        values = {"objective.name": task, **FAMILIES[task], **given.get(task, images)}
         return with_values(tiny, values | {key.replace("__", "."): value for key, value in changes.items()})
 
     return make

@@ -66,3 +66,16 @@ def test_t5_fills_in_shakespeare(tmp_path: Path) -> None:
         tmp_path, "evaluate", "bundle=t5", *TEXT, "evaluate.resamples=200",
     )  # fmt: skip
     assert "perplexity" in said
+
+
+@pytest.mark.slow
+def test_whisper_writes_down_spoken_digits(tmp_path: Path) -> None:
+    speech = [
+        "data.path={shared}/audio/train.parquet",
+        "data.test_path={shared}/audio/test.parquet",
+        "data.text_column=label",
+    ]
+    lines = learnt(tmp_path, "whisper", *speech, "data.audio_seconds=3", "train.max_steps=100")
+    assert lines[-1]["validation_wer"] < 0.5  # chance: 0.9
+    said = manta(tmp_path, "evaluate", "bundle=whisper", "data=speech", *speech, "evaluate.resamples=200")
+    assert float(re.findall(r"wer\W+([0-9.]+)", said)[0]) < 0.5

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import psutil
+
+
+def wait_for(true: Callable[[], object], seconds: float = 120) -> None:
+    """Look again and again until something holds; fail where it doesn't within a time that no slow machine needs."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Return the processes of this session's Ray whose titles hold a name."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def metrics_at_rest(url: str) -> list[str]:
+    """Return the lines of /metrics once no other request is under way: what a client did is counted a moment later."""
+    lines: list[str] = []
+
+    def at_rest() -> bool:
+        lines[:] = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+        return "manta_requests_in_flight 1.0" in lines  # the one that asks
+
+    wait_for(at_rest)
+    return lines
 
 
 @dataclass
 class Noted:
-    """One request: when it began and ended (seconds, monotonic), its status (0: no answer), the version that answered."""
+    """One request: its user, when it began and ended (seconds, monotonic), its status (0: no answer), who answered."""
 
+    user: str
     began: float
     ended: float
     status: int
@@ -34,12 +67,13 @@ def load(url: str, body: dict[str, Any], clients: int = 3, path: str = "/v1/comp
         with httpx.Client(base_url=url, timeout=90) as client:
             while not over.is_set():
                 began = time.monotonic()
-                user = {"user": f"user {next(numbers)}"} if "completions" in path else {}
+                user = f"user {next(numbers)}"
+                asked = body | ({"user": user} if "completions" in path else {})
                 try:
-                    answer = client.post(path, json=body | user)
-                    found = Noted(began, time.monotonic(), answer.status_code, answer.headers.get("x-manta-version", ""), answer.json())  # fmt: skip
+                    answer = client.post(path, json=asked)
+                    found = Noted(user, began, time.monotonic(), answer.status_code, answer.headers.get("x-manta-version", ""), answer.json())  # fmt: skip
                 except (httpx.HTTPError, ValueError):
-                    found = Noted(began, time.monotonic(), 0, "")
+                    found = Noted(user, began, time.monotonic(), 0, "")
                 noted.append(found)
                 time.sleep(pause_s)
 

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import jsonschema
 import openai
-import psutil
 import pytest
 
 from engine.bundles.bundle import Bundle
@@ -26,9 +25,9 @@ from engine.serve.deploy import Endpoint, deploy
 from engine.serve.keys import new_key, revoke_key
 from engine.serve.records import read_records
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.test_faults import wait_for
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
 from tests.engine.serve.test_structure import SCHEMA, form
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 ORIGIN = "https://friend.example"
@@ -82,10 +81,10 @@ def guarded(
     config = with_values(
         tiny,
         {"runs_dir": str(folder), "name": "guarded", "serve.port": free_port(), "serve.max_body_bytes": 50_000,
-         "serve.origins": [ORIGIN], "serve.log_prompts": True, "serve.body_timeout_s": 1.5, "serve.max_replicas": 1},
+         "serve.origins": [ORIGIN], "serve.log_prompts": True, "serve.body_timeout_s": 4.0, "serve.max_replicas": 1},
     )  # fmt: skip
     limits: dict[str, tuple[int | None, int | None, float | None]] = {
-        "alice": (None, None, 1), "bob": (3, None, None), "carol": (None, 200, None), "dave": (None, None, 1e-9),
+        "alice": (None, None, 1), "bob": (3, None, None), "carol": (None, 120, None), "dave": (None, None, 1e-9),
         "erin": (None, None, None),
     }  # fmt: skip
     secrets = {name: new_key(config.keys_file, name, *limit)[0] for name, limit in limits.items()}
@@ -120,13 +119,16 @@ def test_a_revoked_key_opens_nothing_any_more(guarded: Guarded) -> None:
     ask = lambda: httpx.get(f"{guarded.url}/v1/models", headers=guarded.header("erin")).status_code  # noqa: E731
     assert ask() == 200
     revoke_key(guarded.config.keys_file, "erin")
-    wait_for(lambda: ask() == 401, 5)
+    wait_for(lambda: ask() == 401)
 
 
 def test_a_key_asks_as_often_as_it_may(guarded: Guarded) -> None:
+    guarded.post("/v1/classify", "alice", model="namer", input="x")  # and now it is warm
+    began = time.monotonic()
     answers = [guarded.post("/v1/classify", "bob", model="namer", input="x") for _ in range(4)]
+    took = time.monotonic() - began
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
-    assert 15 <= int(answers[-1].headers["Retry-After"]) <= 20
+    assert 20 - took <= int(answers[-1].headers["Retry-After"]) <= 20  # one each 20 s
     error = answers[-1].json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
     assert "over this key's 3 requests a minute" in error["message"]
@@ -137,17 +139,17 @@ def test_a_key_asks_as_often_as_it_may(guarded: Guarded) -> None:
 
 
 def test_a_key_uses_as_many_tokens_as_it_may(guarded: Guarded) -> None:
-    ask = lambda tokens: guarded.post("/v1/completions", "carol", model="writer", prompt=[7, 8], max_tokens=tokens)  # noqa: E731
-    first = ask(100)
-    assert first.status_code == 200
-    left = 200 - first.json()["usage"]["total_tokens"]
-    refused = ask(100)
-    assert refused.status_code == (200 if left >= 102 else 429)
-    for _ in range(3):
-        refused = ask(100)
-    assert refused.status_code == 429
-    assert "200 tokens a minute" in refused.json()["error"]["message"]
-    assert int(refused.headers["Retry-After"]) >= 1
+    def ask() -> httpx.Response:
+        body = {"model": "writer", "prompt": [7, 8], "max_tokens": 100, "logit_bias": {"0": -100}}
+        return guarded.post("/v1/completions", "carol", **body)
+
+    began = time.monotonic()
+    first, refused = ask(), ask()
+    took = time.monotonic() - began
+    assert (first.status_code, refused.status_code) == (200, 429)
+    assert first.json()["usage"]["total_tokens"] == 102
+    assert "120 tokens a minute" in refused.json()["error"]["message"]
+    assert 42 - took <= int(refused.headers["Retry-After"]) <= 42  # 18 are left, and two come each second
 
 
 def test_pages_elsewhere_may_ask_only_where_they_are_named(guarded: Guarded) -> None:
@@ -197,6 +199,7 @@ def ray_logs() -> Iterator[Path]:
 
 def test_metrics_tell_of_requests_and_replicas(guarded: Guarded) -> None:
     names = ('model="writer"', 'key="alice"')
+    metrics_at_rest(guarded.url)
     before = guarded.metrics()
     body = {"model": "writer", "prompt": [7, 8, 9], "max_tokens": 20, "temperature": 0, "logit_bias": {"0": -100}}
     used = [guarded.post("/v1/completions", **body).json()["usage"] for _ in range(2)]
@@ -221,14 +224,18 @@ def test_metrics_tell_of_requests_and_replicas(guarded: Guarded) -> None:
     assert more("manta_requests_total", 'status="401"') == 0
     httpx.get(f"{guarded.url}/v1/models")
     assert more("manta_requests_total", 'status="401"') == 1
-    assert guarded.sum("manta_replicas", 'model="namer"') == 1
-    time.sleep(1.1)  # until replicas are asked again
-    assert more("manta_replica_forwards_total", 'model="writer"') >= 20
-    assert guarded.sum("manta_replica_cache_tokens") > 0
-    assert guarded.sum("manta_replica_running") == 0
-    replicas = httpx.get(f"{guarded.url}/v1/replicas", headers=guarded.header()).json()["data"]
+    # Replicas are asked again and again, and those that are busy may not tell in time.
+    wait_for(lambda: guarded.sum("manta_replicas", 'model="namer"') == 1)
+    wait_for(lambda: more("manta_replica_forwards_total", 'model="writer"') >= 20)
+    wait_for(lambda: guarded.sum("manta_replica_cache_tokens") > 0)
+    wait_for(lambda: guarded.sum("manta_replica_running") == 0)
     models = httpx.get(f"{guarded.url}/v1/models", headers=guarded.header()).json()["data"]
-    assert {(it["model"], it["version"]) for it in replicas} == {(it["id"], it["hash"][:12]) for it in models}
+
+    def versions() -> set[tuple[str, str]]:
+        replicas = httpx.get(f"{guarded.url}/v1/replicas", headers=guarded.header()).json()["data"]
+        return {(it["model"], it["version"]) for it in replicas}
+
+    wait_for(lambda: versions() == {(it["id"], it["hash"][:12]) for it in models})
 
 
 def test_the_dashboard_asks_for_what_there_is(guarded: Guarded) -> None:
@@ -345,7 +352,7 @@ def test_feedback_and_requests_that_may_be_kept_are(guarded: Guarded) -> None:
         assert guarded.post("/v1/feedback", **body).status_code == 400
 
 
-def test_a_client_that_left_frees_its_lane_at_once(guarded: Guarded) -> None:
+def test_clients_that_left_keep_nothing(guarded: Guarded) -> None:
     body = {"model": "writer", "prompt": "x", "max_tokens": 120, "n": 16, "logit_bias": {"0": -100}}
 
     async def leave(stream: bool) -> None:
@@ -356,18 +363,15 @@ def test_a_client_that_left_frees_its_lane_at_once(guarded: Guarded) -> None:
 
     for stream in (True, False):
         asyncio.run(leave(stream))
-    began = time.monotonic()
     answer = guarded.post("/v1/completions", model="writer", prompt="y", max_tokens=2)
     assert answer.status_code == 200
-    assert time.monotonic() - began < 5
-    wait_for(lambda: guarded.sum("manta_replica_running") + guarded.sum("manta_replica_waiting") == 0, 5)
-    wait_for(lambda: guarded.sum("manta_requests_in_flight") <= 1, 5)  # the one that asks
+    wait_for(lambda: guarded.sum("manta_replica_running") + guarded.sum("manta_replica_waiting") == 0)
+    metrics_at_rest(guarded.url)
 
 
 def memory_of(name: str) -> int:
     """Return the resident bytes of Serve's processes of that name."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
-    return sum(p.memory_info().rss for p in found)
+    return sum(it.memory_info().rss for it in processes(name))
 
 
 def test_idle_and_slow_clients_harm_nobody(guarded: Guarded) -> None:
@@ -397,7 +401,7 @@ def test_idle_and_slow_clients_harm_nobody(guarded: Guarded) -> None:
     reader = socket.create_connection((host, port))
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     reader.sendall(f"{start}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-    wait_for(lambda: guarded.sum("manta_replica_running") == 0, 20)  # its lanes wait for no reader
+    wait_for(lambda: guarded.sum("manta_replica_running") == 0)  # its lanes wait for no reader
     assert guarded.post("/v1/completions", model="writer", prompt="x", max_tokens=3).status_code == 200
     reader.close()
 
@@ -468,7 +472,14 @@ def test_no_request_of_the_schema_ends_in_a_5xx(guarded: Guarded) -> None:
 
         ask()
         tried.append(operation.path)
-    assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/classify", "/v1/feedback"} <= set(tried)
+    assert {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/embeddings",
+        "/v1/classify",
+        "/v1/score",
+        "/v1/feedback",
+    } <= set(tried)
 
 
 @pytest.fixture
@@ -488,7 +499,7 @@ def test_the_page_asks_streams_and_rates(guarded: Guarded, browser_page: Any) ->
     page, asked, told = browser_page, list[str](), list[str]()
 
     def until(true: str) -> None:  # the page's policy forbids the driver's own way to wait, an eval
-        wait_for(lambda: page.evaluate(true), 20)
+        wait_for(lambda: page.evaluate(true))
 
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)

@@ -14,8 +14,8 @@ from engine.config import Config, with_values
 from engine.serve.deploy import Endpoint
 from engine.serve.export import KUBERAY, SERVE, export
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.test_faults import wait_for
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.clients import wait_for
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_endpoint_runs_from_the_serve_config(ray: None, written: tuple[Confi
             except httpx.HTTPError:
                 return False
 
-        wait_for(ready, 90)
+        wait_for(ready, 240)
         (model,) = httpx.get(f"{up.url}/v1/models").json()["data"]
         assert (model["id"], model["hash"]) == ("w", bundle.hash)
         answer = httpx.post(f"{up.url}/v1/completions", json={"prompt": "x", "max_tokens": 3}, timeout=60)

@@ -8,6 +8,7 @@ import queue
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch import nn
 from engine.serve.forward import Apart, Packed, make_forward
 from engine.serve.generation import Completion, QueueFull, TransformersGenerator
 from engine.serve.sampling import Sampling
+from tests.engine.serve.clients import wait_for
+from tests.engine.serve.holding import held
 
 EOS = 5
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300, "eos_token_id": EOS, "bos_token_id": 1}
@@ -57,13 +60,14 @@ def requests(kind: str) -> list[tuple[list[int], int, list[int]]]:
 
 
 class Run:
-    """A generator whose ended completions can be waited for."""
+    """A generator, of a kind's model or a given one, whose ended completions can be waited for."""
 
-    def __init__(self, kind: str, **options: int | None) -> None:
+    def __init__(self, kind: str | nn.Module, **options: Any) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
         sizes: dict = {"max_batch": 5, "max_queue": 100, "step_tokens": 24, "cache_tokens": None} | options
+        own = model(kind) if isinstance(kind, str) else kind
         self.generator = TransformersGenerator(
-            model(kind), 128, **sizes, tell=lambda news: [self.ended.put(it) for it in news if it.reason]
+            own, 128, **sizes, tell=lambda news: [self.ended.put(it) for it in news if it.reason]
         )
 
     def all(self, completions: list[Completion]) -> list[Completion]:
@@ -161,14 +165,14 @@ def test_scores_are_the_models_own() -> None:
 def test_who_left_or_waited_too_long_takes_no_lane() -> None:
     run = Run("llama", max_batch=1, max_queue=2)
     slow = Completion([7], 120, Sampling(bias={EOS: -100.0}))
-    run.generator.submit([slow])
-    while not slow.tokens:
-        time.sleep(0.001)
-    late, left = Completion([8], 5, deadline=time.monotonic() - 1), Completion([9], 5)
-    run.generator.submit([late, left])
-    with pytest.raises(QueueFull):
-        run.generator.submit([Completion([9], 5)])
-    run.generator.cancel([slow, left])
+    with held(run.generator, after=3):
+        run.generator.submit([slow])
+        wait_for(lambda: slow.tokens)
+        late, left = Completion([8], 5, deadline=time.monotonic() - 1), Completion([9], 5)
+        run.generator.submit([late, left])
+        with pytest.raises(QueueFull):
+            run.generator.submit([Completion([9], 5)])
+        run.generator.cancel([slow, left])
     run.wait([slow, late, left])
     assert [late.reason, left.tokens, late.tokens] == ["expired", [], []]
     assert len(slow.tokens) < 120
@@ -189,11 +193,11 @@ def test_a_step_that_failed_is_run_again_for_the_others(kind: str, speculate: in
     run = Run(kind, speculate=speculate)
     asked = requests(kind)[:3]
     good = [Completion(prompt, most) for prompt, most, _ in asked]
-    run.generator.submit(good)
-    while not all(it.tokens for it in good):
-        time.sleep(0.0005)
     bad = Completion([10**9], 5)  # no such token
-    run.generator.submit([bad])
+    with held(run.generator, after=9):  # the first of them has some tokens by then
+        run.generator.submit(good)
+        wait_for(lambda: good[0].tokens)
+        run.generator.submit([bad])
     run.wait([*good, bad])
     assert bad.reason == "error"
     assert [it.error for it in good] == [""] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace as swap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 
 from engine.config import with_values
+from engine.errors import UserError
 from engine.evaluate.harness import figures, installed, run_harness
 from engine.serve.deploy import Endpoint, deploy
 from tests.engine.evaluate.test_harness import TASK
-from tests.engine.serve.test_serve import free_port
 from tests.lives import Lives
+from tests.ports import free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,6 +77,11 @@ def test_scores_through_the_endpoint_are_the_bundles_own(endpoint: Endpoint, liv
     found = lm_eval.simple_evaluate(model=through, tasks=["right_word"], task_manager=manager, bootstrap_iters=options.resamples, log_samples=False)  # fmt: skip
     assert found
     assert figures(found["results"], ["right_word"]) == run_harness(bundle, options, 0)
+    asking = with_values(lives.text, {"evaluate.suite": "lm_eval", "evaluate.tasks": [str(task)], "evaluate.endpoint": endpoint.url}).evaluate  # fmt: skip
+    assert run_harness(bundle, asking, 0) == run_harness(bundle, options, 0)
+    assert bundle.manifest
+    with pytest.raises(UserError, match=r"does not serve .*it serves base"):
+        run_harness(swap(bundle, manifest=swap(bundle.manifest, hash="0" * 64)), asking, 0)
 
 
 def test_texts_through_the_endpoint_are_the_bundles_own(endpoint: Endpoint, lives: Lives) -> None:

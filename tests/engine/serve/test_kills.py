@@ -17,9 +17,8 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.serve.deploy import Endpoint, deploy
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import Noted, load
-from tests.engine.serve.test_faults import wait_for
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.clients import Noted, load, processes, wait_for
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 ASK = {"model": "writer", "prompt": "import os", "max_tokens": 20, "temperature": 0, "logit_bias": {"0": -100}}
@@ -27,7 +26,7 @@ ASK = {"model": "writer", "prompt": "import os", "max_tokens": 20, "temperature"
 
 def process(name: str) -> psutil.Process:
     """Return the process of a Ray actor by a part of its title."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
+    found = processes(name)
     assert found, name
     return found[0]
 
@@ -64,14 +63,13 @@ def test_no_request_is_lost_with_a_replica(endpoint: Endpoint) -> None:
 
 
 def replicas() -> int:
-    named = [p for p in psutil.process_iter(["cmdline"]) if "bundle-writer" in " ".join(p.info["cmdline"] or [])]
-    return len(named)
+    return len(processes("bundle-writer"))
 
 
 def test_streams_in_flight_end_with_an_error_event_and_those_that_wait_go_on(endpoint: Endpoint) -> None:
     body = ASK | {"stream": True, "max_tokens": 110, "prompt": "import os, sys"}
     wait_for(lambda: replicas() == 2)
-
+    lost = process("bundle-writer")
     begun: list[int] = []
 
     def read(number: int) -> list[str]:
@@ -87,7 +85,7 @@ def test_streams_in_flight_end_with_an_error_event_and_those_that_wait_go_on(end
     with ThreadPoolExecutor(40) as pool:  # more than the 32 that both replicas run at once
         reading = [pool.submit(read, i) for i in range(40)]
         wait_for(lambda: len(set(begun)) >= 20)
-        process("bundle-writer").kill()
+        lost.kill()
         streams = [it.result() for it in reading]
     assert all(lines[-1] == "[DONE]" for lines in streams)
     events = [[json.loads(line) for line in lines[:-1]] for lines in streams]
@@ -146,8 +144,8 @@ def test_the_way_in_is_killed_and_comes_back(endpoint: Endpoint) -> None:
     assert len(texts) == 1
     refused = [it for it in noted if it.status != 200]
     print(f"the ingress killed: {len(refused)} of {len(noted)} requests without a retry were lost; all well {gap(noted, killed):.1f} s later")  # fmt: skip
-    assert gap(noted, killed) < 30
-    assert {it.status for it in noted if it.began > killed + 30} <= {200}
+    assert gap(noted, killed) < 60
+    assert {it.status for it in noted if it.began > killed + 60} <= {200}
 
 
 @pytest.mark.timeout(900)
@@ -157,10 +155,7 @@ def test_memory_stays_flat(endpoint: Endpoint) -> None:
     names = ("ServeReplica", "ServeController")
 
     def used() -> dict[int, int]:
-        return {
-            p.pid: p.memory_info().rss for p in psutil.process_iter(["cmdline"])
-            if any(name in " ".join(p.info["cmdline"] or []) for name in names)
-        }  # fmt: skip
+        return {it.pid: it.memory_info().rss for name in names for it in processes(name)}
 
     def vary() -> None:
         with httpx.Client(base_url=endpoint.url, timeout=60) as client:

@@ -101,6 +101,14 @@ def test_the_way_back_and_the_same_again() -> None:
     assert model.before == [NEW]
 
 
+def test_what_is_about_to_come_back_is_kept() -> None:
+    model = Model("m", OLD)
+    model.begin(NEW, replace(PLAN, strategy="replace"), 1.0)
+    model.keep([OLD.app, "another's"], 700.0)
+    assert model.expired(699.0) == []
+    assert model.expired(700.0) == [OLD.app]
+
+
 def test_a_shadow_answers_nobody_and_ends_with_a_comparison() -> None:
     model = Model("m", OLD)
     model.begin(NEW, replace(PLAN, strategy="shadow"), 0.0)

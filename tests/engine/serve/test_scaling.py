@@ -14,9 +14,8 @@ from engine.config import Config, with_values
 from engine.serve.deploy import deploy
 from engine.serve.scaling import REQUESTS, TOKENS, WorkInFlight, wanted
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import load
-from tests.engine.serve.test_faults import wait_for
-from tests.engine.serve.test_serve import free_port
+from tests.engine.serve.clients import load, wait_for
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy, refuse_taken_port
 from tests.engine.bundles.making import fresh_bundle
+from tests.engine.serve.clients import metrics_at_rest
+from tests.ports import free_port
 
 PROMPTS = [
     "import os\n",
@@ -29,12 +31,6 @@ PROMPTS = [
     "x = 1\ny = 2\nz",
     "try",
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def writer_and_namer(tiny: Config, tiny_functions: Config, folder: Path) -> dict[str, Bundle]:
@@ -246,6 +242,25 @@ def test_embeddings_are_the_mean_of_the_last_states(client: httpx.Client, bundle
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
 
 
+def test_scores_are_cosines_of_embeddings(client: httpx.Client) -> None:
+    texts = ["x = 1", "import os", "x = 2"]
+    rows = client.post("/v1/embeddings", json={"model": "namer", "input": texts}).json()["data"]
+    vectors = torch.tensor([row["embedding"] for row in rows])
+
+    def ask(**body: Any) -> httpx.Response:
+        return client.post("/v1/score", json={"model": "namer", **body})
+
+    one, pairs = ask(text_1=texts[0], text_2=texts).json(), ask(text_1=texts[:2], text_2=texts[1:]).json()
+    assert [row["score"] for row in one["data"]] == pytest.approx((vectors @ vectors[0]).tolist(), abs=1e-5)
+    assert one["data"][0]["score"] == pytest.approx(1, abs=1e-5)
+    assert [row["score"] for row in pairs["data"]] == pytest.approx((vectors[:2] * vectors[1:]).sum(1).tolist(), abs=1e-5)  # fmt: skip
+    assert one["usage"] == client.post("/v1/embeddings", json={"model": "namer", "input": texts}).json()["usage"]
+    refused = ask(text_1=texts[:2], text_2=texts)
+    assert refused.status_code == 400
+    assert "text_1 holds 2 texts and text_2 3" in refused.json()["error"]["message"]
+    assert ask(text_1="x", text_2="x " * 400).json()["error"]["param"] == "text_2"
+
+
 def test_openais_client_works(endpoint: Endpoint, client: httpx.Client) -> None:
     import openai
 
@@ -318,9 +333,12 @@ def test_malformed_json_and_unknown_paths(client: httpx.Client) -> None:
 
 def test_requests_are_counted(client: httpx.Client) -> None:
     def count() -> float:
-        lines = client.get("/metrics").text.splitlines()
         of_it = ("manta_requests_total{", 'model="writer"', 'path="/v1/completions"', 'status="200"')
-        return sum(float(line.rpartition(" ")[2]) for line in lines if all(it in line for it in of_it))
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in metrics_at_rest(str(client.base_url))
+            if all(it in line for it in of_it)
+        )
 
     before = count()
     complete(client, prompt="x", max_tokens=1)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,7 +36,9 @@ from engine.serve.metrics import Metrics
 from engine.serve.replica import Refused, Replica
 from engine.serve.requests import CompletionRequest
 from engine.serve.tracing import NO_SPAN, Tracing, handed_on, trace_id
-from tests.engine.serve.test_serve import free_port, writer_and_namer
+from tests.engine.serve.clients import wait_for
+from tests.engine.serve.test_serve import writer_and_namer
+from tests.ports import free_port
 
 WORD = "zanzibar"  # of the prompts, and of nothing else
 PROMPT = f"import {WORD}\n"
@@ -94,13 +96,6 @@ class Collector:
         """Wait until so many spans of a trace are here; return them, the eldest first."""
         wait_for(lambda: sum(it.trace == trace for it in self.spans) >= spans)
         return sorted((it for it in self.spans if it.trace == trace), key=lambda it: it.began)
-
-
-def wait_for(true: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -280,15 +275,15 @@ def test_a_collector_that_hangs_changes_nothing_for_clients(client: httpx.Client
     wanted = client.post("/v1/completions", json=body).json()["choices"]
     collector.free.clear()
     try:
-        asked, took = collector.asked, []
+        asked = collector.asked
         for _ in range(30):
-            began = time.perf_counter()
             assert client.post("/v1/completions", json=body).json()["choices"] == wanted
-            took.append(time.perf_counter() - began)
         wait_for(lambda: collector.asked >= asked + 2)  # both processes wait for it by now
         assert client.get("/readyz").status_code == 200
-        assert client.post("/v1/completions", json=body).json()["choices"] == wanted
-        assert sorted(took)[15] < 0.5
+        began = time.perf_counter()
+        for _ in range(30):
+            assert client.post("/v1/completions", json=body).json()["choices"] == wanted
+        assert time.perf_counter() - began < 100  # it would take 10 s each
     finally:
         collector.free.set()
     trace, header = within(11)
@@ -362,8 +357,9 @@ began = time.perf_counter()
 for _ in range(6000):  # more than wait to be sent
     with tracing.work("complete", None):
         pass
-print(time.perf_counter() - began)
+print(time.perf_counter() - began, flush=True)
 time.sleep(1.2)  # the thread that sends is at it
+print("ends", flush=True)
 """
 
 
@@ -372,11 +368,13 @@ def test_a_process_waits_for_no_collector() -> None:
         with collecting() as collector:
             collector.free.clear()
             address = collector.url if hangs else f"http://127.0.0.1:{free_port()}"
-            began = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", ENDS, address], capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, done.stderr
-            assert float(done.stdout) < 3  # half a millisecond each
-            assert time.perf_counter() - began < float(done.stdout) + 8  # it would try for 10 s
+            with subprocess.Popen([sys.executable, "-c", ENDS, address], stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout
+                assert float(process.stdout.readline()) < 9  # it would try for 10 s
+                assert process.stdout.readline() == "ends\n"
+                began = time.perf_counter()
+                assert process.wait(60) == 0
+                assert time.perf_counter() - began < 9
 
 
 def test_without_an_address_there_is_nothing() -> None:

@@ -92,6 +92,16 @@ def test_one_side_alone_is_no_evidence() -> None:
     assert question.evidence == 1
 
 
+def test_ratings_that_come_one_by_one_are_evidence_too() -> None:
+    evidence = Evidence(0.01, 0.2)
+    for _ in range(12):
+        evidence.add([], [], [False])
+        evidence.add([], [], [], [True])
+    decision = decide(evidence, RULES, 0, 0)
+    assert decision.act == "withdraw"
+    assert decision.reason.startswith("bad ratings: 12 of 12 by the new version, 0 of 12 by the old one")
+
+
 def test_a_stage_needs_its_requests_and_its_time() -> None:
     rules = Rules((0.5, 1.0), requests=100, seconds=60, false_alarm=0.01)
     evidence = Evidence(0.01, 0.2)

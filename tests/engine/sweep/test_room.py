@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from engine.config import Config, with_values
 from engine.sweep.room import Room
 
@@ -29,6 +31,9 @@ def test_room_is_shared_by_the_trials_and_their_workers(tiny: Config) -> None:
     assert alone.bytes is not None
     assert four.bytes is not None
     assert abs(alone.bytes / four.bytes - 4) < 0.2
-    named = Room(with_values(tiny, {"plan.device": "v100_32gb", "train.gpus_per_worker": 0.5}), slots=2)
-    assert named.bytes is not None
-    assert 13e9 < named.bytes < 17.2e9
+    whole, half = (Room(with_values(tiny, {"plan.device": "v100_32gb"}), slots=2, gpus=gpus) for gpus in (1.0, 0.5))
+    assert whole.bytes is not None
+    assert half.bytes == whole.bytes / 2
+    assert 26e9 < whole.bytes < 34.4e9
+    if not torch.cuda.is_available():
+        assert Room(tiny, slots=2, gpus=0.5).bytes is None  # of another machine: not known

@@ -223,7 +223,7 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     command = [sys.executable, "-c", code, str(file)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     driver = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    trials, deadline = config.run_dir / "trials", time.monotonic() + 120
+    trials, deadline = config.run_dir / "trials", time.monotonic() + 240
     while len(list(trials.glob("*/trial.json"))) < 2:
         assert driver.poll() is None, driver.stdout and driver.stdout.read()
         assert time.monotonic() < deadline
@@ -231,7 +231,7 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     children = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs([child for child in children if "RuntimeEnv" not in child.name()], timeout=30)
+    _, alive = psutil.wait_procs([child for child in children if "RuntimeEnv" not in child.name()], timeout=60)
     assert not [process for process in alive if "run_trial" in process.name() or "ImplicitFunc" in process.name()]
     for process in alive:  # Ray's agents look for their raylet now and then only
         process.kill()
@@ -240,7 +240,8 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
 
 def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -> None:
     config, at_rest = killed
-    assert 2 <= at_rest < 4
+    assert at_rest >= 2
+    assert not (config.run_dir / "sweep.json").exists()
     before = {}
     for file in (config.run_dir / "trials").glob("*/trial.json"):  # over, or waiting at a rung
         trial = read(file.parent)

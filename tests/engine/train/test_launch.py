@@ -118,8 +118,8 @@ def two_workers(tiny: Config, name: str, **changes: object) -> Config:
 def test_a_killed_and_a_stopped_worker_change_nothing(
     ray: None, tiny: Config, alone: list[dict[str, float]], two: list[dict[str, object]]
 ) -> None:
-    config = two_workers(tiny, "killed", max_failures=2, hang_timeout_s=3.0)
-    harm = harmed(config, [(12, signal.SIGKILL), (30, signal.SIGSTOP)])
+    config = two_workers(tiny, "killed", max_failures=4, hang_timeout_s=5.0)
+    harm = harmed(config, [(11, signal.SIGKILL), (25, signal.SIGSTOP)])
     assert_undisturbed(config, two)
     assert harm.listened == {"127.0.0.1"}
     run = RunFolder(config.run_dir)
@@ -133,14 +133,13 @@ def test_a_killed_and_a_stopped_worker_change_nothing(
     # What befell it is told, with the stacks of the stopped rank and of the one that waited for it.
     events = run.events.read_text()
     assert re.search(r"worker .* was lost", events)
-    assert re.search(r"worker .* made no progress for 3 s \(worker [01] is stopped\)", events)
+    assert re.search(r"worker .* made no progress for 5 s \(worker [01] is stopped\)", events)
     for rank in (0, 1):
         assert "train_step" in run.stacks(rank).read_text(), rank
     assert not psutil.pid_exists(harm.victims[-1])
     # The same command once more has nothing to do.
-    began = time.monotonic()
     assert train(config).last["loss"] == lines[-1]["loss"]
-    assert time.monotonic() - began < 2
+    assert run.status() == status  # which says when it was written
 
 
 @pytest.mark.slow
@@ -156,10 +155,10 @@ def test_five_kills_at_random_steps_change_nothing(ray: None, tiny: Config, two:
 
 
 def test_too_many_failures_end_the_run_with_the_reason(ray: None, tiny: Config) -> None:
-    config = two_workers(tiny, "hung", max_failures=0, hang_timeout_s=2.0)
+    config = two_workers(tiny, "hung", max_failures=0, hang_timeout_s=4.0)
     harm = Harm(RunFolder(config.run_dir), [(5, signal.SIGSTOP)])
     harm.start()
-    with pytest.raises(UserError, match=r"made no progress for 2 s .*is stopped.*: see .*worker-0.log"):
+    with pytest.raises(UserError, match=r"made no progress for 4 s .*is stopped.*: see .*worker-0.log"):
         train(config)
     harm.join()
 

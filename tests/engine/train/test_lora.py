@@ -14,6 +14,7 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
+from engine.serve.adapters import pinned, read
 from engine.sweep.weights import copier, start_state
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
@@ -79,6 +80,10 @@ def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: Job) ->
     bundle.verify()
     merged: Any = bundle.model()
     base = AutoModelForCausalLM.from_pretrained(tuned.start, dtype=torch.float32)
+    served = read("mine", pinned({"mine": str(folder / "adapter")})["mine"], base)  # as the endpoint reads it
+    assert sum(side.numel() for pair in served.values() for side in pair) == sum(
+        p.numel() for p in make_model(straight, straight.objective()).parameters() if p.requires_grad
+    )
     adapted = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     ids = torch.arange(9, 39).reshape(2, 15)
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=0, atol=1e-4)

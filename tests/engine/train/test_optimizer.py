@@ -84,6 +84,7 @@ def test_muon_by_hand(tiny: Config) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     p = dict(built.named_parameters())[name]
     start, momentum = p.detach().clone(), torch.zeros_like(p)
+    torch.manual_seed(0)
     for _ in range(2):
         gradient = torch.randn_like(p)
         p.grad = gradient.clone()

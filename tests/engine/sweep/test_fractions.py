@@ -1,0 +1,96 @@
+"""Trials on fractions of a GPU, with GPUs that Ray only counts: which run at a time, and on which device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine.config import Config, to_dict, with_values
+from engine.data.prepare import prepare
+from engine.errors import UserError
+from engine.sweep import trial
+from engine.sweep.launch import trial_share
+from tests.engine.sweep.test_sweep import ROOT, of
+
+DRIVER = """
+import functools, sys, yaml
+from cluster.environment import quiet_environment
+quiet_environment()
+import ray
+ray.init = functools.partial(ray.init, num_gpus=1)
+from engine.config import from_dict
+from engine.sweep import launch
+from jobs.sweep import sweep
+from tests.engine.sweep.test_fractions import run_trial
+launch.run_trial = run_trial
+sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
+"""
+
+
+def run_trial(task: dict[str, Any], spec: dict[str, Any], **given: Any) -> None:
+    """Be a trial that leaves what Ray gave it, and when it ran."""
+    import ray
+
+    began = time.time()
+    devices, process = os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
+    found = {"gpus": ray.get_gpu_ids(), "devices": devices, "process": process, "resources": given["resources"]}
+    try:
+        trial.run_trial(task, spec, **given)
+    finally:
+        file = Path(spec["config"]["runs_dir"]) / f"{task['name']}.json"
+        file.write_text(json.dumps(found | {"began": began, "ended": time.time()}))
+
+
+def test_trials_share_gpus_and_the_cores_beside_them(tiny: Config) -> None:
+    def share(gpus: float | None, cluster: dict[str, float], **values: Any) -> tuple[int, dict[str, float]]:
+        given = {f"{key.replace('__', '.')}": value for key, value in values.items()}
+        return trial_share(with_values(tiny, {"train.gpus_per_worker": gpus, **given}), cluster)
+
+    assert share(0.5, {"CPU": 4.0, "GPU": 1.0}) == (2, {"CPU": 2.0, "GPU": 0.5})
+    assert share(None, {"CPU": 4.0, "GPU": 1.0}) == (1, {"CPU": 4.0, "GPU": 1.0})
+    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__trials=40) == (16, {"CPU": 1.0, "GPU": 0.25})
+    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}) == (8, {"CPU": 2.0, "GPU": 0.25})  # of eight trials
+    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__concurrent=2) == (2, {"CPU": 8.0, "GPU": 0.25})
+    assert share(0.1, {"CPU": 2.0, "GPU": 1.0}) == (4, {"CPU": 0.5, "GPU": 0.1})  # half a core each
+    assert share(1.0, {"CPU": 16.0, "GPU": 4.0}, train__workers=2) == (2, {"CPU": 4.0, "GPU": 1.0})
+    assert share(0.5, {"CPU": 4.0, "GPU": 1.0}, train__cpus_per_worker=3.0) == (1, {"CPU": 3.0, "GPU": 0.5})
+    with pytest.raises(UserError, match="the cluster has 0 GPUs"):
+        share(0.5, {"CPU": 4.0})
+
+
+def test_several_workers_take_whole_gpus(tiny: Config) -> None:
+    with pytest.raises(UserError, match=r"several of train\.workers 2 on one GPU"):
+        with_values(tiny, {"train.workers": 2, "train.gpus_per_worker": 0.5})
+
+
+@pytest.mark.slow
+def test_two_trials_at_half_a_gpu_run_side_by_side_on_the_same_one(tiny_functions: Config) -> None:
+    config = of(
+        tiny_functions, "halves", sweep__trials=4, sweep__concurrent=None, sweep__scheduler="none", train__max_steps=60,
+        train__gpus_per_worker=0.5, cluster__cpus=2,
+    )  # fmt: skip
+    prepare(config)
+    file = Path(config.runs_dir) / "halves.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(file)], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads(one.read_text()) for one in sorted((config.run_dir / "trials").glob("*.json"))]
+    assert len(told) == 4
+    assert all(one["gpus"] == [0] and one["devices"] == "0" for one in told)
+    assert all(one["resources"] == {"CPU": 1.0, "GPU": 0.5} for one in told)
+    first, second = told[:2]
+    assert first["process"] != second["process"]
+    assert first["began"] < second["ended"]
+    assert second["began"] < first["ended"]
+    assert len({one["process"] for one in told}) == 2  # and the others after them, in the same two

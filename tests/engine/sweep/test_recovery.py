@@ -1,0 +1,134 @@
+"""A trial that loses a process goes on, so many times; one that fails does not; and what it comes to is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from engine.config import Config, with_values
+from engine.errors import UserError
+from engine.sweep.launch import SweepResult, sweep
+from engine.sweep.record import Trial
+from engine.sweep.recovery import Lost, Recovery, clear, note
+from engine.train.run_folder import RunFolder
+
+STEPS = 24
+
+
+def test_a_lost_trial_is_begun_again_so_many_times(tmp_path: Path) -> None:
+    recovery, trial, task = Recovery(2), Trial(0, "s-000", {}), {"index": 0}
+    assert recovery.next() is None
+    assert recovery.judge(trial, task, tmp_path) == (True, "its worker 0 was lost")
+    note(tmp_path, Lost("its worker 1 was lost"))
+    assert recovery.judge(trial, task, tmp_path) == (True, "its worker 1 was lost")
+    assert [recovery.next(), recovery.next(), recovery.next()] == [task, task, None]
+    again, why = recovery.judge(trial, task, tmp_path)
+    assert not again
+    assert why == "its worker 1 was lost, after 2 restarts (train.max_failures)"
+    assert recovery.next() is None
+    assert Recovery(-1).judge(trial, task, tmp_path)[0]
+    assert not Recovery(0).judge(Trial(1, "s-001", {}), task, tmp_path)[0]
+
+
+def test_one_that_failed_is_not_begun_again(tmp_path: Path) -> None:
+    recovery, trial = Recovery(2), Trial(0, "s-000", {})
+    note(tmp_path, Lost("its worker 1 was lost"))
+    note(tmp_path, UserError("step 3: no number"))
+    assert recovery.judge(trial, {"index": 0}, tmp_path) == (False, "step 3: no number")
+    clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def of(config: Config, name: str, **values: Any) -> Config:
+    """Configure a sweep whose trials are all alike, on two workers each."""
+    given = {"name": name, "job": "sweep", "sweep.space": {"optim.lr": {"choice": [3e-3]}}, "sweep.scheduler": "none",
+             "train.workers": 2, "zero.stage": 2, "train.max_steps": STEPS, "train.checkpoint_every": 1,
+             "train.evaluate_every": 2, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
+    return with_values(config, given | {key.replace("__", "."): value for key, value in values.items()})
+
+
+def process_of(trial: RunFolder, rank: int) -> int:
+    """Return the process that is a rank of a trial now: its heartbeat says so."""
+    return int(trial.heartbeat(rank).read_text().split()[0])
+
+
+@contextlib.contextmanager
+def kills(config: Config, wanted: dict[str, tuple[int, int]], times: int = 1) -> Iterator[list[int]]:
+    """Kill, of each trial named, a rank once the trial has taken so many steps, `times` in all; yield their process ids."""
+    over, killed = threading.Event(), list[int]()
+
+    def look() -> None:
+        left = dict.fromkeys(wanted, times)
+        while any(left.values()) and not over.is_set():
+            for name, (rank, after) in wanted.items():
+                trial = RunFolder(config.run_dir / "trials" / name)
+                with contextlib.suppress(OSError, IndexError, ValueError, psutil.NoSuchProcess):
+                    steps = trial.metrics_file.read_bytes().count(b"\n")
+                    process = psutil.Process(process_of(trial, rank))
+                    if left[name] and steps >= after and process.pid not in killed and process.pid != os.getpid():
+                        process.send_signal(signal.SIGKILL)
+                        killed.append(process.pid)
+                        left[name] -= 1
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def curves(config: Config, result: SweepResult) -> list[list[dict[str, Any]]]:
+    """Return what each trial has logged of its steps that doesn't depend on the time."""
+    kept = ("step", "loss", "tokens", "samples_hash", "gradient_norm", "validation_loss")
+    folders = [RunFolder(config.run_dir / "trials" / trial.name) for trial in result.trials]
+    return [[{k: line[k] for k in kept if k in line} for line in folder.metrics()] for folder in folders]
+
+
+def test_a_trial_goes_on_after_a_worker_of_its_was_killed(
+    ray: None, tiny_functions: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = of(tiny_functions, "shot", sweep__trials=3, sweep__concurrent=1)
+    with kills(config, {"shot-000": (1, 3), "shot-001": (0, 5)}) as killed:
+        result = sweep(config)
+    assert len(killed) == 2
+    assert [(trial.state, trial.losses) for trial in result.trials] == [
+        ("finished", 1),
+        ("finished", 1),
+        ("finished", 0),
+    ]
+    first, second, undisturbed = curves(config, result)
+    assert [line["step"] for line in undisturbed] == list(range(1, STEPS + 1))
+    assert first == undisturbed  # bit for bit
+    assert second == undisturbed
+    assert [trial.curve for trial in result.trials] == [result.trials[2].curve] * 3
+    told = capsys.readouterr().out
+    assert "trial shot-000 is begun again: its worker 1 was lost (restart 1)" in told
+    assert "trial shot-001 is begun again: its worker 0 was lost (restart 1)" in told
+    assert "worker 1 was lost" in RunFolder(config.run_dir / "trials" / "shot-000").events.read_text()
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_lost_again_and_again_gives_up_and_others_are_unharmed(
+    ray: None, tiny_functions: Config
+) -> None:
+    config = of(tiny_functions, "doomed", sweep__trials=2, sweep__concurrent=2, train__max_failures=1)
+    with kills(config, {"doomed-000": (1, 0)}, times=2):
+        result = sweep(config)
+    assert [trial.state for trial in result.trials] == ["failed", "finished"]
+    assert result.trials[0].reason == "its worker 1 was lost, after 1 restarts (train.max_failures)"
+    assert result.trials[1].losses == 0
+    assert len(curves(config, result)[1]) == STEPS
+    assert json.loads((config.run_dir / "sweep.json").read_text())["best"]["name"] == "doomed-001"
