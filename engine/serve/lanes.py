@@ -63,7 +63,7 @@ class Mouth:
     def __init__(self, replica: object) -> None:
         """Answer by a replica's methods: coroutines, and generators of parts."""
         self.replica, self.name = replica, f"manta-{secrets.token_hex(16)}"
-        self.under_way = 0  # requests
+        self.under_way = self.taken = 0  # requests
         self.writers: set[Writer] = set()
         self.server: asyncio.AbstractServer | None = None
 
@@ -106,7 +106,7 @@ class Mouth:
             writer.close()
 
     async def _answer(self, writer: Writer, number: int, method: str, args: Any, kwargs: Any) -> None:
-        self.under_way += 1
+        self.under_way, self.taken = self.under_way + 1, self.taken + 1
         try:
             found = getattr(self.replica, method)(*args, **kwargs)
             if hasattr(found, "__aiter__"):

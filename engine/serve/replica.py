@@ -175,6 +175,7 @@ class Replica:
         return load | {
             "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": str(self.model.device),
             "steps": self.forwards + load.get("steps", 0), "rows": self.rows + load.get("rows", 0),
+            "by_lanes": self.mouth.taken,
         }  # fmt: skip
 
     async def classify(self, texts: list[str], trace: Trace | None = None) -> list[dict[str, Any]]:
