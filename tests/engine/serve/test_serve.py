@@ -329,6 +329,8 @@ def test_bad_input_is_told_in_openais_form(
 def test_malformed_json_and_unknown_paths(client: httpx.Client) -> None:
     response = client.post("/v1/completions", content='{"prompt": ', headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    untold = client.post("/v1/completions", content=b"{")  # nor that it is JSON
+    assert (untold.status_code, untold.json()["error"]["type"]) == (400, "invalid_request_error")
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
 
 
