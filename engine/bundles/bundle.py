@@ -1,6 +1,6 @@
 """A bundle: a Hugging Face folder plus `manta.json`, which says where the model came from and how to know it again.
 
-The folder loads with plain `transformers.from_pretrained`, with nothing of Manta installed.
+The folder loads with plain `from_pretrained` of transformers or diffusers, with nothing of Manta installed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from engine.bundles.card import CARD, base_of, check_card, write_card
@@ -22,11 +23,13 @@ from engine.config import ObjectiveConfig, group
 from engine.data.packing import Packing
 from engine.data.processor import load_processor
 from engine.errors import UserError
+from engine.models.build import open_model
 from engine.models.int8 import is_quantized
 from engine.objectives.contract import Objective, objective_class, objective_for
 
 MANIFEST = "manta.json"
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a replayed (log-)probability: other kernels round otherwise
+WRITTEN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 ROUGH = 0.2  # the same where the model runs in another precision than it was written in
 IN_8_BITS = 0.5  # of a log-probability, with weights that are off by up to a 254th of the largest of their output
 
@@ -151,14 +154,12 @@ class Bundle:
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the model for inference, in its own precision or in `dtype`."""
-        import transformers
+        return open_model(self.folder, self.objective().auto_class, dtype)
 
-        transformers.utils.logging.disable_progress_bar()
-        kind = getattr(transformers, self.objective().auto_class)
-        loaded: nn.Module = kind.from_pretrained(
-            self.folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-        )
-        return loaded.eval()
+    def _written_in(self) -> torch.dtype:
+        """Return the precision of the weights in the files."""
+        with safe_open(min(self.folder.glob("*.safetensors")), "pt") as opened:
+            return WRITTEN[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
     def replay(self, model: nn.Module) -> None:
         """Ask the golden requests again. Raises UserError for the first answer that is not the recorded one."""
@@ -167,10 +168,7 @@ class Bundle:
         requests = [golden["request"] for golden in self.manifest.golden]
         outputs = self.objective().predict(model, requests) if requests else []
         dtype = next(model.parameters()).dtype
-        as_written = str(dtype).removeprefix("torch.") == json.loads((self.folder / "config.json").read_text()).get(
-            "dtype"
-        )
-        tolerance = TOLERANCE.get(dtype, ROUGH) if as_written else ROUGH
+        tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self._written_in() else ROUGH
         if in_8_bits := is_quantized(model):
             tolerance = IN_8_BITS if self.objective().over_vocabulary else ROUGH
         for golden, output in zip(self.manifest.golden, outputs, strict=True):
@@ -209,7 +207,7 @@ def write_bundle(
     part.mkdir(parents=True)
     model = model.to(dtype).eval()
     model.save_pretrained(part)  # type: ignore[operator]
-    objective.processor.save_pretrained(part)
+    objective.save(part)
     golden = [
         {"request": request, "output": output}
         for request, output in zip(golden_requests, objective.predict(model, golden_requests), strict=True)
@@ -226,7 +224,7 @@ def write_bundle(
         evaluation=evaluation or {},
         golden=golden,
         files={},
-        versions={package: _version(package) for package in ("manta-train", "torch", "transformers")},
+        versions={package: _version(package) for package in ("manta-train", "torch", "transformers", *objective.needs)},
         licence=licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         training=training,

@@ -39,6 +39,7 @@ TASKS = {  # auto class -> (Hugging Face's name of the task, what such a model i
         "zero-shot-image-classification",
         "telling which of some captions fits an image best",
     ),
+    "diffusers.DiTTransformer2DModel": (None, "making small images of the classes whose labels are below"),
 }
 
 
@@ -49,6 +50,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
     task, purpose = TASKS.get(facts["auto"], (None, f"its task, {facts['objective']['name']}"))
     data = _data(facts["data"])
     dataset = data.name if data else "not known"
+    library = "diffusers" if facts["auto"].startswith("diffusers.") else "transformers"
     stated = facts["licence"] != "not stated"
     known = stated and re.fullmatch(r"[A-Za-z0-9.-]+", facts["licence"]) is not None
     results = [
@@ -61,14 +63,14 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
     header = ModelCardData(
         license=facts["licence"].lower() if known else "other",
         license_name=None if known else facts["licence"],
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=task,
         tags=["manta"],
         model_name=facts["name"],
         eval_results=results or None,
     )
     sections = {
-        "": f"{facts['parameters']:,} parameters, written {facts['created']}. It loads with plain `transformers`; "
+        "": f"{facts['parameters']:,} parameters, written {facts['created']}. It loads with plain `{library}`; "
         "`manta.json` beside this file holds the hashes of all files and golden answers.",
         "Intended use": words.get("intended_use") or f"For {purpose}. Any other use was not evaluated.",
         "Data": _about_data(facts["data"], data),
@@ -77,7 +79,10 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
         "Energy": _about_energy((facts["training"] or {}).get("energy")),
         "Evaluation": _table(
             ("metric, on validation", "value"),
-            [(n.removeprefix("validation_"), v) for n, v in facts["evaluation"].items()],
+            [
+                (n.removeprefix("validation_"), f"{v:.4f}" if isinstance(v, float) else v)
+                for n, v in facts["evaluation"].items()
+            ],
         )
         if facts["evaluation"]
         else "None when the bundle was written; later ones follow at the end.",
@@ -181,7 +186,7 @@ def _about_training(facts: Mapping[str, Any]) -> str:
     rows += [(f"`{key}`", value) for key, value in config.items() if key.startswith(("optim.", "schedule."))]
     rows += [(f"`{key}`", config.get(key)) for key in ("train.precision",)]
     told = [(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value) for name, value in rows
-            if value is not None]  # fmt: skip
+            if value is not None and value != {}]  # fmt: skip
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     return (_table(("", ""), told) + "\n\n" if told else "") + f"Versions: {versions}."
 
@@ -206,7 +211,7 @@ def _limits(facts: Mapping[str, Any], data: DataManifest | None) -> str:
         "A figure on held-out data of the same source says little of data from elsewhere.",
     ]
     if facts["labels"]:
-        limits.insert(1, f"It knows its {len(facts['labels'])} labels only, and always names one of them.")
+        limits.insert(1, f"It knows its {len(facts['labels'])} labels only, and nothing of what is none of them.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 

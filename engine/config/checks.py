@@ -313,6 +313,11 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"data.within_documents and objective=masked_lm need model.attention=sdpa, not {model.attention}"
         )
+    if c.objective.sampling_steps > c.objective.noise_steps:
+        raise UserError(
+            f"objective.sampling_steps {c.objective.sampling_steps} is more than objective.noise_steps {c.objective.noise_steps}: "
+            f"use objective.sampling_steps={c.objective.noise_steps} or less"
+        )
     _check_sweep(c)
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(

@@ -199,9 +199,11 @@ def source_configs(data: DataConfig) -> dict[str, DataConfig]:
 
 @dataclass
 class ModelConfig(Frozen):
-    """A transformers architecture, in transformers' own names. None leaves the architecture's default."""
+    """An architecture of transformers, or dit of diffusers, in transformers' own names. None leaves the architecture's default."""
 
-    type: str = option("llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, whisper, ...")
+    type: str = option(
+        "llama", "transformers model type: llama, gpt2, bert, t5, vit, clip, whisper, ...; of diffusers: dit"
+    )
     hidden_size: Optional[int] = option(None, "width of the residual stream", least=1)
     num_hidden_layers: Optional[int] = option(None, "transformer blocks", least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads; divides hidden_size", least=1)
@@ -216,7 +218,7 @@ class ModelConfig(Frozen):
         least=0,
         most=0.9,
     )
-    options: dict[str, Any] = option({}, "any other field of the transformers config, by its own name")
+    options: dict[str, Any] = option({}, "any other field of the architecture's config, by its own name")
     attention: str = option(
         "sdpa",
         "attention implementation, of torch but for flash_attention_2, which needs the package flash-attn",
@@ -246,7 +248,7 @@ class ObjectiveConfig(Frozen):
     name: str = option(
         "causal_lm",
         "file in engine/objectives/: causal_lm, masked_lm, span_corruption, classification, image_classification, contrastive, "
-        "speech_recognition",
+        "diffusion, speech_recognition",
     )
     frozen_layers: int = option(
         0, "embeddings and so many first blocks keep their start weights (0: all are trained)", least=0
@@ -261,6 +263,24 @@ class ObjectiveConfig(Frozen):
     mean_span: float = option(
         3.0, "span_corruption: tokens of a corrupted span, on average (Raffel et al. 2020)", least=1
     )
+    noise_steps: int = option(1000, "diffusion: steps from an image to pure noise (Ho et al. 2020)", least=2)
+    noise_schedule: str = option(
+        "linear", "diffusion: how noise grows over the steps: linear (Ho et al. 2020), or by a squared cosine (Nichol & Dhariwal 2021)",
+        choices=("linear", "squaredcos_cap_v2"),
+    )  # fmt: skip
+    label_dropout: float = option(
+        0.1, "diffusion: share of the samples that are shown without their label, for guidance (Ho & Salimans 2022)", least=0, most=0.9
+    )  # fmt: skip
+    sampling_steps: int = option(
+        25, "diffusion: forwards for an image (Song et al. 2020, DDIM); at most noise_steps", least=1
+    )
+    guidance: float = option(
+        1.5, "diffusion: how far an image is led towards its label: 1 not beyond what was learnt, and half the work "
+        "(Peebles & Xie 2023: 1.5 for the best FID, 4 for single images)", least=1, most=20,
+    )  # fmt: skip
+    images_together: int = option(
+        4, "diffusion: images in one forward, always as many, made up with copies: so an image is the same whatever is beside it", least=1
+    )  # fmt: skip
     z_loss: float = option(
         0.0, "over a vocabulary: weight of the squared log-normalizer (Chowdhery et al. 2022, PaLM: 1e-4)", least=0
     )
@@ -491,6 +511,14 @@ class EvaluateConfig(Frozen):
     target_column: str = option("target", "generation: column with the reference")
     max_new_tokens: int = option(64, "generation: most tokens written for an example", least=1)
     max_examples: Optional[int] = option(None, "generation: take the first so many examples (None: all)", least=1)
+    images: int = option(
+        500, "a model that makes images: so many are made, one to each held-out image at most, and compared with those by the "
+        "Fréchet distance (Heusel et al. 2017); 0: none", least=0,
+    )  # fmt: skip
+    features: Optional[str] = option(
+        None, "bundle of objective=image_classification by whose last hidden states images are compared; None: by a convolution "
+        "with random weights. Neither is Inception's: don't compare the distance with a published FID",
+    )  # fmt: skip
     suite: str = option(
         "own", "own: the metrics here; lm_eval: EleutherAI's harness (pip install 'manta-train[lm-eval]')",
         choices=("own", "lm_eval"),
@@ -691,6 +719,7 @@ class ImproveConfig(Frozen):
     """`manta improve`: from what clients sent and said to a better version."""
 
     records: Optional[str] = option(None, "folder with the endpoint's records; None: <runs_dir>/*/feedback")
+    every_s: Optional[float] = option(None, "seconds from one look to the next, until Ctrl-C; None: look once", above=0)
     go: bool = option(False, "act where something has drifted: train, test and register; else only say what is found")
     recent: int = option(1000, "requests, the latest so many, that are compared with what the bundle was trained on", least=20)  # fmt: skip
     min_requests: int = option(100, "recorded requests to judge by, at least", least=20)

@@ -16,6 +16,7 @@ from engine.data.manifest import PROCESSOR, TOKENIZER
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
 
+LIKE = {"dit": "vit"}  # architectures without an image processor of their own -> whose they use: pixels from -1 to 1
 FILES = ("preprocessor_config.json", "processor_config.json")  # that tell of a preprocessor
 PREPROCESSOR = "preprocessor"  # folder of an unfinished folder
 
@@ -81,7 +82,7 @@ def new_feature_extractor(model_type: str, seconds: int) -> Any:
     made = feature_extractor_class_from_name(name)(chunk_length=seconds) if name else None
     if not hears_windows(made):
         raise UserError(
-            f"model.type={model_type} hears no speech in windows of so many seconds: use model=whisper_5m, or no data.audio_column"
+            f"model.type={model_type} hears no speech in windows of so many seconds: use model=whisper_1m, or no data.audio_column"
         )
     return made
 
@@ -98,10 +99,10 @@ def new_image_processor(model_type: str, size: int) -> Any:
         get_image_processor_class_from_name,
     )
 
-    name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("pil")
+    name = (IMAGE_PROCESSOR_MAPPING_NAMES.get(LIKE.get(model_type, model_type)) or {}).get("pil")
     if name is None:
         raise UserError(
-            f"model.type={model_type} reads no images: use model=vit_5m or clip_5m, or no data.image_column"
+            f"model.type={model_type} reads no images: use model=vit_5m, clip_5m or dit_5m, or no data.image_column"
         )
     kind = get_image_processor_class_from_name(name)
     side = {"height": size, "width": size}
@@ -136,7 +137,7 @@ def join(model_type: str, preprocessor: Any, tokenizer: Any) -> Any:
     if name is None:
         raise UserError(
             f"model.type={model_type} doesn't read texts with images or sounds: use model=clip_5m for images with captions, "
-            "model=whisper_5m for speech"
+            "model=whisper_1m for speech"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

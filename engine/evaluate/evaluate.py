@@ -31,6 +31,7 @@ from engine.evaluate.bootstrap import Comparison, Interval, compare, count, inte
 from engine.evaluate.evaluation_page import write_page
 from engine.evaluate.generation import Generation, check_generation
 from engine.evaluate.harness import run_harness
+from engine.evaluate.images import ImageCheck, about_images, check_images
 from engine.evaluate.metrics import ByteCounter, details, from_libraries, quick
 from engine.evaluate.pairs import PairCheck, check_pairs
 from engine.evaluate.slices import Slice, by_group
@@ -54,6 +55,7 @@ class Evaluation:
     slices: list[Slice]
     pairs: PairCheck | None
     generation: Generation | None
+    images: ImageCheck | None
 
 
 def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
@@ -96,9 +98,12 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
         slices = by_group(summarize, scores, groups, *settings)
     pairs = check_pairs(bundle, model, Path(options.pairs), *settings) if options.pairs else None
     generation = check_generation(bundle, model, options, config.seed) if options.generation else None
+    images = None
+    if options.images and objective.image_facts(model.config):
+        images = check_images(bundle, model, split, Split.open(data, "train"), classes, options, config.seed)
     return Evaluation(
         bundle, objective, data, manifest.hash, count(scores), metrics, majority, scores, time.perf_counter() - began,
-        slices, pairs, generation,
+        slices, pairs, generation, images,
     )  # fmt: skip
 
 
@@ -206,6 +211,9 @@ def evaluate_and_show(config: Config) -> Comparison | None:
     if config.evaluate.suite == "lm_eval":
         show_harness(references, folders, config)
         return None
+    if config.evaluate.features:
+        features = find_bundle(config.evaluate.features, Path(config.runs_dir), config.tracking_uri)
+        config = with_values(config, {"evaluate.features": str(features)})
     if len(folders) == 2:
         check_comparable(*(Bundle.open(folder) for folder in folders))
     found = [evaluate_bundle(folder, config) for folder in folders]
@@ -245,21 +253,37 @@ def show(references: Sequence[str], found: Sequence[Evaluation], config: Config)
     table = Table("bundle", "metric", "value", f"{100 * config.evaluate.confidence:g} % interval", "examples")
     for name, evaluation in zip(references, found, strict=True):
         extras = [("", evaluation.metrics, evaluation.examples)]
-        extras += [(f"{config.evaluate.slice_column}={s.group}: ", s.metrics, s.examples) for s in evaluation.slices]
-        extras += [
-            (f"{config.evaluate.slice_column}={s.group}, to the others: ", s.gaps, s.examples)
-            for s in evaluation.slices
-        ]
         if evaluation.pairs:
             extras.append(("pairs: ", evaluation.pairs.metrics, evaluation.pairs.pairs))
         if evaluation.generation:
             extras.append(("written: ", evaluation.generation.metrics, evaluation.generation.examples))
+        if evaluation.images:
+            checked = evaluation.images
+            extras.append((f"images, features of {checked.features}: ", checked.metrics, checked.images))
         for start, metrics, examples in extras:
             for metric, value in metrics.items():
                 table.add_row(name, start + metric, *_cells(value), f"{examples:,}")
+        table.add_section()
     if (majority := found[0].majority) is not None:
         table.add_row("majority class", "accuracy", *_cells(majority), f"{found[0].examples:,}")
     console.print(table)
+    for name, evaluation in zip(references, found, strict=True):
+        if evaluation.slices:
+            console.print(slice_table(name, evaluation.slices, config))
+
+
+def slice_table(name: str, slices: Sequence[Slice], config: Config) -> Table:
+    """Return the metrics of each group, and what is between them and those of all other groups together."""
+    column = config.evaluate.slice_column
+    table = Table(
+        str(column), "metric", "value", "minus the others", box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
+        title=f"{name} by {column}, with {100 * config.evaluate.confidence:g} % intervals",
+    )  # fmt: skip
+    for one in slices:
+        first = [one.group, f"{one.examples:,} examples"]
+        for at, (metric, value) in enumerate(one.metrics.items()):
+            table.add_row(first[at] if at < len(first) else "", metric, _in_short(value), _in_short(one.gaps[metric]))
+    return table
 
 
 def in_words(found: Comparison, names: Sequence[str]) -> str:
@@ -291,6 +315,10 @@ def _cells(value: Interval) -> tuple[str, str]:
     return f"{value.value:.4f}", f"{value.low:.4f} to {value.high:.4f}"
 
 
+def _in_short(value: Interval) -> str:
+    return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
+
+
 def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any]:
     """Return an evaluation as plain values, as evaluation.json and the card hold it."""
     return {
@@ -311,6 +339,7 @@ def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any
         "slices": [one.to_dict() for one in evaluation.slices],
         "pairs": evaluation.pairs and evaluation.pairs.to_dict(),
         "generation": evaluation.generation and evaluation.generation.to_dict(),
+        "images": evaluation.images and evaluation.images.to_dict(),
         "details": details(evaluation.objective, evaluation.scores),
     }
 
@@ -335,4 +364,6 @@ def card_section(facts: dict[str, Any]) -> str:
         if told := facts[key]:
             size = told.get("pairs", told.get("examples"))
             parts.append(f"### {title.format(size, told['file'])}\n\n{head}\n{rows(told['metrics'])}")
+    if told := facts["images"]:
+        parts.append(f"### {about_images(told)}\n\n{head}\n{rows(told['metrics'])}")
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""The page of one `manta evaluate`: every figure with its interval, calibration, confusion, slices, pairs, written text."""
+"""The page of one `manta evaluate`: every figure with its interval, calibration, confusion, slices, pairs, written text, images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from engine.evaluate.images import about_images
 from engine.evaluate.report import ACCENT, MUTED, axes, classification, code, picture, table, text, write_html
 
 Metrics = dict[str, dict[str, float]]
@@ -28,6 +29,7 @@ def write_page(folder: Path, facts: dict[str, Any]) -> Path:
                 else []
             ),
             *([("Written text", generation(told["generation"], told["confidence"]))] if told["generation"] else []),
+            *([("Images", images(told["images"], told["confidence"]))] if told["images"] else []),
             (
                 "What was measured",
                 table(("", ""), [(key, code(told[key])) for key in ("hash", "data", "data_hash", "time")]),
@@ -85,6 +87,12 @@ def generation(told: dict[str, Any], confidence: float) -> str:
     shown = [(text(one["source"]), text(one["target"]), text(one["written"])) for one in told["shown"]]
     about = f"<p>{told['examples']:,} examples of {code(told['file'])}.</p>"
     return about + metrics_table(told["metrics"], confidence) + table(("from", "reference", "written"), shown)
+
+
+def images(told: dict[str, Any], confidence: float) -> str:
+    """List the distances, and say what they are of."""
+    note = "Not to be compared with a published FID, which is of Inception's features."
+    return f"<p>{text(about_images(told))}. {note}</p>" + metrics_table(told["metrics"], confidence)
 
 
 def metrics_table(metrics: Metrics, confidence: float) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import EvaluateConfig
 from engine.errors import UserError, nearest
+from engine.progress import console
 
 CONCURRENT = 8  # requests under way at an endpoint, which puts them into one batch itself
 
@@ -43,12 +47,25 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"evaluate.tasks: lm_eval has no task {name}{nearest(name, manager.all_tasks)}")
-    found = lm_eval.simple_evaluate(
-        model=through(bundle, options) if options.endpoint else here(bundle, options), tasks=names, task_manager=manager, limit=options.max_examples, bootstrap_iters=options.resamples,
-        log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+    with quietly():
+        found = lm_eval.simple_evaluate(
+            model=through(bundle, options) if options.endpoint else here(bundle, options), tasks=names,
+            task_manager=manager, limit=options.max_examples, bootstrap_iters=options.resamples, log_samples=False,
+            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        )  # fmt: skip
     assert found is not None
     return figures(found["results"], names)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the harness from asking git and pip about this place, which takes seconds, and its progress bars from a log."""
+    from lm_eval import evaluator
+
+    unasked: dict[str, Any] = {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: None}
+    elsewhere = contextlib.nullcontext() if console.is_terminal else contextlib.redirect_stderr(io.StringIO())
+    with mock.patch.multiple(evaluator, create=True, **unasked), elsewhere:
+        yield
 
 
 def here(bundle: Bundle, options: EvaluateConfig) -> Any:

@@ -10,7 +10,7 @@ from engine.bundles.find import find_bundle
 from engine.bundles.lineage import life_of
 from engine.bundles.promotion import Alias
 from engine.bundles.registry import Registry, Version
-from engine.config import Config
+from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison
 from engine.evaluate.evaluate import (
@@ -90,6 +90,7 @@ def against(
     if not data_given:
         check_same_data(candidate, champion, names)
         config = on_its_own_data(config, candidate, names[0])
+    config = with_values(config, {"evaluate.images": 0})  # the verdict is of the examples' scores
     first, second = (evaluate_bundle(bundle.folder, config) for bundle in (candidate, champion))
     return compare_evaluations(first, second, config)
 

@@ -18,8 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 # Matplotlib draws in these; in the page they become the style's variables, so that pictures follow light and dark too.
-INK, MUTED, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--mute)", ACCENT: "var(--blue)", SECOND: "var(--orange)"}
+INK, MUTED, ACCENT, SECOND, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
+VARIABLES = {
+    INK: "var(--ink)", MUTED: "var(--mute)", ACCENT: "var(--blue)", SECOND: "var(--orange)", PAPER: "var(--paper)",
+}  # fmt: skip
 DRAWN: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "manta",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from engine.evaluate.report import ACCENT, INK, MUTED, SECOND, axes, code, picture, table, text, write_html
+from engine.evaluate.report import ACCENT, INK, MUTED, PAPER, SECOND, axes, code, picture, table, text, write_html
 
 LOGARITHMIC = 20.0  # an axis whose greatest value is so many times its least shows logarithms
 BESIDE = -0.12  # where a line passes an axis whose key does not apply to the trial
+BEHIND = {"facecolor": PAPER, "alpha": 0.8, "linewidth": 0, "pad": 1}  # what is written stays readable over lines
 LEGEND = (
     "<p class=mute>Each line is a trial. Orange: the best; blue: came to its end; grey: was stopped early or failed. "
     "A line passes below an axis whose key did not apply to the trial.</p>"
@@ -35,7 +38,7 @@ def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
         ("Every trial, axis by axis", picture(draw_parallel(trials, facts["metric"], facts["best"]["name"])) + LEGEND),
         ("Learning curves", picture(draw_curves(trials, facts["metric"], facts["best"]["name"]))),
         ("Which values mattered", importance(facts["importances"])),
-        ("What stopping early has saved", f"<p>{text(told_saved(saved(trials), facts['seconds']))}</p>"),
+        ("What stopping early has saved", f"<p>{text(told_saved(saved(folder, trials), facts['seconds']))}</p>"),
         *([("Not beaten in all metrics", front(facts))] if facts["front"] else []),
         *([("Who went on from whom", exploits(facts))] if facts["exploits"] else []),
         ("The trials", listed(trials, facts["metric"], facts["mode"])),
@@ -48,14 +51,21 @@ def values(params: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
 
 
-def saved(trials: list[dict[str, Any]]) -> dict[str, float]:
+def saved(folder: Path, trials: list[dict[str, Any]]) -> dict[str, float]:
     """Return the steps taken and not taken, and the seconds that the latter would have cost at each trial's own pace."""
     stopped = [trial for trial in trials if trial["state"] == "stopped early" and trial["steps"]]
+    left = {trial["name"]: trial["budget"] - trial["steps"] for trial in stopped}
     return {
         "taken": sum(trial["steps"] for trial in trials),
-        "steps": sum(trial["budget"] - trial["steps"] for trial in stopped),
-        "seconds": sum((t["budget"] - t["steps"]) * t["seconds"] / t["steps"] for t in stopped),
+        "steps": sum(left.values()),
+        "seconds": sum(steps * pace(folder / "trials" / name / "metrics.jsonl") for name, steps in left.items()),
     }
+
+
+def pace(file: Path) -> float:
+    """Return the median seconds of the steps in a metrics.jsonl: what a process does once, in its first step, is no pace."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return statistics.median([json.loads(line)["seconds"] for line in lines if line.endswith("}")] or [0.0])
 
 
 def told_saved(found: dict[str, float], seconds: float) -> str:
@@ -156,12 +166,12 @@ def draw_parallel(trials: list[dict[str, Any]], metric: str, best: str) -> Figur
     for at, scale in enumerate(scales):
         ax.axvline(at, color=MUTED, lw=0.8)
         for value, place in scale.marks():
-            ax.text(at + 0.03, place, value, fontsize=8, color=INK, va="center")
+            ax.text(at + 0.03, place, value, fontsize=8, color=INK, va="center", bbox=BEHIND, zorder=3)
     for trial in sorted(told, key=lambda t: t["name"] == best):
         shade, width = colour(trial, best)
         places = [s.place(trial["params"][k]) if k in trial["params"] else BESIDE for k, s in zip(keys, scales)]
         ax.plot(range(len(scales)), [*places, scales[-1].place(trial["value"])], color=shade, lw=width)
-    ax.set_xticks(range(len(scales)), [*(key.split(".")[-1] for key in keys), metric])
+    ax.set_xticks(range(len(scales)), [*(key.replace(".", ".\n") for key in keys), metric])
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.set_xlim(-0.1, len(scales) - 0.6)

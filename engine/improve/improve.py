@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -57,10 +58,24 @@ class Findings:
 
 
 def improve(config: Config, session: Session) -> int:
-    """Look, and with improve.go act. Return the exit code: 3 where the new version did not pass the gate, else 0.
+    """Look, and with improve.go act; with improve.every_s again and again, each time as a run of its own.
 
-    `session` connects to the Ray that trains.
+    Return the exit code: 3 where the new version did not pass the gate, else 0. `session` connects to the Ray that trains.
     """
+    used: dict[str, int] = {}
+    if config.improve.every_s is None:
+        return improve_once(config, session, used)
+    while True:
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        try:
+            improve_once(with_values(config, {"name": f"{config.name}-{moment}"}), session, used)
+        except UserError as error:  # too little is recorded yet, perhaps
+            console.print(str(error), markup=False)
+        time.sleep(config.improve.every_s)
+
+
+def improve_once(config: Config, session: Session, used: dict[str, int]) -> int:
+    """Look and act once. `used`: examples, by bundle, that were there when it was last learnt from; kept up to date."""
     assert config.bundle
     folder = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri)
     found = look(config, Bundle.open(folder))
@@ -72,15 +87,17 @@ def improve(config: Config, session: Session) -> int:
     if not found.real:
         console.print("nothing has drifted: nothing to do")
         return 0
-    if len(found.examples) < options.min_examples:
+    new = len(found.examples) - used.get(found.bundle.hash, 0)
+    if new < options.min_examples:
         console.print(
-            f"drifted, and {len(found.examples)} examples to learn from are less than improve.min_examples {options.min_examples}: "
+            f"drifted, and {new} examples to learn from are less than improve.min_examples {options.min_examples}: "
             "more corrections are needed (POST /v1/feedback, of requests sent with store=true)"
         )
         return 0
     if not options.go:
         console.print(f"drifted, and {len(found.examples)} examples to learn from: improve.go=true trains, tests and registers")  # fmt: skip
         return 0
+    used[found.bundle.hash] = len(found.examples)
     return act(config, found, folder, session)
 
 

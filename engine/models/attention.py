@@ -29,7 +29,7 @@ def use_blockwise(model: Any) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+    if getattr(model.config, "_attn_implementation", "") == "sdpa" and model._supports_attention_backend:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         model.set_attn_implementation(ATTENTION)

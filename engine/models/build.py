@@ -1,4 +1,7 @@
-"""Build a transformers module from `model.*`, or load one from a folder; the same weights whatever the layout."""
+"""Build a module from `model.*`, or load one from a folder; the same weights whatever the layout.
+
+It is one of transformers, or for tasks whose `auto_class` says so one of diffusers (denoisers.py), whose config is a dict.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,17 @@ from torch import nn
 
 from engine.config import ModelConfig
 from engine.errors import UserError, nearest
+from engine.models.denoisers import (
+    TYPES,
+    denoiser_config,
+    is_denoiser,
+    load_denoiser,
+    make_denoiser,
+    open_denoiser,
+    read_config,
+)
 
+DIFFUSERS = "diffusers."  # begins an auto_class that isn't of transformers
 # Of Whisper's encoder (Radford et al. 2022, section 2.2): a frame of a spectrogram every 10 ms, and a position for two.
 STRIDE, POSITIONS_A_SECOND = 2, 50
 # Options of ours that aren't fields of a transformers config.
@@ -53,14 +66,20 @@ class Inputs:
         return cls(**known)
 
 
+def config_of(model: ModelConfig, processor: Any, options: dict[str, Any]) -> Any:
+    """Return the config of `model` in its library, with what the processor decides of it and the task's `options`."""
+    if model.type in TYPES:
+        return denoiser_config(model, Inputs.of(processor).image_size, options)
+    return transformers_config(model, processor, options)
+
+
 def transformers_config(model: ModelConfig, processor: Any, options: dict[str, Any]) -> Any:
     """Return the transformers config for `model`, with what the processor decides of it and the task's `options`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     if model.type not in CONFIG_MAPPING_NAMES:
-        raise UserError(
-            f"model.type={model.type} is no architecture of transformers{nearest(model.type, CONFIG_MAPPING_NAMES)}"
-        )
+        known = (*CONFIG_MAPPING_NAMES, *TYPES)
+        raise UserError(f"model.type={model.type} is no architecture of transformers{nearest(model.type, known)}")
     given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in OURS}
     given = {name: value for name, value in given.items() if value is not None} | dict(model.options)
     made = _made(CONFIG_MAPPING[model.type], given, Inputs.of(processor), options)
@@ -107,29 +126,47 @@ def _set_dropout(config: Any, dropout: float, given: Any) -> None:
 
 def build(model: ModelConfig, processor: Any, auto_class: str, options: dict[str, Any], seed: int) -> nn.Module:
     """Make a model with fresh fp32 weights that depend on the seed alone."""
-    config = transformers_config(model, processor, options)
+    config = config_of(model, processor, options)
     torch.manual_seed(seed)
     return from_config(config, auto_class, dtype=torch.float32, attn_implementation=model.attention)
 
 
 def from_config(config: Any, auto_class: str, **options: Any) -> nn.Module:
-    """Make the model of a transformers config. Raises UserError where the architecture is not for the task."""
+    """Make the model of a config; `options` are for transformers. Raises UserError where the architecture is not for the task."""
+    check_library(config, auto_class)
+    if isinstance(config, dict):
+        return make_denoiser(config)
     import transformers
 
     kind = getattr(transformers, auto_class)
     if type(config) not in kind._model_mapping:
-        raise UserError(
-            f"model.type={config.model_type} is not for this objective (transformers has no {auto_class} of it): "
-            "use another model=... or another objective=..."
-        )
+        raise _not_for_the_task(config.model_type, auto_class)
     made: nn.Module = kind.from_config(config, **options)
     return made
 
 
+def check_library(config: Any, auto_class: str) -> None:
+    """Raise UserError where a config is of another library than the task, or of another class of diffusers."""
+    if isinstance(config, dict) and auto_class != DIFFUSERS + config["_class_name"]:
+        raise _not_for_the_task(config["_class_name"], auto_class)
+    if not isinstance(config, dict) and auto_class.startswith(DIFFUSERS):
+        raise _not_for_the_task(config.model_type, auto_class)
+
+
+def _not_for_the_task(what: str, auto_class: str) -> UserError:
+    library = "diffusers" if auto_class.startswith(DIFFUSERS) else "transformers"
+    return UserError(
+        f"model.type={what} is not for this objective ({library} has no {auto_class.removeprefix(DIFFUSERS)} of it): "
+        "use another model=... or another objective=..."
+    )
+
+
 def shape_of(folder: Path | None, model: ModelConfig, processor: Any, options: dict[str, Any]) -> Any:
-    """Return the transformers config of the bundle in `folder`, or else that of `model`, with the task's `options`."""
+    """Return the config of the bundle in `folder`, or else that of `model`, with the task's `options`."""
     if folder is None:
-        return transformers_config(model, processor, options)
+        return config_of(model, processor, options)
+    if is_denoiser(folder):
+        return read_config(folder, model, options)
     import transformers
 
     return set_dropout(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options), model)
@@ -137,6 +174,10 @@ def shape_of(folder: Path | None, model: ModelConfig, processor: Any, options: d
 
 def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelConfig, seed: int) -> nn.Module:
     """Load fp32 weights from a Hugging Face folder; a head that it lacks gets fresh weights from the seed."""
+    shape = shape_of(folder, model, None, options)
+    check_library(shape, auto_class)
+    if isinstance(shape, dict):
+        return load_denoiser(folder, shape, seed)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -145,7 +186,7 @@ def load(folder: Path, auto_class: str, options: dict[str, Any], model: ModelCon
     try:
         with without_warnings():  # a head that is made anew is no news
             loaded: nn.Module = kind.from_pretrained(
-                folder, config=shape_of(folder, model, None, options), dtype=torch.float32, attn_implementation=model.attention,
+                folder, config=shape, dtype=torch.float32, attn_implementation=model.attention,
                 ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True,
             )  # fmt: skip
     except (OSError, ValueError) as error:
@@ -164,6 +205,25 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         transformers.utils.logging.set_verbosity(told)
+
+
+def open_model(folder: Path, auto_class: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load the model in a folder for use, in its own precision or in `dtype`."""
+    if auto_class.startswith(DIFFUSERS):
+        return open_denoiser(folder, dtype).eval()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    loaded: nn.Module = getattr(transformers, auto_class).from_pretrained(
+        folder, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+    )
+    return loaded.eval()
+
+
+def recompute_activations(model: Any) -> None:
+    """Let a model compute its activations again in the backward pass, which its library calls gradient checkpointing."""
+    named = "gradient_checkpointing_enable"
+    getattr(model, named if hasattr(model, named) else "enable_gradient_checkpointing")()
 
 
 def embedding_parts(model: nn.Module) -> list[nn.Module]:

@@ -39,14 +39,28 @@ class Int8Linear(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         """Return [..., O] of [..., I]."""
         rows_RI = given.reshape(-1, self.in_features)
-        few = given.device.type == "cpu" and given.dtype in KERNEL and len(rows_RI) <= FEW_ROWS
-        if few and self.in_features % GRAIN == 0:
-            found_RO = torch._weight_int8pack_mm(rows_RI.contiguous(), self.weight, self.scale)
-        else:
-            found_RO = F.linear(rows_RI, self.weight.to(given.dtype)) * self.scale
+        found_RO: Tensor = torch.ops.manta.int8_product(rows_RI, self.weight, self.scale)
         if self.bias is not None:
             found_RO += self.bias
         return found_RO.view(*given.shape[:-1], self.out_features)
+
+
+def _product(rows_RI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    few = rows_RI.device.type == "cpu" and rows_RI.dtype in KERNEL and len(rows_RI) <= FEW_ROWS
+    if few and weight_OI.shape[1] % GRAIN == 0:
+        return torch._weight_int8pack_mm(rows_RI.contiguous(), weight_OI, scale_O)
+    return F.linear(rows_RI, weight_OI.to(rows_RI.dtype)) * scale_O
+
+
+# One operation to torch's compiler, which would make a program for few rows and another for more.
+_OPERATIONS = torch.library.Library("manta", "FRAGMENT")
+_OPERATIONS.define("int8_product(Tensor rows, Tensor weight, Tensor scale) -> Tensor")
+_OPERATIONS.impl("int8_product", _product, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("manta::int8_product", lib=_OPERATIONS)
+def _shape_of_product(rows_RI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    return rows_RI.new_empty((len(rows_RI), len(weight_OI)))
 
 
 class Int8Embedding(nn.Module):

@@ -66,13 +66,18 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def write_adapter(model: Any, lora: LoraConfig, base: str | None, folder: Path) -> None:
-    """Write the trained part as peft reads it (adapter_config.json, adapter_model.safetensors), renamed into place last."""
+    """Write the trained part as peft reads it (adapter_config.json, adapter_model.safetensors), renamed into place last.
+
+    A model with a trained parameter that is no module's (CLIP's temperature) gets none: peft keeps whole modules only.
+    """
     from safetensors.torch import save_file
 
     peft = _peft()
     paths = {id(module): path for path, module in model.named_modules()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     whole = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
+    if "" in whole:
+        return
     adapted = [paths[id(layer)] for _, _, layer in _adapted(model)]
     config = _peft_config(lora, adapted)
     config.base_model_name_or_path, config.inference_mode = base, True

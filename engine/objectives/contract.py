@@ -12,6 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -77,13 +78,14 @@ class Objective(ABC):
     """One task, from example to prediction."""
 
     reads: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config calls it
-    auto_class: ClassVar[str]  # the transformers Auto class that loads its models
+    auto_class: ClassVar[str]  # the transformers Auto class that loads its models, or "diffusers.CLASS"
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
     served: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
     divisible: ClassVar[bool] = False  # whether ranks may share a sequence: each token's loss and scores add up
+    needs: ClassVar[tuple[str, ...]] = ()  # packages that its models need beside transformers
 
     def __init__(
         self,
@@ -119,6 +121,10 @@ class Objective(ABC):
 
     def meet(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
         """Take note of the model's transformers config, before the first batch; most tasks need nothing of it."""
+
+    def save(self, folder: Path) -> None:
+        """Write into a bundle's folder what a model of this task needs beside its weights."""
+        self.processor.save_pretrained(folder)
 
     def stacks(self, config: Any) -> list[Stack]:
         """Return the stacks of blocks of a model with this transformers config, and a full sample's tokens in each."""
@@ -177,6 +183,16 @@ class Objective(ABC):
     @abstractmethod
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer requests together."""
+
+    def check_request(self, request: dict[str, Any]) -> None:  # noqa: B027 - most requests are checked where they come in
+        """Raise UserError for a request that `predict` cannot answer."""
+
+    def image_facts(self, config: Any) -> dict[str, int]:
+        """Return the side in pixels and the tokens of an image that a model of this config makes; empty where it makes none.
+
+        One that does answers {"prompt", "seed"} with {"image": a PNG file in base64}.
+        """
+        return {}
 
     @abstractmethod
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:

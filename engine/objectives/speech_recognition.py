@@ -81,7 +81,7 @@ class Objective(contract.OverVocabulary):
         """Take note of the encoder's positions. Raises UserError for a model that doesn't hear such windows, or writes less."""
         positions, most = (getattr(config, f"max_{side}_positions", None) for side in ("source", "target"))
         if positions is None or most is None or not hasattr(config, "num_mel_bins"):
-            raise UserError(f"model.type={config.model_type} hears no windows of speech: use model=whisper_5m, or another of its kind")  # fmt: skip
+            raise UserError(f"model.type={config.model_type} hears no windows of speech: use model=whisper_1m, or another of its kind")  # fmt: skip
         if (self.extractor.nb_max_frames, self.extractor.feature_size) != (2 * positions, config.num_mel_bins):
             raise UserError(
                 f"the model hears {2 * positions} frames of {config.num_mel_bins} mel bins, and the feature extractor makes "

@@ -13,13 +13,12 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from rich import box
 from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import POSITIONS_A_SECOND, Inputs, transformers_config
+from engine.models.build import POSITIONS_A_SECOND, Inputs, config_of, from_config, shape_of, without_warnings
 from engine.models.trained import choose_trained
 from engine.objectives.contract import objective_class
 from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
@@ -172,17 +171,12 @@ def meta_model(config: Config) -> Any:
     """Return the model of a config without any weights, those marked that are trained. Raises UserError if there is none."""
     task, shape = objective_class(config.objective.name), model_shape(config)
     with torch.device("meta"):
-        try:
-            model = getattr(transformers, task.auto_class).from_config(shape)
-        except ValueError as error:
-            raise UserError(
-                f"model.type={shape.model_type} has no model for objective={config.objective.name} in transformers: use another of the two"
-            ) from error
+        model = from_config(shape, task.auto_class)
         return choose_trained(model, config.objective, config.seed, head=not task.over_vocabulary)
 
 
 def model_shape(config: Config) -> Any:
-    """Return the transformers config of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
+    """Return the model's config, of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
     if config.bundle:
         places = (Path(config.bundle), Path(config.runs_dir) / config.bundle / "bundle")
         folder = next((place for place in places if (place / "config.json").is_file()), None)
@@ -190,13 +184,14 @@ def model_shape(config: Config) -> Any:
             raise UserError(
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return shape_of(folder, config.model, None, {})
     inputs = Inputs(
         vocab_size=config.model.vocab_size or config.data.vocab_size,
         image_size=config.data.image_size,
         max_source_positions=POSITIONS_A_SECOND * config.data.audio_seconds if config.data.audio_column else None,
     )
-    return transformers_config(config.model, inputs, {})
+    with without_warnings():  # of the tokens that a decoder begins with, which only a tokenizer knows
+        return config_of(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import secrets
 import socket
 import struct
 import time
@@ -37,6 +38,7 @@ from engine.serve.requests import (
     EmbeddingRequest,
     Feedback,
     Generation,
+    ImageRequest,
     ScoreRequest,
 )
 from engine.serve.router import Router
@@ -50,7 +52,6 @@ TABLE_TIMEOUT_S = 20.0
 POLL_S, POLL_TIMEOUT_S = 1.0, 2.0  # how old replicas' figures may be, and how long they may take
 REMEMBERED = 100_000  # requests whose model is known when feedback comes
 REFUSALS = (BackPressureError, DeploymentUnavailableError, RayActorError)
-OTHER_FAMILIES = ("/v1/images/generations",)
 
 app = FastAPI(title="Manta", description="Bundles behind OpenAI's interface.", docs_url=None, redoc_url=None)
 app.add_middleware(Gate)
@@ -153,7 +154,7 @@ class Api:
         self.bundles = Router(steward, settings, self._change)
         self.created = int(time.time())
         self.counts = Metrics()
-        self.paths = {"/", "/docs", *app.openapi()["paths"], *OTHER_FAMILIES}
+        self.paths = {"/", "/docs", *app.openapi()["paths"]}
         self.pages = page_files()
         self.limits, self.records_dir = Limits(), ""
         self._change(settings)
@@ -397,10 +398,32 @@ class Api:
             self.bundles.rated(model, version, body.rating == "down")
         return JSONResponse({"object": "feedback", "request": asked, "model": model or None, "stored": True})
 
-    @app.post("/v1/images/generations", include_in_schema=False)
-    async def other_families(self) -> None:
-        """Say that no model here does this."""
-        await self._need("image", "makes images")
+    @app.post("/v1/images/generations")
+    async def images(self, request: Request, body: ImageRequest) -> Response:
+        """Make images of what the prompt names: {"created", "data": [{"b64_json": a PNG file}], "seed", "usage"}.
+
+        Image i is that of `seed` + i; without one, the seed that was drawn is told.
+        """
+        await self._need("images", "makes images")
+
+        async def answer(name: str, visit: Visit) -> Response:
+            image = self.about[name]["image"]
+            size = f"{image['side']}x{image['side']}"
+            if body.size not in (None, "auto", size):
+                raise ApiError(400, f"model '{name}' makes images of {size}, not {body.size}: leave size out", "size")
+            self._charge(visit, [body.prompt], body.n * image["tokens"])
+            seed = secrets.randbits(53) if body.seed is None else body.seed  # which JSON numbers hold exactly
+            found = await self.bundles[name].draw.remote(body.prompt, [seed + i for i in range(body.n)])
+            _checked(found[0])
+            self._spend(visit, body.n, body.n * image["tokens"])
+            spent = {
+                "input_tokens": visit.read, "output_tokens": visit.written, "total_tokens": visit.read + visit.written,
+                "input_tokens_details": {"text_tokens": visit.read, "image_tokens": 0},
+            }  # fmt: skip
+            told = {"id": visit.id, "created": int(time.time()), "model": name, "seed": seed, "size": size, "output_format": "png"}  # fmt: skip
+            return JSONResponse(told | {"data": [{"b64_json": it["image"]} for it in found], "usage": spent})
+
+        return await self._answer(request, body.model, "images", answer)
 
     async def _need(self, task: str, what: str) -> None:
         """Raise ApiError where no model here is for a task; `what` it does."""

@@ -6,8 +6,9 @@ from importlib.resources import files
 
 SWAGGER_JS, SWAGGER_CSS = "swagger-ui-bundle.js", "swagger-ui.css"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-# A page of ours takes nothing from elsewhere, whatever a model may write into it.
-POLICY = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
+# A page of ours takes nothing from elsewhere, whatever a model may write into it; images come within an answer.
+RULES = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
+POLICY = {"Content-Security-Policy": RULES, "X-Content-Type-Options": "nosniff"}
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:

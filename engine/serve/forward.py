@@ -30,6 +30,9 @@ ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
 NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
 SHORT = 16  # tokens of a sequence, at most, for which neighbours attend together: those that decode, and their guesses
+# Numbers of the keys, at most, that are attended to as fp32 where they are bf16: torch's attention takes two to four times
+# as long for the same few queries in bf16, on a processor. More would take much memory, and gain little.
+AS_FLOATS = 2**22
 PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
 
 
@@ -218,7 +221,7 @@ class Step:
         table_3T = torch.tensor([ids, positions, lanes]).to(cache.device)
         self.ids_1T, self.positions_1T, self.lanes_T = table_3T[:1], table_3T[1:2], table_3T[2]
         self._places: dict[int, Tensor] = {}
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.pieces: list[Run | Chunk] = []
         start = 0
         for (count, short), group in itertools.groupby(
@@ -283,26 +286,29 @@ class Step:
     def _together(self, run: Run, query_RHD: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
         """Attend for R = N T tokens; the query heads of a key head are laid out as if they were tokens."""
         _, heads, width = query_RHD.shape
-        key_heads, count, mask = keys.shape[1], run.new, run.mask_N1TL
+        key_heads, count = keys.shape[1], run.new
         group = heads // key_heads
         if count == 1:
             query = query_RHD.reshape(-1, key_heads, group, width)
         else:
             query = query_RHD.view(-1, count, key_heads, group, width).permute(0, 2, 3, 1, 4)
             query = query.reshape(len(query), key_heads, group * count, width)
-            mask = self._mask(run, group)
-        attended = F.scaled_dot_product_attention(
-            query, keys[run.lanes, :, : run.length], values[run.lanes, :, : run.length], attn_mask=mask, scale=scaling
-        )
+        own_keys, own_values = keys[run.lanes, :, : run.length], values[run.lanes, :, : run.length]
+        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and own_keys.numel() <= AS_FLOATS:
+            query, own_keys, own_values = query.float(), own_keys.float(), own_values.float()
+        mask = self._mask(run, group if count > 1 else 1, query.dtype)
+        attended = F.scaled_dot_product_attention(query, own_keys, own_values, attn_mask=mask, scale=scaling)
+        attended = attended.to(query_RHD.dtype)
         if count > 1:
             attended = attended.view(len(query), key_heads, group, count, -1).permute(0, 3, 1, 2, 4)
         return attended.reshape(len(query_RHD), heads, -1)
 
-    def _mask(self, run: Run, group: int) -> Tensor:
-        assert run.mask_N1TL is not None
-        key = (run.rows.start, group)
+    def _mask(self, run: Run, group: int, dtype: torch.dtype) -> Tensor | None:
+        if run.mask_N1TL is None:
+            return None
+        key = (run.rows.start, group, dtype)
         if key not in self._masks:
-            self._masks[key] = run.mask_N1TL.repeat(1, 1, group, 1)
+            self._masks[key] = run.mask_N1TL.to(dtype).repeat(1, 1, group, 1)
         return self._masks[key]
 
     def _alone(self, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
@@ -363,14 +369,13 @@ class _UnderWay(threading.local):
 
 _UNDER_WAY = _UnderWay()
 # One operation that the compiler doesn't look into: which lanes attend together is another matter at each step.
-_attend_op = torch.library.custom_op(
-    "manta::attend", attend_in_step, mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, int layer, float? scaling, int? window) -> Tensor",
-)  # fmt: skip
+_OPERATIONS = torch.library.Library("manta", "FRAGMENT")
+_OPERATIONS.define("attend(Tensor query, Tensor key, Tensor value, int layer, float? scaling, int? window) -> Tensor")
+_OPERATIONS.impl("attend", attend_in_step, "CompositeExplicitAutograd")
 
 
-@_attend_op.register_fake
-def _attended(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None) -> Tensor:  # fmt: skip
+@torch.library.register_fake("manta::attend", lib=_OPERATIONS)
+def _shape_of_attended(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None) -> Tensor:  # fmt: skip
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 

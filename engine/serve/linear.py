@@ -1,13 +1,16 @@
 """A model's linear layers with weights laid out as oneDNN multiplies them, on a processor.
 
 `F.linear` hands fp32 products to MKL, which on AMD's processors takes two to four times as long as oneDNN for the 4 to
-256 rows of a step; and oneDNN reads a weight quickest when it lies in blocks of its own order, made once.
+256 rows of a step; and oneDNN reads a weight quickest when it lies in blocks of its own order, made once. Torch's compiler
+can't hold such a weight: to it a product is one operation, which knows its weight by a number.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +36,44 @@ def pack_linear(model: nn.Module) -> nn.Module:
         weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS)
         small = weight_OI.nbytes <= SMALL_BYTES
-        layer.forward = partial(_linear, packed, layer.bias, weight_OI if small else None)  # type: ignore[arg-type,method-assign]
+        layer.packed = Packed(packed, layer.bias, weight_OI if small else None)  # type: ignore[arg-type,assignment]
+        layer.number, layer.outputs = layer.packed.number, len(weight_OI)  # type: ignore[assignment,union-attr]
+        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
         if not small and users[id(layer.weight)] == 1:
             layer.weight = nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
     return model
 
 
-def _linear(packed: Tensor, bias: Tensor | None, small_OI: Tensor | None, given: Tensor) -> Tensor:
-    """Return `given`, [..., I], times the weight, plus the bias: [..., O]."""
-    if small_OI is not None and given.numel() == given.shape[-1]:
-        return F.linear(given, small_OI, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(given, packed, bias, "none", [], "")
-    return product
+class Packed:
+    """What a layer multiplies by."""
+
+    def __init__(self, weight: Tensor, bias_O: Tensor | None, small_OI: Tensor | None) -> None:
+        self.weight, self.bias_O, self.small_OI = weight, bias_O, small_OI
+        self.number = next(_NUMBERS)
+        _BY_NUMBER[self.number] = self
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Return `given`, [..., I], times the weight, plus the bias: [..., O]."""
+        if self.small_OI is not None and given.numel() == given.shape[-1]:
+            return F.linear(given, self.small_OI, self.bias_O)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.weight, self.bias_O, "none", [], "")
+        return product
+
+
+_NUMBERS = itertools.count()
+_BY_NUMBER: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+_OPERATIONS = torch.library.Library("manta", "FRAGMENT")
+_OPERATIONS.define("linear(Tensor given, int number, int outputs) -> Tensor")
+_OPERATIONS.impl("linear", lambda given, number, _: _BY_NUMBER[number](given), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("manta::linear", lib=_OPERATIONS)
+def _shape_of_linear(given: Tensor, number: int, outputs: int) -> Tensor:
+    return given.new_empty((*given.shape[:-1], outputs))
+
+
+def _linear(layer: nn.Module, given: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        product: Tensor = torch.ops.manta.linear(given, layer.number, layer.outputs)
+        return product
+    return layer.packed(given)  # type: ignore[operator,no-any-return]

@@ -44,6 +44,7 @@ TASKS = {
     "AutoModelForCausalLM": "completion",
     "AutoModelForSequenceClassification": "classification",
     "AutoModelForSpeechSeq2Seq": "transcription",
+    "diffusers.DiTTransformer2DModel": "images",
 }
 EMBEDS = (
     "AutoModelForCausalLM",
@@ -125,6 +126,7 @@ class Replica:
             )  # fmt: skip
         together = partial(Together, most=self.options.max_batch, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
         self.classified, self.embedded = together(self._classify), together(self._embed)
+        self.drawn = together(self._draw)
         self.transcribed = together(self._transcribe)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -144,7 +146,12 @@ class Replica:
     @contextlib.contextmanager
     def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
         """Count some inputs as in flight while they are answered."""
-        tokens = sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)
+        with self.busy(sum(len(it) // (CHARACTERS_A_TOKEN if isinstance(it, str) else 1) + 1 for it in inputs)):
+            yield
+
+    @contextlib.contextmanager
+    def busy(self, tokens: int) -> Iterator[None]:
+        """Count some tokens as in flight during a block."""
         self.reading += tokens
         try:
             yield
@@ -167,6 +174,7 @@ class Replica:
             "heard": getattr(config, "max_source_positions", 0),  # positions of a window of sound
             "hash": self.bundle.hash,
             "adapters": {name: it["hash"] for name, it in self.options.adapters.items()},
+            "image": self.objective.image_facts(self.model.config),
         }
 
     def figures(self) -> dict[str, Any]:
@@ -208,6 +216,26 @@ class Replica:
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
         found: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()
         return found
+
+    async def draw(self, prompt: str, seeds: list[int], trace: Trace | None = None) -> list[dict[str, Any]]:
+        """Make an image of a prompt from each seed, {"image": a PNG file in base64}, or return one {"error"}."""
+        requests = [{"prompt": prompt, "seed": seed} for seed in seeds]
+        try:
+            self.objective.check_request(requests[0])
+        except UserError as error:
+            return [Refused(str(error), "prompt").told]
+        passes = len(seeds) * self.objective.options.sampling_steps
+        with (
+            self.tracing.work("draw", trace),
+            self.busy(passes * self.objective.image_facts(self.model.config)["tokens"]),
+        ):
+            return await self.drawn(requests)
+
+    def _draw(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        options = self.objective.options
+        self.forwards += options.sampling_steps * -(-len(requests) // options.images_together)
+        self.rows += options.sampling_steps * len(requests)
+        return self.objective.predict(self.model, requests)
 
     async def transcribe(self, content: bytes, job: dict[str, Any], trace: Trace | None = None) -> dict[str, Any]:
         """Write down what is said in an audio file, in a batch with others: {"text", "tokens", "seconds", "read", "written"}.

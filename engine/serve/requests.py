@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 Token = Annotated[StrictInt, Field(ge=0)]
 Prompt = str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
@@ -223,6 +223,30 @@ class TranscriptionRequest(Body):
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")  # ISO 639: en, de
     response_format: Literal["json", "text", "verbose_json"] = "json"
     temperature: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+
+
+class ImageRequest(Body):
+    """POST /v1/images/generations; `seed` is ours."""
+
+    model: str | None = None
+    prompt: str = Field(min_length=1, max_length=1000)
+    n: int = Field(1, ge=1, le=10)
+    size: str | None = Field(None, pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
+    seed: int | None = Field(None, ge=0, lt=2**62)
+    response_format: Literal["b64_json", "url"] | None = None
+    user: str | None = Field(None, max_length=256)
+    # Not served: clients that send the neutral value are understood.
+    output_format: Literal["png"] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto"] | None = None
+    stream: Literal[False] | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _within_the_answer(cls, asked: str | None) -> str | None:
+        if asked == "url":
+            raise ValueError("images come within the answer, and no address has them: use b64_json")
+        return asked
 
 
 class Feedback(Body):

@@ -79,21 +79,22 @@ def check_job(job: Job) -> None:
     if config.data.packing != "end_to_end":
         console.print(packed(samples, config))
     if job.start:
-        from transformers import AutoConfig
+        from engine.models.build import shape_of
 
-        shape = AutoConfig.from_pretrained(job.start)
-        positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+        shape = shape_of(job.start, config.model, None, {})
+        text = shape.get_text_config() if hasattr(shape, "get_text_config") else shape
+        positions = getattr(text, "max_position_embeddings", None)
         if positions and config.data.sequence_length > positions:
             raise UserError(
                 f"sequence length {config.data.sequence_length:,} is over the {positions:,} positions of "
                 f"{job.start.name}: use data.sequence_length={positions}"
             )
     if config.data.within_documents or config.train.sequence_parallel > 1:
-        from engine.models.build import transformers_config
+        from engine.models.build import config_of
         from engine.models.documents import check_kept_apart
         from engine.train.sequence_parallel import check_divisible
 
-        shape = shape if job.start else transformers_config(config.model, objective.processor, options)
+        shape = shape if job.start else config_of(config.model, objective.processor, options)
         if config.data.within_documents:
             check_kept_apart(shape, objective.auto_class, config.model.attention)
         if config.train.sequence_parallel > 1:
@@ -140,7 +141,7 @@ def train(config: Config, spare: Spare | None = None) -> Outcome:
     if config.profile and (run.profile / PAGE).exists():
         console.print(f"profile   {run.profile / PAGE}")
     console.print(f"bundle    {run.bundle}")
-    if config.objective.lora.rank:
+    if adapter_of(run.bundle).exists():
         console.print(f"adapter   {adapter_of(run.bundle)}")
     return Outcome(run, list(run.metrics())[-1])
 

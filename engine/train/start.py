@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.config import TrainConfig
 from engine.errors import UserError
 from engine.models.attention import use_blockwise
-from engine.models.build import build, from_config, load, shape_of, stacks_of
+from engine.models.build import build, from_config, load, recompute_activations, shape_of, stacks_of
 from engine.models.trained import choose_trained
 from engine.objectives.contract import Objective
 from engine.train.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def _with_parts(model: Any, job: Job, objective: Objective) -> Any:
 def equip(model: Any, train: TrainConfig, device: torch.device, precision: str) -> None:
     """Give a model what makes its passes smaller or faster: activation checkpointing, attention, compilation."""
     if train.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     if device.type == "cpu" and precision == "bf16":
         use_blockwise(model)
     if train.compile:  # block by block: all of a stack are one piece of code, compiled once

@@ -1,7 +1,8 @@
 // The page at /: asks the endpoint as any client would, and shows what comes and how fast.
 const at = (id) => document.getElementById(id);
 const LOOK_MS = 2000;
-const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", transcription: "Audio file to write down" };
+const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", transcription: "Audio file to write down", images: "What to make images of" };
+const FIELDS = { writes: ["chat", "completion"], draws: ["images"], keeps: ["chat", "completion", "classification"] };
 let models = [];
 let talk = []; // of the chat
 let asking = null; // what the Stop button ends
@@ -37,9 +38,10 @@ function showModes() {
   const now = document.querySelector('input[name="mode"]:checked')?.value;
   at("send").disabled = !now;
   at("text-label").textContent = LABELS[now] ?? "This model cannot be tried here";
+  for (const label of document.querySelectorAll("label[class]")) {
+    label.hidden = ![...label.classList].some((it) => FIELDS[it]?.includes(now));
+  }
   const hears = now === "transcription";
-  for (const label of document.querySelectorAll(".writes")) label.hidden = hears || now === "classification";
-  for (const label of document.querySelectorAll(".keeps")) label.hidden = hears;
   at("text").hidden = hears;
   at("text").required = !hears;
   at("file").hidden = !hears;
@@ -169,6 +171,23 @@ async function classify(article, signal) {
   rateable(article, answer.id);
 }
 
+async function draw(article, signal) {
+  const began = performance.now();
+  const body = {
+    model: at("model").value, prompt: at("text").value, n: Number(at("count").value),
+    ...(at("seed").value && { seed: Number(at("seed").value) }),
+  };
+  const answer = await (await ask("v1/images/generations", body, signal)).json();
+  article.querySelector(".images").append(...answer.data.map((it, i) => {
+    const image = new Image();
+    image.src = `data:image/png;base64,${it.b64_json}`;
+    image.alt = image.title = `${body.prompt}, seed ${answer.seed + i}`;
+    return image;
+  }));
+  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.size}, seed ${answer.seed}`;
+  rateable(article, answer.id);
+}
+
 async function transcribe(article, signal) {
   const began = performance.now();
   const form = new FormData();
@@ -182,7 +201,7 @@ async function transcribe(article, signal) {
   rateable(article, response.headers.get("x-request-id"));
 }
 
-const DOES = { classification: classify, transcription: transcribe };
+const DOES = { classification: classify, images: draw, transcription: transcribe };
 
 at("ask").onsubmit = async (submit) => {
   submit.preventDefault();

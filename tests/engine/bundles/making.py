@@ -1,4 +1,4 @@
-"""Small bundles with fresh weights."""
+"""Small bundles, with fresh weights or a little trained."""
 
 from __future__ import annotations
 
@@ -13,23 +13,48 @@ from engine.data.prepare import prepare
 from engine.data.processor import prepared_processor
 from engine.data.shards import Split
 from engine.models.build import build
-from engine.objectives.contract import objective_class
+from engine.objectives.contract import Objective, objective_class
 
 
 def fresh_bundle(config: Config, folder: Path, seed: int = 0) -> Bundle:
     """Write a bundle of the config's model with fresh weights, large enough for its answers to differ."""
-    data = prepare(config)
-    manifest = Manifest.load(data)
-    processor = prepared_processor(data)
-    objective = objective_class(config.objective.name)(
-        config.objective, processor, config.data.sequence_length, manifest.labels
-    )
-    model = build(config.model, processor, objective.auto_class, objective.model_options(), seed)
+    objective, model = objective_and_model(config, seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(8)
+    return written(config, objective, model, folder)
+
+
+def taught_bundle(config: Config, folder: Path, steps: int) -> Bundle:
+    """Write a bundle of the config's model after so many plain steps of AdamW, a batch of 16 each."""
+    objective, model = objective_and_model(config, 1)
+    samples = objective.samples(Split.open(prepare(config), "train"))
+    optimizer, numbers = torch.optim.AdamW(model.parameters(), lr=5e-3), torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products as small as these take longer on several
+    for _ in range(steps):
+        chosen = torch.randint(len(samples), (16,), generator=numbers).tolist()
+        loss = objective.loss(model, objective.collate([samples[i] for i in chosen]))
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    return written(config, objective, model, folder)
+
+
+def objective_and_model(config: Config, seed: int) -> tuple[Objective, torch.nn.Module]:
+    """Return the task on the config's data, and a model with fresh weights."""
+    data = prepare(config)
+    processor, labels = prepared_processor(data), Manifest.load(data).labels
+    objective = objective_class(config.objective.name)(config.objective, processor, config.data.sequence_length, labels)
+    return objective, build(config.model, processor, objective.auto_class, objective.model_options(), seed)
+
+
+def written(config: Config, objective: Objective, model: torch.nn.Module, folder: Path) -> Bundle:
+    """Write a bundle of a model that was made for the config's data."""
+    data = prepare(config)
     return write_bundle(
         folder, model=model, objective=objective, name=folder.parent.name,
-        golden_requests=objective.golden_requests(Split.open(data, "validation")), data={"folder": str(data), "hash": manifest.hash},
+        golden_requests=objective.golden_requests(Split.open(data, "validation")), data={"folder": str(data), "hash": Manifest.load(data).hash},
     )  # fmt: skip

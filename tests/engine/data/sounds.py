@@ -45,5 +45,5 @@ def hummed_table(path: Path, rows: int) -> Path:
     table[5]["words"] = " "
     table[6]["audio"] = {"bytes": file_of(hum("one two three one two", 8000), 8000), "path": None}
     table[7]["audio"] = {"bytes": file_of(np.zeros(0, np.float32), 8000), "path": None}
-    pq.write_table(pa.Table.from_pylist(table), path)
+    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=16)
     return path

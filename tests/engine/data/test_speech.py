@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from engine.config import Config, with_values
+from engine.data.manifest import verify
+from engine.data.prepare import prepare
 from engine.data.speech import FULL_SCALE, decode, from_base64, wav
 from engine.errors import UserError
-from tests.engine.data.sounds import file_of, hum
+from tests.engine.data.sounds import file_of, hum, hummed_table
 
 
 def test_samples_of_16_bits_are_kept_bit_for_bit() -> None:
@@ -61,3 +65,36 @@ def test_mad_headers_are_refused() -> None:
 def test_a_request_carries_base64() -> None:
     with pytest.raises(UserError, match="send a WAV, FLAC, OGG or MP3 file"):
         from_base64("%%%", 16000, 30)
+
+
+def test_a_broken_off_preparation_goes_on_and_gives_the_same_bytes(tiny: Config, tmp_path: Path) -> None:
+    table = hummed_table(tmp_path / "train.parquet", 96)
+    config = with_values(
+        tiny,
+        {"data.source": "files", "data.path": str(table), "data.audio_column": "audio", "data.text_column": "words",
+         "data.audio_seconds": 1, "data.shard_tokens": 1024, "data.max_documents": None, "model.type": "whisper",
+         "runs_dir": str(tmp_path / "whole")},
+    )  # fmt: skip
+    whole = prepare(config)
+    assert sum(len(split["shards"]) for split in verify(whole).splits.values()) > 6
+    runs, breaks = tmp_path / "runs", 0
+
+    def broken_after(calls: int) -> Path | None:
+        left = [calls]
+
+        def heard(stage: str, done: int, total: int) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        try:
+            return prepare(with_values(config, {"runs_dir": str(runs)}), progress=heard)
+        except KeyboardInterrupt:
+            return None
+
+    while (found := broken_after(10)) is None:
+        breaks += 1
+        assert breaks < 20
+    assert breaks > 1
+    assert verify(found).hash == verify(whole).hash
+    assert all((whole / p.name).read_bytes() == p.read_bytes() for p in found.glob("*.arrow"))

@@ -120,6 +120,36 @@ def test_the_usual_words_are_no_drift(
     assert "nothing has drifted: nothing to do" in capsys.readouterr().out
 
 
+def test_on_a_schedule_it_learns_once_from_what_is_new(
+    lives: Lives, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = sentences(300, GOOD, BAD)
+    right = dict(asked)
+    trained, rounds = [], []
+
+    def train(config: Config) -> Outcome:
+        trained.append(config.name)
+        raise UserError("no room")
+
+    def sleep(seconds: float) -> None:  # nothing is recorded in the first round, and nothing more after the second
+        rounds.append(seconds)
+        if len(rounds) == 1:
+            record(tmp_path / "feedback", lives.bundle("good"), asked, right.__getitem__)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(improving, "train", train)
+    monkeypatch.setattr("engine.improve.improve.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        improving.improve(with_values(config, {"improve.go": True, "improve.every_s": 3600.0}), lambda _: nullcontext())
+    said = " ".join(capsys.readouterr().out.split())
+    assert rounds == [3600.0] * 3
+    assert "0 requests of" in said
+    assert [name[:10] for name in trained] == ["improve-20"]
+    assert "no room" in said
+    assert said.endswith("drifted, and 0 examples to learn from are less than improve.min_examples 50: more corrections are needed (POST /v1/feedback, of requests sent with store=true)")  # fmt: skip
+
+
 def test_too_little_is_told(config: Config) -> None:
     with pytest.raises(
         UserError, match=r"0 requests of .* are recorded in .*feedback, and improve.min_requests is 100"

@@ -44,6 +44,10 @@ FAMILIES = {
         "model.options": {"d_kv": 8, "d_ff": 64, "feed_forward_proj": "gated-gelu"},
     },
     "image_classification": {"model.type": "vit", **NO_TEXT, "model.options": {"patch_size": 8}},
+    "diffusion": {
+        "model.type": "dit", **NO_TEXT, "model.intermediate_size": None, "model.options": {"patch_size": 4},
+        "objective.sampling_steps": 4,
+    },
     "contrastive": {
         "model.type": "clip", **NO_TEXT, **NO_SHAPE, "data.caption": "a {label} picture, {words}", "data.sequence_length": 12,
         "model.options": {"projection_dim": 16, "vision_config": VISION, "text_config": TEXT},

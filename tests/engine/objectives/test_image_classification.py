@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.bundles.bundle import Bundle
-from engine.config import Config, with_values
+from engine.config import Config, ServeConfig, with_values
 from engine.data.images import decode, from_base64, png
 from engine.data.manifest import Manifest, verify
 from engine.data.prepare import prepare
@@ -19,7 +19,7 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.evaluate import evaluate_bundle
 from engine.models.size import parameter_count
-from engine.serve.deploy import refuse_what_has_no_endpoint
+from engine.serve.deploy import refuse_what_cannot_serve
 from tests.engine.objectives.conftest import (
     Curves,
     gradients,
@@ -111,7 +111,7 @@ def test_the_bundle_is_evaluated_and_goes_on(curves: Curves, family: Callable[..
 def test_an_image_bundle_is_not_deployed(curves: Curves, runs_dir: Path) -> None:
     bundle = Bundle.open(runs_dir / "image_classification-two" / "bundle")
     with pytest.raises(UserError, match="is for image_classification, which the endpoint doesn't offer"):
-        refuse_what_has_no_endpoint(bundle)
+        refuse_what_cannot_serve(bundle, ServeConfig())
 
 
 def test_work_by_hand(family: Callable[..., Config]) -> None:

@@ -59,6 +59,19 @@ def test_clip_finds_captions_of_cifar(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dit_makes_images_nearer_to_cifar_than_noise(tmp_path: Path) -> None:
+    lines = learnt(tmp_path, "dit", *IMAGES, "train.max_steps=150", "train.ema=0.98")
+    assert lines[-1]["validation_loss"] < 0.2 < lines[0]["loss"]  # of noise that isn't found: 1
+    said = manta(
+        tmp_path, "evaluate", "bundle=dit", "data=images", *IMAGES, "evaluate.resamples=100", "evaluate.images=100"
+    )
+    assert "features of a random convolution" in " ".join(said.split())
+    found = json.loads((tmp_path / "runs" / "evaluate" / "evaluation.json").read_text())["bundles"][0]["images"]
+    made, real, noise = (found["metrics"][f"frechet_distance{of}"]["value"] for of in ("", "_of_real", "_of_noise"))
+    assert real < made < noise / 2
+
+
+@pytest.mark.slow
 def test_t5_fills_in_shakespeare(tmp_path: Path) -> None:
     lines = learnt(tmp_path, "t5", *TEXT, "train.max_steps=100")
     assert lines[-1]["validation_loss"] < 5.6 < lines[0]["loss"]

@@ -22,6 +22,7 @@ from engine.evaluate.evaluate import evaluate_bundle
 from engine.models.size import parameter_count
 from engine.objectives.contract import objective_for
 from engine.objectives.speech_recognition import word_errors
+from engine.plan.plan import plan
 from tests.engine.data.sounds import file_of, hum
 from tests.engine.objectives.conftest import (
     Curves,
@@ -167,6 +168,14 @@ def test_work_by_hand(family: Callable[..., Config]) -> None:
         + heard * 6 * crossed
         + written * (6 * (decoder - crossed + model.config.vocab_size * width) + 12 * 2 * width * (written + heard))
     )
+
+
+def test_a_plan_knows_its_size(family: Callable[..., Config]) -> None:
+    config = family(TASK)
+    _, model, _ = made(config)
+    found = plan(with_values(config, {"model.vocab_size": model.config.vocab_size}))
+    assert found.sizes.parameters == parameter_count(model)
+    assert [stack.tokens for stack in found.sizes.stacks] == [50, 6]
 
 
 def test_an_architecture_is_known_by_its_closest_task() -> None:

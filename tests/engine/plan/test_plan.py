@@ -144,11 +144,12 @@ def test_the_fastest_layout_that_fits() -> None:
     assert describe(small.layout) == "zero.stage=0"
 
 
-FAMILIES = [  # with the tokens of a sample: text; text and what was cut out of it; patches and a class token; the same and a caption
+FAMILIES = [  # with the tokens of a sample: text; text and what was cut out of it; patches and a class token; the same and a caption; patches alone
     ("model=bert_5m objective=masked_lm", 256),
     ("model=t5_5m objective=span_corruption", 256 + 58),
     ("model=vit_5m objective=image_classification", 65),
     ("model=clip_5m objective=contrastive data.sequence_length=32", 65 + 32),
+    ("model=dit_5m objective=diffusion", 64),
 ]
 
 
@@ -163,7 +164,9 @@ def test_each_family_has_a_plan(overrides: str, tokens: int) -> None:
 
 
 def test_a_model_without_the_task_is_refused() -> None:
-    with pytest.raises(UserError, match=r"model\.type=vit has no model for objective=causal_lm in transformers"):
+    with pytest.raises(
+        UserError, match=r"model\.type=vit is not for this objective \(transformers has no AutoModelForCausalLM"
+    ):
         plan(of("model=vit_5m"))
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import transformers
@@ -20,14 +21,15 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.application import version_of
-from engine.serve.deploy import refuse_what_cannot_serve, with_draft
+from engine.serve.deploy import deploy, refuse_what_cannot_serve, with_draft
 from engine.serve.generation import Completion
-from engine.serve.replica import Replica
+from engine.serve.replica import Replica, loaded
 from engine.serve.requests import CompletionRequest
 from engine.serve.sampling import Sampling
 from engine.serve.speculation import SmallModel
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import CONFIGS, EOS, Run, model, requests
+from tests.ports import free_port
 
 DRAFTS = {"llama": "gpt2", "gpt2": "llama", "qwen2": "qwen2"}  # of another family, but for one
 
@@ -276,3 +278,25 @@ def test_dice_are_looked_at_and_not_thrown() -> None:
     Run("llama", speculate=4, draft=copy.deepcopy(model("llama"))).all([it])
     drawn = len(it.tokens) + (it.reason == "stop")
     assert [it.dice.random() for _ in range(3)] == [other.random() for _ in range(drawn + 3)][drawn:]
+
+
+def test_an_endpoint_with_a_draft_and_weights_of_8_bits(ray: None, writers: dict[str, Bundle], tiny: Config) -> None:
+    small = writers["small"].folder
+    asked = {"serve.port": free_port(), "serve.max_replicas": 1, "serve.precision": "fp32", "serve.quantize": "int8",
+             "serve.draft": str(small), "serve.speculate": 4}  # fmt: skip
+    config = with_values(tiny, asked)
+    up = deploy(config, {"writer": writers["large"].folder})
+    try:
+        body = {"prompt": "import os\nimport", "max_tokens": 60, "temperature": 0}
+        text = httpx.post(f"{up.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        told = httpx.get(f"{up.url}/metrics", timeout=60).text
+    finally:
+        up.stop()
+    model = loaded(writers["large"], config.serve)
+    (right,) = writers["large"].objective().predict(model, [{"prompt": body["prompt"], "max_tokens": 60}])
+    assert text == right["text"]
+    figures = {
+        line.split("{")[0]: float(line.split()[-1]) for line in told.splitlines() if line.startswith("manta_replica_")
+    }
+    assert figures["manta_replica_draft_forwards_total"] > 0
+    assert 0 < figures["manta_replica_right_tokens_total"] <= figures["manta_replica_guessed_tokens_total"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import queue
@@ -15,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from engine.serve.forward import Apart, Packed, make_forward
+from engine.serve.forward import AS_FLOATS, Apart, Packed, make_forward
 from engine.serve.generation import Completion, QueueFull, TransformersGenerator
 from engine.serve.sampling import Sampling
 from tests.engine.serve.clients import wait_for
@@ -215,3 +216,17 @@ def test_a_mad_model_is_told_and_the_lane_is_clean_again() -> None:
     bad, good = ended.get(timeout=30), ended.get(timeout=30)
     assert (bad.reason, bad.error) == ("error", "the model's output is not a finite number")
     assert good.reason == "length"
+
+
+@pytest.mark.parametrize("most", [AS_FLOATS, 0])
+def test_bf16_attends_as_the_model_does_alone_and_in_company(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr("engine.serve.forward.AS_FLOATS", most)
+    half = copy.deepcopy(model("llama")).bfloat16()
+    prompts = [prompt for prompt, *_ in requests("llama")[:5]]
+    run = Run(half, speculate=3)
+    found = run.all([Completion(prompt, 8, logprobs=0, sampling=Sampling(bias={EOS: -100.0})) for prompt in prompts])
+    for prompt, it in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            right = model("llama")(torch.tensor([prompt + it.tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for score, row in zip(it.scores, right, strict=True):
+            assert score.logprob == pytest.approx(float(row[score.token]), abs=0.25)

@@ -49,7 +49,8 @@ def bundles(tiny: Config, tiny_functions: Config, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def endpoint(ray: None, tiny: Config, bundles: dict[str, Bundle]) -> Iterator[Endpoint]:
-    config = with_values(tiny, {"serve.port": free_port(), "serve.max_body_bytes": 20_000, "serve.max_new_tokens": 100})
+    options = {"serve.max_body_bytes": 20_000, "serve.max_new_tokens": 100, "serve.max_replicas": 1}  # one cache
+    config = with_values(tiny, {"serve.port": free_port(), **options})
     up = deploy(config, {name: bundle.folder for name, bundle in bundles.items()})
     yield up
     up.stop()

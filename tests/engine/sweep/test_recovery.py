@@ -22,7 +22,7 @@ from engine.sweep.record import Trial
 from engine.sweep.recovery import Lost, Recovery, clear, note
 from engine.train.run_folder import RunFolder
 
-STEPS = 24
+STEPS = 12
 
 
 def test_a_lost_trial_is_begun_again_so_many_times(tmp_path: Path) -> None:
@@ -52,8 +52,8 @@ def test_one_that_failed_is_not_begun_again(tmp_path: Path) -> None:
 def of(config: Config, name: str, **values: Any) -> Config:
     """Configure a sweep whose trials are all alike, on two workers each."""
     given = {"name": name, "job": "sweep", "sweep.space": {"optim.lr": {"choice": [3e-3]}}, "sweep.scheduler": "none",
-             "train.workers": 2, "zero.stage": 2, "train.max_steps": STEPS, "train.checkpoint_every": 1,
-             "train.evaluate_every": 2, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
+             "train.workers": 2, "zero.stage": 2, "train.max_steps": STEPS, "train.checkpoint_every": 2,
+             "train.evaluate_every": 3, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
     return with_values(config, given | {key.replace("__", "."): value for key, value in values.items()})
 
 
@@ -101,7 +101,7 @@ def test_a_trial_goes_on_after_a_worker_of_its_was_killed(
     ray: None, tiny_functions: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = of(tiny_functions, "shot", sweep__trials=3, sweep__concurrent=1)
-    with kills(config, {"shot-000": (1, 3), "shot-001": (0, 5)}) as killed:
+    with kills(config, {"shot-000": (1, 3), "shot-001": (0, 4)}) as killed:
         result = sweep(config)
     assert len(killed) == 2
     assert [(trial.state, trial.losses) for trial in result.trials] == [

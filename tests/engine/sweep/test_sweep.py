@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from ray import cloudpickle
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, to_dict, with_values
@@ -24,6 +26,7 @@ from engine.sweep import launch
 from engine.sweep.launch import SweepResult, base_job, make_course, run_trials, sweep, trial_share
 from engine.sweep.population import Population
 from engine.sweep.record import read
+from engine.sweep.recovery import Recovery
 from engine.sweep.space import check_space
 from engine.sweep.trial import job_of
 from engine.train.checkpoint import Checkpoint, step_folder
@@ -69,6 +72,12 @@ def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
     assert trial_share(with_values(tiny, {"sweep.concurrent": 2}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
     assert trial_share(with_values(tiny, {"train.workers": 2}), {"CPU": 4.0}) == (2, {"CPU": 1.0})
     assert trial_share(with_values(tiny, {"train.cpus_per_worker": 2.0}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
+
+
+def test_tune_keeps_no_picture_of_a_terminal_or_a_course(tmp_path: Path) -> None:
+    lock = threading.Lock()  # as a live table has one
+    for one in launch.adapters(lock, Recovery(0), RunFolder(tmp_path), 1, lambda: None):  # type: ignore[arg-type]
+        cloudpickle.dumps(one)
 
 
 def test_a_sweep_stops_the_bad_and_keeps_the_best(ray: None, tiny_functions: Config) -> None:

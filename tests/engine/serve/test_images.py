@@ -1,0 +1,172 @@
+"""Images over HTTP, by OpenAI's own client: of label and seed alone, whatever shares the forward."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from engine.bundles.bundle import Bundle, write_bundle
+from engine.config import Config, with_values
+from engine.data.processor import new_image_processor
+from engine.models.build import build
+from engine.objectives.contract import objective_class
+from engine.serve.deploy import Endpoint, deploy
+from tests.engine.serve.test_access import browser_page, wait_for  # noqa: F401
+from tests.engine.serve.test_serve import free_port
+
+LABELS = ["cat", "dog", "plane"]
+DIT = {
+    "model.type": "dit", "model.num_key_value_heads": None, "model.max_position_embeddings": None,
+    "model.tie_word_embeddings": None, "model.intermediate_size": None, "model.options": {"patch_size": 4},
+    "objective.name": "diffusion", "objective.sampling_steps": 5,
+}  # fmt: skip
+
+
+def stirred_bundle(tiny: Config, folder: Path) -> Bundle:
+    """Write a bundle that makes images of 16 x 16, with weights all of which have a part in them."""
+    config = with_values(tiny, DIT)
+    kind = objective_class("diffusion")
+    objective: Any = kind(config.objective, new_image_processor("dit", 16), config.data.sequence_length, LABELS)
+    model = build(config.model, objective.processor, objective.auto_class, objective.model_options(), seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    golden: Any = objective.golden_requests(None)
+    return write_bundle(folder, model=model, objective=objective, name="painter", golden_requests=golden)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return stirred_bundle(tiny, tmp_path_factory.mktemp("painter") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray: None, tiny: Config, bundle: Bundle) -> Iterator[Endpoint]:
+    up = deploy(
+        with_values(tiny, {"serve.port": free_port(), "serve.batch_wait_s": 0.05, "serve.max_replicas": 1}),
+        {"painter": bundle.folder},
+    )
+    yield up
+    up.stop()
+
+
+@pytest.fixture(scope="module")
+def api(endpoint: Endpoint) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def draw(api: openai.OpenAI, prompt: str, seed: int, n: int = 1) -> list[str]:
+    answer = api.images.generate(
+        model="painter", prompt=prompt, n=n, response_format="b64_json", extra_body={"seed": seed}
+    )
+    return [image.b64_json or "" for image in answer.data or []]
+
+
+def pixels(content: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))).astype(int)
+
+
+def test_openais_client_gets_what_the_bundle_makes(api: openai.OpenAI, bundle: Bundle) -> None:
+    found = draw(api, "dog", 7, n=2)
+    requests = [{"prompt": "dog", "seed": 7}, {"prompt": "dog", "seed": 8}]
+    wanted = [answer["image"] for answer in bundle.objective().predict(bundle.model(), requests)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert Image.open(io.BytesIO(base64.b64decode(ours))).format == "PNG"
+        assert pixels(ours).shape == (16, 16, 3)
+        assert np.abs(pixels(ours) - pixels(theirs)).max() <= 1  # another number of threads rounds otherwise
+    assert found[0] != found[1]
+    assert draw(api, "dog", 8) == found[1:]
+    assert draw(api, "cat", 7)[0] != found[0]
+    assert {it.id for it in api.models.list()} == {"painter"}
+
+
+def test_an_image_is_the_same_whatever_shares_the_forward(api: openai.OpenAI, endpoint: Endpoint) -> None:
+    def figures() -> tuple[int, int]:
+        (found,) = httpx.get(f"{endpoint.url}/v1/replicas").json()["data"]
+        return found["steps"], found["rows"]
+
+    asked = [(LABELS[i % 3], 100 + i) for i in range(7)]
+    alone = [draw(api, *it)[0] for it in asked]
+    wait_for(lambda: figures()[1] % 5 == 0)
+    steps, rows = figures()
+    with ThreadPoolExecutor(7) as pool:
+        assert [found[0] for found in pool.map(lambda it: draw(api, *it), asked)] == alone
+    wait_for(lambda: figures()[1] - rows == 7 * 5)
+    assert figures()[0] - steps < 7 * 5  # they did share some
+    assert len(set(alone)) == 7
+
+
+def test_a_seed_that_is_drawn_is_told(endpoint: Endpoint, api: openai.OpenAI) -> None:
+    body = {"prompt": " Plane", "n": 2, "size": "16x16", "quality": "auto"}
+    answer = httpx.post(f"{endpoint.url}/v1/images/generations", json=body, timeout=60).json()
+    assert draw(api, "plane", answer["seed"], n=2) == [it["b64_json"] for it in answer["data"]]
+    assert (answer["model"], answer["size"], answer["output_format"]) == ("painter", "16x16", "png")
+    spent = {"input_tokens": 2, "output_tokens": 2 * 16, "total_tokens": 2 + 2 * 16}
+    assert answer["usage"] == spent | {"input_tokens_details": {"text_tokens": 2, "image_tokens": 0}}
+    lines = httpx.get(f"{endpoint.url}/metrics").text.splitlines()
+    counted = [line for line in lines if "manta_requests_total{" in line and 'path="/v1/images/generations"' in line]
+    assert any('status="200"' in line and 'model="painter"' in line for line in counted)
+    assert any("manta_tokens_total{" in line and 'kind="completion"' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"prompt": "a red cat"}, "prompt", "'a red cat' is none of this model's labels: it makes images of cat, dog, plane"),
+        ({"prompt": "cat", "size": "1024x1024"}, "size", "makes images of 16x16, not 1024x1024: leave size out"),
+        ({"prompt": "cat", "size": "large"}, "size", "pattern"),
+        ({"prompt": "cat", "response_format": "url"}, "response_format", "use b64_json"),
+        ({"prompt": "cat", "n": 11}, "n", "less than or equal to 10"),
+        ({"prompt": "cat", "seed": -1}, "seed", "greater than or equal to 0"),
+        ({"prompt": "cat", "style": "vivid"}, "style", "no such option"),
+        ({"prompt": ["cat"]}, "prompt", "string"),
+        ({"n": 1}, "prompt", "required"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_in_openais_form(endpoint: Endpoint, body: dict[str, Any], param: str, said: str) -> None:
+    answer = httpx.post(f"{endpoint.url}/v1/images/generations", content=json.dumps(body), headers={"Content-Type": "application/json"})  # fmt: skip
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert said in error["message"]
+
+
+def test_what_another_model_does_is_told(api: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="model 'dall-e-3' is not served here; there are painter"):
+        api.images.generate(model="dall-e-3", prompt="cat")
+    with pytest.raises(openai.BadRequestError, match="model 'painter' does images, not completion"):
+        api.completions.create(model="painter", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="it embeds no texts"):
+        api.embeddings.create(model="painter", input="x")
+
+
+def test_the_page_shows_images(endpoint: Endpoint, browser_page: Any) -> None:  # noqa: F811
+    page, told = browser_page, list[str]()
+    page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.goto(endpoint.url)
+    page.wait_for_selector("#model option", state="attached")
+    assert page.is_checked('input[value="images"]')
+    assert page.is_hidden("#tokens")
+    page.fill("#text", "cat")
+    page.fill("#count", "2")
+    page.fill("#seed", "3")
+    page.click("#send")
+    wait_for(lambda: page.evaluate("[...document.images].filter(it => it.naturalWidth == 16).length") == 2, 20)
+    assert page.get_attribute(".images img", "alt") == "cat, seed 3"
+    page.click("article .up")
+    page.wait_for_selector('article .up[aria-pressed="true"]')
+    assert not told
