@@ -14,7 +14,6 @@ WORKER = {
     "TOKENIZERS_PARALLELISM": "false",  # threads before a fork make it warn; our own processes are the parallelism
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; unset, each worker warns of it
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost one is replaced after three looks; by default that is 30 s
     "GLOG_minloglevel": "2",  # errors and worse
 }
 DRIVER = {

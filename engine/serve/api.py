@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import secrets
+import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -24,7 +25,9 @@ from starlette.exceptions import HTTPException
 
 from engine.serve.answers import ChatForm, CompletionForm, Form, usage
 from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
-from engine.serve.gate import Access, Door, Gate, Visit
+from engine.serve.front import Front, listen
+from engine.serve.gate import Door, Gate, Visit, access_from
+from engine.serve.limits import Limits
 from engine.serve.metrics import Metrics
 from engine.serve.records import Recorder
 from engine.serve.refusals import ApiError
@@ -143,20 +146,47 @@ def _told(request_id: str) -> str:
 class Api:
     """The ingress: checks requests, hands them to the bundles' replicas, and counts."""
 
-    def __init__(self, steward: str, options: dict[str, Any], access: Access) -> None:
-        """Take the steward's application, and the options of ServeConfig. Raises UserError for unreadable keys."""
-        self.bundles, self.access = Router(steward, options["tries"]), access
-        self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
+    def __init__(self, steward: str, settings: dict[str, Any], listens: bool) -> None:
+        """Take the steward's application, and the options of ServeConfig and Access; `listens`: without Serve's proxy.
+
+        Raises UserError for unreadable keys, and an address that it cannot listen on.
+        """
+        self.bundles = Router(steward, settings, self._change)
         self.created = int(time.time())
         self.counts = Metrics()
-        paths = {"/", "/docs", *app.openapi()["paths"]}
-        Gate.door = self.door = Door(access, self.counts, paths)
+        self.paths = {"/", "/docs", *app.openapi()["paths"]}
         self.pages = page_files()
-        records = Path(access.records_dir)
-        self.recorders = {kind: Recorder(records, kind) for kind in ("feedback", "requests")}
+        self.limits, self.records_dir = Limits(), ""
+        self._change(settings)
+        self.front: Front | None = None
+        if listens:
+            taken = listen(settings["options"]["host"], settings["options"]["port"])
+            self.opening = asyncio.get_running_loop().create_task(self._open(taken))
         self.answered: dict[str, tuple[str, str, str]] = {}  # request -> model, version, key; the eldest first
         self.polled_at = 0.0
         self.polling = asyncio.Lock()
+
+    def _change(self, settings: dict[str, Any]) -> None:
+        """Go by these settings from now on. Raises UserError for unreadable keys, and goes by the old ones."""
+        options, access = settings["options"], access_from(settings["access"])
+        Gate.door = self.door = Door(access, self.counts, self.paths, self.limits)
+        if access.records_dir != self.records_dir:
+            self.records_dir = access.records_dir
+            self.recorders = {kind: Recorder(Path(self.records_dir), kind) for kind in ("feedback", "requests")}
+        self.access = access
+        self.max_new_tokens, self.max_sequences = options["max_new_tokens"], options["max_queue"]
+
+    async def _open(self, taken: socket.socket) -> None:
+        """Take requests, once there is a table and Serve knows this object, by which its methods are called."""
+        await self.check_health()
+        while serve.get_replica_context().servable_object is not self:
+            await asyncio.sleep(0.01)
+        self.front = Front(self.app, taken)  # type: ignore[attr-defined]  # of Serve's own class around this one
+
+    async def __del__(self) -> None:
+        """Answer what has come before the process ends: Serve awaits this."""
+        if self.front:
+            await self.front.close()
 
     async def check_health(self) -> None:
         """Wait for the first table: an ingress that knows no model yet gets no request."""

@@ -20,13 +20,14 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.serve.adapters import pinned
 from engine.serve.api import Api
-from engine.serve.gate import Access
 from engine.serve.replica import Replica
 from engine.serve.rollout import Version
-from engine.serve.scaling import WorkInFlight
+from engine.serve.scaling import WorkInFlight, ongoing
 from engine.serve.steward import Steward
 
 ENDPOINT, STEWARD = "manta", "manta-steward"  # names of applications
+HEAD_NODE = "node:__internal_head__"  # Ray's resource for it: where the endpoint is looked for
+HEALTH_CHECK_S = 1.0  # between two looks at the ingress: a lost one is replaced after the next
 # Options that decide how one deployment goes; a change of them changes neither ingress nor replicas.
 OF_A_CHANGE = (
     "names", "ready_timeout_s", "detach", "strategy", "canary_stages", "canary_requests", "canary_stage_s",
@@ -64,7 +65,7 @@ def version_application(args: dict[str, Any]) -> Any:
         deployment = serve.deployment(
             name=f"bundle-{args['name']}".replace("/", "-"),
             autoscaling_config=autoscaling(options),
-            max_ongoing_requests=4 * options.max_batch,
+            max_ongoing_requests=ongoing(options.max_batch),
             max_queued_requests=options.max_queue,
             **spread,
             graceful_shutdown_timeout_s=options.drain_s,
@@ -93,17 +94,18 @@ def autoscaling(options: ServeConfig) -> dict[str, Any]:
 
 
 def endpoint_application(args: dict[str, Any]) -> Any:
-    """Build the ingress: {"options", "access"}."""
-    options = ServeConfig(**args["options"])
-    access = Access(**args["access"] | {"origins": tuple(args["access"]["origins"])})
+    """Build the ingress: {"options", "access"}, and "listens" where it is the way in itself, without Serve's proxies."""
+    options, listens = ServeConfig(**args["options"]), args.get("listens", False)
+    place: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}} if listens else {}
     ingress = serve.deployment(
         name="api",
         max_ongoing_requests=1024,
         max_surge_percent=100,  # a changed one answers before the old one leaves
         graceful_shutdown_timeout_s=options.drain_s,
-        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_S,
+        ray_actor_options={"num_cpus": 0, **place},
     )(Api)
-    return ingress.bind(STEWARD, asdict(options), access)
+    return ingress.bind(STEWARD, {key: args[key] for key in ("options", "access")}, listens)
 
 
 def steward_application(args: dict[str, Any]) -> Any:

@@ -62,8 +62,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     for folder in bundles.values():
         refuse_what_cannot_serve(Bundle.open(folder), config.serve)
     if config.serve.tracing:
-        exporter(config.serve.tracing)  # or it is refused here, before anything starts
-    settings = of_ingress(config)
+        exporter(config.serve.tracing)
+    of_ingress(config)  # refused here, if it is, before anything starts
     quiet()
     up = running()
     endpoint = Endpoint(url_of(config.serve))
@@ -72,7 +72,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     elif up["url"] != endpoint.url:
         port = up["url"].rpartition(":")[2]
         raise UserError(f"an endpoint is up at {up['url']}, and a cluster has one: use serve.port={port} to change it")
-    from engine.serve.application import ENDPOINT, versions_of
+    from engine.serve.application import versions_of
 
     versions = versions_of(bundles, config.serve)
     if up:
@@ -83,17 +83,14 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
         if up is None:
             open_endpoint(config, endpoint)
         bring_up(new, config.serve.ready_timeout_s)
-        if up and up["options"] != settings:
-            run([("endpoint", ENDPOINT, settings)])
-            wait_until_running([ENDPOINT], config.serve.ready_timeout_s)
         known = {name: asdict(replace(it, about=about(it))) for name, it in versions.items()}
+        told("opened", endpoint.url, str(config.run_dir.absolute()), of_ingress(config))
         told("take", known, asdict(plan_of(config.serve)))
         wait_until_ready(endpoint, config.serve.ready_timeout_s)
     except BaseException:
         if up is None:
             endpoint.stop()
         raise
-    told("opened", endpoint.url, str(config.run_dir.absolute()), settings)
     record_deployment(config.run_dir, endpoint.url, bundles)
     return endpoint
 
@@ -101,16 +98,14 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 def open_endpoint(config: Config, endpoint: Endpoint) -> None:
     """Start Serve, the steward and the ingress."""
     from ray import serve
-    from ray.serve.config import HTTPOptions
 
     from engine.serve.application import ENDPOINT, STEWARD
     from engine.serve.steward import forget
 
     forget()  # what an endpoint left that was ended by another hand
-    http = HTTPOptions(host=config.serve.host, port=config.serve.port)
-    serve.start(http_options=http, logging_config=quiet())
+    serve.start(proxy_location="Disabled", logging_config=quiet())  # the ingress listens itself
     beginning = {"url": endpoint.url, "folder": str(config.run_dir.absolute()), "versions": {}}
-    run([("steward", STEWARD, beginning), ("endpoint", ENDPOINT, of_ingress(config))])
+    run([("steward", STEWARD, beginning), ("endpoint", ENDPOINT, of_ingress(config) | {"listens": True})])
 
 
 def of_ingress(config: Config) -> dict[str, Any]:

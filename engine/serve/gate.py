@@ -71,6 +71,11 @@ def access_for(config: Config, keys_text: str) -> Access:
     )  # fmt: skip
 
 
+def access_from(plain: dict[str, Any]) -> Access:
+    """Return it from what `asdict` and JSON have made of it."""
+    return Access(**plain | {"origins": tuple(plain["origins"])})
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether only this machine can reach an address."""
     if host == "localhost":
@@ -125,11 +130,14 @@ class Visit:
 class Door:
     """Lets visits in and out."""
 
-    def __init__(self, access: Access, metrics: Metrics, paths: set[str]) -> None:
-        """Read the keys; `paths` are told in metrics and traces by their names, all others together. Raises UserError."""
+    def __init__(self, access: Access, metrics: Metrics, paths: set[str], limits: Limits | None = None) -> None:
+        """Read the keys; `paths` are told in metrics and traces by their names, all others together.
+
+        `limits`: what keys have left, where another door stood here before. Raises UserError.
+        """
         self.access, self.metrics, self.paths = access, metrics, paths
         self.keys = Keys(Path(access.keys_file) if access.keys_file else None, access.keys_text)
-        self.limits, self.tracing = Limits(), Tracing(access.tracing)
+        self.limits, self.tracing = limits or Limits(), Tracing(access.tracing)
         self.mask = masking(["emails", "secrets"])
         self.log = logging.Logger("manta.access")
         if access.log_file:
@@ -221,11 +229,11 @@ class Door:
 class Gate:
     """ASGI middleware: a visit through the door, its body read within bounds, CORS where it is asked for."""
 
-    door: ClassVar[Door]  # the ingress sets it before the first request
+    door: ClassVar[Door]  # the ingress sets it before the first request, and with its settings
 
     def __init__(self, app: Any) -> None:
         self.inner = app
-        self.cors: Any = None
+        self.cors: tuple[Door, Any] | None = None
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Let a request in, or answer why not; count it when it leaves."""
@@ -234,11 +242,17 @@ class Gate:
         elif not self.door.access.origins:
             await self._pass(scope, receive, send)
         else:
-            self.cors = self.cors or CORSMiddleware(
+            await self._cross_origin()(scope, receive, send)
+
+    def _cross_origin(self) -> Any:
+        """Return the door with CORS around it."""
+        if not self.cors or self.cors[0] is not self.door:
+            around = CORSMiddleware(
                 cast(Any, self._pass), allow_origins=self.door.access.origins, allow_methods=["GET", "POST"],
                 allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"],
             )  # fmt: skip
-            await self.cors(scope, receive, send)
+            self.cors = (self.door, around)
+        return self.cors[1]
 
     async def _pass(self, scope: Scope, receive: Any, send: Any) -> None:
         visit = self.door.visit(scope)

@@ -22,6 +22,10 @@ REPLICA = {
     "cached_tokens": ("manta_replica_cached_tokens", "tokens of running completions in the key/value cache"),
     "cache_tokens": ("manta_replica_cache_tokens", "tokens that the cache has room for"),
     "steps": ("manta_replica_forwards_total", "forwards run"),
+    "by_lanes": (
+        "manta_replica_lane_requests_total",
+        "requests that an ingress on the same node sent by the short way (engine/serve/lanes.py)",
+    ),
     "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
     "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.speculate)"),
     "right_tokens": ("manta_replica_right_tokens_total", "of these, tokens that the model would have written itself"),

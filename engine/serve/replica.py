@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import torch.nn.functional as F
 from ray import serve
@@ -29,10 +30,11 @@ from engine.serve.adapters import Adapters
 from engine.serve.chat import TemplateError, chat_prompt
 from engine.serve.forward import positions
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
+from engine.serve.lanes import Mouth
 from engine.serve.linear import pack_linear
 from engine.serve.passing import in_passing
 from engine.serve.sampling import Mask, Sampling
-from engine.serve.scaling import TOKENS
+from engine.serve.scaling import REQUESTS, TOKENS
 from engine.serve.structure import BadSchema, Structure
 from engine.serve.text import Logprobs, Text
 from engine.serve.together import Together
@@ -99,6 +101,7 @@ class Replica:
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
         """Load the bundle. Raises UserError, and so takes no traffic, if it was changed or answers otherwise than recorded."""
         self.options = ServeConfig(**options)
+        self.mouth = Mouth(self)
         torch.set_num_threads(max(1, round(self.options.cpus_per_replica)))
         self.bundle = Bundle.open(Path(folder))
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
@@ -127,9 +130,18 @@ class Replica:
         self.transcribed = together(self._transcribe)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the tokens that are still to be read and written, of all that is queued and runs here."""
+        """Return the tokens that are still to be read and written, of all that is queued and runs here, and requests by lanes."""
         left = sum(it.need - it.cached for it in list(self.writing) if it.reason is None)
-        return {TOKENS: float(left + self.reading)}
+        return {TOKENS: float(left + self.reading), REQUESTS: float(self.mouth.under_way)}
+
+    async def lane(self) -> dict[str, str]:
+        """Return where an ingress on this node finds a lane to this replica."""
+        await self.mouth.open()
+        return {"node": ray.get_runtime_context().get_node_id(), "name": self.mouth.name}
+
+    def __del__(self) -> Awaitable[None] | None:
+        """Answer what came by lanes before the process ends: Serve awaits this."""
+        return self.mouth.close(self.options.drain_s) if self.mouth.server else None
 
     @contextlib.contextmanager
     def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
@@ -171,6 +183,7 @@ class Replica:
         return load | {
             "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": str(self.model.device),
             "steps": self.forwards + load.get("steps", 0), "rows": self.rows + load.get("rows", 0),
+            "by_lanes": self.mouth.taken,
         }  # fmt: skip
 
     async def classify(self, texts: list[str], trace: Trace | None = None) -> list[dict[str, Any]]:

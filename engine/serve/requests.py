@@ -31,6 +31,8 @@ class Body(Strict):
     @classmethod
     def _whole_characters(cls, body: Any) -> Any:
         """Refuse half characters, which JSON can write (\\ud800) and no tokenizer takes."""
+        if isinstance(body, bytes):
+            return body  # that wasn't sent as JSON: pydantic says what is wanted
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

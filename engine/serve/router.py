@@ -12,20 +12,25 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from engine.serve.lanes import Lane, Lanes
 from engine.serve.rollout import chosen, from_plain, likeness, position
+from engine.serve.scaling import ongoing
 from engine.serve.steward import load
 from engine.serve.tracing import Trace
 
-REPORT_EVERY_S = 0.2
+REPORT_EVERY_S = 0.2  # while something is tried
+WAIT_S = 2.0  # for news otherwise
+LOOK_EVERY_S = 2.0  # for replicas that came or went
 ASK_S = 5.0  # for what a replica says of itself
 MOST_TOLD = 20_000  # answers of a version that wait to be reported, while the steward is away
 SHADOWS = 16  # copies under way at once: more are left out, so that copying never slows what clients wait for
@@ -54,9 +59,9 @@ _asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
 class Router:
     """The models behind an ingress; it follows the steward's table, and goes on by the last one while it is away."""
 
-    def __init__(self, steward: str, tries: int) -> None:
-        """Take the steward's application; `tries`: of one request that replicas lose."""
-        self.steward, self.tries = serve.get_app_handle(steward), tries
+    def __init__(self, steward: str, settings: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> None:
+        """Take the steward's application, the ingress' settings, and what to call with new ones."""
+        self.steward, self.settings, self.change = serve.get_app_handle(steward), settings, change
         self.number = -1
         self.informed = asyncio.Event()  # once there is a table
         self.models: dict[str, dict[str, Any]] = {}
@@ -67,7 +72,15 @@ class Router:
         self._ratings: dict[str, list[bool]] = defaultdict(list)
         self._gone: dict[str, asyncio.Event] = {}  # of versions that requests wait for
         self._copies: set[asyncio.Task[None]] = set()
-        self._following = asyncio.get_running_loop().create_task(self._follow())
+        self.lanes, self.node = Lanes(), ray.get_runtime_context().get_node_id()
+        self._following = [
+            asyncio.get_running_loop().create_task(it) for it in (self._follow(), self._follow_replicas())
+        ]
+
+    @property
+    def tries(self) -> int:
+        """How often a request is given to replicas that are lost."""
+        return int(self.settings["options"]["tries"])
 
     def begin(self, key: str, trace: Trace | None = None) -> None:
         """Say whose request the present task answers, and which trace it belongs to."""
@@ -148,14 +161,26 @@ class Router:
         return await self._tried(other, method, args)  # counted for nobody: it is no request of the other's own
 
     async def _tried(self, version: Version, method: str, args: tuple[Any, ...]) -> Any:
-        for left in reversed(range(self.tries)):
+        tries = self.tries
+        for left in reversed(range(tries)):
             try:
-                return await getattr(self.handles[version["app"]], method).remote(*args, **_trace())
+                if lane := self.lane(version):
+                    return await lane.ask(method, args, _trace())
+                answer = getattr(self.handles[version["app"]], method).remote(*args, **_trace())
+                try:
+                    return await answer
+                except asyncio.CancelledError:
+                    answer.cancel()
+                    raise
             except RayActorError:
                 if not left:
                     raise
-                await asyncio.sleep(PAUSE_S * 2 ** (self.tries - left - 1))
+                await asyncio.sleep(PAUSE_S * 2 ** (tries - left - 1))
         raise AssertionError
+
+    def lane(self, version: Version) -> Lane | None:
+        """Return a lane to the version's replica with the least to do; None where Serve's handle is to find one."""
+        return self.lanes.free(version["app"], ongoing(version["options"]["max_batch"]))
 
     async def unless_withdrawn(self, version: Version, name: str, answer: Awaitable[Any]) -> Any:
         """Wait for an answer; of a version on trial, as long as it is. Raises Withdrawn: its replicas may be gone for good."""
@@ -215,12 +240,15 @@ class Router:
         if stored := load():
             models = {name: model.table() for name, model in from_plain(stored["models"]).items()}
             with contextlib.suppress(Exception):  # an application that is gone: the steward's table will tell
-                await self._adopt({"number": stored["number"], "models": models})
+                await self._adopt(
+                    {"number": stored["number"], "models": models, "settings": stored["endpoint"]["options"]}
+                )
         while True:
             answers, shadows, ratings = self._answers, self._shadows, self._ratings
             self._answers, self._shadows, self._ratings = defaultdict(list), defaultdict(list), defaultdict(list)
             try:
-                told = self.steward.report.remote(self.number, dict(answers), dict(shadows), dict(ratings))
+                wait_s = 0.0 if any(model["trial"] for model in self.models.values()) else WAIT_S
+                told = self.steward.report.remote(self.number, dict(answers), dict(shadows), dict(ratings), wait_s)
                 if table := await asyncio.wait_for(told, 10 * ASK_S):
                     await self._adopt(table)
             except Exception:  # the steward was lost and comes back: what was seen is told then
@@ -229,6 +257,23 @@ class Router:
                 _put_back(ratings, self._ratings)
             await asyncio.sleep(REPORT_EVERY_S)
 
+    async def _follow_replicas(self) -> None:
+        """Keep lanes to the replicas that there are, for ever."""
+        while True:
+            self.lanes.forget(self.lanes.apps - self._apps())
+            await asyncio.gather(*(self._look(app) for app in self._apps() & self.handles.keys()))
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self, app: str) -> None:
+        with contextlib.suppress(Exception):  # none is there, or Serve is away: lanes that there are go on
+            asked = self.handles[app].broadcast("lane").results_async(timeout_s=ASK_S, return_exceptions=True)
+            await self.lanes.follow(app, await asyncio.wait_for(asked, 2 * ASK_S), self.node)
+
+    def _apps(self) -> set[str]:
+        """Return the applications of all versions that may be asked."""
+        found = [version for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version"))]  # fmt: skip
+        return {version["app"] for version in found if version}
+
     async def _adopt(self, table: dict[str, Any]) -> None:
         """Go by a new table, once there is a handle for each version in it."""
         apps = set()
@@ -236,6 +281,9 @@ class Router:
             apps |= {model["stable"]["app"], *([model["trial"]["version"]["app"]] if model["trial"] else [])}
         for app in apps - self.handles.keys():
             self.handles[app] = await asyncio.to_thread(serve.get_app_handle, app)
+        if table["settings"] not in ({}, self.settings):
+            self.settings = table["settings"]
+            self.change(self.settings)
         self.models, self.number = table["models"], table["number"]
         self.informed.set()
         there = {version["id"] for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version")) if version}  # fmt: skip
@@ -315,6 +363,9 @@ class Stream:
             except StopAsyncIteration:
                 self._end(False)
                 raise
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
             except BackPressureError:
                 if self.headed or not self._other():
                     raise
@@ -342,6 +393,8 @@ class Stream:
         self.inner.cancel()
 
     def _begin(self) -> Any:
+        if lane := self.router.lane(self.version):
+            return lane.stream(self.method, self.args, _trace())
         handle = self.router.handles[self.version["app"]]
         return getattr(handle.options(stream=True), self.method).remote(*self.args, **_trace())
 

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-TOKENS = "tokens_in_flight"  # what a replica tells: tokens still to be read and written by all that it has taken
+# What a replica tells: tokens still to be read and written by all that it has taken, and requests by lanes, unknown to Serve.
+TOKENS, REQUESTS = "tokens_in_flight", "requests_by_lanes"
+
+
+def ongoing(max_batch: int) -> int:
+    """Return how many requests a replica takes at once: those of a forward, and some to go on with."""
+    return 4 * max_batch
 
 
 def wanted(tokens: float, requests: float, queued: float, target_tokens: int, target_requests: int) -> float:
@@ -30,6 +36,7 @@ class WorkInFlight:
 
     def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
         """Return the number of replicas, and no state of its own."""
-        tokens = sum((context.aggregated_metrics or {}).get(TOKENS, {}).values())
-        requests, queued = context.total_num_requests, context.total_queued_requests or 0.0
+        told = context.aggregated_metrics or {}
+        tokens, by_lanes = (sum(told.get(kind, {}).values()) for kind in (TOKENS, REQUESTS))
+        requests, queued = context.total_num_requests + by_lanes, context.total_queued_requests or 0.0
         return wanted(tokens, requests, queued, self.target_tokens, self.target_requests), {}

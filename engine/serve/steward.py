@@ -36,6 +36,7 @@ class Steward:
         """Take the endpoint's URL, the run's folder, and the versions to begin with by name, where nothing is stored yet."""
         self.models: dict[str, Model] = {}
         self.number = 0  # of changes: a router that knows it knows all
+        self.news = asyncio.Event()  # of the next change
         self._stored = 0.0
         declared = {name: version["id"] for name, version in versions.items()}
         self.endpoint: dict[str, Any] = {"url": url, "folder": folder, "options": {}, "declared": {}}
@@ -63,8 +64,11 @@ class Steward:
         return self.endpoint
 
     async def opened(self, url: str, folder: str, options: dict[str, Any]) -> None:
-        """Note where the endpoint listens, which run changed it last, and the options of its ingress."""
+        """Note where the endpoint listens, which run changed it last, and the settings of its ingress, which goes by them."""
+        changed = options != self.endpoint["options"]
         self.endpoint |= {"url": url, "folder": folder, "options": options}
+        if changed:
+            self._count_up()
         self.file = Path(folder) / EVENTS
         self._store()
 
@@ -87,10 +91,10 @@ class Steward:
             model.keep(apps, time.time() + seconds)
         self._store()
 
-    async def report(self, known: int, answers: dict[str, list[tuple[bool, float]]], shadows: dict[str, list[dict[str, Any]]], ratings: dict[str, list[bool]]) -> dict[str, Any] | None:  # fmt: skip
+    async def report(self, known: int, answers: dict[str, list[tuple[bool, float]]], shadows: dict[str, list[dict[str, Any]]], ratings: dict[str, list[bool]], wait_s: float) -> dict[str, Any] | None:  # fmt: skip
         """Take what a router saw, by version: answers (failed, pace), comparisons, ratings (True: bad).
 
-        Returns {"number", "models"}, or None where the router knows the newest.
+        Returns {"number", "models", "settings"}, or None where the router knows the newest and nothing has changed for `wait_s`.
         """
         for version, found in answers.items():
             self._told[version] += [Answer(failed, pace) for failed, pace in found]
@@ -100,6 +104,9 @@ class Steward:
             if model.trial and (seen := shadows.get(model.trial.version.id)):
                 for it in seen:
                     self._compare(model, it)
+        if known == self.number and wait_s:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.news.wait(), wait_s)
         return None if known == self.number else self._table()
 
     async def state(self) -> dict[str, Any]:
@@ -180,12 +187,17 @@ class Steward:
 
     def _tell(self, *events: dict[str, Any]) -> None:
         """Write events down, and let the routers know."""
-        self.number += 1
+        self._count_up()
         self._store()
         with contextlib.suppress(OSError):  # another node's disk, perhaps: the state has the events too
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
                 file.writelines(json.dumps(event) + "\n" for event in events)
+
+    def _count_up(self) -> None:
+        self.number += 1
+        self.news.set()
+        self.news = asyncio.Event()
 
     def _store(self) -> None:
         self._stored = time.time()
@@ -193,7 +205,8 @@ class Steward:
         internal_kv._internal_kv_put(KEY, json.dumps(plain).encode(), overwrite=True)
 
     def _table(self) -> dict[str, Any]:
-        return {"number": self.number, "models": {name: model.table() for name, model in self.models.items()}}
+        models = {name: model.table() for name, model in self.models.items()}
+        return {"number": self.number, "models": models, "settings": self.endpoint["options"]}
 
 
 def load() -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
-from engine.serve.scaling import TOKENS, WorkInFlight, wanted
+from engine.serve.scaling import REQUESTS, TOKENS, WorkInFlight, wanted
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, wait_for
 from tests.ports import free_port
@@ -32,6 +32,10 @@ def test_the_work_in_flight_decides(tokens: float, requests: float, queued: floa
     assert wanted(tokens, requests, queued, target_tokens=1000, target_requests=8) == replicas
     metrics = {TOKENS: {"replica 1": tokens / 4, "replica 2": 3 * tokens / 4}}
     context = SimpleNamespace(aggregated_metrics=metrics, total_num_requests=requests, total_queued_requests=queued)
+    assert WorkInFlight(1000, 8)(context) == (replicas, {})
+    # The same, where Serve knows but of those that wait: the others came by lanes.
+    metrics[REQUESTS] = {"replica 1": requests - queued}
+    context = SimpleNamespace(aggregated_metrics=metrics, total_num_requests=queued, total_queued_requests=queued)
     assert WorkInFlight(1000, 8)(context) == (replicas, {})
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy, refuse_taken_port
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import metrics_at_rest
+from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
 from tests.ports import free_port
 
 PROMPTS = [
@@ -329,6 +330,8 @@ def test_bad_input_is_told_in_openais_form(
 def test_malformed_json_and_unknown_paths(client: httpx.Client) -> None:
     response = client.post("/v1/completions", content='{"prompt": ', headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+    untold = client.post("/v1/completions", content=b"{")  # nor that it is JSON
+    assert (untold.status_code, untold.json()["error"]["type"]) == (400, "invalid_request_error")
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
 
 
@@ -344,6 +347,25 @@ def test_requests_are_counted(client: httpx.Client) -> None:
     before = count()
     complete(client, prompt="x", max_tokens=1)
     assert count() == before + 1
+
+
+def test_requests_go_the_short_way(client: httpx.Client) -> None:
+    def by_lanes(model: str) -> float:
+        of_it = ("manta_replica_lane_requests_total{", f'model="{model}"')
+        lines = metrics_at_rest(str(client.base_url))
+        return sum(float(line.rpartition(" ")[2]) for line in lines if all(it in line for it in of_it))
+
+    def ask() -> bool:  # again, until the ingress has found the replicas
+        before = {model: by_lanes(model) for model in ("writer", "namer")}
+        client.post("/v1/classify", json={"input": "x = 1"}).raise_for_status()
+        complete(client, prompt="x", max_tokens=1)
+        with client.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 2, "stream": True}) as stream:
+            assert list(stream.iter_lines())[-2] == "data: [DONE]"
+        time.sleep(1.0)  # as old replicas' figures may be
+        return {model: by_lanes(model) - count for model, count in before.items()} == {"writer": 2, "namer": 1}
+
+    wait_for(ask)
+    assert not processes("ProxyActor")
 
 
 def test_a_tampered_bundle_is_refused(ray: None, tiny: Config, bundles: dict[str, Bundle], tmp_path: Path) -> None:
