@@ -515,7 +515,7 @@ def test_the_page_asks_streams_and_rates(guarded: Guarded, browser_page: Any) ->
     assert models == ["namer (classification)", "writer (completion)"]
     page.select_option("#model", "writer")
     until("document.querySelectorAll('#replicas tr').length == 2")
-    unnamed = "[...document.querySelectorAll('input, select, textarea')].filter(it => !it.labels.length).length"
+    unnamed = "[...document.querySelectorAll('input, select, textarea')].filter(it => !it.labels.length && !it.ariaLabel).length"
     assert page.evaluate(unnamed) == 0
 
     page.evaluate(
