@@ -45,29 +45,25 @@ def prepared_processor(folder: Path) -> Any:
     return load_processor(folder / PROCESSOR if (folder / PROCESSOR).is_dir() else folder / TOKENIZER)
 
 
-@functools.lru_cache(maxsize=4)
 def load_image_processor(folder: str) -> Any:
     """Return the image processor of a folder. Raises UserError where there is none."""
-    from transformers import AutoImageProcessor
+    return _load("AutoImageProcessor", folder, "data.image_processor")
 
-    try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"data.image_processor={folder} holds none that transformers can load: {str(error).splitlines()[0]}"
-        ) from error
+
+def load_feature_extractor(folder: str) -> Any:
+    """Return the feature extractor of a folder. Raises UserError where there is none."""
+    return _load("AutoFeatureExtractor", folder, "data.feature_extractor")
 
 
 @functools.lru_cache(maxsize=4)
-def load_feature_extractor(folder: str) -> Any:
-    """Return the feature extractor of a folder. Raises UserError where there is none."""
-    from transformers import AutoFeatureExtractor
+def _load(kind: str, folder: str, option: str) -> Any:
+    import transformers
 
     try:
-        return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"data.feature_extractor={folder} holds none that transformers can load: {str(error).splitlines()[0]}"
+            f"{option}={folder} holds none that transformers can load: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -18,8 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster import local, state
-from cluster.ports import free_port
+from cluster import state
 from engine.config import Config, to_dict, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
@@ -27,7 +26,7 @@ from engine.sweep.launch import SweepResult, read_result, sweep
 from engine.sweep.record import Trial
 from engine.sweep.recovery import Lost, Recovery, clear, note
 from engine.train.run_folder import RunFolder
-from tests.engine.train.test_elastic import ROOT, SLOWLY, wait
+from tests.engine.train.test_elastic import ROOT, slow_nodes, wait
 
 STEPS = 12
 
@@ -148,17 +147,8 @@ sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[state.State]:
-    """Three nodes of one core, where each step takes a fifth of a second longer."""
-    with pytest.MonkeyPatch.context() as patch:
-        (tmp_path / "sitecustomize.py").write_text(SLOWLY)
-        patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-        patch.setenv("MANTA_HOME", str(tmp_path / "home"))
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-            patch.delenv(name, raising=False)
-        try:
-            yield local.up(nodes=3, cpus_per_node=1, port=free_port(26479), dashboard_port=free_port(28365))
-        finally:
-            local.down()
+    with slow_nodes(tmp_path, 3) as found:
+        yield found
 
 
 @pytest.mark.slow

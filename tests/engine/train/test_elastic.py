@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -112,19 +113,25 @@ def test_a_group_grows_once_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[state.State]:
-    """Two nodes of one core."""
+@contextlib.contextmanager
+def slow_nodes(folder: Path, nodes: int) -> Iterator[state.State]:
+    """Have some nodes of one core, where each step takes a fifth of a second longer."""
     with pytest.MonkeyPatch.context() as patch:
-        (tmp_path / "sitecustomize.py").write_text(SLOWLY)
-        patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-        patch.setenv("MANTA_HOME", str(tmp_path / "home"))
+        (folder / "sitecustomize.py").write_text(SLOWLY)
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+        patch.setenv("MANTA_HOME", str(folder / "home"))
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
             patch.delenv(name, raising=False)
         try:
-            yield local.up(nodes=2, cpus_per_node=1, port=free_port(26379), dashboard_port=free_port(28265))
+            yield local.up(nodes=nodes, cpus_per_node=1, port=free_port(26379), dashboard_port=free_port(28265))
         finally:
             local.down()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[state.State]:
+    with slow_nodes(tmp_path, 2) as found:
+        yield found
 
 
 def wait(what: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
