@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,7 @@ from engine.models.int8 import is_quantized
 from engine.objectives.contract import Objective, objective_class, objective_for
 
 MANIFEST = "manta.json"
+Predict = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a replayed (log-)probability: other kernels round otherwise
 WRITTEN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 ROUGH = 0.2  # the same where the model runs in another precision than it was written in
@@ -156,25 +158,29 @@ class Bundle:
         """Load the model for inference, in its own precision or in `dtype`."""
         return open_model(self.folder, self.objective().auto_class, dtype)
 
-    def _written_in(self) -> torch.dtype:
+    def written_in(self) -> torch.dtype:
         """Return the precision of the weights in the files."""
         with safe_open(min(self.folder.glob("*.safetensors")), "pt") as opened:
             return WRITTEN[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
     def replay(self, model: nn.Module) -> None:
-        """Ask the golden requests again. Raises UserError for the first answer that is not the recorded one."""
+        """Ask a model the golden requests again. Raises UserError for the first answer that is not the recorded one."""
+        dtype = next(model.parameters()).dtype
+        self.replay_by(lambda requests: self.objective().predict(model, requests), dtype, is_quantized(model))
+
+    def replay_by(self, predict: Predict, dtype: torch.dtype, in_8_bits: bool = False) -> None:
+        """The same, of whatever answers as the objective's `predict` does, with a model in that precision."""
         if not self.manifest:
             return
         requests = [golden["request"] for golden in self.manifest.golden]
-        outputs = self.objective().predict(model, requests) if requests else []
-        dtype = next(model.parameters()).dtype
-        tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self._written_in() else ROUGH
-        if in_8_bits := is_quantized(model):
+        outputs = predict(requests) if requests else []
+        tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self.written_in() else ROUGH
+        if in_8_bits:
             tolerance = IN_8_BITS if self.objective().over_vocabulary else ROUGH
         for golden, output in zip(self.manifest.golden, outputs, strict=True):
             # Near numbers can be asked for; equal words can't, where rounding decides between two that are as likely.
             recorded, answer = _numbers(golden["output"]), _numbers(output)
-            if len(recorded) != len(answer) or any(abs(a - b) > tolerance for a, b in zip(recorded, answer)):
+            if len(recorded) != len(answer) or not all(abs(a - b) <= tolerance for a, b in zip(recorded, answer)):
                 how = " with 8-bit weights (leave serve.quantize out)" if in_8_bits else ""
                 raise UserError(
                     f"{self.folder} does not answer as recorded{how}: {golden['request']} gives {output}, not {golden['output']}"

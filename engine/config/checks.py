@@ -193,6 +193,38 @@ def _check_sweep(c: Config) -> None:
         raise UserError("sweep.soup and sweep.retrain_steps each make the bundle: use one of them")
 
 
+# Engine arguments of vLLM for which there is another option.
+OF_VLLM = {
+    "model": "bundle", "tokenizer": "bundle", "dtype": "serve.precision", "max_num_seqs": "serve.max_batch",
+    "max_num_batched_tokens": "serve.step_tokens", "max_model_len": "serve.cache_tokens",
+    "num_gpu_blocks_override": "serve.cache_tokens", "tensor_parallel_size": "serve.gpus_per_replica",
+    "enable_lora": "serve.adapters", "max_loras": "serve.max_adapters", "max_cpu_loras": "serve.max_adapters",
+}  # fmt: skip
+
+
+def _check_generator(c: Config) -> None:
+    """Check that the options of whatever writes completions go together."""
+    serve = c.serve
+    if serve.generator != "vllm":
+        for key in ("vllm_python", "vllm_options"):
+            if getattr(serve, key):
+                raise UserError(f"serve.{key} is for serve.generator=vllm: add that, or leave it out")
+        return
+    for key, neutral in (("speculate", 0), ("quantize", "none"), ("compile", False)):
+        if (value := getattr(serve, key)) != neutral:
+            raise UserError(
+                f"serve.{key}={value} is for serve.generator=transformers: leave it out, or say it vLLM's way in serve.vllm_options"
+            )
+    for name in serve.vllm_options:
+        if name in OF_VLLM:
+            raise UserError(f"serve.vllm_options.{name} has an option of its own: use {OF_VLLM[name]}=...")
+    if serve.gpus_per_replica % 1 and serve.gpus_per_replica > 1:
+        raise UserError(
+            f"serve.gpus_per_replica {serve.gpus_per_replica:g} can't be divided among vLLM's processes: use a whole number, or less "
+            "than 1"
+        )
+
+
 def _check_contradictions(c: Config) -> None:
     train, model = c.train, c.model
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.name):
@@ -324,6 +356,7 @@ def _check_contradictions(c: Config) -> None:
             "shows none: use objective.guidance=1, or label_dropout=0.1"
         )
     _check_sweep(c)
+    _check_generator(c)
     if c.serve.max_replicas < c.serve.min_replicas:
         raise UserError(
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "

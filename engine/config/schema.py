@@ -629,18 +629,28 @@ class ServeConfig(Frozen):
         "log-probabilities may be off by 0.5 nats",
         choices=("none", "int8"),
     )  # fmt: skip
+    generator: str = option(
+        "transformers", "what writes completions; vllm: vLLM, which has an environment of its own and embeds no texts",
+        choices=("transformers", "vllm"),
+    )  # fmt: skip
+    vllm_python: Optional[str] = option(
+        None, "generator=vllm: path, on the replicas' machines, of the Python of an environment with vLLM; None: the one that runs Manta"
+    )  # fmt: skip
+    vllm_options: dict[str, Any] = option(
+        {}, "generator=vllm: engine arguments of vLLM (https://docs.vllm.ai/en/stable/configuration/engine_args), NAME: VALUE, that "
+        "no option here stands for: {gpu_memory_utilization: 0.5}",
+    )  # fmt: skip
     compile: bool = option(
         False,
         "torch.compile what a generator runs below its logits: a minute or two more until a replica is ready, and less time a token",
     )
     max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
-    step_tokens: int = option(
-        256,
-        "tokens in one forward of a generator, about: long prompts are read in parts, so that others go on",
-        least=1,
-    )
+    step_tokens: Optional[int] = option(
+        None, "tokens in one forward of a generator, about: long prompts are read in parts, so that others go on; None: 256, or "
+        "what vLLM takes", least=1,
+    )  # fmt: skip
     cache_tokens: Optional[int] = option(
-        None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory", least=16
+        None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory (of a GPU, vLLM takes most)", least=16
     )  # fmt: skip
     speculate: int = option(
         0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "

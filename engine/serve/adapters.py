@@ -87,15 +87,27 @@ def refuse_unfit(bundle: Bundle, adapters: Mapping[str, Any]) -> None:
         read(name, it, model)
 
 
+def unchanged(name: str, it: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """Return an adapter's config and weights. Raises UserError for one that was changed since it was pinned."""
+    config, weights = _files(name, Path(it["folder"]))
+    if _hash(config, weights) != it["hash"]:
+        raise UserError(f"adapter '{name}' in {it['folder']} was changed since it was deployed: deploy it again")
+    return config, weights
+
+
+def rank_of(name: str, folder: str) -> int:
+    """Return the largest rank of an adapter's matrices, by its config."""
+    config = _parsed(name, _files(name, Path(folder))[0])
+    return max([config.get("r") or 1, *(config.get("rank_pattern") or {}).values()])
+
+
 def read(name: str, it: Mapping[str, str], model: nn.Module) -> dict[str, Pair]:
     """Load an adapter for a model: its layers by their paths, in their precision and where they are.
 
     Raises UserError for one that was changed since it was pinned, does more than add two matrices' product, or has other
     layers or shapes than the model.
     """
-    told, weights = _files(name, Path(it["folder"]))
-    if _hash(told, weights) != it["hash"]:
-        raise UserError(f"adapter '{name}' in {it['folder']} was changed since it was deployed: deploy it again")
+    told, weights = unchanged(name, it)
     config = _parsed(name, told)
     _refuse_what_is_more(name, config)
     try:

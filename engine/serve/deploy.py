@@ -28,6 +28,7 @@ from engine.serve.rollout import Plan, Version
 from engine.serve.speculation import refuse_unfit_draft
 from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
+from engine.serve.vllm_generator import refuse_without_vllm
 
 ASK_S = 30.0  # for the steward's answers
 LOOK_EVERY_S = 0.1
@@ -271,6 +272,13 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
         raise UserError(
             f"serve.quantize is for bundles that read or write text, and {bundle.folder} is for {objective.options.name}"
         )
+    if options.generator == "vllm":
+        if objective.auto_class != "AutoModelForCausalLM":
+            raise UserError(
+                f"serve.generator=vllm is for bundles that write, and {bundle.folder} is for {objective.options.name}: deploy it "
+                "without"
+            )
+        refuse_without_vllm(options)
     refuse_unfit(bundle, options.adapters)
     refuse_unfit_draft(bundle, options.draft)
 

@@ -65,6 +65,7 @@ class Completion:
     reader: Any = None  # whatever its reader knows it by
     cancelled: bool = False  # by a reader that left; its place is free at the next step
     mask: Mask | None = None  # of a text that has a given form
+    schema: str = ""  # the form, in JSON, for a generator with masks of its own
 
     tokens: list[int] = field(default_factory=list)  # written so far
     scores: list[Score] = field(default_factory=list)  # of the tokens, and of the one that ended it if one did

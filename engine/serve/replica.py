@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from ray import serve
 from ray.serve.exceptions import RayServeException
 from torch import nn
+from transformers import AutoConfig
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
@@ -39,6 +41,7 @@ from engine.serve.structure import BadSchema, Structure
 from engine.serve.text import Logprobs, Text
 from engine.serve.together import Together
 from engine.serve.tracing import Trace, Tracing
+from engine.serve.vllm_generator import verified_generator
 
 TASKS = {
     "AutoModelForCausalLM": "completion",
@@ -55,6 +58,7 @@ PRECISIONS = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 CHARACTERS_A_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 LONG_TEXT = 20_000  # characters that are tokenized off the event loop
 VERSION_DIGITS = 12  # of a bundle's hash
+STEP_TOKENS = 256  # in a forward of our own generator, where nobody says
 
 
 class Refused(Exception):
@@ -107,18 +111,26 @@ class Replica:
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
         self.tracing = Tracing(self.options.tracing, about)
         self.objective = self.bundle.objective()
-        self.model = in_passing(lambda: loaded(self.bundle, self.options))
-        self.positions = positions(self.model.config) or self.objective.sequence_length
         self.writing: set[Completion] = set()
         self.reading = 0  # tokens of the other tasks' inputs, about
         self.forwards = self.rows = 0  # of inputs that are no completions
         self.structure: Structure | None = None  # made when it is first asked for
         self.generator: Generator | None = None
-        if self.objective.auto_class == "AutoModelForCausalLM":
+        if self.options.generator == "vllm":
+            self.config = AutoConfig.from_pretrained(self.bundle.folder, local_files_only=True)
+            vllm = verified_generator(
+                self.bundle, self.options, dtype_for(self.bundle, self.options), wake_readers, leave
+            )
+            self.generator, self.device = vllm, vllm.about["device"]
+        else:
+            self.model = in_passing(lambda: loaded(self.bundle, self.options))
+            self.config, self.device = self.model.config, str(self.model.device)
+        self.positions = positions(self.config) or self.objective.sequence_length
+        if self.objective.auto_class == "AutoModelForCausalLM" and self.generator is None:
             draft = Bundle.open(self.options.draft) if self.options.draft else None
             self.generator = TransformersGenerator(
                 self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
-                step_tokens=self.options.step_tokens, cache_tokens=self.options.cache_tokens,
+                step_tokens=self.options.step_tokens or STEP_TOKENS, cache_tokens=self.options.cache_tokens,
                 speculate=self.options.speculate,
                 draft=in_passing(lambda: loaded(draft, self.options)) if draft else None,
                 compiled=self.options.compile, tell=wake_readers,
@@ -161,27 +173,27 @@ class Replica:
     def check_health(self) -> None:
         """Raise if no completion would end any more; Serve then replaces this replica."""
         if self.generator and not self.generator.alive:
-            raise RuntimeError("the generator's thread has ended")
+            raise RuntimeError("the generator has ended")
 
     def describe(self) -> dict[str, Any]:
         """Return what the ingress needs to know to check requests."""
-        config: Any = self.model.config
+        config: Any = self.config
         return {
             "task": TASKS.get(self.objective.auto_class, self.objective.options.name),
             "positions": self.generator.limit if self.generator else self.positions,
             "vocabulary": getattr(config, "vocab_size", 0),
-            "embeds": self.objective.auto_class in EMBEDS,
+            "embeds": self.objective.auto_class in EMBEDS and self.options.generator == "transformers",
             "heard": getattr(config, "max_source_positions", 0),  # positions of a window of sound
             "hash": self.bundle.hash,
             "adapters": {name: it["hash"] for name, it in self.options.adapters.items()},
-            "image": self.objective.image_facts(self.model.config),
+            "image": self.objective.image_facts(self.config),
         }
 
     def figures(self) -> dict[str, Any]:
         """Return what /metrics tells of this replica."""
         load = self.generator.load if self.generator else {}
         return load | {
-            "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": str(self.model.device),
+            "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": self.device,
             "steps": self.forwards + load.get("steps", 0), "rows": self.rows + load.get("rows", 0),
             "by_lanes": self.mouth.taken,
         }  # fmt: skip
@@ -364,7 +376,7 @@ class Replica:
             prompt, most, Sampling(**job["sampling"]),
             seed=None if job["seed"] is None else job["seed"] + copy,
             logprobs=job["logprobs"], score_prompt=job["echo"] and job["logprobs"] is not None, client=job["client"],
-            adapter=job["adapter"],
+            adapter=job["adapter"], schema=job["schema"] or "",
             deadline=time.monotonic() + self.options.queue_timeout_s, stepwise=job["stream"] or stops, reader=reader,
         )  # fmt: skip
 
@@ -443,6 +455,17 @@ def loaded(bundle: Bundle, options: ServeConfig) -> nn.Module:
         pack_linear(model)
     bundle.replay(model)
     return model
+
+
+def dtype_for(bundle: Bundle, options: ServeConfig) -> torch.dtype:
+    """Return the precision in which vLLM is to run a bundle."""
+    has_bf16 = torch.cuda.is_available() or _cpu_has_bf16()
+    return PRECISIONS[options.precision] or (bundle.written_in() if has_bf16 else torch.float32)
+
+
+def leave() -> None:
+    """End this replica at once: its requests go to another, and Serve starts it anew."""
+    os._exit(1)
 
 
 def replica_id() -> str:

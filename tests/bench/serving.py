@@ -78,7 +78,8 @@ async def tokens_a_second(port: int, secret: str, model: str, dice: random.Rando
         else:
             answer = await caller.post("/v1/completions", body)
         count: int = answer["usage"]["completion_tokens"]
-        if os.environ.get("SHOW"): print(answer["usage"], body["max_tokens"])
+        if os.environ.get("SHOW"):
+            print(answer["usage"], body["max_tokens"])
         return count
 
     async with contextlib.AsyncExitStack() as stack:
