@@ -199,6 +199,7 @@ OF_VLLM = {
     "max_num_batched_tokens": "serve.step_tokens", "max_model_len": "serve.cache_tokens",
     "num_gpu_blocks_override": "serve.cache_tokens", "tensor_parallel_size": "serve.gpus_per_replica",
     "enable_lora": "serve.adapters", "max_loras": "serve.max_adapters", "max_cpu_loras": "serve.max_adapters",
+    "lora_target_modules": "serve.adapters", "max_lora_rank": "serve.adapters",
 }  # fmt: skip
 
 

@@ -95,10 +95,11 @@ def unchanged(name: str, it: Mapping[str, str]) -> tuple[bytes, bytes]:
     return config, weights
 
 
-def rank_of(name: str, folder: str) -> int:
-    """Return the largest rank of an adapter's matrices, by its config."""
-    config = _parsed(name, _files(name, Path(folder))[0])
-    return max([config.get("r") or 1, *(config.get("rank_pattern") or {}).values()])
+def extent(name: str, it: Mapping[str, str]) -> tuple[int, set[str]]:
+    """Return an adapter's largest rank, and the last parts of its layers' paths. Raises UserError as `unchanged` does."""
+    tensors = safetensors.torch.load(unchanged(name, it)[1])
+    found = {key: match for key in tensors if (match := TENSOR.fullmatch(key)) and match["side"] == "A"}
+    return max(len(tensors[key]) for key in found), {match["path"].rpartition(".")[2] for match in found.values()}
 
 
 def read(name: str, it: Mapping[str, str], model: nn.Module) -> dict[str, Pair]:

@@ -32,12 +32,11 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.errors import UserError
 from engine.objectives.contract import Objective
-from engine.serve.adapters import rank_of, unchanged
+from engine.serve.adapters import extent, unchanged
 from engine.serve.forward import positions
 from engine.serve.generation import LOOK_EVERY_S, Completion, QueueFull, Score
 from engine.serve.requests import MOST_LOGPROBS
 from engine.serve.scheduling import FairQueue
-from engine.serve.structure import SPACE
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 HAS_VLLM = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
@@ -46,6 +45,9 @@ PIECE = 2**16  # bytes read from the socket at once
 LONGEST_REASON = 400  # characters of what vLLM says
 LOG = logging.getLogger(__name__)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# To llguidance: no blanks between the words of JSON, where a small model may else write them without end. What follows the
+# schema so follows `structure`'s grammar too, whose one blank vLLM's version of llguidance may not know.
+TIGHT = {"x-guidance": {"whitespace_flexible": False}}
 # The engine runs within the worker; nothing is asked of a hub, and no usage statistics leave. What is asked of a prompt
 # that fills all positions is one token more, which vLLM counts and never reads.
 ENVIRONMENT = {
@@ -369,13 +371,19 @@ def asked_of(folder: Path, options: ServeConfig, dtype: torch.dtype, most: int |
         arguments["max_model_len"] = most + 1
     if options.step_tokens:
         arguments["max_num_batched_tokens"] = options.step_tokens
-    adapters = {
-        name: {"number": i + 1, "folder": it["folder"], "rank": rank_of(name, it["folder"]), "most": min(options.max_adapters, len(options.adapters))}
-        for i, (name, it) in enumerate(options.adapters.items())
-    }  # fmt: skip
     return {
-        "arguments": arguments | options.vllm_options, "adapters": adapters, "eos_ids": ends,
-        "cache_tokens": options.cache_tokens,
+        "arguments": arguments | options.vllm_options, "eos_ids": ends, "cache_tokens": options.cache_tokens,
+        "adapters": {name: it["folder"] for name, it in options.adapters.items()},
+        "lora": lora_of(options) if options.adapters else None,
+    }  # fmt: skip
+
+
+def lora_of(options: ServeConfig) -> dict[str, Any]:
+    """Return what the engine has to have room for. No other layer is touched: vLLM's CPU kernel fails in that of logits."""
+    extents = [extent(name, it) for name, it in options.adapters.items()]
+    return {
+        "rank": max(rank for rank, _ in extents), "layers": sorted(set().union(*(layers for _, layers in extents))),
+        "most": min(options.max_adapters, len(options.adapters)), "all": len(options.adapters),
     }  # fmt: skip
 
 
@@ -383,14 +391,11 @@ def asked_for(number: str, completion: Completion) -> dict[str, Any]:
     """Return a completion as the worker reads it."""
     sampling = asdict(completion.sampling)
     bias = sampling.pop("bias")
-    if completion.schema:
-        schema = json.loads(completion.schema)
-        schema["x-guidance"] = {"whitespace_pattern": SPACE}  # as `structure` has it
     return {
         "number": number, "prompt": completion.prompt, "max_tokens": completion.max_tokens, "seed": completion.seed,
         "sampling": sampling, "bias": {str(token): value for token, value in bias.items()},
         "logprobs": completion.logprobs, "score_prompt": completion.score_prompt, "adapter": completion.adapter,
-        "schema": schema if completion.schema else None,
+        "schema": json.loads(completion.schema) | TIGHT if completion.schema else None,
     }  # fmt: skip
 
 

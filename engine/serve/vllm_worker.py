@@ -61,7 +61,7 @@ class Worker:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        arguments = asked["arguments"] | lora_arguments(asked["adapters"])
+        arguments = asked["arguments"] | lora_arguments(asked["lora"])
         known = [field.name for field in dataclasses.fields(EngineArgs)]
         for name in arguments:
             if name not in known:
@@ -72,7 +72,8 @@ class Worker:
         size_cache(config, asked["cache_tokens"])
         self.engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
         self.config, self.eos_ids = config, asked["eos_ids"]
-        self.adapters: dict[str, dict[str, Any]] = asked["adapters"]
+        self.adapters: dict[str, str] = asked["adapters"]  # folders
+        self.numbers = {name: i + 1 for i, name in enumerate(self.adapters)}
         self.own: dict[str, tuple[str, Told]] = {}  # number -> vLLM's name for it, and what was asked
         self.steps = self.rows = 0
 
@@ -120,8 +121,7 @@ class Worker:
             return None
         from vllm.lora.request import LoRARequest
 
-        it = self.adapters[name]
-        request = LoRARequest(name, it["number"], it["folder"])
+        request = LoRARequest(name, self.numbers[name], self.adapters[name])
         self.engine.add_lora(request)  # here, where an error is one request's
         return request
 
@@ -151,17 +151,22 @@ class Worker:
         return [output.request_id, tokens, reason, scores, of_prompt, output.num_cached_tokens or 0, ""]
 
 
-def lora_arguments(adapters: dict[str, dict[str, Any]]) -> Told:
-    """Return the engine arguments for adapters {name: {"number", "folder", "rank", "most"}}."""
-    if not adapters:
+def lora_arguments(lora: Told | None) -> Told:
+    """Return the engine arguments for `most` of `all` adapters, of a `rank` on some `layers`."""
+    if lora is None:
         return {}
     from vllm.config.lora import MaxLoRARanks
+    from vllm.platforms import current_platform
 
-    rank, most = max(it["rank"] for it in adapters.values()), max(it["most"] for it in adapters.values())
-    sizes = [size for size in get_args(MaxLoRARanks) if size >= rank]
+    sizes = [size for size in get_args(MaxLoRARanks) if size >= lora["rank"]]
     if not sizes:
-        raise Refused(f"an adapter has rank {rank}, and vLLM takes {max(get_args(MaxLoRARanks))} at most")
-    return {"enable_lora": True, "max_loras": most, "max_cpu_loras": most, "max_lora_rank": min(sizes)}
+        raise Refused(f"an adapter has rank {lora['rank']}, and vLLM takes {max(get_args(MaxLoRARanks))} at most")
+    # On a CPU, vLLM gives rows without an adapter that of the last place, which is therefore left empty.
+    most = lora["all"] + 1 if current_platform.is_cpu() else lora["most"]
+    return {
+        "enable_lora": True, "max_loras": most, "max_cpu_loras": most, "max_lora_rank": min(sizes),
+        "lora_target_modules": lora["layers"],
+    }  # fmt: skip
 
 
 def size_cache(config: Any, tokens: int | None) -> None:

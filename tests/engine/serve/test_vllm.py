@@ -31,7 +31,7 @@ from engine.serve.sampling import Sampling
 from engine.serve.structure import Structure
 from engine.serve.vllm_generator import WORKER, VllmGenerator, refuse_without_vllm, verified_generator
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import load, metrics_at_rest, wait_for
+from tests.engine.serve.clients import load, metrics_at_rest, processes, wait_for
 from tests.engine.serve.test_adapters import merged, save
 from tests.ports import free_port
 
@@ -248,10 +248,14 @@ def altered(bundle: Bundle, folder: Path) -> Bundle:
 
 @with_vllm
 def test_an_answer_other_than_recorded_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    before = set(psutil.Process().children())
+    before = workers()
     with pytest.raises(UserError, match="does not answer as recorded"):
         verified_generator(altered(bundle, tmp_path / "bundle"), ServeConfig(**OPTIONS), torch.float32, wake, no_end)  # type: ignore[arg-type]  # fmt: skip
-    assert set(psutil.Process().children()) == before
+    assert workers() == before
+
+
+def workers() -> set[psutil.Process]:
+    return {it for it in psutil.Process().children() if str(WORKER) in it.cmdline()}
 
 
 def no_end() -> None:
@@ -260,13 +264,13 @@ def no_end() -> None:
 
 @with_vllm
 def test_a_killed_worker_is_noticed(bundle: Bundle) -> None:
-    gone = threading.Event()
+    gone, before = threading.Event(), workers()
     generator = verified_generator(bundle, ServeConfig(**OPTIONS), torch.float32, wake, gone.set)  # type: ignore[arg-type]
     running, waiting = [Completion([7], 120) for _ in range(4)], Completion([8], 5)
     generator.submit([*running, waiting])
     wait_for(lambda: running[0].tokens)
     assert generator.alive
-    (worker,) = [it for it in psutil.Process().children() if str(WORKER) in it.cmdline()]
+    (worker,) = workers() - before
     worker.kill()
     wait_for(lambda: waiting.reason)
     assert {(it.reason, it.error) for it in (*running, waiting)} == {("error", "vLLM has ended")}
@@ -313,9 +317,7 @@ def test_an_endpoint_with_vllm(bundle: Bundle, model: nn.Module, tiny: Config, t
         assert any('manta_replica_cache_tokens{model="writer"' in line for line in metrics_at_rest(endpoint.url))
         with load(endpoint.url, body) as noted:
             wait_for(lambda: len(noted) > 3)
-            killed = [
-                it for it in psutil.process_iter() if it.uids().real == os.getuid() and str(WORKER) in it.cmdline()
-            ]
+            killed = set(processes(str(WORKER))) - workers()
             for it in killed:
                 it.kill()
             answered = len(noted)
@@ -362,7 +364,7 @@ def test_a_bundle_that_does_not_write_is_refused(tiny_functions: Config, tmp_pat
         (
             {"serve.generator": "vllm", "serve.quantize": "int8"},
             "serve.quantize=int8 is for serve.generator=transformers",
-        ),  # fmt: skip
+        ),
         ({"serve.generator": "vllm", "serve.compile": True}, "serve.compile=True is for"),
         ({"serve.generator": "vllm", "serve.speculate": 4}, "serve.speculate=4 is for"),
         ({"serve.generator": "vllm", "serve.vllm_options": {"dtype": "half"}}, "use serve.precision="),
