@@ -25,7 +25,6 @@ from engine.serve.adapters import refuse_unfit
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE, Keys
 from engine.serve.rollout import Plan, Version
-from engine.serve.speculation import refuse_unfit_draft
 from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
 
@@ -217,6 +216,7 @@ def told(question: str, *words: Any) -> Any:
 
     from engine.serve.application import STEWARD
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deadline = time.monotonic() + ASK_S
     while time.monotonic() < deadline:
         with contextlib.suppress(RayActorError, TimeoutError):
@@ -272,7 +272,10 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
             f"serve.quantize is for bundles that read or write text, and {bundle.folder} is for {objective.options.name}"
         )
     refuse_unfit(bundle, options.adapters)
-    refuse_unfit_draft(bundle, options.draft)
+    if options.draft:
+        from engine.serve.speculation import refuse_unfit_draft  # and so torch's compiler: two seconds
+
+        refuse_unfit_draft(bundle, options.draft)
 
 
 def refuse_taken_port(port: int) -> None:
