@@ -28,6 +28,7 @@ from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
 from engine.serve.front import Front, listen
 from engine.serve.gate import Door, Gate, Visit, access_from
 from engine.serve.limits import Limits
+from engine.serve.loopback import stay_on_loopback
 from engine.serve.metrics import Metric, Metrics
 from engine.serve.places import meeting_folder, take_place
 from engine.serve.records import Recorder
@@ -152,6 +153,7 @@ class Api:
 
         Raises UserError for unreadable keys, and an address that it cannot listen on.
         """
+        stay_on_loopback()
         self.bundles = Router(steward, settings, self._change)
         self.created = int(time.time())
         self.counts = Metrics()

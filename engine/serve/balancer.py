@@ -21,10 +21,12 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.serve.front import KEEP_ALIVE_S, listen
+from engine.serve.loopback import stay_on_loopback
 from engine.serve.places import meeting_folder, paths
 from engine.serve.refusals import ApiError
 
@@ -58,13 +60,14 @@ def binary() -> str:
     raise UserError("serve.haproxy needs HAProxy: pip install 'manta-train[haproxy]', or put haproxy on the PATH")
 
 
-def configuration(host: str, port: int, sockets: Sequence[str], drain_s: float) -> str:
-    """Return HAProxy's configuration for ingresses at these paths; it takes `drain_s` at most to end what it has begun."""
+def configuration(host: str, port: int, sockets: Sequence[str], errors: dict[int, Path], drain_s: float) -> str:
+    """Return HAProxy's configuration for ingresses at these paths, with the files of its own answers by their status.
+
+    It takes `drain_s` at most to end what it has begun.
+    """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, (files - 256) // 2)  # two files each
     address = f"ipv6@{host}:{port}" if ":" in host else f"ipv4@{host}:{port}"
-    errors = [f"    http-error status {status} content-type application/json {retry(status)}string '{body(status, told)}'" for status, told in TOLD.items()]  # fmt: skip
-    servers = [f"    server ingress-{number} unix@{path} check inter {LOOK_MS}ms fall 1 rise 1" for number, path in enumerate(sockets)]  # fmt: skip
     return "\n".join([
         "global",
         f"    maxconn {most}",
@@ -80,7 +83,7 @@ def configuration(host: str, port: int, sockets: Sequence[str], drain_s: float) 
         f"    timeout http-keep-alive {KEEP_ALIVE_S}s",
         "    option http-ignore-probes",
         "    option abortonclose",  # a client that left ends its request at once
-        *errors,
+        *(f'    errorfile {status} "{file}"' for status, file in errors.items()),
         "frontend clients",
         f"    bind {address}",
         "    http-request set-header X-Request-Id %[uuid()] unless { req.hdr(x-request-id) -m found }",
@@ -93,19 +96,21 @@ def configuration(host: str, port: int, sockets: Sequence[str], drain_s: float) 
         "    option redispatch 1",
         "    retry-on conn-failure empty-response",
         "    http-request disable-l7-retry if { path /v1/feedback }",
-        *servers,
+        *(f'    server ingress-{number} "unix@{path}" check inter {LOOK_MS}ms fall 1 rise 1' for number, path in enumerate(sockets)),
         "",
     ])  # fmt: skip
 
 
-def retry(status: int) -> str:
-    """Return the header by which a client is told to come again."""
-    return "hdr Retry-After 1 " if status >= 500 else ""
-
-
-def body(status: int, told: str) -> str:
-    """Return the body of an answer, which HAProxy's configuration holds between single quotes."""
-    return json.dumps(ApiError(status, told).body())
+def write_errors(folder: Path) -> dict[int, Path]:
+    """Write the answers that HAProxy gives itself, whole as they are sent; return the file of each by its status."""
+    files = {}
+    for status, told in TOLD.items():
+        body = json.dumps(ApiError(status, told).body())
+        head = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "Content-Type: application/json", f"Content-Length: {len(body)}"]  # fmt: skip
+        again = ["Retry-After: 1"] if status >= 500 else []
+        files[status] = folder / f"{status}.http"
+        files[status].write_bytes("\r\n".join([*head, *again, "", body]).encode())
+    return files
 
 
 def end_with(parent: int) -> None:
@@ -152,10 +157,11 @@ class Balancer:
 
     def __init__(self, host: str, port: int, ingresses: int, drain_s: float) -> None:
         """Start HAProxy. Raises UserError where there is none, and for an address that it cannot listen on."""
+        stay_on_loopback()
         listen(host, port).close()
         folder, program = meeting_folder(), binary()
         file, log, self.drain_s = folder / "haproxy.cfg", folder.parent / "logs" / "haproxy.log", drain_s
-        file.write_text(configuration(host, port, paths(folder, ingresses), drain_s))
+        file.write_text(configuration(host, port, paths(folder, ingresses), write_errors(folder), drain_s))
         checked = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True)
         if checked.returncode:
             raise UserError(f"{program} refuses its configuration: {' '.join(checked.stderr.split())}")

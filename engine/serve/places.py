@@ -12,7 +12,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 FOLDER = "manta-ingress"
 SPARE = 2  # times as many places as ingresses
@@ -40,8 +40,8 @@ def meeting_folder() -> Path:
     """Return the folder of this Ray session on this node, made if need be. Raises PermissionError if others can reach it."""
     import ray
 
-    session = ray._private.worker.global_worker.node.get_session_dir_path()  # Ray has no public call for it
-    return private(Path(session) / FOLDER)
+    node: Any = ray._private.worker.global_worker.node  # Ray has no public call for it
+    return private(Path(node.get_session_dir_path()) / FOLDER)
 
 
 def private(folder: Path) -> Path:
