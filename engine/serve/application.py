@@ -121,7 +121,7 @@ def balancer_application(args: dict[str, Any]) -> Any:
         max_constructor_retry_count=1,
         ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
     )(Balancer)
-    return balancer.bind(options.host, options.port, options.ingresses, options.drain_s)
+    return balancer.bind(options.host, options.port, options.ingresses, options.body_timeout_s, options.drain_s)
 
 
 def steward_application(args: dict[str, Any]) -> Any:

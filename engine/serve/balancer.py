@@ -32,7 +32,6 @@ from engine.serve.refusals import ApiError
 
 CONNECTIONS = 8192  # at once, at most; what comes beyond waits in the listening socket's queue
 BUFFER_BYTES = 65_536  # of a request's head, and of a whole request that can be given to another ingress
-HEAD_S = 30  # for a request's head to come
 SLOW_READER_S = 300  # that a client may take nothing of an answer
 ANSWER_S = 86_400  # that an ingress may be silent: how long an answer takes is for it to say
 LOOK_MS = 250  # between two looks at an ingress
@@ -41,8 +40,7 @@ START_S = 10.0
 SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 LIBC = ctypes.CDLL(None, use_errno=True)
 TOLD = {  # what HAProxy answers itself
-    400: "this is no HTTP request that can be read: check its first line and headers",
-    408: "the headers did not come in time: send it again",
+    408: "the request did not come in time: send it again",
     502: "the process that answered was lost: try again in a second",
     503: "the endpoint is starting, or being replaced: try again in a second",
     504: "no answer came in time: try again in a second",
@@ -60,10 +58,11 @@ def binary() -> str:
     raise UserError("serve.haproxy needs HAProxy: pip install 'manta-train[haproxy]', or put haproxy on the PATH")
 
 
-def configuration(host: str, port: int, sockets: Sequence[str], errors: dict[int, Path], drain_s: float) -> str:
+def configuration(host: str, port: int, sockets: Sequence[str], errors: dict[int, Path], body_timeout_s: float, drain_s: float) -> str:  # fmt: skip
     """Return HAProxy's configuration for ingresses at these paths, with the files of its own answers by their status.
 
-    It takes `drain_s` at most to end what it has begun.
+    A request that fits a buffer is passed on once it is whole, so that it can be given to another ingress: it may take
+    `body_timeout_s` to come. HAProxy takes `drain_s` at most to end what it has begun.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = CONNECTIONS if files == resource.RLIM_INFINITY else min(CONNECTIONS, (files - 256) // 2)  # two files each
@@ -79,9 +78,10 @@ def configuration(host: str, port: int, sockets: Sequence[str], errors: dict[int
         "    timeout connect 200ms",  # of a socket on this machine; and the pause before another try
         f"    timeout client {SLOW_READER_S}s",
         f"    timeout server {ANSWER_S}s",
-        f"    timeout http-request {HEAD_S}s",
+        f"    timeout http-request {round(1000 * body_timeout_s)}ms",
         f"    timeout http-keep-alive {KEEP_ALIVE_S}s",
         "    option http-ignore-probes",
+        "    option http-buffer-request",
         "    option abortonclose",  # a client that left ends its request at once
         *(f'    errorfile {status} "{file}"' for status, file in errors.items()),
         "frontend clients",
@@ -155,13 +155,14 @@ class Keeper(threading.Thread):
 class Balancer:
     """Serve runs one of it, on the node of the ingresses."""
 
-    def __init__(self, host: str, port: int, ingresses: int, drain_s: float) -> None:
+    def __init__(self, host: str, port: int, ingresses: int, body_timeout_s: float, drain_s: float) -> None:
         """Start HAProxy. Raises UserError where there is none, and for an address that it cannot listen on."""
         stay_on_loopback()
         listen(host, port).close()
         folder, program = meeting_folder(), binary()
         file, log, self.drain_s = folder / "haproxy.cfg", folder.parent / "logs" / "haproxy.log", drain_s
-        file.write_text(configuration(host, port, paths(folder, ingresses), write_errors(folder), drain_s))
+        errors = write_errors(folder)
+        file.write_text(configuration(host, port, paths(folder, ingresses), errors, body_timeout_s, drain_s))
         checked = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True)
         if checked.returncode:
             raise UserError(f"{program} refuses its configuration: {' '.join(checked.stderr.split())}")

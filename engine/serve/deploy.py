@@ -300,9 +300,9 @@ def refuse_taken_port(port: int) -> None:
 
 
 def refuse_other_ways_in(options: ServeConfig, up: dict[str, Any]) -> None:
-    """Raise UserError where the endpoint that is up has another number of ingresses, or HAProxy and these options don't."""
+    """Raise UserError where the endpoint that is up differs in what HAProxy, or its absence, was started with."""
     has = up["options"].get("options", {})
-    for name in ("haproxy", "ingresses"):
+    for name in ("haproxy", "ingresses", *(["body_timeout_s"] if options.haproxy else [])):
         there = has.get(name, getattr(ServeConfig(), name))
         if there != getattr(options, name):
             raise UserError(
