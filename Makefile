@@ -34,7 +34,7 @@ test-all: check
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ 'accelerate>=1.10'
 
 bench: install .venv/peers
-	@for bench in step attention startup hf_trainer tokenize resume_order checkpoint_stall restart generation decoding classify sweep; do echo "== $$bench"; $(BIN)/python -m tests.bench.$$bench || exit 1; done
+	@for bench in step attention startup hf_trainer tokenize resume_order checkpoint_stall restart generation decoding serving classify sweep; do echo "== $$bench"; $(BIN)/python -m tests.bench.$$bench || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

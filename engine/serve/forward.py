@@ -13,6 +13,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,7 +25,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.errors import UserError
+from engine.serve import kernels
 from engine.serve.adapters import Adapters
+from engine.serve.linear import hand_over
 
 ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
@@ -33,6 +36,7 @@ SHORT = 16  # tokens of a sequence, at most, for which neighbours attend togethe
 # Numbers of the keys, at most, that are attended to as fp32 where they are bf16: torch's attention takes two to four times
 # as long for the same few queries in bf16, on a processor. More would take much memory, and gain little.
 AS_FLOATS = 2**22
+IN_KERNELS = (torch.float32, torch.bfloat16)
 PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
 
 
@@ -87,7 +91,7 @@ class Packed:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
         self.model, self.adapters = model, adapters
-        self.runs = compiled_twin(model) if compiled else model
+        self.runs, self.in_kernels = model, False
         self.before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.device = next(model.parameters()).device
@@ -99,6 +103,11 @@ class Packed:
         self.shape(len(PROBES), max(map(len, PROBES)) + 1)
         try:
             self._agree()
+            self.in_kernels = self.device.type == "cpu" and self.dtype in IN_KERNELS and kernels.load()
+            if compiled:
+                self.runs = compiled_twin(model)
+            if self.in_kernels or compiled:
+                self._agree()
         except Exception as error:
             model.set_attn_implementation(self.before)  # type: ignore[operator]
             raise error if isinstance(error, Unpackable) else Unpackable(f"{type(error).__name__}: {error}") from error
@@ -142,6 +151,8 @@ class Packed:
         wanted = [row for i in range(len(parts)) for row in rows[i]]
         everything = wanted == list(range(at))
         _UNDER_WAY.step = step
+        if self.in_kernels:
+            step.begin_in_kernels(self._keys, self._values)
         try:
             with self.adapters.applied([part.adapter for part in ordered for _ in part.tokens]):
                 logits_1RV = self.runs(
@@ -222,19 +233,35 @@ class Step:
         self.ids_1T, self.positions_1T, self.lanes_T = table_3T[:1], table_3T[1:2], table_3T[2]
         self._places: dict[int, Tensor] = {}
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self.pieces: list[Run | Chunk] = []
+        self.parts = parts
+        self.longest = max(part.past + len(part.tokens) for part in parts)
+
+    def begin_in_kernels(self, keys: dict[int, Tensor], values: dict[int, Tensor]) -> None:
+        """Tell `kernels` where the tokens of this thread's next forward belong."""
+        table: list[int] = []
+        row = 0
+        for part in self.parts:
+            table += (row, len(part.tokens), part.lane, part.past)
+            row += len(part.tokens)
+        layers = range(len(keys))
+        torch.ops.manta.begin([keys[i] for i in layers], [values[i] for i in layers], table, SHORT)
+
+    @cached_property
+    def pieces(self) -> list[Run | Chunk]:
+        """What attends together."""
+        pieces: list[Run | Chunk] = []
         start = 0
         for (count, short), group in itertools.groupby(
-            parts, lambda part: (len(part.tokens), len(part.tokens) <= SHORT)
+            self.parts, lambda part: (len(part.tokens), len(part.tokens) <= SHORT)
         ):
             alike = list(group)
             bounds = neighbours([part.lane for part in alike]) if short else [(i, i + 1) for i in range(len(alike))]
             for first, end in bounds:
                 at = start + first * count
                 together = count == 1 or end > first + 1
-                self.pieces.append(self._run(alike[first:end], at) if together else self._chunk(alike[first], at))
+                pieces.append(self._run(alike[first:end], at) if together else self._chunk(alike[first], at))
             start += len(alike) * count
-        self.longest = max(part.past + len(part.tokens) for part in parts)
+        return pieces
 
     def _run(self, parts: Sequence[Part], start: int) -> Run:
         count, pasts = len(parts[0].tokens), [part.past for part in parts]
@@ -350,7 +377,8 @@ def _attend(
     unknown = [name for name, value in others.items() if value is not None and name not in NEUTRAL]
     if unknown:
         raise Unpackable(f"its attention takes {', '.join(unknown)}")
-    attend = torch.ops.manta.attend if torch.compiler.is_compiling() else attend_in_step
+    in_one = torch.compiler.is_compiling() or under_way().cache.in_kernels
+    attend = torch.ops.manta.attend if in_one else attend_in_step
     layer: int = module.layer_idx  # type: ignore[assignment]
     return attend(query, key, value, layer, scaling, others.get("sliding_window")), None
 
@@ -359,8 +387,13 @@ def attend_in_step(
     query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attend as the step asks it that is under way in this thread."""
+    return under_way().attend(query, key, value, layer, scaling, window)
+
+
+def under_way() -> Step:
+    """Return this thread's step."""
     assert _UNDER_WAY.step is not None
-    return _UNDER_WAY.step.attend(query, key, value, layer, scaling, window)
+    return _UNDER_WAY.step
 
 
 class _UnderWay(threading.local):
@@ -368,7 +401,8 @@ class _UnderWay(threading.local):
 
 
 _UNDER_WAY = _UnderWay()
-# One operation that the compiler doesn't look into: which lanes attend together is another matter at each step.
+# One operation that the compiler doesn't look into: which lanes attend together is another matter at each step. On a
+# processor `kernels` takes its place.
 _OPERATIONS = torch.library.Library("manta", "FRAGMENT")
 _OPERATIONS.define("attend(Tensor query, Tensor key, Tensor value, int layer, float? scaling, int? window) -> Tensor")
 _OPERATIONS.impl("attend", attend_in_step, "CompositeExplicitAutograd")
@@ -384,6 +418,8 @@ def compiled_twin(model: nn.Module) -> nn.Module:
     prefix: str = model.base_model_prefix  # type: ignore[assignment]
     twin, base = copy.copy(model), copy.copy(model.get_submodule(prefix))
     twin._modules = {**model._modules, prefix: base}
+    if next(model.parameters()).device.type == "cpu" and kernels.load():
+        hand_over(model)
     base.compile(dynamic=True)
     return twin
 

@@ -8,9 +8,9 @@ can't hold such a weight: to it a product is one operation, which knows its weig
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 from functools import partial
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,20 @@ def pack_linear(model: nn.Module) -> nn.Module:
     return model
 
 
+def hand_over(model: nn.Module) -> None:
+    """Let the operations of `kernels`, which are loaded, know a model's packed weights for as long as these are in use."""
+    for layer in model.modules():
+        if isinstance(packed := getattr(layer, "packed", None), Packed) and packed.number not in _HANDED_OVER:
+            torch.ops.manta.hold(packed.number, packed.weight, packed.bias_O, packed.small_OI)
+            _HANDED_OVER.add(packed.number)
+            weakref.finalize(packed, _take_back, packed.number)
+
+
+def _take_back(number: int) -> None:
+    torch.ops.manta.release(number)
+    _HANDED_OVER.discard(number)
+
+
 class Packed:
     """What a layer multiplies by."""
 
@@ -61,7 +75,8 @@ class Packed:
 
 
 _NUMBERS = itertools.count()
-_BY_NUMBER: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+_HANDED_OVER: set[int] = set()
+_BY_NUMBER: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
 _OPERATIONS = torch.library.Library("manta", "FRAGMENT")
 _OPERATIONS.define("linear(Tensor given, int number, int outputs) -> Tensor")
 _OPERATIONS.impl("linear", lambda given, number, _: _BY_NUMBER[number](given), "CompositeExplicitAutograd")

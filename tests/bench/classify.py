@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import statistics
@@ -30,6 +29,7 @@ from cluster.session import connect
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
 from engine.serve.keys import new_key
+from tests.bench.calls import Caller
 from tests.bench.interleaved import interleave, record, show
 from tests.engine.bundles.making import fresh_bundle
 from tests.ports import free_port
@@ -84,22 +84,16 @@ def alone(url: str, secret: str, predict: Callable[[str], object]) -> None:
 
 
 async def calls_a_second(port: int, secret: str) -> float:
-    """Return how many answers `CLIENTS` clients get a second. They cost little, which httpx doesn't: it would be measured."""
+    """Return how many answers `CLIENTS` clients get a second."""
     dice, until = random.Random(0), time.perf_counter() + SECONDS
 
     async def ask() -> int:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         count = 0
-        while time.perf_counter() < until:
-            body = json.dumps({"input": text(dice)}).encode()
-            head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {secret}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
-            status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower().splitlines()
-            assert " 200 " in status, status
-            length = next(int(it.partition(":")[2]) for it in headers if it.startswith("content-length:"))
-            assert json.loads(await reader.readexactly(length))["data"][0]["scores"]
-            count += 1
-        writer.close()
+        async with Caller(port, secret) as caller:
+            while time.perf_counter() < until:
+                answer = await caller.post("/v1/classify", {"input": text(dice)})
+                assert answer["data"][0]["scores"]
+                count += 1
         return count
 
     began = time.perf_counter()

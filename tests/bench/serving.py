@@ -1,8 +1,9 @@
 """Tokens a second over HTTP: `manta deploy` beside `transformers serve` with its continuous batching, the same bundle.
 
-16 ragged clients of /v1/completions: prompts of 8 to 64 words, 16 to 128 new tokens, llama_5m with fresh weights in fp32,
-greedy, whole answers and streams. The peer's cache and batch are sized by hand. Both are counted by the tokens that their
-answers tell. Target: 4x on a CPU, 1.3x on a GPU.
+16 clients of /v1/completions, each with one request after the other: prompts of 4 to 32 words of two or three tokens, 16 to
+128 new tokens, llama_5m with fresh weights in fp32, greedy; whole answers and streams; ours with and without serve.compile.
+The peer's cache and batch are sized by hand. Both are counted by the tokens that their answers tell. Target: 4x on a CPU,
+1.3x on a GPU.
 """
 
 from __future__ import annotations
@@ -78,7 +79,6 @@ async def tokens_a_second(port: int, secret: str, model: str, dice: random.Rando
         else:
             answer = await caller.post("/v1/completions", body)
         count: int = answer["usage"]["completion_tokens"]
-        if os.environ.get("SHOW"): print(answer["usage"], body["max_tokens"])
         return count
 
     async with contextlib.AsyncExitStack() as stack:
@@ -98,22 +98,22 @@ def main() -> None:
         bundle = fresh_bundle(config, folder / "writer" / "bundle")
         secret, _ = new_key(config.keys_file, "bench", 10**6, 10**9, None)
         stack.enter_context(connect("local", os.cpu_count(), False, folder / "logs"))
-        stack.callback(deploy(config, {"writer": bundle.folder}).stop)
-        ports = {
-            OURS: (config.serve.port, "writer"),
-            THEIRS: (stack.enter_context(peer(bundle.folder)), str(bundle.folder)),
+        asked = {
+            OURS: (config.serve.port, secret, "writer"),
+            THEIRS: (stack.enter_context(peer(bundle.folder)), "", str(bundle.folder)),
         }
 
         def rate(name: str, stream: bool) -> Callable[[], float]:
-            port, model = ports[name]
-            return lambda: asyncio.run(
-                tokens_a_second(port, secret, model, random.Random(dice.randrange(2**30)), stream)
-            )
+            return lambda: asyncio.run(tokens_a_second(*asked[name], random.Random(dice.randrange(2**30)), stream))
 
-        for setting, stream in (("whole answers", False), ("streams", True)):
-            print(setting)
-            found = interleave({name: rate(name, stream) for name in ports}, 7)
-            show(found, "tokens/s", OURS, {THEIRS: TARGET}, setting)
+        for compiled in (False, True):
+            endpoint = deploy(with_values(config, {"serve.compile": compiled}), {"writer": bundle.folder})
+            for answers, stream in (("whole answers", False), ("streams", True)):
+                setting = answers + (", compiled" if compiled else "")
+                print(setting)
+                found = interleave({name: rate(name, stream) for name in asked}, 7)
+                show(found, "tokens/s", OURS, {THEIRS: TARGET}, setting)
+            endpoint.stop()
 
 
 if __name__ == "__main__":
