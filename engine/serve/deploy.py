@@ -24,7 +24,7 @@ from engine.progress import console
 from engine.serve.adapters import refuse_unfit
 from engine.serve.balancer import binary
 from engine.serve.gate import access_for
-from engine.serve.keys import VARIABLE
+from engine.serve.keys import VARIABLE, Keys
 from engine.serve.rollout import Plan, Version
 from engine.serve.speculation import refuse_unfit_draft
 from engine.serve.tracing import exporter
@@ -379,8 +379,9 @@ def serve_until_stopped(config: Config) -> int:
     if changed:
         return follow(list(bundles)) if not config.serve.detach else 0
     console.print(f"serving {', '.join(bundles)} at {endpoint.url} (interface: {endpoint.url}/docs)")
+    keyed = Keys(config.keys_file, os.environ.get(VARIABLE, "")).required
     for name, it in told("state")["models"].items():
-        console.print(f"curl {endpoint.url}/v1/{example(name, it['stable']['about']['task'])}")
+        console.print(f"curl {endpoint.url}/v1/{example(name, it['stable']['about'], bundles[name], keyed)}")
     if config.serve.detach:
         console.print("it stays up: `manta cluster down` ends it")
         return 0
@@ -392,14 +393,19 @@ def serve_until_stopped(config: Config) -> int:
         endpoint.stop()
 
 
-def example(name: str, task: str) -> str:
+def example(name: str, about: dict[str, Any], folder: Path, keyed: bool) -> str:
     """Return the path of a request to a model, and curl's options for it."""
-    if task == "transcription":
-        return f"audio/transcriptions -F model={name} -F file=@speech.wav"
-    path, body = (
-        ("classify", {"input": "some text"}) if task == "classification" else ("completions", {"prompt": "def "})
-    )
-    return f"{path} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
+    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
+    if about["task"] == "transcription":
+        return f"audio/transcriptions{key} -F model={name} -F file=@speech.wav"
+    path, body = "embeddings", {"input": "some text"}
+    if about["task"] == "images":
+        path, body = "images/generations", {"prompt": Bundle.open(folder).objective().labels[0]}
+    elif about["task"] == "classification":
+        path = "classify"
+    elif about["task"] == "completion":
+        path, body = "completions", {"prompt": "def "}
+    return f"{path}{key} -H 'Content-Type: application/json' -d '{json.dumps({'model': name, **body})}'"
 
 
 def follow(names: Sequence[str]) -> int:

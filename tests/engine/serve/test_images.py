@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from engine.config import Config, with_values
 from engine.data.processor import new_image_processor
 from engine.models.build import build
 from engine.objectives.contract import objective_class
-from engine.serve.deploy import Endpoint, deploy
+from engine.serve.deploy import Endpoint, deploy, example, told
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.test_access import browser_page  # noqa: F401
 from tests.ports import free_port
@@ -112,6 +113,14 @@ def test_an_image_is_the_same_whatever_shares_the_forward(api: openai.OpenAI, en
     assert after[1] - rows == 7 * 5
     assert after[0] - steps < 7 * 5  # they did share some
     assert len(set(alone)) == 7
+
+
+def test_the_example_that_deploy_prints_works(endpoint: Endpoint, bundle: Bundle) -> None:
+    about = told("state")["models"]["painter"]["stable"]["about"]
+    path, *options = shlex.split(example("painter", about, bundle.folder, keyed=True))
+    assert options[:4] == ["-H", "Authorization: Bearer KEY", "-H", "Content-Type: application/json"]
+    found = httpx.post(f"{endpoint.url}/v1/{path}", content=options[-1], headers={"Content-Type": "application/json"})
+    assert found.status_code == 200, found.text
 
 
 def test_a_seed_that_is_drawn_is_told(endpoint: Endpoint, api: openai.OpenAI) -> None:
