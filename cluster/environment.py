@@ -18,6 +18,7 @@ WORKER = {
 }
 DRIVER = {
     "RAY_DEDUP_LOGS": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # Serve's threads would start a Ray of their own while this process leaves one
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables: the jobs print theirs
     "RAY_preload_python_modules": "engine.train.preload",  # read by the nodes that this process starts
 }

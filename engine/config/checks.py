@@ -363,6 +363,13 @@ def _check_contradictions(c: Config) -> None:
             f"serve.max_replicas {c.serve.max_replicas} is less than serve.min_replicas {c.serve.min_replicas}: "
             f"use serve.max_replicas={c.serve.min_replicas} or more"
         )
+    if c.serve.ingresses > 1 and not c.serve.haproxy:
+        raise UserError(f"serve.ingresses {c.serve.ingresses} need HAProxy before them: add serve.haproxy=true")
+    if c.serve.haproxy and c.serve.export:
+        raise UserError(
+            "serve.haproxy is for an endpoint that `manta deploy` starts; an exported one has Serve's proxy on each node, or "
+            "what you put before them: leave out serve.haproxy and serve.ingresses"
+        )
     _check_address("serve.tracing", c.serve.tracing)
     if c.serve.tracing and not re.match(r"https?://[^/]", c.serve.tracing):
         raise UserError(

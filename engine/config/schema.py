@@ -600,6 +600,15 @@ class ServeConfig(Frozen):
         None, "names that clients ask for, one for each of `bundle`: a+b; None: the bundles' own. A name that is served already gets a new version"
     )  # fmt: skip
 
+    haproxy: bool = option(
+        False, "HAProxy listens, and gives each request to the ingress with the least to do: one that is lost before it has "
+        "answered is replaced by another; needs pip install 'manta-train[haproxy]', or haproxy on the PATH",
+    )  # fmt: skip
+    ingresses: int = option(
+        1, "processes that take requests, all on the head's node; several need serve.haproxy. Keys' limits hold over all of "
+        "them; serve.max_queue is each one's", least=1, most=64,
+    )  # fmt: skip
+
     # Replicas: how many, and where
     min_replicas: int = option(1, "replicas a bundle, at least; 0: none while nobody asks (the first to ask waits for one)", least=0)  # fmt: skip
     max_replicas: int = option(2, "replicas a bundle, at most", least=1)

@@ -28,7 +28,9 @@ from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
 from engine.serve.front import Front, listen
 from engine.serve.gate import Door, Gate, Visit, access_from
 from engine.serve.limits import Limits
-from engine.serve.metrics import Metrics
+from engine.serve.loopback import stay_on_loopback
+from engine.serve.metrics import Metric, Metrics
+from engine.serve.places import meeting_folder, take_place
 from engine.serve.records import Recorder
 from engine.serve.refusals import ApiError
 from engine.serve.requests import (
@@ -151,16 +153,19 @@ class Api:
 
         Raises UserError for unreadable keys, and an address that it cannot listen on.
         """
+        stay_on_loopback()
         self.bundles = Router(steward, settings, self._change)
         self.created = int(time.time())
         self.counts = Metrics()
         self.paths = {"/", "/docs", *app.openapi()["paths"]}
         self.pages = page_files()
-        self.limits, self.records_dir = Limits(), ""
+        options = settings["options"]
+        self.place = take_place(meeting_folder(), options["ingresses"]) if options["haproxy"] else None
+        self.limits, self.records_dir = Limits(self.place.folder if self.place else None), ""
         self._change(settings)
         self.front: Front | None = None
         if listens:
-            taken = listen(settings["options"]["host"], settings["options"]["port"])
+            taken = self.place.listen() if self.place else listen(options["host"], options["port"])
             self.opening = asyncio.get_running_loop().create_task(self._open(taken))
         self.answered: dict[str, tuple[str, str, str]] = {}  # request -> model, version, key; the eldest first
         self.polled_at = 0.0
@@ -253,7 +258,20 @@ class Api:
     async def metrics(self) -> Response:
         """Return Prometheus metrics, of the replicas too."""
         await self._poll()
-        return PlainTextResponse(self.counts.page(), media_type="text/plain; version=0.0.4")
+        ingresses = dict(await self._of_each_ingress("counted")) if self.place else None
+        return PlainTextResponse(self.counts.page(ingresses), media_type="text/plain; version=0.0.4")
+
+    async def counted(self) -> tuple[int, list[Metric]]:
+        """Return what this ingress, of several, has counted, with its number."""
+        assert self.place
+        return self.place.number, self.counts.own()
+
+    async def _of_each_ingress(self, method: str, *words: Any) -> list[Any]:
+        """Return what each ingress answers, this one too; those that don't in time are left out."""
+        handle = await asyncio.to_thread(serve.get_app_handle, serve.get_replica_context().app_name)
+        asked = handle.broadcast(method, *words)
+        found = await asked.results_async(timeout_s=POLL_TIMEOUT_S, return_exceptions=True)
+        return [it for it in found if not isinstance(it, BaseException)]
 
     async def _poll(self) -> None:
         """Ask all replicas how they are; those that don't answer in time are not told of."""
@@ -386,8 +404,10 @@ class Api:
     async def feedback(self, request: Request, body: Feedback) -> Response:
         """Keep what somebody thinks of an answer; of several for one request, the last holds."""
         visit: Visit = request.state.visit
-        asked = body.request if body.request in self.answered else _told(body.request)
-        model, version, key = self.answered.get(asked, ("", "", visit.key_name))
+        known = await self.whose(body.request)
+        if known is None and self.place:
+            known = next((it for it in await self._of_each_ingress("whose", body.request) if it), None)
+        asked, (model, version, key) = known or (_told(body.request), ("", "", visit.key_name))
         if key != visit.key_name:
             raise ApiError(404, f"this key has asked no request {body.request}", "request")
         rating = {"up": 1, "down": -1, None: None}[body.rating]
@@ -397,6 +417,11 @@ class Api:
             self.counts.feedback.labels(model, version, body.rating).inc()
             self.bundles.rated(model, version, body.rating == "down")
         return JSONResponse({"object": "feedback", "request": asked, "model": model or None, "stored": True})
+
+    async def whose(self, request: str) -> tuple[str, tuple[str, str, str]] | None:
+        """Return (id, (model, version, key)) of a request that this ingress has answered, by its id or its answer's."""
+        asked = request if request in self.answered else _told(request)
+        return (asked, self.answered[asked]) if asked in self.answered else None
 
     @app.post("/v1/images/generations")
     async def images(self, request: Request, body: ImageRequest) -> Response:

@@ -20,12 +20,13 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.serve.adapters import pinned
 from engine.serve.api import Api
+from engine.serve.balancer import Balancer
 from engine.serve.replica import Replica
 from engine.serve.rollout import Version
 from engine.serve.scaling import WorkInFlight, ongoing
 from engine.serve.steward import Steward
 
-ENDPOINT, STEWARD = "manta", "manta-steward"  # names of applications
+ENDPOINT, STEWARD, BALANCER = "manta", "manta-steward", "manta-balancer"  # names of applications
 HEAD_NODE = "node:__internal_head__"  # Ray's resource for it: where the endpoint is looked for
 HEALTH_CHECK_S = 1.0  # between two looks at the ingress: a lost one is replaced after the next
 # Options that decide how one deployment goes; a change of them changes neither ingress nor replicas.
@@ -36,6 +37,7 @@ OF_A_CHANGE = (
 )  # fmt: skip
 OF_THE_INGRESS = (  # replicas have no part in them
     "host", "port", "max_body_bytes", "max_audio_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
+    "haproxy", "ingresses",
 )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def endpoint_application(args: dict[str, Any]) -> Any:
     place: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}} if listens else {}
     ingress = serve.deployment(
         name="api",
+        num_replicas=options.ingresses,
         max_ongoing_requests=1024,
         max_surge_percent=100,  # a changed one answers before the old one leaves
         graceful_shutdown_timeout_s=options.drain_s,
@@ -106,6 +109,19 @@ def endpoint_application(args: dict[str, Any]) -> Any:
         ray_actor_options={"num_cpus": 0, **place},
     )(Api)
     return ingress.bind(STEWARD, {key: args[key] for key in ("options", "access")}, listens)
+
+
+def balancer_application(args: dict[str, Any]) -> Any:
+    """Build what starts HAProxy, beside the ingresses: {"options"}."""
+    options = ServeConfig(**args["options"])
+    balancer = serve.deployment(
+        name="balancer",
+        graceful_shutdown_timeout_s=options.drain_s + 2,
+        health_check_period_s=HEALTH_CHECK_S,
+        max_constructor_retry_count=1,
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
+    )(Balancer)
+    return balancer.bind(options.host, options.port, options.ingresses, options.body_timeout_s, options.drain_s)
 
 
 def steward_application(args: dict[str, Any]) -> Any:

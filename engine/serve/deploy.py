@@ -22,10 +22,10 @@ from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.progress import console
 from engine.serve.adapters import refuse_unfit
+from engine.serve.balancer import binary
 from engine.serve.gate import access_for
 from engine.serve.keys import VARIABLE, Keys
 from engine.serve.rollout import Plan, Version
-from engine.serve.speculation import refuse_unfit_draft
 from engine.serve.tracing import exporter
 from engine.serve.verdict import Rules
 from engine.serve.vllm_generator import refuse_without_vllm
@@ -64,6 +64,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
         refuse_what_cannot_serve(Bundle.open(folder), config.serve)
     if config.serve.tracing:
         exporter(config.serve.tracing)
+    if config.serve.haproxy:
+        binary()
     of_ingress(config)  # refused here, if it is, before anything starts
     quiet()
     up = running()
@@ -73,7 +75,9 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
     elif up["url"] != endpoint.url:
         port = up["url"].rpartition(":")[2]
         raise UserError(f"an endpoint is up at {up['url']}, and a cluster has one: use serve.port={port} to change it")
-    from engine.serve.application import versions_of
+    else:
+        refuse_other_ways_in(config.serve, up)
+    from engine.serve.application import BALANCER, versions_of
 
     versions = versions_of(bundles, config.serve)
     if up:
@@ -84,6 +88,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
         if up is None:
             open_endpoint(config, endpoint)
         bring_up(new, config.serve.ready_timeout_s)
+        if config.serve.haproxy:
+            wait_until_running([BALANCER], config.serve.ready_timeout_s)
         known = {name: asdict(replace(it, about=about(it))) for name, it in versions.items()}
         told("opened", endpoint.url, str(config.run_dir.absolute()), of_ingress(config))
         told("take", known, asdict(plan_of(config.serve)))
@@ -100,13 +106,15 @@ def open_endpoint(config: Config, endpoint: Endpoint) -> None:
     """Start Serve, the steward and the ingress."""
     from ray import serve
 
-    from engine.serve.application import ENDPOINT, STEWARD
+    from engine.serve.application import BALANCER, ENDPOINT, STEWARD
     from engine.serve.steward import forget
 
     forget()  # what an endpoint left that was ended by another hand
     serve.start(proxy_location="Disabled", logging_config=quiet())  # the ingress listens itself
     beginning = {"url": endpoint.url, "folder": str(config.run_dir.absolute()), "versions": {}}
-    run([("steward", STEWARD, beginning), ("endpoint", ENDPOINT, of_ingress(config) | {"listens": True})])
+    ingress = of_ingress(config)
+    balancer = [("balancer", BALANCER, {"options": ingress["options"]})] if config.serve.haproxy else []
+    run([("steward", STEWARD, beginning), ("endpoint", ENDPOINT, ingress | {"listens": True}), *balancer])
 
 
 def of_ingress(config: Config) -> dict[str, Any]:
@@ -123,7 +131,10 @@ def run(applications: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
 
     from engine.serve import application
 
-    builders = {"steward": application.steward_application, "endpoint": application.endpoint_application, "version": application.version_application}  # fmt: skip
+    builders = {
+        "steward": application.steward_application, "endpoint": application.endpoint_application,
+        "version": application.version_application, "balancer": application.balancer_application,
+    }  # fmt: skip
     targets = [
         serve.RunTarget(builders[what](args), name=name, route_prefix="/" if what == "endpoint" else None, logging_config=quiet())
         for what, name, args in applications
@@ -182,7 +193,7 @@ def wait_until_ready(endpoint: Endpoint, timeout_s: float) -> None:
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError, RayError, RayServeException, TimeoutError):
             answer = httpx.get(f"{endpoint.url}/readyz", timeout=10)
-            if answer.status_code == 200 and int(answer.headers["x-manta-table"]) >= number:
+            if answer.status_code == 200 and int(answer.headers["x-manta-table"]) >= number and is_running(ENDPOINT):
                 known = serve.get_app_handle(ENDPOINT).broadcast("table").results(timeout_s=ASK_S)
                 if known and min(known) >= number:
                     return
@@ -218,6 +229,7 @@ def told(question: str, *words: Any) -> Any:
 
     from engine.serve.application import STEWARD
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deadline = time.monotonic() + ASK_S
     while time.monotonic() < deadline:
         with contextlib.suppress(RayActorError, TimeoutError):
@@ -280,7 +292,10 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
             )
         refuse_without_vllm(options)
     refuse_unfit(bundle, options.adapters)
-    refuse_unfit_draft(bundle, options.draft)
+    if options.draft:
+        from engine.serve.speculation import refuse_unfit_draft  # and so torch's compiler: two seconds
+
+        refuse_unfit_draft(bundle, options.draft)
 
 
 def refuse_taken_port(port: int) -> None:
@@ -293,6 +308,18 @@ def refuse_taken_port(port: int) -> None:
         with contextlib.suppress(psutil.Error):  # it may have ended since
             holder = f"{psutil.Process(pid).name()}, process {pid}" if pid else holder
         raise UserError(f"serve.port {port} is in use by {holder}: use serve.port={free}")
+
+
+def refuse_other_ways_in(options: ServeConfig, up: dict[str, Any]) -> None:
+    """Raise UserError where the endpoint that is up differs in what HAProxy, or its absence, was started with."""
+    has = up["options"].get("options", {})
+    for name in ("haproxy", "ingresses", *(["body_timeout_s"] if options.haproxy else [])):
+        there = has.get(name, getattr(ServeConfig(), name))
+        if there != getattr(options, name):
+            raise UserError(
+                f"the endpoint at {up['url']} has serve.{name}={str(there).lower()}, which can't change while it is up: say the "
+                "same, or take it down first"
+            )
 
 
 def refuse_what_cannot_fit(options: ServeConfig, versions: int, beside: bool) -> None:

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -20,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.config import Config
 from engine.data.masking import masking
 from engine.errors import UserError
+from engine.serve.access_log import AccessLog
 from engine.serve.keys import Key, Keys
 from engine.serve.limits import Limits
 from engine.serve.metrics import Metrics
@@ -30,7 +30,6 @@ from engine.serve.transcriptions import PATH as TRANSCRIPTIONS
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # without a key
 OPEN_FOLDER = "/page/"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-LOG_BYTES, LOG_FILES = 64 * 2**20, 4
 PROMPT_CHARACTERS = 2000  # of a prompt in the log
 
 Scope = dict[str, Any]
@@ -142,8 +141,7 @@ class Door:
         self.log = logging.Logger("manta.access")
         if access.log_file:
             Path(access.log_file).parent.mkdir(parents=True, exist_ok=True)
-            handler = RotatingFileHandler(access.log_file, maxBytes=LOG_BYTES, backupCount=LOG_FILES)
-            self.log.addHandler(handler)
+            self.log.addHandler(AccessLog(access.log_file))
 
     def visit(self, scope: Scope) -> Visit:
         """Begin a visit. Its id is the client's X-Request-Id if that can be one, else what Serve's proxy gave it."""

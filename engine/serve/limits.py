@@ -2,15 +2,24 @@
 
 A bucket holds a minute's worth and fills evenly (the token bucket, https://en.wikipedia.org/wiki/Token_bucket). What a
 request will write is not known before it has ended: it is charged the most that it may come to, and given back the rest.
+
+Several ingresses of one node share what is left, in a file for each bucket under a lock that is held for microseconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.serve.keys import Key
 
 MINUTE_S = 60.0
+KEPT = struct.Struct("<dd")  # of a bucket in a file: `left` and `filled`
 
 
 @dataclass
@@ -37,13 +46,14 @@ class Bucket:
 
 
 class Limits:
-    """The buckets of all keys that have asked."""
+    """The buckets of all keys that have asked; with a folder, those of all processes that have it."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     def request(self, key: Key, now: float) -> float:
-        """Charge a request, or return in how many seconds the key may ask again."""
+        """Charge a request, or return in how many seconds the key may ask again. `now`: of time.monotonic."""
         return self._charge(key, "requests", key.requests_per_minute, 1, now)
 
     def reserve(self, key: Key, tokens: int, now: float) -> float:
@@ -52,14 +62,42 @@ class Limits:
 
     def settle(self, key: Key, reserved: int, used: int) -> None:
         """Give back what of the reserved tokens was not used, or charge what was used beyond."""
-        if bucket := self._buckets.get((key.sha256, "tokens")):
-            bucket.take(used - reserved)
+        if key.tokens_per_minute is not None and used != reserved:
+            with self._bucket(key, "tokens", key.tokens_per_minute) as bucket:
+                bucket.take(used - reserved)
 
     def _charge(self, key: Key, kind: str, per_minute: int | None, amount: float, now: float) -> float:
         if per_minute is None:
             return 0.0
-        bucket = self._buckets.setdefault((key.sha256, kind), Bucket(per_minute, per_minute, now))
-        wait_s = bucket.wait_s(amount, now)
-        if not wait_s:
-            bucket.take(amount)
-        return wait_s
+        with self._bucket(key, kind, per_minute) as bucket:
+            wait_s = bucket.wait_s(amount, now)
+            if not wait_s:
+                bucket.take(amount)
+            return wait_s
+
+    @contextlib.contextmanager
+    def _bucket(self, key: Key, kind: str, size: float) -> Iterator[Bucket]:
+        """Give a key's bucket, a full one where there is none yet, to be changed within the block."""
+        if self.folder:
+            with shared(self.folder / f"{key.sha256}.{kind}", size) as bucket:
+                yield bucket
+        else:
+            yield self._buckets.setdefault((key.sha256, kind), Bucket(size, size, 0.0))
+
+
+@contextlib.contextmanager
+def shared(file: Path, size: float) -> Iterator[Bucket]:
+    """Give the bucket that a file keeps, which no other process changes meanwhile.
+
+    It is written in one call: a process that is killed leaves it as it was or as it shall be.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        kept = os.pread(descriptor, KEPT.size, 0)
+        left, filled = KEPT.unpack(kept) if kept else (size, 0.0)
+        bucket = Bucket(size, min(left, size), filled)
+        yield bucket
+        os.pwrite(descriptor, KEPT.pack(bucket.left, bucket.filled), 0)
+    finally:
+        os.close(descriptor)

@@ -1,12 +1,14 @@
 """What /metrics tells, for Prometheus: of requests as the ingress sees them, and of replicas as they say themselves.
 
 Replicas are other processes, and come and go. The ingress asks all of them when it is asked itself, so that there is one
-address to scrape; a counter of a replica begins anew with it, as Prometheus expects of a series.
+address to scrape; a counter of a replica begins anew with it, as Prometheus expects of a series. So it is with other
+ingresses, where there are some: each one's series bear its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -68,7 +70,6 @@ class Metrics:
         )
         self.records = Counter("manta_records_failed", "records that could not be written", ["kind"], registry=self.registry)  # fmt: skip
         self.replicas: dict[str, list[dict[str, Any]]] = {}  # model -> what its replicas said last
-        self.registry.register(self)
 
     def _histogram(self, name: str, told: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, told, labels, buckets=buckets, registry=self.registry)
@@ -93,6 +94,33 @@ class Metrics:
                         metric.add_metric([model, figures["version"], figures["replica"]], figures[figure])
             yield metric
 
-    def page(self) -> str:
-        """Return Prometheus's text."""
-        return generate_latest(self.registry).decode()
+    def own(self) -> list[Metric]:
+        """Return what this ingress has counted itself."""
+        return list(self.registry.collect())
+
+    def page(self, ingresses: Mapping[int, Sequence[Metric]] | None = None) -> str:
+        """Return Prometheus's text: of the replicas, and of this ingress or of these, by their numbers."""
+        counted = self.own() if ingresses is None else beside(ingresses)
+        return generate_latest(Collected([*counted, *self.collect()])).decode()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Metrics as prometheus_client takes them."""
+
+    metrics: list[Metric]
+
+    def collect(self) -> list[Metric]:
+        """Return them."""
+        return self.metrics
+
+
+def beside(ingresses: Mapping[int, Sequence[Metric]]) -> list[Metric]:
+    """Return the metrics of several ingresses, each sample with the number of its own as a label."""
+    found: dict[str, Metric] = {}
+    for number, metrics in sorted(ingresses.items()):
+        for metric in metrics:
+            whole = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            for it in metric.samples:
+                whole.add_sample(it.name, it.labels | {"ingress": str(number)}, it.value, it.timestamp, it.exemplar)
+    return list(found.values())

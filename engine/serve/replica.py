@@ -34,6 +34,7 @@ from engine.serve.forward import positions
 from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
 from engine.serve.lanes import Mouth
 from engine.serve.linear import pack_linear
+from engine.serve.loopback import stay_on_loopback
 from engine.serve.passing import in_passing
 from engine.serve.sampling import Mask, Sampling
 from engine.serve.scaling import REQUESTS, TOKENS
@@ -104,6 +105,7 @@ class Replica:
 
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
         """Load the bundle. Raises UserError, and so takes no traffic, if it was changed or answers otherwise than recorded."""
+        stay_on_loopback()
         self.options = ServeConfig(**options)
         self.mouth = Mouth(self)
         torch.set_num_threads(max(1, round(self.options.cpus_per_replica)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
@@ -180,7 +181,8 @@ class Router:
 
     def lane(self, version: Version) -> Lane | None:
         """Return a lane to the version's replica with the least to do; None where Serve's handle is to find one."""
-        return self.lanes.free(version["app"], ongoing(version["options"]["max_batch"]))
+        ingresses = self.settings["options"]["ingresses"]
+        return self.lanes.free(version["app"], math.ceil(ongoing(version["options"]["max_batch"]) / ingresses))
 
     async def unless_withdrawn(self, version: Version, name: str, answer: Awaitable[Any]) -> Any:
         """Wait for an answer; of a version on trial, as long as it is. Raises Withdrawn: its replicas may be gone for good."""

@@ -262,10 +262,8 @@ def make_guesser(
     return SmallModel(ahead, positions(own), own.vocab_size, others.vocab_size, step_tokens)
 
 
-def refuse_unfit_draft(bundle: Bundle, draft: str | None) -> None:
+def refuse_unfit_draft(bundle: Bundle, draft: str) -> None:
     """Raise UserError for a draft (a folder) that was changed, writes no text, or has other tokens than the bundle."""
-    if not draft:
-        return
     smaller = Bundle.open(draft)
     smaller.verify()
     for it in (bundle, smaller):

@@ -18,6 +18,7 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.schema import ReplicaState
 
+from engine.serve.loopback import stay_on_loopback
 from engine.serve.rollout import Model, Version, from_plain, plan_from, to_plain
 from engine.serve.verdict import Answer
 
@@ -34,6 +35,7 @@ class Steward:
 
     def __init__(self, url: str, folder: str, versions: dict[str, dict[str, Any]]) -> None:
         """Take the endpoint's URL, the run's folder, and the versions to begin with by name, where nothing is stored yet."""
+        stay_on_loopback()
         self.models: dict[str, Model] = {}
         self.number = 0  # of changes: a router that knows it knows all
         self.news = asyncio.Event()  # of the next change
