@@ -162,7 +162,7 @@ class SmallModel:
         """Run a forward for each token ahead; a draft that fails guesses nothing."""
         rows = [row for it, most in writers if (row := self._row(it, most))]
         try:
-            if rows := self._catch_up(rows):
+            if rows and (rows := self._catch_up(rows)):
                 self._look_ahead(rows)
         except Exception:  # what it has read is as good as before
             LOG.exception("the draft failed")
