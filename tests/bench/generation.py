@@ -21,6 +21,7 @@ import queue
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -91,9 +92,14 @@ def contest(name: str, asked: Connection) -> None:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count() or 1)
     model = in_passing(make_model)
-    answer = {"ours": Ours, "one by one": OneByOne, "static": Static, "continuous": Continuous, "bare": Bare}[name](
-        model
-    )
+    answer = {
+        "ours": Ours,
+        "compiled": partial(Ours, compiled=True),
+        "one by one": OneByOne,
+        "static": Static,
+        "continuous": Continuous,
+        "bare": Bare,
+    }[name](model)
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the bench has ended
         while True:
             asked.send(answer(asked.recv()))
@@ -102,10 +108,10 @@ def contest(name: str, asked: Connection) -> None:
 class Ours:
     """The generator."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compiled: bool = False) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
         self.generator = TransformersGenerator(
-            in_passing(lambda: pack_linear(model)), 512, max_batch=CLIENTS, max_queue=256, step_tokens=256,
+            in_passing(lambda: pack_linear(model)), 512, max_batch=CLIENTS, max_queue=256, step_tokens=256, compiled=compiled,
             tell=lambda news: [self.ended.put(it) for it in news if it.reason],
         )  # fmt: skip
 
@@ -200,7 +206,7 @@ def main() -> None:
     """Print the ratios."""
     dice = random.Random(0)
     names = {
-        "generator": "ours", "generate one by one": "one by one", "static batch of generate": "static",
+        "generator": "ours", "generator, compiled": "compiled", "generate one by one": "one by one", "static batch of generate": "static",
         "their continuous batching": "continuous",
     }  # fmt: skip
     contestants = {label: Contestant(name) for label, name in names.items()}
@@ -213,7 +219,8 @@ def main() -> None:
 
     found = interleave({label: one(contestant) for label, contestant in contestants.items()})
     targets = {"generate one by one": 4.0, "static batch of generate": 1.5, "their continuous batching": 4.0}
-    show(found, "tokens/s", "generator", targets)
+    for ours in ("generator", "generator, compiled"):
+        show({name: found[name] for name in (ours, *targets)}, "tokens/s", ours, targets)
 
     def even(contestant: Contestant) -> Callable[[], float]:
         return lambda: rate(contestant, [(tokens(dice, BARE_PROMPT), BARE_NEW) for _ in range(CLIENTS)])
