@@ -1,7 +1,7 @@
 """The operations of `manta` for tensors on a processor, in C++: built once for a machine, and kept in torch's folder of extensions.
 
 Torch's own attention looks at a step's lanes as one batch, up to the longest of them and with a mask; `kernels.cpp` goes
-through each lane's tokens once, as far as they go, which takes half the time and less of the memory's.
+through each lane's tokens once, as far as they go, in half the time.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 16 clients of /v1/completions, each with one request after the other: prompts of 4 to 32 words of two or three tokens, 16 to
 128 new tokens, llama_5m with fresh weights in fp32, greedy; whole answers and streams; ours with and without serve.compile.
 The peer's cache and batch are sized by hand. Both are counted by the tokens that their answers tell. Target: 4x on a CPU,
-1.3x on a GPU.
+1.3x on a GPU. Where MANTA_VLLM_PYTHON names a Python that has vLLM, ours and ours with vLLM's generator are compared with
+`vllm serve` too: 0.9 and 1.0.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from tests.engine.bundles.making import fresh_bundle
 from tests.ports import free_port
 
 CLIENTS, REQUESTS = 16, 4  # requests of each, one after the other
-OURS, THEIRS = "manta deploy", "transformers serve"
+OURS, THEIRS, BY_VLLM = "manta deploy", "transformers serve", "manta deploy, vLLM"
 TARGET = 4.0
 MODEL = {
     "model.hidden_size": 256, "model.num_hidden_layers": 5, "model.num_attention_heads": 8, "model.num_key_value_heads": 8,
@@ -43,25 +45,44 @@ MODEL = {
 SIZED = ["--cb-num-blocks", "128", "--cb-max-batch-tokens", "256"]  # blocks of 32 tokens: 16 sequences fit
 
 
-@contextlib.contextmanager
-def peer(folder: Path) -> Iterator[int]:
-    """Run `transformers serve`; give its port."""
-    port = free_port()
-    command = [
+VLLM = os.environ.get("MANTA_VLLM_PYTHON")  # a Python that has vLLM; without it vLLM takes no part
+
+
+def transformers_serve(folder: Path, port: int) -> list[str]:
+    """Return the command of transformers' own endpoint."""
+    return [
         str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--continuous-batching", *SIZED,
         "--device", "cpu", "--dtype", "float32", "--port", str(port), "--log-level", "error",
     ]  # fmt: skip
-    with (folder.parent / "peer.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+
+
+def vllm_serve(folder: Path, port: int) -> list[str]:
+    """Return the command of vLLM's own endpoint, on all cores."""
+    alike = ["env", f"OMP_NUM_THREADS={os.cpu_count()}", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "VLLM_CPU_KVCACHE_SPACE=1"]
+    return [
+        *alike, "VLLM_NO_USAGE_STATS=1", str(Path(VLLM or "").with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1",
+        "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CLIENTS),
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def peer(command: Callable[[Path, int], list[str]], folder: Path) -> Iterator[int]:
+    """Run another endpoint; give its port."""
+    port, said = free_port(), folder.parent / f"{command.__name__}.log"
+    with (
+        said.open("w") as log,
+        subprocess.Popen(command(folder, port), stdout=log, stderr=log, start_new_session=True) as process,
+    ):
         try:
             while True:
-                assert process.poll() is None, (folder.parent / "peer.log").read_text()
+                assert process.poll() is None, said.read_text()
                 with contextlib.suppress(httpx.HTTPError):
                     httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).raise_for_status()
                     break
                 time.sleep(0.2)
             yield port
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def tokens_a_second(port: int, secret: str, model: str, dice: random.Random, stream: bool) -> float:
@@ -97,22 +118,33 @@ def main() -> None:
         config = with_values(Config(), MODEL | {"runs_dir": str(folder), "name": "bench", "serve.port": free_port()})
         bundle = fresh_bundle(config, folder / "writer" / "bundle")
         secret, _ = new_key(config.keys_file, "bench", 10**6, 10**9, None)
-        stack.enter_context(connect("local", os.cpu_count(), False, folder / "logs"))
-        asked = {
-            OURS: (config.serve.port, secret, "writer"),
-            THEIRS: (stack.enter_context(peer(bundle.folder)), "", str(bundle.folder)),
-        }
+        stack.enter_context(connect("local", 2 * (os.cpu_count() or 1), False, folder / "logs"))  # one works at a time
+        asked: dict[str, tuple[int, str, str]] = {}
 
         def rate(name: str, stream: bool) -> Callable[[], float]:
             return lambda: asyncio.run(tokens_a_second(*asked[name], random.Random(dice.randrange(2**30)), stream))
 
+        def compare(ours: str, theirs: dict[str, float], note: str) -> None:
+            for answers, stream in (("whole answers", False), ("streams", True)):
+                print(answers + note)
+                found = interleave({name: rate(name, stream) for name in (ours, *theirs)}, 7)
+                show(found, "tokens/s", ours, theirs, answers + note)
+
+        def theirs(command: Callable[[Path, int], list[str]]) -> tuple[int, str, str]:
+            return stack.enter_context(peer(command, bundle.folder)), "", str(bundle.folder)
+
+        asked[THEIRS] = theirs(transformers_serve)
         for compiled in (False, True):
             endpoint = deploy(with_values(config, {"serve.compile": compiled}), {"writer": bundle.folder})
-            for answers, stream in (("whole answers", False), ("streams", True)):
-                setting = answers + (", compiled" if compiled else "")
-                print(setting)
-                found = interleave({name: rate(name, stream) for name in asked}, 7)
-                show(found, "tokens/s", OURS, {THEIRS: TARGET}, setting)
+            asked[OURS] = (config.serve.port, secret, "writer")
+            compare(OURS, {THEIRS: TARGET}, ", compiled" if compiled else "")
+            if compiled and VLLM:
+                by_vllm = with_values(config, {"serve.generator": "vllm", "serve.vllm_python": VLLM})
+                deploy(by_vllm, {"by-vllm": bundle.folder})
+                asked[BY_VLLM] = (config.serve.port, secret, "by-vllm")
+                asked["vllm serve"] = theirs(vllm_serve)
+                compare(OURS, {"vllm serve": 0.9}, ", compiled")
+                compare(BY_VLLM, {"vllm serve": 1.0}, "")
             endpoint.stop()
 
 
