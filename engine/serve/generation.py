@@ -137,7 +137,53 @@ class Generator(Protocol):
         """How busy it is, and what it has done: the figures that `metrics.REPLICA` names, those that it knows."""
 
 
-class TransformersGenerator:
+class Queued:
+    """What generators share: who waits, and what their thread has to tell. Its caller holds the generator's lock."""
+
+    limit: int  # tokens that a completion may have, its prompt included
+
+    def __init__(self, max_queue: int, tell: Callable[[list[Completion]], None]) -> None:
+        self.max_queue, self.tell = max_queue, tell
+        self._waiting: FairQueue[Completion] = FairQueue()
+        self._news: list[Completion] = []
+        self._left = False  # somebody was cancelled
+        self._looked = 0.0  # when the queue was last looked through
+
+    def _queue(self, completions: Sequence[Completion]) -> None:
+        """Queue completions, all or none. Raises QueueFull; ValueError for one that is over the limit."""
+        if max(completion.need for completion in completions) > self.limit:
+            raise ValueError(f"a completion may have {self.limit} tokens, its prompt included")
+        if len(self._waiting) + len(completions) > self.max_queue:
+            raise QueueFull
+        now = time.monotonic()
+        for completion in completions:
+            completion.queued_at = now
+            self._waiting.push(completion.client, completion)
+
+    def _mark(self, completions: Sequence[Completion]) -> None:
+        """Note that readers of these have left."""
+        for completion in completions:
+            completion.cancelled = True
+        self._left = True
+
+    def _look(self) -> bool:
+        """Take off the queue who left, and whose deadline is over; tell whether one who runs may have left too."""
+        now = time.monotonic()
+        if self._left or now > self._looked + LOOK_EVERY_S:
+            self._looked = now
+            for completion in self._waiting.remove(lambda it: it.cancelled or it.deadline < now):
+                completion.reason = "expired"
+                self._news.append(completion)
+        left, self._left = self._left, False
+        return left
+
+    def _tell_news(self) -> None:
+        if self._news:
+            news, self._news = self._news, []
+            self.tell(news)
+
+
+class TransformersGenerator(Queued):
     """Owns a transformers model and the thread that runs it."""
 
     def __init__(
@@ -163,6 +209,7 @@ class TransformersGenerator:
         step, with the completions that have something new for their readers. Raises UserError where a draft, or the
         compiler, can't be used.
         """
+        super().__init__(max_queue, tell)
         self.adapters = adapters or Adapters(model)
         self.forward: Forward = in_passing(lambda: make_forward(model, self.adapters, compiled))
         self.guesser: Guesser = in_passing(lambda: make_guesser(self.forward, model, draft, step_tokens, compiled))
@@ -170,8 +217,8 @@ class TransformersGenerator:
         if cache_tokens is None and self.forward.token_bytes:
             token_bytes = self.forward.token_bytes + self.guesser.token_bytes
             room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // token_bytes, 1))
-        self.cache_tokens, self.max_batch, self.max_queue = room, max_batch, max_queue
-        self.positions, self.step_tokens, self.tell = positions, step_tokens, tell
+        self.cache_tokens, self.max_batch = room, max_batch
+        self.positions, self.step_tokens = positions, step_tokens
         self.limit = min(positions, room)
         self.speculate = speculate if self.forward.shares else 0
         generation: Any = model.generation_config
@@ -185,34 +232,21 @@ class TransformersGenerator:
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
         self._by = [""] * self.shape.lanes  # adapters by which these were read
         self._used = [0] * self.shape.lanes
-        self._waiting: FairQueue[Completion] = FairQueue()
         self._work = threading.Condition()
-        self._left = False  # somebody was cancelled
         self._lacks = ""  # adapter that the first of the queue waits for
-        self._looked = 0.0  # when the queue was last looked through
-        self._news: list[Completion] = []
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
         self._thread.start()
 
     def submit(self, completions: Sequence[Completion]) -> None:
         """Queue completions, all or none. Raises QueueFull; ValueError for one that is over the limit."""
-        if max(completion.need for completion in completions) > self.limit:
-            raise ValueError(f"a completion may have {self.limit} tokens, its prompt included")
         with self._work:
-            if len(self._waiting) + len(completions) > self.max_queue:
-                raise QueueFull
-            now = time.monotonic()
-            for completion in completions:
-                completion.queued_at = now
-                self._waiting.push(completion.client, completion)
+            self._queue(completions)
             self._work.notify()
 
     def cancel(self, completions: Sequence[Completion]) -> None:
         """Let completions go at the next step."""
         with self._work:
-            for completion in completions:
-                completion.cancelled = True
-            self._left = True
+            self._mark(completions)
             self._work.notify()
 
     @property
@@ -247,21 +281,9 @@ class TransformersGenerator:
                 self._step()
             self._tell_news()
 
-    def _tell_news(self) -> None:
-        if self._news:
-            news, self._news = self._news, []
-            self.tell(news)
-
     def _let_go(self) -> None:
         """Take off who left, and whose deadline is over before a place was free."""
-        now = time.monotonic()
-        if self._left or now > self._looked + LOOK_EVERY_S:
-            self._looked = now
-            for completion in self._waiting.remove(lambda it: it.cancelled or it.deadline < now):
-                completion.reason = "expired"
-                self._news.append(completion)
-        if self._left:
-            self._left = False
+        if self._look():
             for completion in [it for it in self.running if it.cancelled]:
                 self._end(completion, "cancelled")
 

@@ -34,9 +34,8 @@ from engine.errors import UserError
 from engine.objectives.contract import Objective
 from engine.serve.adapters import extent, unchanged
 from engine.serve.forward import positions
-from engine.serve.generation import LOOK_EVERY_S, Completion, QueueFull, Score
+from engine.serve.generation import LOOK_EVERY_S, Completion, Queued, Score
 from engine.serve.requests import MOST_LOGPROBS
-from engine.serve.scheduling import FairQueue
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 HAS_VLLM = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
@@ -56,7 +55,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-class VllmGenerator:
+class VllmGenerator(Queued):
     """Owns vLLM's process and the thread that talks with it; a `generation.Generator`."""
 
     def __init__(
@@ -76,19 +75,17 @@ class VllmGenerator:
         refuse_without_vllm(options)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         room = [it for it in (positions(config), options.cache_tokens) if it]
-        self.max_batch, self.max_queue, self.tell, self.lost = options.max_batch, options.max_queue, tell, lost
+        super().__init__(options.max_queue, tell)
+        self.max_batch, self.lost = options.max_batch, lost
         self.known_adapters, self.most_adapters = options.adapters, options.max_adapters
         self.loaded: OrderedDict[str, None] = (
             OrderedDict()
         )  # adapters, as vLLM keeps them: the one longest out of use first
         self.adapter_loads = self.steps = self.rows = self.reused_tokens = 0
         self.running: dict[str, Completion] = {}  # the eldest first
-        self._waiting: FairQueue[Completion] = FairQueue()
         self._work = threading.Lock()
         self._numbers = 0
-        self._news: list[Completion] = []
-        self._left = self._ended = False
-        self._looked = 0.0
+        self._ended = False
         self._link, theirs = socket.socketpair()
         self._bell, self._rung = socket.socketpair()
         self._rung.setblocking(False)
@@ -106,15 +103,8 @@ class VllmGenerator:
 
     def submit(self, completions: Sequence[Completion]) -> None:
         """Queue completions, all or none. Raises QueueFull; ValueError for one that is over the limit."""
-        if max(completion.need for completion in completions) > self.limit:
-            raise ValueError(f"a completion may have {self.limit} tokens, its prompt included")
         with self._work:
-            if len(self._waiting) + len(completions) > self.max_queue:
-                raise QueueFull
-            now = time.monotonic()
-            for completion in completions:
-                completion.queued_at = now
-                self._waiting.push(completion.client, completion)
+            self._queue(completions)
             ended = self._ended
         if ended:  # nobody else will tell them
             self._fail_all()
@@ -123,9 +113,7 @@ class VllmGenerator:
     def cancel(self, completions: Sequence[Completion]) -> None:
         """Let completions go at vLLM's next step."""
         with self._work:
-            for completion in completions:
-                completion.cancelled = True
-            self._left = True
+            self._mark(completions)
         self._ring()
 
     @property
@@ -228,11 +216,6 @@ class VllmGenerator:
         if news:
             self.tell(news)
 
-    def _tell_news(self) -> None:
-        if self._news:
-            news, self._news = self._news, []
-            self.tell(news)
-
     def _hand_over(self) -> list[dict[str, Any]]:
         """Return what vLLM has to know: whom to let go, and who comes."""
         with self._work:
@@ -240,15 +223,8 @@ class VllmGenerator:
 
     def _let_go(self) -> list[dict[str, Any]]:
         """Take off who left, and whose deadline is over before a place was free."""
-        now = time.monotonic()
-        if self._left or now > self._looked + LOOK_EVERY_S:
-            self._looked = now
-            for completion in self._waiting.remove(lambda it: it.cancelled or it.deadline < now):
-                completion.reason = "expired"
-                self._news.append(completion)
-        if not self._left:
+        if not self._look():
             return []
-        self._left = False
         gone = [number for number, it in self.running.items() if it.cancelled]
         for number in gone:
             self._end(number, "cancelled")

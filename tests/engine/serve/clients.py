@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,3 +87,14 @@ def load(url: str, body: dict[str, Any], clients: int = 3, path: str = "/v1/comp
         over.set()
         for thread in threads:
             thread.join()
+
+
+def said_until(process: subprocess.Popen[str], words: str) -> str:
+    """Return what a process says, up to the line with these words. Raises AssertionError if it ends before."""
+    assert process.stdout
+    said = ""
+    while words not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    return said

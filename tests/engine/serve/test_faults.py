@@ -31,7 +31,7 @@ from engine.serve.generation import Completion, TransformersGenerator
 from engine.serve.replica import Replica
 from engine.serve.requests import CompletionRequest
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
+from tests.engine.serve.clients import metrics_at_rest, processes, said_until, wait_for
 from tests.engine.serve.holding import held
 from tests.ports import free_port
 
@@ -243,11 +243,7 @@ def test_deploy_serves_until_it_is_interrupted(bundle: Bundle, tmp_path: Path) -
         children: list[psutil.Process] = []
         said = ""
         try:
-            assert process.stdout
-            while "Ctrl-C ends it" not in said:
-                line = process.stdout.readline()
-                assert line, said
-                said += line
+            said = said_until(process, "Ctrl-C ends it")
             assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
             children = psutil.Process(process.pid).children(recursive=True)
         finally:

@@ -33,7 +33,7 @@ from engine.serve.limits import Limits
 from engine.serve.places import private, take_place
 from engine.serve.records import read_records
 from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import load, processes, wait_for
+from tests.engine.serve.clients import load, processes, said_until, wait_for
 from tests.ports import free_port, listened
 
 ASK: dict[str, Any] = {"prompt": "import os", "max_tokens": 8, "temperature": 0, "logit_bias": {"0": -100}}
@@ -413,11 +413,7 @@ def test_nothing_is_left_of_a_deployment(program: str, tiny: Config, tmp_path: P
     ) as process:
         said, children = "", list[psutil.Process]()
         try:
-            assert process.stdout
-            while "Ctrl-C ends it" not in said:
-                line = process.stdout.readline()
-                assert line, said
-                said += line
+            said = said_until(process, "Ctrl-C ends it")
             assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
             children = psutil.Process(process.pid).children(recursive=True)
             assert [it.name() for it in children].count("haproxy") == 1
