@@ -16,13 +16,13 @@ from engine.models.build import build
 from engine.objectives.contract import Objective, objective_class
 
 
-def fresh_bundle(config: Config, folder: Path, seed: int = 0) -> Bundle:
-    """Write a bundle of the config's model with fresh weights, large enough for its answers to differ."""
+def fresh_bundle(config: Config, folder: Path, seed: int = 0, spread: float = 8) -> Bundle:
+    """Write a bundle of the config's model with fresh weights, times `spread`: large enough for its answers to differ."""
     objective, model = objective_and_model(config, seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.mul_(8)
+                p.mul_(spread)
     return written(config, objective, model, folder)
 
 
