@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from engine.errors import UserError
 from engine.serve import kernels
 from engine.serve.adapters import Adapters
-from engine.serve.linear import hand_over
+from engine.serve.decoder import Decoder, make_decoder
 
 ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
@@ -92,6 +92,7 @@ class Packed:
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
         self.model, self.adapters = model, adapters
         self.runs, self.in_kernels = model, False
+        self.decoder: Decoder | None = None
         self.before: str = model.config._attn_implementation  # type: ignore[union-attr,assignment]
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.device = next(model.parameters()).device
@@ -108,6 +109,8 @@ class Packed:
                 self.runs = compiled_twin(model)
             if self.in_kernels or compiled:
                 self._agree()
+            if self.in_kernels and not compiled:
+                self._take_decoder()
         except Exception as error:
             model.set_attn_implementation(self.before)  # type: ignore[operator]
             raise error if isinstance(error, Unpackable) else Unpackable(f"{type(error).__name__}: {error}") from error
@@ -143,24 +146,38 @@ class Packed:
         """Run one forward for all parts: the short ones first, by length and lane, as they lie in the cache."""
         order = sorted(range(len(parts)), key=lambda i: (min(len(parts[i].tokens), SHORT + 1), parts[i].lane))
         ordered = [parts[i] for i in order]
-        step = Step(self, ordered)
         at, rows = 0, {}
         for i in order:
             at += len(parts[i].tokens)
             rows[i] = range(at - parts[i].wanted, at)
         wanted = [row for i in range(len(parts)) for row in rows[i]]
-        everything = wanted == list(range(at))
-        _UNDER_WAY.step = step
         if self.in_kernels:
-            step.begin_in_kernels(self._keys, self._values)
+            self._begin_in_kernels(ordered)
+        if self.decoder is not None and not any(part.adapter for part in parts):
+            return self.decoder.run([token for part in ordered for token in part.tokens], wanted)
+        return self._run_modules(ordered, wanted, whole=wanted == list(range(at)))
+
+    def _begin_in_kernels(self, parts: Sequence[Part]) -> None:
+        """Tell `kernels` where the tokens of this thread's next forward belong."""
+        table: list[int] = []
+        row = 0
+        for part in parts:
+            table += (row, len(part.tokens), part.lane, part.past)
+            row += len(part.tokens)
+        layers = range(len(self._keys))
+        torch.ops.manta.begin([self._keys[i] for i in layers], [self._values[i] for i in layers], table, SHORT)
+
+    def _run_modules(self, parts: Sequence[Part], wanted: list[int], whole: bool) -> Tensor:
+        """Run the model itself, on its own modules or compiled."""
+        step = _UNDER_WAY.step = Step(self, parts)
         try:
-            with self.adapters.applied([part.adapter for part in ordered for _ in part.tokens]):
+            with self.adapters.applied([part.adapter for part in parts for _ in part.tokens]):
                 logits_1RV = self.runs(
                     input_ids=step.ids_1T,
                     position_ids=step.positions_1T,
                     attention_mask=self._no_mask,
                     use_cache=False,
-                    logits_to_keep=0 if everything else torch.tensor(wanted, dtype=torch.int64, device=self.device),
+                    logits_to_keep=0 if whole else torch.tensor(wanted, dtype=torch.int64, device=self.device),
                     lanes=True,
                 ).logits
         finally:
@@ -178,6 +195,15 @@ class Packed:
         for cache, new in ((self._keys[layer], keys_HTD), (self._values[layer], values_HTD)):
             cache.view(-1, new.shape[2]).index_copy_(0, places, new.reshape(-1, new.shape[2]))
         return self._keys[layer], self._values[layer]
+
+    def _take_decoder(self) -> None:
+        """Run the whole model in C++ where that gives the same."""
+        self.decoder = make_decoder(self.model)
+        try:
+            if self.decoder is not None:
+                self._agree()
+        except Unpackable:
+            self.decoder = None
 
     @torch.inference_mode()
     def _agree(self) -> None:
@@ -235,16 +261,6 @@ class Step:
         self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.parts = parts
         self.longest = max(part.past + len(part.tokens) for part in parts)
-
-    def begin_in_kernels(self, keys: dict[int, Tensor], values: dict[int, Tensor]) -> None:
-        """Tell `kernels` where the tokens of this thread's next forward belong."""
-        table: list[int] = []
-        row = 0
-        for part in self.parts:
-            table += (row, len(part.tokens), part.lane, part.past)
-            row += len(part.tokens)
-        layers = range(len(keys))
-        torch.ops.manta.begin([keys[i] for i in layers], [values[i] for i in layers], table, SHORT)
 
     @cached_property
     def pieces(self) -> list[Run | Chunk]:
@@ -418,8 +434,6 @@ def compiled_twin(model: nn.Module) -> nn.Module:
     prefix: str = model.base_model_prefix  # type: ignore[assignment]
     twin, base = copy.copy(model), copy.copy(model.get_submodule(prefix))
     twin._modules = {**model._modules, prefix: base}
-    if next(model.parameters()).device.type == "cpu" and kernels.load():
-        hand_over(model)
     base.compile(dynamic=True)
     return twin
 

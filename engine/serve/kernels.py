@@ -1,7 +1,8 @@
 """The operations of `manta` for tensors on a processor, in C++: built once for a machine, and kept in torch's folder of extensions.
 
-Torch's own attention looks at a step's lanes as one batch, up to the longest of them and with a mask; `kernels.cpp` goes
-through each lane's tokens once, as far as they go, in half the time.
+Torch's own attention looks at a step's lanes as one batch, up to the longest of them and with a mask; the one here goes
+through each lane's tokens once, as far as they go. Products are made for the few rows of a step, and a model of Llama's kind
+runs as a whole (`decoder`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import ninja
 import torch
 
 NAME = "manta_kernels"
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).with_name("cpp")
 LOG = logging.getLogger(__name__)
 
 
@@ -29,7 +30,7 @@ def load() -> bool:
     try:
         library = built()
     except (RuntimeError, OSError) as error:
-        LOG.warning("attention runs by torch's own, which takes longer: %s can't be built (%s)", SOURCE.name, str(error).splitlines()[0])  # fmt: skip
+        LOG.warning("models run by torch's own operations, which take longer: %s can't be built (%s)", SOURCES, str(error).splitlines()[0])  # fmt: skip
         return False
     torch.ops.load_library(library)
     return True
@@ -40,7 +41,8 @@ def built() -> Path:
     from torch.utils import cpp_extension  # takes a third of a second
 
     kind = torch.backends.cpu.get_cpu_capability()
-    machine = (SOURCE.read_text(), torch.__version__, kind, platform.python_version(), processor())
+    texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    machine = (texts, torch.__version__, kind, platform.python_version(), processor())
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = folder / NAME / f"{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -50,7 +52,7 @@ def built() -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as own:  # no lock: who is killed while it builds stops nobody
         wide = [f"-DCPU_CAPABILITY={kind}", f"-DCPU_CAPABILITY_{kind}"] if kind.startswith("AVX") else []
         cpp_extension.load(  # "standalone" leaves the loading to us
-            NAME, [str(SOURCE)], build_directory=own, is_python_module=False, is_standalone=True, extra_ldflags=["-shared", "-fopenmp"],
+            NAME, [str(SOURCES / "operations.cpp")], build_directory=own, is_python_module=False, is_standalone=True, extra_ldflags=["-shared", "-fopenmp"],
             extra_cflags=["-O3", "-march=native", "-fopenmp", "-fPIC", "-DAT_PARALLEL_OPENMP=1", *wide],
         )  # fmt: skip
         shutil.move(Path(own, NAME), library)

@@ -1,0 +1,183 @@
+// A decoder of Llama's kind (Touvron et al. 2023) in fp32: RMSNorm (Zhang and Sennrich 2019) before attention and before the
+// gated MLP, and rotary positions (Su et al. 2021), of which a head's first half is rotated with its second. All of a step in
+// one call: the products of a small model take less time than Python takes to ask for them.
+// Shapes: T tokens of the step, D width of the model, V vocabulary.
+
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/tensor.h>
+#include <torch/custom_class.h>
+
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "products.h"
+
+namespace manta {
+
+constexpr int64_t GRAIN = 1 << 15;  // numbers that one thread goes through before another is worth its start
+
+inline void normalize(const float* from, const Tensor& weight, float epsilon, float* to) {
+  const int64_t width = weight.numel();
+  const float* factors = weight.const_data_ptr<float>();
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t d = 0; d < width; ++d) squares += from[d] * from[d];
+  const float scale = 1 / std::sqrt(squares / width + epsilon);
+#pragma omp simd
+  for (int64_t d = 0; d < width; ++d) to[d] = factors[d] * (from[d] * scale);
+}
+
+// gate = silu(gate) * up (Shazeer 2020)
+inline void activate(float* gate, const float* up, int64_t count) {
+  using Class = at::vec::Vectorized<float>;
+  at::vec::map2<float>([](Class a, Class b) { return a / (Class(1) + a.neg().exp()) * b; }, gate, gate, up, count);
+}
+
+struct Layer {
+  Tensor before, after, query_norm, key_norm;  // weights of norms; the last two are empty where heads have none
+  Weight query, key, value, out, gate, up, down;
+};
+
+// The cosine and sine of each token's rotations, [T, half of a head's width].
+struct Rotations {
+  std::vector<float> cosines, sines;
+  int64_t half;
+};
+
+struct Decoder : torch::CustomClassHolder {
+  Tensor table, norm, frequencies;  // [V, D] embeddings; [D]; radians a token, [half of a head's width]
+  std::vector<Layer> layers;
+  Weight head;
+  float epsilon, factor;  // of the norms; of the rotations' cosines and sines
+
+  // `shared`: the three tensors above; `norms`: four of each layer; `products`: numbers of seven of each layer, and the head's.
+  Decoder(std::vector<Tensor> shared, std::vector<Tensor> norms, std::vector<int64_t> products, double epsilon, double factor)
+      : table(shared.at(0)), norm(shared.at(1)), frequencies(shared.at(2)), head(held(products.back())), epsilon(epsilon), factor(factor) {
+    for (size_t i = 0; i < norms.size() / 4; ++i) {
+      const auto norm_of = [&](size_t j) { return norms.at(4 * i + j); };
+      const auto of = [&](size_t j) { return held(products.at(7 * i + j)); };
+      layers.push_back({norm_of(0), norm_of(1), norm_of(2), norm_of(3), of(0), of(1), of(2), of(3), of(4), of(5), of(6)});
+    }
+  }
+
+  // The logits [rows, V] of the wanted ones of the tokens of this thread's step.
+  Tensor run(const std::vector<int64_t>& ids, const std::vector<int64_t>& wanted) const {
+    const int64_t tokens = ids.size();
+    const Rotations rotations = rotated(under_way.parts, tokens);
+    Tensor hidden = at::embedding(table, at::tensor(ids));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const Layer& layer = layers[i];
+      auto [query, key, value] = projected(layer, normalized(hidden, layer.before));
+      rotate(query, layer.query_norm, rotations);
+      rotate(key, layer.key_norm, rotations);
+      const Tensor attended = attend(heads(query), heads(key), heads(value), i, std::nullopt, std::nullopt);
+      add(attended.view({tokens, -1}), layer.out, hidden);
+      add(gated(layer, normalized(hidden, layer.after)), layer.down, hidden);
+    }
+    return product(normalized(hidden.index_select(0, at::tensor(wanted)), norm), head);
+  }
+
+ private:
+  Rotations rotated(const std::vector<Part>& parts, int64_t tokens) const {
+    const int64_t half = frequencies.numel();
+    const float* frequency = frequencies.const_data_ptr<float>();
+    Rotations found{std::vector<float>(tokens * half), std::vector<float>(tokens * half), half};
+    for (const Part& part : parts) {
+      for (int64_t i = 0; i < part.count * half; ++i) {
+        const float angle = static_cast<float>(part.past + i / half) * frequency[i % half];
+        found.cosines[part.row * half + i] = std::cos(angle) * factor;
+        found.sines[part.row * half + i] = std::sin(angle) * factor;
+      }
+    }
+    return found;
+  }
+
+  Tensor normalized(const Tensor& rows, const Tensor& weight) const {
+    Tensor found = at::empty_like(rows);
+    const float* from = rows.const_data_ptr<float>();
+    each_row(found, [&](int64_t i, float* to) { normalize(from + i * rows.size(1), weight, epsilon, to); });
+    return found;
+  }
+
+  void rotate(Tensor& rows, const Tensor& norm, const Rotations& by) const {
+    each_row(rows, [&](int64_t i, float* row) {
+      const float* cosines = by.cosines.data() + i * by.half;
+      const float* sines = by.sines.data() + i * by.half;
+      for (float* head = row; head < row + rows.size(1); head += 2 * by.half) {
+        if (norm.numel()) normalize(head, norm, epsilon, head);
+#pragma omp simd
+        for (int64_t d = 0; d < by.half; ++d) {
+          const float a = head[d], b = head[d + by.half];
+          head[d] = a * cosines[d] - b * sines[d];
+          head[d + by.half] = b * cosines[d] + a * sines[d];
+        }
+      }
+    });
+  }
+
+  // Rows of heads end to end as attention takes them: [1, heads, T, width].
+  Tensor heads(const Tensor& rows) const { return rows.view({1, rows.size(0), -1, 2 * frequencies.numel()}).transpose(1, 2); }
+
+  // Queries, keys and values: [T, outputs] each.
+  static std::array<Tensor, 3> projected(const Layer& layer, const Tensor& rows) {
+    const std::array<const Weight*, 3> weights{&layer.query, &layer.key, &layer.value};
+    std::array<Tensor, 3> found;
+    std::vector<std::pair<size_t, int64_t>> pieces;  // which of them, and which block
+    for (size_t j = 0; j < weights.size(); ++j) {
+      found[j] = at::empty({rows.size(0), weights[j]->outputs}, rows.options());
+      for (int64_t block = 0; block < weights[j]->blocks(); ++block) pieces.emplace_back(j, block);
+    }
+    const float* x = rows.const_data_ptr<float>();
+    at::parallel_for(0, pieces.size(), 1, [&](int64_t first, int64_t end) {
+      for (int64_t i = first; i < end; ++i) {
+        const auto [j, block] = pieces[i];
+        multiply(x, rows.size(0), *weights[j], block, false, found[j].mutable_data_ptr<float>());
+      }
+    });
+    return found;
+  }
+
+  // What the MLP's second half takes: [T, outputs of the first].
+  static Tensor gated(const Layer& layer, const Tensor& rows) {
+    const int64_t width = layer.gate.outputs;
+    Tensor gate = at::empty({rows.size(0), width}, rows.options()), up = at::empty_like(gate);
+    const float* x = rows.const_data_ptr<float>();
+    float* gates = gate.mutable_data_ptr<float>();
+    float* ups = up.mutable_data_ptr<float>();
+    at::parallel_for(0, layer.gate.blocks(), 1, [&](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; ++block) {
+        multiply(x, rows.size(0), layer.gate, block, false, gates);
+        multiply(x, rows.size(0), layer.up, block, false, ups);
+        const int64_t from = block * BLOCK, count = std::min(BLOCK, width - from);
+        for (int64_t at = from; at < rows.size(0) * width; at += width) activate(gates + at, ups + at, count);
+      }
+    });
+    return gate;
+  }
+
+  static void add(const Tensor& rows, const Weight& weight, Tensor& to) {
+    const float* x = rows.const_data_ptr<float>();
+    float* sums = to.mutable_data_ptr<float>();
+    at::parallel_for(0, weight.blocks(), 1, [&](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; ++block) multiply(x, rows.size(0), weight, block, true, sums);
+    });
+  }
+
+  // Call `use` with each row's number and its first number.
+  template <typename Use>
+  static void each_row(Tensor& rows, Use use) {
+    const int64_t width = rows.size(1);
+    float* first = rows.mutable_data_ptr<float>();
+    at::parallel_for(0, rows.size(0), std::max<int64_t>(GRAIN / width, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) use(i, first + i * width);
+    });
+  }
+};
+
+}  // namespace manta

@@ -1,0 +1,81 @@
+"""A model as one operation: the logits of its own modules, whatever it is made of, and no other model taken for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.serve import kernels
+from engine.serve.adapters import Adapters
+from engine.serve.forward import Packed, Part
+from engine.serve.linear import pack_linear
+
+pytestmark = pytest.mark.skipif(not kernels.load(), reason="no compiler for C++")
+LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+ALIKE = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("llama", {"head_dim": 24, "rope_parameters": LONG}),
+    ("llama", {"head_dim": 32, "num_key_value_heads": 1, "rope_parameters": YARN}),
+    ("mistral", {"head_dim": 16, "sliding_window": 64}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 16}),
+]
+OTHERS = [
+    ("llama", {"hidden_act": "gelu"}),
+    ("llama", {"rope_parameters": DYNAMIC}),
+    ("granite", {"residual_multiplier": 0.5}),  # has Llama's names
+    ("gemma", {"head_dim": 16}),  # so has this
+    ("olmo2", {}),
+]
+STEPS = (
+    [Part(0, 0, list(range(3, 40)), 37), Part(2, 0, [7, 8, 9], 3), Part(3, 0, [5], 1)],
+    [Part(0, 37, [11], 1), Part(1, 0, list(range(9, 27)), 0), Part(2, 3, [4, 6], 2), Part(3, 1, [12], 1)],
+    [Part(0, 38, [2], 1), Part(1, 18, list(range(30, 50)), 20), Part(3, 2, [40], 1)],
+)
+
+
+def make(kind: str, options: dict[str, Any]) -> nn.Module:
+    """Return a model whose sizes are no multiples of what is worked on together, with all its weights drawn."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 60 if "head_dim" in options else 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 101, "vocab_size": 301, "max_position_embeddings": 128,
+    }  # fmt: skip
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | options)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.2)
+    return model
+
+
+def run(model: nn.Module, steps: Any) -> tuple[Packed, list[torch.Tensor]]:
+    forward = Packed(model, Adapters(model))
+    forward.shape(4, 64)
+    with torch.inference_mode():
+        return forward, [forward.run(parts) for parts in steps]
+
+
+@pytest.mark.parametrize(("kind", "options"), ALIKE, ids=str)
+def test_it_is_what_the_modules_give(kind: str, options: dict[str, Any]) -> None:
+    by_modules, right = run(make(kind, options), STEPS)
+    forward, found = run(pack_linear(make(kind, options)), STEPS)
+    assert by_modules.decoder is None
+    assert forward.decoder is not None
+    for ours, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "options"), OTHERS, ids=str)
+def test_no_other_model_is_taken_for_one(kind: str, options: dict[str, Any]) -> None:
+    _, right = run(make(kind, options), STEPS)
+    forward, found = run(pack_linear(make(kind, options)), STEPS)
+    assert forward.decoder is None
+    for ours, theirs in zip(found, right, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
