@@ -28,6 +28,7 @@ from ray.exceptions import RayActorError, RayTaskError
 LENGTH = struct.Struct("<I")
 DONE, PART, END, ERROR, CLOSING = range(5)
 CONNECT_S = 2.0
+MOST_BYTES = 2**16  # that wait for the loop's next turn
 LOOK_S = 0.02  # between two looks at whether all is answered, when a replica ends
 
 Reader = asyncio.StreamReader
@@ -40,11 +41,35 @@ def is_own(writer: Writer) -> bool:
     return bool(struct.unpack("3i", other)[1] == os.getuid())
 
 
-def put(writer: Writer, frame: tuple[Any, ...]) -> None:
-    """Send a frame; to an end that is gone nothing."""
-    packed = pickle.dumps(frame, protocol=5)
-    if not writer.is_closing():
-        writer.write(LENGTH.pack(len(packed)) + packed)
+class Sender:
+    """Sends frames to the other end: those of one turn of the loop, such as a step's tokens, in one piece, which wakes it once."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self._packed = bytearray()
+
+    def put(self, frame: tuple[Any, ...]) -> None:
+        """Send a frame; to an end that is gone nothing."""
+        packed = pickle.dumps(frame, protocol=5)
+        if not self._packed:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._packed += LENGTH.pack(len(packed)) + packed
+
+    async def drain(self) -> None:
+        """Return once the other end has read so much that more may be put."""
+        if len(self._packed) > MOST_BYTES:
+            self._send()
+        await self.writer.drain()
+
+    def close(self) -> None:
+        """Send what was put, and end the connection."""
+        self._send()
+        self.writer.close()
+
+    def _send(self) -> None:
+        if self._packed and not self.writer.is_closing():
+            self.writer.write(bytes(self._packed))
+        self._packed.clear()
 
 
 async def take(reader: Reader) -> tuple[Any, ...] | None:
@@ -64,7 +89,7 @@ class Mouth:
         """Answer by a replica's methods: coroutines, and generators of parts."""
         self.replica, self.name = replica, f"manta-{secrets.token_hex(16)}"
         self.under_way = self.taken = 0  # requests
-        self.writers: set[Writer] = set()
+        self.senders: set[Sender] = set()
         self.server: asyncio.AbstractServer | None = None
 
     async def open(self) -> None:
@@ -79,9 +104,9 @@ class Mouth:
         deadline = time.monotonic() + within_s
         if self.server:
             self.server.close()
-        for writer in self.writers:
-            put(writer, (0, CLOSING, None))
-        while self.writers and time.monotonic() < deadline:
+        for sender in self.senders:
+            sender.put((0, CLOSING, None))
+        while self.senders and time.monotonic() < deadline:
             await asyncio.sleep(LOOK_S)
 
     async def _hear(self, reader: Reader, writer: Writer) -> None:
@@ -89,7 +114,8 @@ class Mouth:
             writer.close()
             return
         own: dict[int, asyncio.Task[None]] = {}
-        self.writers.add(writer)
+        sender = Sender(writer)
+        self.senders.add(sender)
         try:
             while frame := await take(reader):
                 number, method, args, kwargs = frame
@@ -97,27 +123,27 @@ class Mouth:
                     if number in own:
                         own[number].cancel()
                     continue
-                task = own[number] = asyncio.get_running_loop().create_task(self._answer(writer, number, method, args, kwargs))  # fmt: skip
+                task = own[number] = asyncio.get_running_loop().create_task(self._answer(sender, number, method, args, kwargs))  # fmt: skip
                 task.add_done_callback(lambda _, number=number: own.pop(number))  # type: ignore[misc]
         finally:
             for task in own.values():
                 task.cancel()
-            self.writers.discard(writer)
-            writer.close()
+            self.senders.discard(sender)
+            sender.close()
 
-    async def _answer(self, writer: Writer, number: int, method: str, args: Any, kwargs: Any) -> None:
+    async def _answer(self, sender: Sender, number: int, method: str, args: Any, kwargs: Any) -> None:
         self.under_way, self.taken = self.under_way + 1, self.taken + 1
         try:
             found = getattr(self.replica, method)(*args, **kwargs)
             if hasattr(found, "__aiter__"):
                 async for part in found:
-                    put(writer, (number, PART, part))
-                    await writer.drain()
-                put(writer, (number, END, None))
+                    sender.put((number, PART, part))
+                    await sender.drain()
+                sender.put((number, END, None))
             else:
-                put(writer, (number, DONE, await found))
+                sender.put((number, DONE, await found))
         except Exception:
-            put(writer, (number, ERROR, traceback.format_exc()))
+            sender.put((number, ERROR, traceback.format_exc()))
         finally:
             self.under_way -= 1
 
@@ -126,7 +152,7 @@ class Lane:
     """An ingress' end of one lane. What its replica hadn't answered when it was lost raises RayActorError."""
 
     def __init__(self, name: str, reader: Reader, writer: Writer) -> None:
-        self.name, self.reader, self.writer = name, reader, writer
+        self.name, self.reader, self.sender = name, reader, Sender(writer)
         self.waiting: dict[int, Callable[[int, Any], None]] = {}  # called with each frame for a request
         self.closing = self.lost = False
         self._numbers = count(1)
@@ -171,20 +197,20 @@ class Lane:
 
     def cancel(self, number: int) -> None:
         """Tell the replica that nobody waits for an answer any more."""
-        put(self.writer, (number, None, (), {}))
+        self.sender.put((number, None, (), {}))
 
     def leave(self) -> None:
         """Give out no more by this lane, and close it once all is answered."""
         self.closing = True
         if not self.waiting:
-            self.writer.close()
+            self.sender.close()
 
     def _begin(self, method: str, args: Any, kwargs: Any, heard: Callable[[int, Any], None]) -> int:
         if self.lost:
             raise RayActorError
         number = next(self._numbers)
         self.waiting[number] = heard
-        put(self.writer, (number, method, args, kwargs))
+        self.sender.put((number, method, args, kwargs))
         return number
 
     def _end(self, number: int) -> None:
@@ -202,7 +228,7 @@ class Lane:
                     heard(what, it)
         finally:
             self.lost = True
-            self.writer.close()
+            self.sender.close()
             for heard in list(self.waiting.values()):
                 heard(ERROR, None)
 

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,16 +78,20 @@ class Reader:
     def __init__(self) -> None:
         self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
 
-    def wake(self) -> None:
-        """Let it look, if it still can."""
-        with contextlib.suppress(RuntimeError):  # its loop has ended
-            self.loop.call_soon_threadsafe(self.news.set)
-
 
 def wake_readers(news: Sequence[Completion]) -> None:
-    """Wake each reader once."""
-    for reader in {completion.reader for completion in news}:
-        reader.wake()
+    """Let the readers of these look, all of a loop in one turn of it."""
+    readers = defaultdict(set)
+    for completion in news:
+        readers[completion.reader.loop].add(completion.reader)
+    for loop, its_own in readers.items():
+        with contextlib.suppress(RuntimeError):  # it has ended
+            loop.call_soon_threadsafe(_wake, its_own)
+
+
+def _wake(readers: set[Reader]) -> None:
+    for reader in readers:
+        reader.news.set()
 
 
 @dataclass

@@ -126,7 +126,7 @@ def test_a_lost_ingress_ends_what_it_asked_for(between: Run) -> None:
         other = await Lane.to(mouth.name)
         mine, its = (asyncio.ensure_future(it.ask("held", (1,), {})) for it in (lane, other))
         await soon(lambda: mouth.under_way == 2)
-        other.writer.transport.abort()
+        other.sender.writer.transport.abort()
         await soon(lambda: (mouth.under_way, replica.cancelled) == (1, 1))
         with pytest.raises(RayActorError):
             await its
@@ -141,8 +141,8 @@ def test_a_lost_replica_is_told(between: Run) -> None:
         asked, stream = asyncio.ensure_future(lane.ask("held", (1,), {})), lane.stream("parts", (13,), {})
         assert [await anext(stream) for _ in range(13)] == list(range(13))
         await soon(lambda: mouth.under_way == 2)
-        for writer in mouth.writers:
-            writer.transport.abort()
+        for sender in mouth.senders:
+            sender.writer.transport.abort()
         with pytest.raises(RayActorError):
             await asked
         with pytest.raises(RayActorError):

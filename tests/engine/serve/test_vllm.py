@@ -27,6 +27,7 @@ from engine.errors import UserError
 from engine.serve.adapters import pinned
 from engine.serve.deploy import deploy, refuse_what_cannot_serve
 from engine.serve.generation import Completion, QueueFull
+from engine.serve.replica import wake_readers
 from engine.serve.sampling import Sampling
 from engine.serve.structure import Structure
 from engine.serve.vllm_generator import WORKER, VllmGenerator, refuse_without_vllm, verified_generator
@@ -85,9 +86,7 @@ def vllm(bundle: Bundle, folders: dict[str, Path]) -> Iterator[VllmGenerator]:
 
 
 def wake(news: list[Completion]) -> None:
-    for completion in news:
-        if completion.reader:
-            completion.reader.wake()
+    wake_readers([completion for completion in news if completion.reader])
 
 
 def requests(bundle: Bundle) -> list[tuple[list[int], int]]:
