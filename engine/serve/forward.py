@@ -33,6 +33,9 @@ ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
 NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
 SHORT = 16  # tokens of a sequence, at most, for which neighbours attend together: those that decode, and their guesses
+FEW = (
+    64  # tokens of a sequence, at most, that `kernels` has attend one by one; torch's own attention takes more at once
+)
 # Numbers of the keys, at most, that are attended to as fp32 where they are bf16: torch's attention takes two to four times
 # as long for the same few queries in bf16, on a processor. More would take much memory, and gain little.
 AS_FLOATS = 2**22
@@ -165,7 +168,7 @@ class Packed:
             table += (row, len(part.tokens), part.lane, part.past)
             row += len(part.tokens)
         layers = range(len(self._keys))
-        torch.ops.manta.begin([self._keys[i] for i in layers], [self._values[i] for i in layers], table, SHORT)
+        torch.ops.manta.begin([self._keys[i] for i in layers], [self._values[i] for i in layers], table, FEW)
 
     def _run_modules(self, parts: Sequence[Part], wanted: list[int], whole: bool) -> Tensor:
         """Run the model itself, on its own modules or compiled."""

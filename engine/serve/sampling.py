@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,8 +64,7 @@ def choose(
         for i in masked:
             forbidden_V = ~masks[i].allowed(logits_RV.shape[-1])  # type: ignore[union-attr]
             logits_RV[i].masked_fill_(forbidden_V.to(logits_RV.device), -torch.inf)
-    best_R, ids_R = logits_RV.max(-1)
-    picked: list[int] = ids_R.masked_fill(~best_R.isfinite(), -1).tolist()
+    picked = _likeliest(logits_RV)
     drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0 and picked[i] >= 0]
     if not drawn:
         return picked
@@ -84,6 +84,19 @@ def choose(
         for j, token in zip(cut, _draw_from_nucleus(p_RV[cut], chance_R1[cut], limits), strict=True):
             picked[drawn[j]] = token
     return picked
+
+
+def _likeliest(logits_RV: Tensor) -> list[int]:
+    """Return the token of each row's largest logit, or -1 where that is no finite number."""
+    found: list[int]
+    if logits_RV.device.type == "cpu":  # numpy takes a tenth of torch's time for it
+        numbers_RV = logits_RV.float().numpy()
+        ids = numbers_RV.argmax(-1)  # of one that is not a number, where there is one
+        found = np.where(np.isfinite(numbers_RV[np.arange(len(ids)), ids]), ids, -1).tolist()
+    else:
+        best_R, ids_R = logits_RV.max(-1)
+        found = ids_R.masked_fill(~best_R.isfinite(), -1).tolist()
+    return found
 
 
 def _penalize(logits_V: Tensor, sampling: Sampling, written: Sequence[int]) -> None:

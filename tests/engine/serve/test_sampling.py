@@ -59,8 +59,13 @@ def test_penalties_and_bias_move_logits() -> None:
 
 
 def test_logits_that_are_no_numbers_are_told() -> None:
-    logits = torch.tensor([[0.0, torch.nan], [1.0, 0.0]])
-    assert choose(logits, [Sampling(1.0), Sampling()], [[], []], [random.Random(0)] * 2) == [-1, 0]
+    bad = [[0.0, torch.nan], [torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]]
+    logits = torch.tensor([*bad, [1.0, 0.0], [-torch.inf, -1.0]])
+    for sampling in (Sampling(), Sampling(1.0)):
+        found = choose(logits, [sampling] * 6, [[]] * 6, [random.Random(0)] * 6)
+        assert found[:4] == [-1] * 4
+        assert found[5] == 1
+        assert choose(logits.bfloat16(), [Sampling()] * 6, [[]] * 6, [random.Random(0)] * 6) == [-1, -1, -1, -1, 0, 1]
 
 
 def test_a_rows_pick_is_its_own() -> None:
