@@ -25,7 +25,7 @@ class Decoder(Protocol):
 
 
 def make_decoder(model: Any) -> Decoder | None:
-    """Return the operation for a model with packed weights in fp32; None: it is of another kind.
+    """Return the operation for a model with packed weights; None: it is of another kind.
 
     What its names don't tell (a norm's form, a factor somewhere), its logits do: whoever runs it compares them.
     """
@@ -43,12 +43,12 @@ def make_decoder(model: Any) -> Decoder | None:
         return None
     products = [layer.get_submodule(part) for layer in base.layers for part in PRODUCTS] + [model.lm_head]
     packed: list[Any] = [getattr(product, "packed", None) for product in products]
-    if not all(isinstance(it, Packed) and it.own for it in packed):
+    if not all(isinstance(it, Packed) for it in packed):
         return None
     none = torch.empty(0)
     made: Decoder = torch.classes.manta.Decoder(
-        [base.embed_tokens.weight.detach(), base.norm.weight.detach(), rotary.inv_freq.float()],
-        [layer.get_submodule(it).weight.detach() if it in norms else none for layer in base.layers for it in NORMS + HEAD_NORMS],
+        [base.embed_tokens.weight.detach(), base.norm.weight.detach().float(), rotary.inv_freq.float()],
+        [layer.get_submodule(it).weight.detach().float() if it in norms else none for layer in base.layers for it in NORMS + HEAD_NORMS],
         [it.number for it in packed],
         model.config.rms_norm_eps,
         rotary.attention_scaling,

@@ -87,7 +87,8 @@ class Packed:
     def __init__(self, model: nn.Module, adapters: Adapters, compiled: bool = False) -> None:
         """Set the model's attention to this one; without a step it stays what it was. Raises Unpackable.
 
-        `compiled` has torch compile what lies below the logits, for any number of tokens and for one.
+        `compiled` has torch compile what lies below the logits, for any number of tokens and for one, unless it runs as
+        one operation anyway.
         """
         if not getattr(model, "_supports_attention_backend", False):
             raise Unpackable(f"{type(model).__name__} has an attention of its own")
@@ -108,12 +109,12 @@ class Packed:
         try:
             self._agree()
             self.in_kernels = self.device.type == "cpu" and self.dtype in IN_KERNELS and kernels.load()
-            if compiled:
-                self.runs = compiled_twin(model)
-            if self.in_kernels or compiled:
+            if self.in_kernels:
                 self._agree()
-            if self.in_kernels and not compiled:
                 self._take_decoder()
+            if compiled and self.decoder is None:
+                self.runs = compiled_twin(model)
+                self._agree()
         except Exception as error:
             model.set_attn_implementation(self.before)  # type: ignore[operator]
             raise error if isinstance(error, Unpackable) else Unpackable(f"{type(error).__name__}: {error}") from error
@@ -200,7 +201,7 @@ class Packed:
         return self._keys[layer], self._values[layer]
 
     def _take_decoder(self) -> None:
-        """Run the whole model in C++ where that gives the same."""
+        """Run the whole model as one operation, where that gives the same."""
         self.decoder = make_decoder(self.model)
         try:
             if self.decoder is not None:

@@ -51,9 +51,9 @@ class Packed:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self.number, self.outputs, self.bias_O = next(_NUMBERS), len(weight_OI), bias_O
         in_kernels = kernels.load()
-        self.own = in_kernels and weight_OI.dtype == torch.float32  # laid out by `kernels`, not for oneDNN
-        self.small_OI = weight_OI if weight_OI.nbytes <= SMALL_BYTES and not self.own else None
-        if self.own:
+        own = in_kernels and weight_OI.dtype == torch.float32  # laid out by `kernels`, not for oneDNN
+        self.small_OI = weight_OI if weight_OI.nbytes <= SMALL_BYTES and not own else None
+        if own:
             self.weight = torch.ops.manta.pack(weight_OI)
         else:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS)

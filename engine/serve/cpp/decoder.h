@@ -1,6 +1,7 @@
-// A decoder of Llama's kind (Touvron et al. 2023) in fp32: RMSNorm (Zhang and Sennrich 2019) before attention and before the
+// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16: RMSNorm (Zhang and Sennrich 2019) before attention and before the
 // gated MLP, and rotary positions (Su et al. 2021), of which a head's first half is rotated with its second. All of a step in
-// one call: the products of a small model take less time than Python takes to ask for them.
+// one call: the products of a small model take less time than Python takes to ask for them. In bf16, products and attention
+// take and give bf16; what lies between them, and their sum from layer to layer, is in fp32.
 // Shapes: T tokens of the step, D width of the model, V vocabulary.
 
 #pragma once
@@ -70,20 +71,23 @@ struct Decoder : torch::CustomClassHolder {
   Tensor run(const std::vector<int64_t>& ids, const std::vector<int64_t>& wanted) const {
     const int64_t tokens = ids.size();
     const Rotations rotations = rotated(under_way.parts, tokens);
-    Tensor hidden = at::embedding(table, at::tensor(ids));
+    Tensor hidden = at::embedding(table, at::tensor(ids)).to(at::kFloat);
     for (size_t i = 0; i < layers.size(); ++i) {
       const Layer& layer = layers[i];
       auto [query, key, value] = projected(layer, normalized(hidden, layer.before));
       rotate(query, layer.query_norm, rotations);
       rotate(key, layer.key_norm, rotations);
-      const Tensor attended = attend(heads(query), heads(key), heads(value), i, std::nullopt, std::nullopt);
+      const Tensor attended = attend(heads(own(query)), heads(own(key)), heads(own(value)), i, std::nullopt, std::nullopt);
       add(attended.view({tokens, -1}), layer.out, hidden);
       add(gated(layer, normalized(hidden, layer.after)), layer.down, hidden);
     }
-    return product(normalized(hidden.index_select(0, at::tensor(wanted)), norm), head);
+    return product(own(normalized(hidden.index_select(0, at::tensor(wanted)), norm)), head);
   }
 
  private:
+  // In the precision of products and attention.
+  Tensor own(const Tensor& rows) const { return rows.to(table.scalar_type()); }
+
   Rotations rotated(const std::vector<Part>& parts, int64_t tokens) const {
     const int64_t half = frequencies.numel();
     const float* frequency = frequencies.const_data_ptr<float>();
@@ -124,8 +128,9 @@ struct Decoder : torch::CustomClassHolder {
   // Rows of heads end to end as attention takes them: [1, heads, T, width].
   Tensor heads(const Tensor& rows) const { return rows.view({1, rows.size(0), -1, 2 * frequencies.numel()}).transpose(1, 2); }
 
-  // Queries, keys and values: [T, outputs] each.
-  static std::array<Tensor, 3> projected(const Layer& layer, const Tensor& rows) {
+  // Queries, keys and values in fp32: [T, outputs] each.
+  std::array<Tensor, 3> projected(const Layer& layer, const Tensor& rows) const {
+    if (!layer.query.is_own()) return {by_float(rows, layer.query), by_float(rows, layer.key), by_float(rows, layer.value)};
     const std::array<const Weight*, 3> weights{&layer.query, &layer.key, &layer.value};
     std::array<Tensor, 3> found;
     std::vector<std::pair<size_t, int64_t>> pieces;  // which of them, and which block
@@ -144,8 +149,14 @@ struct Decoder : torch::CustomClassHolder {
   }
 
   // What the MLP's second half takes: [T, outputs of the first].
-  static Tensor gated(const Layer& layer, const Tensor& rows) {
+  Tensor gated(const Layer& layer, const Tensor& rows) const {
     const int64_t width = layer.gate.outputs;
+    if (!layer.gate.is_own()) {
+      Tensor gate = by_float(rows, layer.gate);
+      const Tensor up = by_float(rows, layer.up);
+      each_row(gate, [&](int64_t i, float* row) { activate(row, up.const_data_ptr<float>() + i * width, width); });
+      return gate;
+    }
     Tensor gate = at::empty({rows.size(0), width}, rows.options()), up = at::empty_like(gate);
     const float* x = rows.const_data_ptr<float>();
     float* gates = gate.mutable_data_ptr<float>();
@@ -161,13 +172,16 @@ struct Decoder : torch::CustomClassHolder {
     return gate;
   }
 
-  static void add(const Tensor& rows, const Weight& weight, Tensor& to) {
+  void add(const Tensor& rows, const Weight& weight, Tensor& to) const {
+    if (!weight.is_own()) return (void)to.add_(product(own(rows), weight));
     const float* x = rows.const_data_ptr<float>();
     float* sums = to.mutable_data_ptr<float>();
     at::parallel_for(0, weight.blocks(), 1, [&](int64_t first, int64_t end) {
       for (int64_t block = first; block < end; ++block) multiply(x, rows.size(0), weight, block, true, sums);
     });
   }
+
+  Tensor by_float(const Tensor& rows, const Weight& weight) const { return product(own(rows), weight).to(at::kFloat); }
 
   // Call `use` with each row's number and its first number.
   template <typename Use>

@@ -32,9 +32,11 @@ def in_8_bits(own: nn.Module) -> nn.Module:
 
 
 @pytest.mark.slow
-# For one token, and for any number of them, of the model and of the draft; two models of one structure share theirs.
+# For one token, and for any number of them, of the model and of the draft; two models of one structure share theirs, and a
+# model that runs as one operation has none.
 @pytest.mark.parametrize(
-    ("kind", "weights", "graphs"), [("llama", pack_linear, 4), ("gpt2", in_8_bits, 4), ("qwen2", whole, 2)]
+    ("kind", "weights", "graphs"),
+    [("llama", pack_linear, 2), ("gpt2", pack_linear, 4), ("gpt2", in_8_bits, 4), ("qwen2", whole, 2)],
 )
 def test_compiled_it_writes_the_same(kind: str, weights: Callable[[nn.Module], nn.Module], graphs: int) -> None:
     own = weights(copy.deepcopy(model(kind)))

@@ -63,13 +63,15 @@ def run(model: nn.Module, steps: Any) -> tuple[Packed, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("kind", "options"), ALIKE, ids=str)
-def test_it_is_what_the_modules_give(kind: str, options: dict[str, Any]) -> None:
-    by_modules, right = run(make(kind, options), STEPS)
-    forward, found = run(pack_linear(make(kind, options)), STEPS)
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=str)
+def test_it_is_what_the_modules_give(kind: str, options: dict[str, Any], dtype: torch.dtype, off: float) -> None:
+    by_modules, right = run(make(kind, options).to(dtype), STEPS)
+    forward, found = run(pack_linear(make(kind, options).to(dtype)), STEPS)
     assert by_modules.decoder is None
     assert forward.decoder is not None
     for ours, theirs in zip(found, right, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=off * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize(("kind", "options"), OTHERS, ids=str)
