@@ -1,7 +1,7 @@
 """Tokens a second over HTTP: `manta deploy` beside `transformers serve` with its continuous batching, the same bundle.
 
 16 clients of /v1/completions, each with one request after the other: prompts of 4 to 32 words of two or three tokens, 16 to
-128 new tokens, llama_5m with fresh weights in fp32, greedy; whole answers and streams; ours with and without serve.compile.
+128 new tokens, llama_5m with fresh weights in fp32, greedy; whole answers and streams.
 The peer's cache and batch are sized by hand. Both are counted by the tokens that their answers tell. Target: 4x on a CPU,
 1.3x on a GPU. Where MANTA_VLLM_PYTHON names a Python that has vLLM, ours and ours with vLLM's generator are compared with
 `vllm serve` too: 0.9 and 1.0.
@@ -34,7 +34,8 @@ from tests.engine.bundles.making import fresh_bundle
 from tests.ports import free_port
 
 CLIENTS, REQUESTS = 16, 4  # requests of each, one after the other
-OURS, THEIRS, BY_VLLM = "manta deploy", "transformers serve", "manta deploy, vLLM"
+OURS, THEIRS = "manta deploy", "transformers serve"
+BY_VLLM, VLLM_SERVE = "manta deploy, vLLM", "vllm serve"
 TARGET = 4.0
 MODEL = {
     "model.hidden_size": 256, "model.num_hidden_layers": 5, "model.num_attention_heads": 8, "model.num_key_value_heads": 8,
@@ -124,28 +125,27 @@ def main() -> None:
         def rate(name: str, stream: bool) -> Callable[[], float]:
             return lambda: asyncio.run(tokens_a_second(*asked[name], random.Random(dice.randrange(2**30)), stream))
 
-        def compare(ours: str, theirs: dict[str, float], note: str) -> None:
+        def compare(ours: str, theirs: dict[str, float]) -> None:
             for answers, stream in (("whole answers", False), ("streams", True)):
-                print(answers + note)
+                print(answers)
                 found = interleave({name: rate(name, stream) for name in (ours, *theirs)}, 7)
-                show(found, "tokens/s", ours, theirs, answers + note)
+                show(found, "tokens/s", ours, theirs, answers)
 
         def theirs(command: Callable[[Path, int], list[str]]) -> tuple[int, str, str]:
             return stack.enter_context(peer(command, bundle.folder)), "", str(bundle.folder)
 
+        endpoint = deploy(config, {"writer": bundle.folder})
+        asked[OURS] = (config.serve.port, secret, "writer")
         asked[THEIRS] = theirs(transformers_serve)
-        for compiled in (False, True):
-            endpoint = deploy(with_values(config, {"serve.compile": compiled}), {"writer": bundle.folder})
-            asked[OURS] = (config.serve.port, secret, "writer")
-            compare(OURS, {THEIRS: TARGET}, ", compiled" if compiled else "")
-            if compiled and VLLM:
-                by_vllm = with_values(config, {"serve.generator": "vllm", "serve.vllm_python": VLLM})
-                deploy(by_vllm, {"by-vllm": bundle.folder})
-                asked[BY_VLLM] = (config.serve.port, secret, "by-vllm")
-                asked["vllm serve"] = theirs(vllm_serve)
-                compare(OURS, {"vllm serve": 0.9}, ", compiled")
-                compare(BY_VLLM, {"vllm serve": 1.0}, "")
-            endpoint.stop()
+        compare(OURS, {THEIRS: TARGET})
+        if VLLM:
+            by_vllm = with_values(config, {"serve.generator": "vllm", "serve.vllm_python": VLLM, "serve.compile": True})
+            deploy(by_vllm, {"by-vllm": bundle.folder})
+            asked[BY_VLLM] = (config.serve.port, secret, "by-vllm")
+            asked[VLLM_SERVE] = theirs(vllm_serve)
+            compare(OURS, {VLLM_SERVE: 0.9})
+            compare(BY_VLLM, {VLLM_SERVE: 1.0})
+        endpoint.stop()
 
 
 if __name__ == "__main__":
