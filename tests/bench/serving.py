@@ -139,7 +139,7 @@ def main() -> None:
         asked[THEIRS] = theirs(transformers_serve)
         compare(OURS, {THEIRS: TARGET})
         if VLLM:
-            by_vllm = with_values(config, {"serve.generator": "vllm", "serve.vllm_python": VLLM, "serve.compile": True})
+            by_vllm = with_values(config, {"serve.generator": "vllm", "serve.vllm_python": VLLM})
             deploy(by_vllm, {"by-vllm": bundle.folder})
             asked[BY_VLLM] = (config.serve.port, secret, "by-vllm")
             asked[VLLM_SERVE] = theirs(vllm_serve)
