@@ -38,7 +38,7 @@ def make_decoder(model: Any) -> Decoder | None:
         "embed_tokens",
         "norm",
     }
-    theirs = {name.rpartition(".")[0] for name, _ in base.named_parameters()}
+    theirs = {name.rpartition(".")[0] for name in base.state_dict()}
     if theirs != ours:
         return None
     products = [layer.get_submodule(part) for layer in base.layers for part in PRODUCTS] + [model.lm_head]
@@ -47,7 +47,10 @@ def make_decoder(model: Any) -> Decoder | None:
         return None
     none = torch.empty(0)
     made: Decoder = torch.classes.manta.Decoder(
-        [base.embed_tokens.weight.detach(), base.norm.weight.detach().float(), rotary.inv_freq.float()],
+        [
+            base.embed_tokens.weight.detach(), getattr(base.embed_tokens, "scale", none).float(), base.norm.weight.detach().float(),
+            rotary.inv_freq.float(),
+        ],
         [layer.get_submodule(it).weight.detach().float() if it in norms else none for layer in base.layers for it in NORMS + HEAD_NORMS],
         [it.number for it in packed],
         model.config.rms_norm_eps,

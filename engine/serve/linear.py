@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.models.int8 import Int8Linear
 from engine.serve import kernels
 
 ROWS = 16  # oneDNN's blocks are chosen for so many rows
@@ -29,36 +30,50 @@ def pack_linear(model: nn.Module) -> nn.Module:
     """Give a model's linear layers their packed weights, and return it; it can only be asked then, not trained or saved.
 
     What was packed has a weight on the meta device, unless it is kept as it was too, or another module uses it (a tied
-    embedding). On a GPU, and in other precisions than fp32 and bf16, nothing changes.
+    embedding). On a GPU, and in other precisions than fp32, bf16 and 8 bits, nothing changes.
     """
-    users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    for layer in model.modules():
-        if type(layer) not in (nn.Linear, Conv1D) or layer.weight.device.type != "cpu":
+    modules = list(model.modules())
+    users = Counter(id(it) for module in modules for it in (*module._parameters.values(), *module._buffers.values()))
+    for layer in modules:
+        packed = _packed(layer)
+        if packed is None:
             continue
-        if layer.weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-            continue
-        weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
-        packed = Packed(weight_OI, layer.bias)  # type: ignore[arg-type]
         layer.packed = layer.forward = packed  # type: ignore[assignment,method-assign]
         if packed.small_OI is None and users[id(layer.weight)] == 1:
-            layer.weight = nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
+            there: Tensor = layer.weight.detach().to("meta")  # type: ignore[union-attr,operator]
+            layer.weight = there if isinstance(layer, Int8Linear) else nn.Parameter(there, requires_grad=False)
     return model
+
+
+def _packed(layer: nn.Module) -> Packed | None:
+    """Return a layer's packed weight; None where it has none."""
+    if isinstance(layer, Int8Linear):
+        on_cpu = layer.weight.device.type == "cpu" and kernels.load()
+        return Packed(layer.weight, layer.bias, layer.scale) if on_cpu else None
+    if type(layer) not in (nn.Linear, Conv1D) or layer.weight.device.type != "cpu":
+        return None
+    if layer.weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return None
+    weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
+    return Packed(weight_OI, layer.bias)  # type: ignore[arg-type]
 
 
 class Packed:
     """What a layer multiplies by."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None = None) -> None:
+        """Lay out a weight in fp32 or bf16, or one in 8 bits with its scales, for which `kernels` must be there."""
         self.number, self.outputs, self.bias_O = next(_NUMBERS), len(weight_OI), bias_O
         in_kernels = kernels.load()
-        own = in_kernels and weight_OI.dtype == torch.float32  # laid out by `kernels`, not for oneDNN
+        own = in_kernels and weight_OI.dtype != torch.bfloat16  # laid out by `kernels`, not for oneDNN
         self.small_OI = weight_OI if weight_OI.nbytes <= SMALL_BYTES and not own else None
         if own:
             self.weight = torch.ops.manta.pack(weight_OI)
+            bias_O, scale_O = (None if it is None else it.detach().float() for it in (bias_O, scale_O))
         else:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS)
         if in_kernels:
-            torch.ops.manta.hold(self.number, self.weight, bias_O, self.small_OI, self.outputs)
+            torch.ops.manta.hold(self.number, self.weight, bias_O, self.small_OI, scale_O, self.outputs)
             weakref.finalize(self, torch.ops.manta.release, self.number)
         else:
             _BY_NUMBER[self.number] = self

@@ -458,8 +458,7 @@ def loaded(bundle: Bundle, options: ServeConfig) -> nn.Module:
     if smaller:
         bundle.replay(model)
         quantize(model)
-    else:
-        pack_linear(model)
+    pack_linear(model)
     bundle.replay(model)
     return model
 

@@ -1,4 +1,4 @@
-// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16: RMSNorm (Zhang and Sennrich 2019) before attention and before the
+// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16, its weights in 8 bits or not: RMSNorm (Zhang and Sennrich 2019) before attention and before the
 // gated MLP, and rotary positions (Su et al. 2021), of which a head's first half is rotated with its second. All of a step in
 // one call: the products of a small model take less time than Python takes to ask for them. In bf16, products and attention
 // take and give bf16; what lies between them, and their sum from layer to layer, is in fp32.
@@ -52,14 +52,15 @@ struct Rotations {
 };
 
 struct Decoder : torch::CustomClassHolder {
-  Tensor table, norm, frequencies;  // [V, D] embeddings; [D]; radians a token, [half of a head's width]
+  Tensor table, scales;  // [V, D] embeddings; [V] what they are multiplied by, or empty
+  Tensor norm, frequencies;  // [D]; radians a token, [half of a head's width]
   std::vector<Layer> layers;
   Weight head;
   float epsilon, factor;  // of the norms; of the rotations' cosines and sines
 
-  // `shared`: the three tensors above; `norms`: four of each layer; `products`: numbers of seven of each layer, and the head's.
+  // `shared`: the four tensors above; `norms`: four of each layer; `products`: numbers of seven of each layer, and the head's.
   Decoder(std::vector<Tensor> shared, std::vector<Tensor> norms, std::vector<int64_t> products, double epsilon, double factor)
-      : table(shared.at(0)), norm(shared.at(1)), frequencies(shared.at(2)), head(held(products.back())), epsilon(epsilon), factor(factor) {
+      : table(shared.at(0)), scales(shared.at(1)), norm(shared.at(2)), frequencies(shared.at(3)), head(held(products.back())), epsilon(epsilon), factor(factor) {
     for (size_t i = 0; i < norms.size() / 4; ++i) {
       const auto norm_of = [&](size_t j) { return norms.at(4 * i + j); };
       const auto of = [&](size_t j) { return held(products.at(7 * i + j)); };
@@ -71,7 +72,9 @@ struct Decoder : torch::CustomClassHolder {
   Tensor run(const std::vector<int64_t>& ids, const std::vector<int64_t>& wanted) const {
     const int64_t tokens = ids.size();
     const Rotations rotations = rotated(under_way.parts, tokens);
-    Tensor hidden = at::embedding(table, at::tensor(ids)).to(at::kFloat);
+    const Tensor numbers = at::tensor(ids);
+    Tensor hidden = at::embedding(table, numbers).to(at::kFloat);
+    if (scales.numel()) hidden.mul_(scales.index_select(0, numbers).unsqueeze(1));
     for (size_t i = 0; i < layers.size(); ++i) {
       const Layer& layer = layers[i];
       auto [query, key, value] = projected(layer, normalized(hidden, layer.before));
@@ -86,7 +89,7 @@ struct Decoder : torch::CustomClassHolder {
 
  private:
   // In the precision of products and attention.
-  Tensor own(const Tensor& rows) const { return rows.to(table.scalar_type()); }
+  static Tensor own(const Tensor& rows) { return rows.to(under_way.keys.at(0).scalar_type()); }
 
   Rotations rotated(const std::vector<Part>& parts, int64_t tokens) const {
     const int64_t half = frequencies.numel();
@@ -129,7 +132,7 @@ struct Decoder : torch::CustomClassHolder {
   Tensor heads(const Tensor& rows) const { return rows.view({1, rows.size(0), -1, 2 * frequencies.numel()}).transpose(1, 2); }
 
   // Queries, keys and values in fp32: [T, outputs] each.
-  std::array<Tensor, 3> projected(const Layer& layer, const Tensor& rows) const {
+  static std::array<Tensor, 3> projected(const Layer& layer, const Tensor& rows) {
     if (!layer.query.is_own()) return {by_float(rows, layer.query), by_float(rows, layer.key), by_float(rows, layer.value)};
     const std::array<const Weight*, 3> weights{&layer.query, &layer.key, &layer.value};
     std::array<Tensor, 3> found;
@@ -149,7 +152,7 @@ struct Decoder : torch::CustomClassHolder {
   }
 
   // What the MLP's second half takes: [T, outputs of the first].
-  Tensor gated(const Layer& layer, const Tensor& rows) const {
+  static Tensor gated(const Layer& layer, const Tensor& rows) {
     const int64_t width = layer.gate.outputs;
     if (!layer.gate.is_own()) {
       Tensor gate = by_float(rows, layer.gate);
@@ -172,16 +175,17 @@ struct Decoder : torch::CustomClassHolder {
     return gate;
   }
 
-  void add(const Tensor& rows, const Weight& weight, Tensor& to) const {
+  static void add(const Tensor& rows, const Weight& weight, Tensor& to) {
     if (!weight.is_own()) return (void)to.add_(product(own(rows), weight));
-    const float* x = rows.const_data_ptr<float>();
+    const Tensor floats = rows.to(at::kFloat);
+    const float* x = floats.const_data_ptr<float>();
     float* sums = to.mutable_data_ptr<float>();
     at::parallel_for(0, weight.blocks(), 1, [&](int64_t first, int64_t end) {
       for (int64_t block = first; block < end; ++block) multiply(x, rows.size(0), weight, block, true, sums);
     });
   }
 
-  Tensor by_float(const Tensor& rows, const Weight& weight) const { return product(own(rows), weight).to(at::kFloat); }
+  static Tensor by_float(const Tensor& rows, const Weight& weight) { return product(own(rows), weight).to(at::kFloat); }
 
   // Call `use` with each row's number and its first number.
   template <typename Use>

@@ -10,7 +10,7 @@
 TORCH_LIBRARY_FRAGMENT(manta, m) {
   m.def("begin(Tensor[] keys, Tensor[] values, int[] parts, int few) -> ()", manta::begin);
   m.def("pack(Tensor weight) -> Tensor", manta::pack);
-  m.def("hold(int number, Tensor packed, Tensor? bias, Tensor? small, int outputs) -> ()", manta::hold);
+  m.def("hold(int number, Tensor packed, Tensor? bias, Tensor? small, Tensor? scale, int outputs) -> ()", manta::hold);
   m.def("release(int number) -> ()", manta::release);
   m.class_<manta::Decoder>("Decoder")
       .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<int64_t>, double, double>())

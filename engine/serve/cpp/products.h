@@ -22,41 +22,47 @@ using at::Tensor;
 constexpr int64_t BLOCK = 2 * WIDTH;             // outputs that are summed up together
 constexpr int ROWS = (REGISTERS - 4) / 2 / 2 * 2;  // rows, at most, that are: two sums each, and the weights, in registers
 
-// A layer's weight [O, I]. In fp32 it is laid out as [ceil(O / BLOCK), I, BLOCK], and multiplied by what is below; else as
-// oneDNN wants it, and where it is small as it was, too: for one row, oneDNN's call costs more than the product.
+// A layer's weight [O, I]. In fp32, and in 8 bits with a scale for each output, it is laid out as [ceil(O / BLOCK), I, BLOCK],
+// and multiplied by what is below; else as oneDNN wants it, and where it is small as it was, too: for one row, oneDNN's call
+// costs more than the product.
 struct Weight {
   Tensor packed;
-  std::optional<Tensor> bias, small;
+  std::optional<Tensor> bias, small, scale;
   int64_t outputs;
 
-  bool is_own() const { return packed.scalar_type() == at::kFloat && packed.layout() == at::kStrided; }
+  bool is_own() const { return packed.layout() == at::kStrided && packed.scalar_type() != at::kBFloat16; }
   int64_t blocks() const { return packed.size(0); }
 };
 
-inline Tensor pack(const Tensor& weight) {
-  const int64_t outputs = weight.size(0), inputs = weight.size(1), blocks = (outputs + BLOCK - 1) / BLOCK;
-  const Tensor given = weight.contiguous();
-  Tensor packed = at::zeros({blocks, inputs, BLOCK}, weight.options());
-  const float* from = given.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t end) {
+template <typename T>
+void pack_as(const Tensor& weight, Tensor& packed) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const T* from = weight.const_data_ptr<T>();
+  T* to = packed.mutable_data_ptr<T>();
+  at::parallel_for(0, packed.size(0), 1, [&](int64_t first, int64_t end) {
     for (int64_t o = first * BLOCK; o < std::min(end * BLOCK, outputs); ++o) {
       for (int64_t i = 0; i < inputs; ++i) to[(o / BLOCK * inputs + i) * BLOCK + o % BLOCK] = from[o * inputs + i];
     }
   });
+}
+
+inline Tensor pack(const Tensor& weight) {
+  const Tensor given = weight.contiguous();
+  Tensor packed = at::zeros({(given.size(0) + BLOCK - 1) / BLOCK, given.size(1), BLOCK}, given.options());
+  given.scalar_type() == at::kChar ? pack_as<int8_t>(given, packed) : pack_as<float>(given, packed);
   return packed;
 }
 
-// A block of outputs, `count` of them in use, of a few rows: out = x W + bias, or out += x W + bias.
-template <int COUNT>
-void tile(const float* x, const float* weights, const float* bias, bool add, int64_t inputs, int64_t outputs, int64_t count, float* out) {
-  Floats left[COUNT], right[COUNT];
-#pragma GCC unroll 16
-  for (int r = 0; r < COUNT; ++r) {
-    left[r] = bias ? load(bias, count) : Floats{};
-    right[r] = bias ? load(bias + WIDTH, count - WIDTH) : Floats{};
-    if (add) left[r] += load(out + r * outputs, count), right[r] += load(out + r * outputs + WIDTH, count - WIDTH);
-  }
+// How a product ends: times the scale, plus the bias, plus what is there; none of them where it is not given.
+struct Ending {
+  const float *scale, *bias;
+  bool add;
+};
+
+// A block of outputs, `count` of them in use, of a few rows.
+template <int COUNT, typename T>
+void tile(const float* x, const T* weights, Ending ending, int64_t inputs, int64_t outputs, int64_t count, float* out) {
+  Floats left[COUNT] = {}, right[COUNT] = {};
   for (int64_t i = 0; i < inputs; ++i) {
     const Floats a = load(weights + i * BLOCK), b = load(weights + i * BLOCK + WIDTH);
 #pragma GCC unroll 16
@@ -65,10 +71,16 @@ void tile(const float* x, const float* weights, const float* bias, bool add, int
       right[r] += x[r * inputs + i] * b;
     }
   }
+  const auto end = [&](Floats sums, int64_t at, float* to) {
+    if (ending.scale) sums *= load(ending.scale + at, count - at);
+    if (ending.bias) sums += load(ending.bias + at, count - at);
+    if (ending.add) sums += load(to + at, count - at);
+    store(sums, to + at, count - at);
+  };
 #pragma GCC unroll 16
   for (int r = 0; r < COUNT; ++r) {
-    store(left[r], out + r * outputs, count);
-    store(right[r], out + r * outputs + WIDTH, count - WIDTH);
+    end(left[r], 0, out + r * outputs);
+    end(right[r], WIDTH, out + r * outputs);
   }
 }
 
@@ -78,16 +90,21 @@ void tile_of(int64_t rows, Others... others) {
   if constexpr (COUNT > 1) tile_of<COUNT - 1>(rows, others...);
 }
 
-// One block of a weight's outputs, for all rows.
-inline void multiply(const float* x, int64_t rows, const Weight& weight, int64_t block, bool add, float* out) {
+template <typename T>
+void multiply_by(const T* weights, const float* x, int64_t rows, const Weight& weight, int64_t block, bool add, float* out) {
   const int64_t inputs = weight.packed.size(1), groups = (rows + ROWS - 1) / ROWS, at = block * BLOCK;
-  const float* weights = weight.packed.const_data_ptr<float>() + at * inputs;
-  const float* bias = weight.bias.has_value() ? weight.bias->const_data_ptr<float>() + at : nullptr;
+  const auto from = [at](const std::optional<Tensor>& it) { return it.has_value() ? it->const_data_ptr<float>() + at : nullptr; };
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = rows * group / groups, end = rows * (group + 1) / groups;
-    tile_of<ROWS>(end - first, x + first * inputs, weights, bias, add, inputs, weight.outputs,
-                  std::min(BLOCK, weight.outputs - at), out + first * weight.outputs + at);
+    tile_of<ROWS>(end - first, x + first * inputs, weights + at * inputs, Ending{from(weight.scale), from(weight.bias), add}, inputs,
+                  weight.outputs, std::min(BLOCK, weight.outputs - at), out + first * weight.outputs + at);
   }
+}
+
+// One block of a weight's outputs, for all rows; `add`: to what is there.
+inline void multiply(const float* x, int64_t rows, const Weight& weight, int64_t block, bool add, float* out) {
+  if (weight.scale.has_value()) return multiply_by(weight.packed.const_data_ptr<int8_t>(), x, rows, weight, block, add, out);
+  multiply_by(weight.packed.const_data_ptr<float>(), x, rows, weight, block, add, out);
 }
 
 inline Tensor by_onednn(const Tensor& given, const Weight& weight) {
@@ -101,8 +118,8 @@ inline Tensor by_onednn(const Tensor& given, const Weight& weight) {
 
 inline Tensor product(const Tensor& given, const Weight& weight) {
   if (!weight.is_own()) return by_onednn(given, weight);
-  TORCH_CHECK(given.size(-1) == weight.packed.size(1) && given.scalar_type() == at::kFloat, "not an input of this weight");
-  const Tensor rows = given.contiguous();
+  TORCH_CHECK(given.size(-1) == weight.packed.size(1), "not an input of this weight");
+  const Tensor rows = given.to(at::kFloat).contiguous();
   std::vector<int64_t> shape = rows.sizes().vec();
   shape.back() = weight.outputs;
   Tensor out = at::empty(shape, rows.options());
@@ -111,16 +128,17 @@ inline Tensor product(const Tensor& given, const Weight& weight) {
   at::parallel_for(0, weight.blocks(), 1, [&](int64_t first, int64_t end) {
     for (int64_t block = first; block < end; ++block) multiply(x, rows.numel() / rows.size(-1), weight, block, false, to);
   });
-  return out;
+  return out.to(given.scalar_type());
 }
 
 // Weights by the numbers that Python and its compiler know them by.
 inline std::unordered_map<int64_t, Weight> weights;
 inline std::mutex guard;
 
-inline void hold(int64_t number, const Tensor& packed, const std::optional<Tensor>& bias, const std::optional<Tensor>& small, int64_t outputs) {
+inline void hold(int64_t number, const Tensor& packed, const std::optional<Tensor>& bias, const std::optional<Tensor>& small,
+                 const std::optional<Tensor>& scale, int64_t outputs) {
   const std::lock_guard<std::mutex> lock(guard);
-  weights[number] = {packed, bias, small, outputs};
+  weights[number] = {packed, bias, small, scale, outputs};
 }
 
 inline void release(int64_t number) {

@@ -6,7 +6,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace manta {
 
@@ -31,10 +36,27 @@ inline V read(const void* from) {
 
 inline Floats load(const float* from) { return read<Floats>(from); }
 
+// Widened by the processor's own instructions where it has them: of the general form, compilers make one for each number.
+#if defined(__AVX512F__)
 inline Floats load(const at::BFloat16* from) {  // the upper halves of floats
-  const auto halves = read<Vector<uint16_t, WIDTH>>(from);
-  return read<Floats>(&(const Vector<uint32_t, WIDTH>&)(__builtin_convertvector(halves, Vector<uint32_t, WIDTH>) << 16));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16));
 }
+inline Floats load(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(from))); }
+#elif defined(__AVX2__)
+inline Floats load(const at::BFloat16* from) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16));
+}
+inline Floats load(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))); }
+#else
+template <typename T>
+inline Floats widened(const T* from) {
+  Floats found = {};
+  for (int64_t i = 0; i < WIDTH; ++i) found[i] = static_cast<float>(from[i]);
+  return found;
+}
+inline Floats load(const at::BFloat16* from) { return widened(from); }
+inline Floats load(const int8_t* from) { return widened(from); }
+#endif
 
 // The first `count` of a vector's floats, which may be none; the others are zero.
 inline Floats load(const float* from, int64_t count) {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.models.int8 import quantize
 from engine.serve import kernels
 from engine.serve.adapters import Adapters
 from engine.serve.forward import Packed, Part
@@ -64,9 +65,16 @@ def run(model: nn.Module, steps: Any) -> tuple[Packed, list[torch.Tensor]]:
 
 @pytest.mark.parametrize(("kind", "options"), ALIKE, ids=str)
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=str)
-def test_it_is_what_the_modules_give(kind: str, options: dict[str, Any], dtype: torch.dtype, off: float) -> None:
-    by_modules, right = run(make(kind, options).to(dtype), STEPS)
-    forward, found = run(pack_linear(make(kind, options).to(dtype)), STEPS)
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_it_is_what_the_modules_give(
+    kind: str, options: dict[str, Any], dtype: torch.dtype, off: float, in_8_bits: bool
+) -> None:
+    models = [make(kind, options).to(dtype) for _ in range(2)]
+    if in_8_bits:
+        for model in models:
+            quantize(model)
+    by_modules, right = run(models[0], STEPS)
+    forward, found = run(pack_linear(models[1]), STEPS)
     assert by_modules.decoder is None
     assert forward.decoder is not None
     for ours, theirs in zip(found, right, strict=True):
