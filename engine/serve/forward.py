@@ -2,15 +2,17 @@
 
 `Packed` lays the new tokens of all sequences end to end in one row, so that every product of the model is done once
 for all (Yu et al. 2022, Orca), and does attention itself: keys and values are written in place into lanes of a cache
-that is made once, and those that decode read the lanes where they lie. `Apart` runs any other causal model, one sequence
-after the other. Shapes: T tokens of the step, or of one sequence in it, N lanes, C tokens a lane, L tokens attended,
-H heads, G query heads to a key head, D width of a head, V vocabulary.
+that is made once, and those that decode read the lanes where they lie. On a processor a model of Llama's kind then runs as
+one operation (`decoder`). `Apart` runs any other causal model, one sequence after the other. Shapes: T tokens of the step,
+or of one sequence in it, N lanes, C tokens a lane, L tokens attended, H heads, G query heads to a key head, D width of a
+head, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -33,13 +35,12 @@ ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
 NEUTRAL = {"position_ids", "use_cache", "is_causal", "sliding_window", "output_attentions", "output_hidden_states"}
 SHORT = 16  # tokens of a sequence, at most, for which neighbours attend together: those that decode, and their guesses
-FEW = (
-    64  # tokens of a sequence, at most, that `kernels` has attend one by one; torch's own attention takes more at once
-)
+FEW = 64  # tokens of a sequence, at most, that `kernels` has attend one by one; of more, torch's attention takes all at once
 # Numbers of the keys, at most, that are attended to as fp32 where they are bf16: torch's attention takes two to four times
 # as long for the same few queries in bf16, on a processor. More would take much memory, and gain little.
 AS_FLOATS = 2**22
 IN_KERNELS = (torch.float32, torch.bfloat16)
+LOG = logging.getLogger(__name__)
 PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
 
 
@@ -206,7 +207,8 @@ class Packed:
         try:
             if self.decoder is not None:
                 self._agree()
-        except Unpackable:
+        except (Unpackable, RuntimeError) as reason:
+            LOG.warning("the model runs by its own modules, since as one operation %s", reason)
             self.decoder = None
 
     @torch.inference_mode()

@@ -41,7 +41,7 @@ def built() -> Path:
     from torch.utils import cpp_extension  # takes a third of a second
 
     kind = torch.backends.cpu.get_cpu_capability()
-    texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
     machine = (texts, torch.__version__, kind, platform.python_version(), processor())
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = folder / NAME / f"{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}.so"

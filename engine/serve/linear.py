@@ -1,9 +1,9 @@
 """A model's linear layers with weights laid out for the few rows of a step, on a processor.
 
 `F.linear` hands fp32 products to MKL, which on AMD's processors takes two to four times as long as oneDNN for the 4 to
-256 rows of a step; and oneDNN reads a weight quickest when it lies in blocks of its own order, made once. In fp32 the
-operations of `kernels` take half as long again for few rows. Torch's compiler can't hold such a weight: to it a product is
-one operation, which knows its weight by a number.
+256 rows of a step; and oneDNN reads a weight quickest when it lies in blocks of its own order, made once. In fp32, and
+with weights in 8 bits, `kernels` has products of its own: for one row in a quarter of oneDNN's time, for sixteen in two
+thirds of it. Torch's compiler can't hold such a weight: to it a product is one operation, which knows its weight by a number.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from engine.models.int8 import Int8Linear
 from engine.serve import kernels
 
 ROWS = 16  # oneDNN's blocks are chosen for so many rows
-SMALL_BYTES = (
-    2**20
-)  # a weight up to here is kept for oneDNN as it was too: for one row, the call costs more than the product
+SMALL_BYTES = 2**20  # a weight up to here is kept for oneDNN as it was, too: for one row, its call costs more
 
 
 def pack_linear(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
-// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16, its weights in 8 bits or not: RMSNorm (Zhang and Sennrich 2019) before attention and before the
-// gated MLP, and rotary positions (Su et al. 2021), of which a head's first half is rotated with its second. All of a step in
-// one call: the products of a small model take less time than Python takes to ask for them. In bf16, products and attention
-// take and give bf16; what lies between them, and their sum from layer to layer, is in fp32.
+// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16, its weights in 8 bits or not: RMSNorm (Zhang and Sennrich
+// 2019) before attention and before the gated MLP, and rotary positions (Su et al. 2021), of which a head's first half is
+// rotated with its second. All of a step in one call: the products of a small model take less time than Python takes to ask
+// for them. In bf16, attention and oneDNN's products take and give bf16; what lies between them is in fp32.
 // Shapes: T tokens of the step, D width of the model, V vocabulary.
 
 #pragma once
@@ -60,7 +60,8 @@ struct Decoder : torch::CustomClassHolder {
 
   // `shared`: the four tensors above; `norms`: four of each layer; `products`: numbers of seven of each layer, and the head's.
   Decoder(std::vector<Tensor> shared, std::vector<Tensor> norms, std::vector<int64_t> products, double epsilon, double factor)
-      : table(shared.at(0)), scales(shared.at(1)), norm(shared.at(2)), frequencies(shared.at(3)), head(held(products.back())), epsilon(epsilon), factor(factor) {
+      : table(shared.at(0)), scales(shared.at(1)), norm(shared.at(2)), frequencies(shared.at(3)), head(held(products.back())),
+        epsilon(epsilon), factor(factor) {
     for (size_t i = 0; i < norms.size() / 4; ++i) {
       const auto norm_of = [&](size_t j) { return norms.at(4 * i + j); };
       const auto of = [&](size_t j) { return held(products.at(7 * i + j)); };

@@ -19,7 +19,7 @@ namespace manta {
 
 using at::Tensor;
 
-constexpr int64_t BLOCK = 2 * WIDTH;             // outputs that are summed up together
+constexpr int64_t BLOCK = 2 * WIDTH;               // outputs that are summed up together
 constexpr int ROWS = (REGISTERS - 4) / 2 / 2 * 2;  // rows, at most, that are: two sums each, and the weights, in registers
 
 // A layer's weight [O, I]. In fp32, and in 8 bits with a scale for each output, it is laid out as [ceil(O / BLOCK), I, BLOCK],
