@@ -1,6 +1,6 @@
 """Tokens a second of the generator by the options that are to make it faster, for a Llama of 28 M parameters.
 
-Weights in fp32, in bf16, and in 8 bits with bf16 activations; torch compile; and a draft. 1 and 16 sequences, prompts of 36
+Weights in fp32, in bf16, and in 8 bits with bf16 activations; and a draft. 1 and 16 sequences, prompts of 36
 tokens, 96 new ones, greedy. The weights are fresh. The target's later layers add little, and the draft is its first layer
 with its table of tokens: how often it guesses right is made by construction, so the ratio is that at the share which is told,
 and a trained pair has a share of its own. Predicted at 1 sequence, where a token waits for the weights to come from memory:
@@ -90,7 +90,7 @@ def contest(name: str, asked: Connection) -> None:
     ended: queue.Queue[Completion] = queue.Queue()
     dice = random.Random(0)
     generator = TransformersGenerator(
-        in_passing(lambda: pack_linear(model)), 512, max_batch=16, max_queue=256, step_tokens=256, compiled="compiled" in name,
+        in_passing(lambda: pack_linear(model)), 512, max_batch=16, max_queue=256, step_tokens=256,
         speculate=6 if draft else 0, draft=draft, tell=lambda news: [ended.put(it) for it in news if it.reason],
     )  # fmt: skip
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the bench has ended
@@ -118,7 +118,7 @@ def make(name: str) -> tuple[Any, Any]:
 
 def main() -> None:
     """Print the ratios."""
-    names = ("fp32", "bf16", "int8", "fp32, compiled", "bf16, compiled", "int8, compiled", "with a draft", "without")
+    names = ("fp32", "bf16", "int8", "with a draft", "without")
     contestants = {name: Contestant(name) for name in names}
     print("weights: " + ", ".join(f"{name} {contestants[name].bytes / 2**20:.1f} MiB" for name in names[:3]))
     for sequences in SEQUENCES:
@@ -132,14 +132,6 @@ def main() -> None:
             {"fp32": 1.0, "bf16": 1.0},
             setting,
         )
-        for name in ("fp32", "bf16", "int8"):
-            show(
-                {f"{name}, compiled": found[f"{name}, compiled"], name: found[name]},
-                "tokens/s",
-                f"{name}, compiled",
-                {name: 1.0},
-                setting,
-            )
         right = f"{100 * contestants['with a draft'].right:.0f} % of the guesses right"
         print(right)
         show(
