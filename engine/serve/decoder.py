@@ -33,13 +33,10 @@ def make_decoder(model: Any) -> Decoder | None:
     rotary: Any = getattr(base, "rotary_emb", None)
     if getattr(rotary, "rope_type", None) not in FIXED_ROTATIONS or getattr(model.config, "hidden_act", None) != "silu":
         return None
-    norms = NORMS + HEAD_NORMS * hasattr(base.layers[0].self_attn, "q_norm")
-    ours = {f"layers.{i}.{part}" for i in range(len(base.layers)) for part in (*PRODUCTS, *norms)} | {
-        "embed_tokens",
-        "norm",
-    }
     theirs = {name.rpartition(".")[0] for name in base.state_dict()}
-    if theirs != ours:
+    norms = NORMS + HEAD_NORMS * ("layers.0.self_attn.q_norm" in theirs)
+    layers = range(model.config.num_hidden_layers)
+    if theirs != {f"layers.{i}.{part}" for i in layers for part in (*PRODUCTS, *norms)} | {"embed_tokens", "norm"}:
         return None
     products = [layer.get_submodule(part) for layer in base.layers for part in PRODUCTS] + [model.lm_head]
     packed: list[Any] = [getattr(product, "packed", None) for product in products]

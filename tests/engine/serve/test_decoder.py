@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.models.int8 import quantize
 from engine.serve import kernels
 from engine.serve.adapters import Adapters
+from engine.serve.decoder import make_decoder
 from engine.serve.forward import Packed, Part
 from engine.serve.linear import pack_linear
 
@@ -89,3 +90,17 @@ def test_no_other_model_is_taken_for_one(kind: str, options: dict[str, Any]) -> 
     assert forward.decoder is None
     for ours, theirs in zip(found, right, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+def test_one_without_llamas_parts_is_left_alone() -> None:
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    }
+    options = sizes | {"intermediate_size": 32, "layer_types": ["conv", "full_attention"], "hidden_act": "silu"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **options))
+    assert not hasattr(model.model.layers[0], "self_attn")
+    assert make_decoder(pack_linear(model)) is None
