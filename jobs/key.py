@@ -16,7 +16,7 @@ from jobs.entry import start
 
 def key(config: Config) -> None:
     """Make, list or revoke."""
-    from engine.serve.keys import new_key, revoke_key
+    from engine.serve.http.api_keys import new_key, revoke_key
 
     asked, file = config.key, config.keys_file
     if asked.action == "new":
@@ -36,7 +36,7 @@ def show(config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from engine.serve.keys import read_keys
+    from engine.serve.http.api_keys import read_keys
 
     keys = read_keys(config.keys_file)
     if not keys:

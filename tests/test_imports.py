@@ -19,7 +19,7 @@ MAY = {
     "engine.sweep": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.plan", "engine.train"},
     "engine.evaluate": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.models"},
     "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.data.masking", "engine.bundles", "engine.objectives", "engine.models"},
-    "engine.improve": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.train.launch", "engine.evaluate", "engine.serve.records"},
+    "engine.improve": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.train.launch", "engine.evaluate", "engine.serve.http.feedback_store"},
     "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware", "engine.train.devices", "engine.train.optimizer"},
 }  # fmt: skip
 RAY = {

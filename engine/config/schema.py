@@ -715,7 +715,7 @@ class ServeConfig(Frozen):
     canary_requests: int = option(200, "requests that the new version answers at each stage, at least", least=1)
     canary_stage_s: float = option(60.0, "seconds of each stage, at least", least=0)
     canary_false_alarm: float = option(
-        0.01, "chance, at most, that a version as good as the old one is withdrawn (engine/serve/verdict.py)", above=0, most=0.5
+        0.01, "chance, at most, that a version as good as the old one is withdrawn (engine/serve/routing/sequential_test.py)", above=0, most=0.5
     )  # fmt: skip
     canary_error_margin: float = option(0.01, "error rate that the new version may have beyond the old one's", least=0, most=0.5)  # fmt: skip
     canary_latency_margin: float = option(0.2, "share by which its answers may take longer", least=0)

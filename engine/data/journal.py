@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 from engine.data.corpus import Part
 from engine.data.manifest import sha256
-from engine.data.survey import Survey
+from engine.data.scan import Survey
 from engine.data.tokenizing import Shards
 
 

@@ -105,7 +105,7 @@ class Manifest:
 
 def verify(folder: Path | str) -> Manifest:
     """Check every hash of a prepared folder. Raises UserError that names the first file that was changed."""
-    from engine.data.published import at_hand
+    from engine.data.remote_store import at_hand
 
     folder = Path(folder)
     manifest = Manifest.load(folder)

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from engine.config import Config, DataConfig, source_configs
 from engine.data.corpus import Part, given_split, inputs, parts
-from engine.data.describing import write_manifest
+from engine.data.write_manifest import write_manifest
 from engine.data.journal import Journal
 from engine.data.manifest import PROCESSOR, TOKENIZER, Manifest
 from engine.data.naming import content_key
-from engine.data.passes import Held, Progress, Surveying, survey_all, tokenize_all
+from engine.data.pipeline import Held, Progress, Surveying, survey_all, tokenize_all
 from engine.data.processor import PREPROCESSOR, choose_preprocessor, write_processor
-from engine.data.published import fetch, locked, publish
+from engine.data.remote_store import fetch, locked, publish
 from engine.data.spread import Spread, alone, connected, over_cluster, over_processes
-from engine.data.survey import BPE_CHARACTERS, Kept, keep, sample_sizes, sampled
+from engine.data.scan import BPE_CHARACTERS, Kept, keep, sample_sizes, sampled
 from engine.data.tokenizer import (
     Specials,
     close_with_eos,

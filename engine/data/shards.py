@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.data.manifest import Manifest
-from engine.data.published import at_hand
+from engine.data.remote_store import at_hand
 from engine.errors import UserError
 
 SIGNAL_BYTES = 16  # of pixels or sound that fill a shard as much as a token does

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.data.corpus import SPLITS, Document, Part
 from engine.data.shards import ShardWriter
-from engine.data.survey import DROPPED
+from engine.data.scan import DROPPED
 from engine.data.tokenizer import Encoder, Specials
 from engine.errors import UserError
 

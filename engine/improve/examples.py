@@ -16,7 +16,7 @@ from engine.bundles.bundle import Bundle
 from engine.data.shards import Split
 from engine.improve.drift import Sample
 from engine.objectives.contract import Objective
-from engine.serve.records import read_records
+from engine.serve.http.feedback_store import read_records
 
 MEASURED = 500  # texts whose confidence is measured anew, at most
 TEST_SHARE = 0.3  # of what clients said: kept for the gate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.models.cross_entropy import IGNORED
-from engine.models.documents import keep_apart
+from engine.models.document_mask import keep_apart
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Samples, pad_rows
 

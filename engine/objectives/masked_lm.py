@@ -14,7 +14,7 @@ from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.cross_entropy import IGNORED
-from engine.models.documents import keep_apart
+from engine.models.document_mask import keep_apart
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Samples, Scores, pad_rows
 

@@ -18,13 +18,13 @@ from ray import serve
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
-from engine.serve.adapters import pinned
-from engine.serve.api import Api
-from engine.serve.balancer import Balancer
+from engine.serve.llm.lora import pinned
+from engine.serve.http.api import Api
+from engine.serve.http.haproxy import Balancer
 from engine.serve.replica import Replica
-from engine.serve.rollout import Version
-from engine.serve.scaling import WorkInFlight, ongoing
-from engine.serve.steward import Steward
+from engine.serve.routing.rollout import Version
+from engine.serve.routing.autoscaling import WorkInFlight, ongoing
+from engine.serve.routing.controller import Steward
 
 ENDPOINT, STEWARD, BALANCER = "manta", "manta-steward", "manta-balancer"  # names of applications
 HEAD_NODE = "node:__internal_head__"  # Ray's resource for it: where the endpoint is looked for

@@ -21,14 +21,14 @@ from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.progress import console
-from engine.serve.adapters import refuse_unfit
-from engine.serve.balancer import binary
-from engine.serve.gate import access_for
-from engine.serve.keys import VARIABLE, Keys
-from engine.serve.rollout import Plan, Version
+from engine.serve.llm.lora import refuse_unfit
+from engine.serve.http.haproxy import binary
+from engine.serve.http.middleware import access_for
+from engine.serve.http.api_keys import VARIABLE, Keys
+from engine.serve.routing.rollout import Plan, Version
 from engine.serve.tracing import exporter
-from engine.serve.verdict import Rules
-from engine.serve.vllm_generator import refuse_without_vllm
+from engine.serve.routing.sequential_test import Rules
+from engine.serve.llm.vllm_engine import refuse_without_vllm
 
 ASK_S = 30.0  # for the steward's answers
 LOOK_EVERY_S = 0.1
@@ -44,7 +44,7 @@ class Endpoint:
         """Take it down."""
         from ray import serve
 
-        from engine.serve.steward import forget
+        from engine.serve.routing.controller import forget
 
         with contextlib.redirect_stderr(open(os.devnull, "w")):
             serve.shutdown()
@@ -107,7 +107,7 @@ def open_endpoint(config: Config, endpoint: Endpoint) -> None:
     from ray import serve
 
     from engine.serve.application import BALANCER, ENDPOINT, STEWARD
-    from engine.serve.steward import forget
+    from engine.serve.routing.controller import forget
 
     forget()  # what an endpoint left that was ended by another hand
     serve.start(proxy_location="Disabled", logging_config=quiet())  # the ingress listens itself
@@ -293,7 +293,7 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
         refuse_without_vllm(options)
     refuse_unfit(bundle, options.adapters)
     if options.draft:
-        from engine.serve.speculation import refuse_unfit_draft  # and so torch's compiler: two seconds
+        from engine.serve.llm.speculative import refuse_unfit_draft  # and so torch's compiler: two seconds
 
         refuse_unfit_draft(bundle, options.draft)
 

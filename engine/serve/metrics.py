@@ -26,7 +26,7 @@ REPLICA = {
     "steps": ("manta_replica_forwards_total", "forwards run"),
     "by_lanes": (
         "manta_replica_lane_requests_total",
-        "requests that an ingress on the same node sent by the short way (engine/serve/lanes.py)",
+        "requests that an ingress on the same node sent by the short way (engine/serve/routing/ipc.py)",
     ),
     "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
     "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.speculate)"),

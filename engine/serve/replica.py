@@ -29,21 +29,21 @@ from engine.config import ServeConfig
 from engine.errors import UserError
 from engine.models.int8 import quantize
 from engine.objectives.contract import pad_rows
-from engine.serve.adapters import Adapters
-from engine.serve.chat import TemplateError, chat_prompt
-from engine.serve.forward import positions
-from engine.serve.generation import Completion, Generator, QueueFull, TransformersGenerator
-from engine.serve.lanes import Mouth
-from engine.serve.linear import pack_linear
-from engine.serve.loopback import stay_on_loopback
-from engine.serve.passing import in_passing
-from engine.serve.sampling import Mask, Sampling
-from engine.serve.scaling import REQUESTS, TOKENS
-from engine.serve.structure import BadSchema, Structure
-from engine.serve.text import Logprobs, Text
-from engine.serve.together import Together
+from engine.serve.llm.lora import Adapters
+from engine.serve.llm.chat_template import TemplateError, chat_prompt
+from engine.serve.llm.model_runner import positions
+from engine.serve.llm.engine import Completion, Generator, QueueFull, TransformersGenerator
+from engine.serve.routing.ipc import Mouth
+from engine.serve.llm.cpu.linear import pack_linear
+from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.short_lived_thread import in_passing
+from engine.serve.llm.sampler import Mask, Sampling
+from engine.serve.routing.autoscaling import REQUESTS, TOKENS
+from engine.serve.llm.structured_output import BadSchema, Structure
+from engine.serve.llm.detokenizer import Logprobs, Text
+from engine.serve.batching import Together
 from engine.serve.tracing import Trace, Tracing
-from engine.serve.vllm_generator import verified_generator
+from engine.serve.llm.vllm_engine import verified_generator
 
 TASKS = {
     "AutoModelForCausalLM": "completion",

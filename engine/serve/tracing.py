@@ -26,7 +26,7 @@ from engine.errors import UserError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from engine.serve.generation import Completion  # with torch, which the ingress needs not
+    from engine.serve.llm.engine import Completion  # with torch, which the ingress needs not
 
 NO_SPAN = INVALID_SPAN
 SEND_EVERY_MS = 1000  # less than Serve lets a replica live after its last request

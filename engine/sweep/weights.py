@@ -11,7 +11,7 @@ import numpy as np
 from engine.config import identity
 from engine.objectives.contract import Objective
 from engine.train.job import Job
-from engine.train.start import Make, fresh, held, hollow
+from engine.train.init_model import Make, fresh, held, hollow
 
 StartState = dict[
     str, Any

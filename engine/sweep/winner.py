@@ -121,7 +121,7 @@ class Kitchen:
     def __init__(self, winner: Winner) -> None:
         """Take the model and the data of this winner."""
         from engine.data.shards import Split
-        from engine.train.start import make_model
+        from engine.train.init_model import make_model
         from engine.train.zero import AVERAGE
 
         job = merged(winner.job)
@@ -134,7 +134,7 @@ class Kitchen:
     def weights(self, winner: Winner) -> dict[str, Any]:
         """Return the weights that a winner's bundle would have, fp32; what LoRA trained is merged, so its rank doesn't matter."""
         from engine.models.lora import merge_lora
-        from engine.train.start import fill, make_model
+        from engine.train.init_model import fill, make_model
 
         checkpoint = Checkpoint(step_folder(RunFolder(winner.job.config.run_dir).checkpoints, winner.line["step"]))
         if winner.job.config.objective.lora.rank:

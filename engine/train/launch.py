@@ -91,7 +91,7 @@ def check_job(job: Job) -> None:
             )
     if config.data.within_documents or config.train.sequence_parallel > 1:
         from engine.models.build import config_of
-        from engine.models.documents import check_kept_apart
+        from engine.models.document_mask import check_kept_apart
         from engine.train.sequence_parallel import check_divisible
 
         shape = shape if job.start else config_of(config.model, objective.processor, options)

@@ -31,7 +31,7 @@ from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder, adapter_of
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.start import Make, equip, fill, make_model, start_model
+from engine.train.init_model import Make, equip, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import AVERAGE, DTYPES, Sharded

@@ -29,7 +29,7 @@ from engine.train.job import Job
 from engine.train.loop import Run, train_step
 from engine.train.meter import Meter
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.start import make_model
+from engine.train.init_model import make_model
 from engine.train.worker import local_group
 from engine.train.zero import Sharded
 from jobs.entry import compose

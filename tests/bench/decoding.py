@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.environment import quiet_environment
 from engine.models.int8 import quantize, weight_bytes
-from engine.serve.generation import Completion, TransformersGenerator
-from engine.serve.linear import pack_linear
-from engine.serve.passing import in_passing
+from engine.serve.llm.engine import Completion, TransformersGenerator
+from engine.serve.llm.cpu.linear import pack_linear
+from engine.serve.short_lived_thread import in_passing
 from tests.bench.interleaved import interleave, show
 
 PROMPT, NEW = 36, 96  # tokens

@@ -28,9 +28,9 @@ import transformers
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from cluster.environment import quiet_environment
-from engine.serve.generation import Completion, TransformersGenerator
-from engine.serve.linear import pack_linear
-from engine.serve.passing import in_passing
+from engine.serve.llm.engine import Completion, TransformersGenerator
+from engine.serve.llm.cpu.linear import pack_linear
+from engine.serve.short_lived_thread import in_passing
 from tests.bench.interleaved import interleave, show
 
 CLIENTS = 16

@@ -27,7 +27,7 @@ from cluster.environment import quiet_environment
 from cluster.session import connect
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
-from engine.serve.keys import new_key
+from engine.serve.http.api_keys import new_key
 from tests.bench.calls import Caller
 from tests.bench.interleaved import interleave, show
 from tests.engine.bundles.making import fresh_bundle

@@ -34,7 +34,7 @@ from engine.train.job import Job
 from engine.train.loop import Run, train_step
 from engine.train.optimizer import parameter_groups
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.start import equip, make_model
+from engine.train.init_model import equip, make_model
 from engine.train.worker import local_group, measure
 from engine.train.zero import DTYPES, Sharded, deepspeed_config
 from jobs.entry import compose

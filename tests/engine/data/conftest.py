@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import Config, DataConfig, replace
 from engine.data.corpus import SPLITS, Document, parts
-from engine.data.survey import DROPPED, choose, survey
+from engine.data.scan import DROPPED, choose, survey
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 

@@ -13,7 +13,7 @@ from engine.data.packing import Bins, Blocks, Mix, Packing, best_fit, cut, pack
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.build import transformers_config
-from engine.models.documents import check_kept_apart
+from engine.models.document_mask import check_kept_apart
 from engine.objectives.contract import Objective, objective_class
 from tests.engine.data.test_shards import write
 

@@ -19,7 +19,7 @@ from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.improve import improve as improving
 from engine.improve.examples import Asked, Example, Told, examples_from, records_of
-from engine.serve.records import Recorder
+from engine.serve.http.feedback_store import Recorder
 from engine.train.launch import Outcome
 from engine.train.run_folder import RunFolder
 from tests.lives import Lives, run

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.serve.generation import TransformersGenerator
+from engine.serve.llm.engine import TransformersGenerator
 
 
 @contextmanager

@@ -22,8 +22,8 @@ import pytest
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.keys import new_key, revoke_key
-from engine.serve.records import read_records
+from engine.serve.http.api_keys import new_key, revoke_key
+from engine.serve.http.feedback_store import read_records
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
 from tests.engine.serve.test_structure import SCHEMA, form

@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.serve.adapters import Adapters, pinned, read, refuse_unfit
+from engine.serve.llm.lora import Adapters, pinned, read, refuse_unfit
 from engine.serve.application import version_of
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.forward import Apart, Packed, Part
-from engine.serve.generation import Completion, TransformersGenerator
+from engine.serve.llm.model_runner import Apart, Packed, Part
+from engine.serve.llm.engine import Completion, TransformersGenerator
 from engine.serve.replica import Replica
-from engine.serve.requests import CompletionRequest
-from engine.serve.sampling import Sampling
+from engine.serve.http.schemas import CompletionRequest
+from engine.serve.llm.sampler import Sampling
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.holding import held

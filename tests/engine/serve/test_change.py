@@ -19,7 +19,7 @@ from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy, follow, roll_back, told
-from engine.serve.rollout import position
+from engine.serve.routing.rollout import position
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, processes, wait_for
 from tests.ports import free_port

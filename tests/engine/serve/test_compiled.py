@@ -14,9 +14,9 @@ from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.models.int8 import quantize
 from engine.serve.deploy import refuse_what_cannot_serve
-from engine.serve.forward import make_forward
-from engine.serve.generation import Completion
-from engine.serve.linear import pack_linear
+from engine.serve.llm.model_runner import make_forward
+from engine.serve.llm.engine import Completion
+from engine.serve.llm.cpu.linear import pack_linear
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_adapters import greedy
 from tests.engine.serve.test_generation import Run, model, requests

@@ -10,11 +10,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.models.int8 import quantize
-from engine.serve import kernels
-from engine.serve.adapters import Adapters
-from engine.serve.decoder import make_decoder
-from engine.serve.forward import Packed, Part
-from engine.serve.linear import pack_linear
+from engine.serve.llm.cpu import kernels
+from engine.serve.llm.lora import Adapters
+from engine.serve.llm.cpu.decoder import make_decoder
+from engine.serve.llm.model_runner import Packed, Part
+from engine.serve.llm.cpu.linear import pack_linear
 
 pytestmark = pytest.mark.skipif(not kernels.load(), reason="no compiler for C++")
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip

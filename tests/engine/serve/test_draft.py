@@ -22,11 +22,11 @@ from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.application import version_of
 from engine.serve.deploy import deploy, refuse_what_cannot_serve, with_draft
-from engine.serve.generation import Completion
+from engine.serve.llm.engine import Completion
 from engine.serve.replica import Replica, loaded
-from engine.serve.requests import CompletionRequest
-from engine.serve.sampling import Sampling
-from engine.serve.speculation import SmallModel
+from engine.serve.http.schemas import CompletionRequest
+from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.speculative import SmallModel
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import CONFIGS, EOS, Run, model, requests
 from tests.ports import free_port

@@ -52,7 +52,7 @@ def test_the_endpoint_runs_from_the_serve_config(ray: None, written: tuple[Confi
     from ray import serve
     from ray.serve.context import _get_global_client
 
-    from engine.serve.steward import forget
+    from engine.serve.routing.controller import forget
 
     config, bundle, folder = written
     assert export(with_values(config, {"serve.gpus_per_replica": 0.0})) == 0

@@ -26,10 +26,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy, refuse_what_cannot_fit
-from engine.serve.forward import Packed
-from engine.serve.generation import Completion, TransformersGenerator
+from engine.serve.llm.model_runner import Packed
+from engine.serve.llm.engine import Completion, TransformersGenerator
 from engine.serve.replica import Replica
-from engine.serve.requests import CompletionRequest
+from engine.serve.http.schemas import CompletionRequest
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, said_until, wait_for
 from tests.engine.serve.holding import held

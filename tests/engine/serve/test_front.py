@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from engine.errors import UserError
-from engine.serve.front import Front, listen
+from engine.serve.http.server import Front, listen
 from tests.engine.serve.test_serve import free_port
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine.serve.gate import Access, Door, Gate, Visit
-from engine.serve.keys import new_key
+from engine.serve.http.middleware import Access, Door, Gate, Visit
+from engine.serve.http.api_keys import new_key
 from engine.serve.metrics import Metrics
-from engine.serve.refusals import ApiError
+from engine.serve.http.errors import ApiError
 
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 

@@ -16,9 +16,9 @@ import torch
 import transformers
 from torch import nn
 
-from engine.serve.forward import AS_FLOATS, Apart, Packed, make_forward
-from engine.serve.generation import Completion, QueueFull, TransformersGenerator
-from engine.serve.sampling import Sampling
+from engine.serve.llm.model_runner import AS_FLOATS, Apart, Packed, make_forward
+from engine.serve.llm.engine import Completion, QueueFull, TransformersGenerator
+from engine.serve.llm.sampler import Sampling
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.holding import held
 
@@ -220,7 +220,7 @@ def test_a_mad_model_is_told_and_the_lane_is_clean_again() -> None:
 
 @pytest.mark.parametrize("most", [AS_FLOATS, 0])
 def test_bf16_attends_as_the_model_does_alone_and_in_company(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr("engine.serve.forward.AS_FLOATS", most)
+    monkeypatch.setattr("engine.serve.llm.model_runner.AS_FLOATS", most)
     half = copy.deepcopy(model("llama")).bfloat16()
     prompts = [prompt for prompt, *_ in requests("llama")[:5]]
     run = Run(half, speculate=3)

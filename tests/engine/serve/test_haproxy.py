@@ -26,13 +26,13 @@ import pytest
 from engine.bundles.bundle import Bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
-from engine.serve.access_log import AccessLog
-from engine.serve.balancer import binary, configuration, write_errors
+from engine.serve.http.access_log import AccessLog
+from engine.serve.http.haproxy import binary, configuration, write_errors
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.keys import Key, new_key
-from engine.serve.limits import Limits
-from engine.serve.places import private, take_place
-from engine.serve.records import read_records
+from engine.serve.http.api_keys import Key, new_key
+from engine.serve.http.rate_limits import Limits
+from engine.serve.http.ingress_sockets import private, take_place
+from engine.serve.http.feedback_store import read_records
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, processes, said_until, wait_for
 from tests.ports import free_port, listened
@@ -271,8 +271,8 @@ def test_haproxy_takes_its_configuration(program: str, tmp_path: Path, host: str
 HAMMER = """
 import sys
 from pathlib import Path
-from engine.serve.keys import Key
-from engine.serve.limits import Limits
+from engine.serve.http.api_keys import Key
+from engine.serve.http.rate_limits import Limits
 key, limits = Key("alice", 64 * "0", 0.0, requests_per_minute=600), Limits(Path(sys.argv[1]))
 print("ready", flush=True)
 input()

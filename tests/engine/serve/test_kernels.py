@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.serve import kernels
-from engine.serve.adapters import Adapters
-from engine.serve.forward import Packed, Part
+from engine.serve.llm.cpu import kernels
+from engine.serve.llm.lora import Adapters
+from engine.serve.llm.model_runner import Packed, Part
 from tests.engine.serve.test_generation import model
 
 # Lanes that follow each other and not, one token and several, a prompt's parts, the first and a later one.

@@ -12,9 +12,9 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.serve.gate import access_for, is_loopback
-from engine.serve.keys import Key, Keys, digest_of, new_key, parsed, read_keys, revoke_key
-from engine.serve.limits import Limits
+from engine.serve.http.middleware import access_for, is_loopback
+from engine.serve.http.api_keys import Key, Keys, digest_of, new_key, parsed, read_keys, revoke_key
+from engine.serve.http.rate_limits import Limits
 from jobs.manta import main
 
 
@@ -48,7 +48,7 @@ def test_names_are_one_keys_each_until_it_is_revoked(tmp_path: Path) -> None:
 
 
 def test_a_running_endpoint_takes_up_changes_and_stays_shut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.serve.keys.LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("engine.serve.http.api_keys.LOOK_EVERY_S", 0.0)
     file = tmp_path / "keys.json"
     keys = Keys(file)
     assert not keys.required

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 from ray.exceptions import RayActorError, RayTaskError
 
-from engine.serve.lanes import Lane, Lanes, Mouth
+from engine.serve.routing.ipc import Lane, Lanes, Mouth
 
 
 class Replica:
@@ -208,7 +208,7 @@ def test_lanes_go_where_all_replicas_are_near(run: Callable[[Coroutine[Any, Any,
 
 def test_other_users_are_sent_away(between: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
-        monkeypatch.setattr("engine.serve.lanes.os.getuid", lambda: 12345)
+        monkeypatch.setattr("engine.serve.routing.ipc.os.getuid", lambda: 12345)
         with pytest.raises(OSError):
             await Lane.to(mouth.name)
         stranger = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

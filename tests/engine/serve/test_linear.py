@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from engine.serve import kernels
-from engine.serve.linear import SMALL_BYTES, pack_linear
+from engine.serve.llm.cpu import kernels
+from engine.serve.llm.cpu.linear import SMALL_BYTES, pack_linear
 
 
 def llama() -> nn.Module:

@@ -16,12 +16,12 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.models.int8 import Int8Linear, is_quantized, quantize, weight_bytes
-from engine.serve.adapters import Adapters, pinned
-from engine.serve.forward import Packed
-from engine.serve.generation import Completion
+from engine.serve.llm.lora import Adapters, pinned
+from engine.serve.llm.model_runner import Packed
+from engine.serve.llm.engine import Completion
 from engine.serve.replica import Replica, loaded
-from engine.serve.requests import CompletionRequest
-from engine.serve.sampling import Sampling
+from engine.serve.http.schemas import CompletionRequest
+from engine.serve.llm.sampler import Sampling
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_adapters import greedy, save
 from tests.engine.serve.test_generation import Run, model, requests

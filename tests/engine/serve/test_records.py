@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from engine.serve.records import Recorder, read_records
+from engine.serve.http.feedback_store import Recorder, read_records
 
 WRITER = """
 import asyncio, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from engine.serve.records import Recorder
+from engine.serve.http.feedback_store import Recorder
 
 async def one(recorder, i):
     await recorder.write({"request": f"r{i}", "time": datetime.now(UTC), "text": "x" * (i % 50), "rating": 1})

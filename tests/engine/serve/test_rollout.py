@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from engine.serve.rollout import Model, Plan, Version, chosen, from_plain, likeness, to_plain
-from engine.serve.verdict import Answer, Rules
+from engine.serve.routing.rollout import Model, Plan, Version, chosen, from_plain, likeness, to_plain
+from engine.serve.routing.sequential_test import Answer, Rules
 
 OLD = Version("old", "manta-m-old", "hash-old", "/old", {})
 NEW = Version("new", "manta-m-new", "hash-new", "/new", {})

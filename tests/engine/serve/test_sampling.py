@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from engine.serve.sampling import CANDIDATES, Sampling, choose
+from engine.serve.llm.sampler import CANDIDATES, Sampling, choose
 
 
 def frequencies(sampling: Sampling, logits: list[float], draws: int = 4000) -> list[float]:

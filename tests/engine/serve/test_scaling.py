@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
-from engine.serve.scaling import REQUESTS, TOKENS, WorkInFlight, wanted
+from engine.serve.routing.autoscaling import REQUESTS, TOKENS, WorkInFlight, wanted
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, wait_for
 from tests.ports import free_port

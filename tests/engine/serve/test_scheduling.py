@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.serve.scheduling import FairQueue, Lane, Place, Shape, common, place, shape_for, shares
+from engine.serve.llm.scheduler import FairQueue, Lane, Place, Shape, common, place, shape_for, shares
 
 EMPTY = np.zeros(0, dtype=np.int64)
 

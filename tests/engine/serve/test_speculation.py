@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, ServeConfig
-from engine.serve.forward import Packed
-from engine.serve.generation import Completion
+from engine.serve.llm.model_runner import Packed
+from engine.serve.llm.engine import Completion
 from engine.serve.replica import Replica
-from engine.serve.requests import CompletionRequest
-from engine.serve.sampling import Sampling
-from engine.serve.speculation import Draft
+from engine.serve.http.schemas import CompletionRequest
+from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.speculative import Draft
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import CONFIGS, Run, requests
 

@@ -13,9 +13,9 @@ import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config
-from engine.serve.generation import Completion, TransformersGenerator
-from engine.serve.sampling import Sampling, choose
-from engine.serve.structure import BadSchema, Structure
+from engine.serve.llm.engine import Completion, TransformersGenerator
+from engine.serve.llm.sampler import Sampling, choose
+from engine.serve.llm.structured_output import BadSchema, Structure
 from tests.engine.bundles.making import fresh_bundle
 
 SCHEMA = {

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from engine.config import Config
 from engine.data.prepare import prepare
 from engine.data.tokenizer import load_tokenizer
-from engine.serve.generation import Completion, Score
-from engine.serve.text import Logprobs, Text, token_bytes, token_text
+from engine.serve.llm.engine import Completion, Score
+from engine.serve.llm.detokenizer import Logprobs, Text, token_bytes, token_text
 
 WORDS = "def naïve(x):\n    return '→ 日本語' + x  # done\n"
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from engine.serve.together import Together
+from engine.serve.batching import Together
 
 
 class Slow:
@@ -66,7 +66,7 @@ def test_alone_an_input_is_answered_at_once_unless_it_is_to_wait(monkeypatch: py
         waits.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr("engine.serve.together.asyncio.sleep", noted)
+    monkeypatch.setattr("engine.serve.batching.asyncio.sleep", noted)
 
     async def ask(wait_s: float) -> None:
         together = Together(slow, 16, wait_s)

@@ -31,10 +31,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.gate import Access, Door, Visit
+from engine.serve.http.middleware import Access, Door, Visit
 from engine.serve.metrics import Metrics
 from engine.serve.replica import Refused, Replica
-from engine.serve.requests import CompletionRequest
+from engine.serve.http.schemas import CompletionRequest
 from engine.serve.tracing import NO_SPAN, Tracing, handed_on, trace_id
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.test_serve import writer_and_namer

@@ -18,7 +18,7 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.speech import wav
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.keys import new_key
+from engine.serve.http.api_keys import new_key
 from tests.engine.bundles.making import fresh_bundle, taught_bundle
 from tests.engine.data.sounds import file_of, hum, hummed_table
 from tests.engine.objectives.conftest import FAMILIES

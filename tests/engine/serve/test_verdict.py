@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from engine.serve.verdict import QUESTIONS, Answer, Evidence, Question, Rules, decide
+from engine.serve.routing.sequential_test import QUESTIONS, Answer, Evidence, Question, Rules, decide
 
 RULES = Rules(stages=(0.05, 0.25, 0.5, 1.0), requests=200, seconds=0, false_alarm=0.05)
 STAGES = [(0.05, 40), (0.25, 40), (0.5, 40)]  # share of the new version, and blocks of 40 requests

@@ -24,13 +24,13 @@ from torch import nn
 from engine.bundles.bundle import Bundle, Manifest
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
-from engine.serve.adapters import pinned
+from engine.serve.llm.lora import pinned
 from engine.serve.deploy import deploy, refuse_what_cannot_serve
-from engine.serve.generation import Completion, QueueFull
+from engine.serve.llm.engine import Completion, QueueFull
 from engine.serve.replica import wake_readers
-from engine.serve.sampling import Sampling
-from engine.serve.structure import Structure
-from engine.serve.vllm_generator import WORKER, VllmGenerator, refuse_without_vllm, verified_generator
+from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.structured_output import Structure
+from engine.serve.llm.vllm_engine import WORKER, VllmGenerator, refuse_without_vllm, verified_generator
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, metrics_at_rest, processes, wait_for
 from tests.engine.serve.test_adapters import merged, save

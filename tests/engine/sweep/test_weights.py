@@ -11,7 +11,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.sweep.weights import copier, deciding, start_state
 from engine.train.job import Job
-from engine.train.start import fresh
+from engine.train.init_model import fresh
 from tests.lives import Lives
 
 

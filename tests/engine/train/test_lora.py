@@ -14,11 +14,11 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.serve.adapters import pinned, read
+from engine.serve.llm.lora import pinned, read
 from engine.sweep.weights import copier, start_state
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
-from engine.train.start import make_model
+from engine.train.init_model import make_model
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.train.ranks import losses, run_here, run_ranks
 

@@ -150,7 +150,7 @@ def test_the_average_by_hand(tiny: Config) -> None:
     )
     run_here([Job(config, data)])
     folders = step_folders(config.run_dir / "checkpoints")[::-1]
-    from engine.train.start import make_model
+    from engine.train.init_model import make_model
 
     name = "model.layers.0.mlp.up_proj.weight"
     average = dict(make_model(Job(config, data), Job(config, data).objective()).named_parameters())[name].detach()

@@ -15,7 +15,7 @@ from engine.data.shards import Split
 from engine.models.attention import ATTENTION
 from engine.train.group import Group
 from engine.train.job import Job
-from engine.train.start import equip, held, hollow, lay_down, make_model, start_model, take_up
+from engine.train.init_model import equip, held, hollow, lay_down, make_model, start_model, take_up
 from tests.engine.objectives.conftest import FAMILIES
 from tests.engine.train.ranks import on_ranks
 

@@ -41,7 +41,7 @@ def deepspeed_alone(rank: int, world: int, spec: str, first: int, last: int, loa
     import deepspeed
 
     from engine.data.order import Order
-    from engine.train.start import make_model
+    from engine.train.init_model import make_model
 
     job = Job.from_dict(json.loads(spec))
     config, objective = job.config, job.objective()

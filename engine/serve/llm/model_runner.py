@@ -27,9 +27,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.errors import UserError
-from engine.serve import kernels
-from engine.serve.adapters import Adapters
-from engine.serve.decoder import Decoder, make_decoder
+from engine.serve.llm.cpu import kernels
+from engine.serve.llm.lora import Adapters
+from engine.serve.llm.cpu.decoder import Decoder, make_decoder
 
 ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.

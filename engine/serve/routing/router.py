@@ -23,10 +23,10 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from engine.serve.lanes import Lane, Lanes
-from engine.serve.rollout import chosen, from_plain, likeness, position
-from engine.serve.scaling import ongoing
-from engine.serve.steward import load
+from engine.serve.routing.ipc import Lane, Lanes
+from engine.serve.routing.rollout import chosen, from_plain, likeness, position
+from engine.serve.routing.autoscaling import ongoing
+from engine.serve.routing.controller import load
 from engine.serve.tracing import Trace
 
 REPORT_EVERY_S = 0.2  # while something is tried

@@ -18,9 +18,9 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.schema import ReplicaState
 
-from engine.serve.loopback import stay_on_loopback
-from engine.serve.rollout import Model, Version, from_plain, plan_from, to_plain
-from engine.serve.verdict import Answer
+from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.routing.rollout import Model, Version, from_plain, plan_from, to_plain
+from engine.serve.routing.sequential_test import Answer
 
 KEY = b"manta-endpoint"
 LOOK_EVERY_S = 0.2

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.serve.keys import Key
+from engine.serve.http.api_keys import Key
 
 MINUTE_S = 60.0
 KEPT = struct.Struct("<dd")  # of a bucket in a file: `left` and `filled`

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.serve.adapters import Adapters
-from engine.serve.forward import Forward, Part, make_forward
-from engine.serve.passing import in_passing
-from engine.serve.sampling import Mask, Sampling, choose
-from engine.serve.scheduling import FairQueue, Lane, Place, Shape, place, shape_for, shares
-from engine.serve.speculation import Draft, Guesser, make_guesser
+from engine.serve.llm.lora import Adapters
+from engine.serve.llm.model_runner import Forward, Part, make_forward
+from engine.serve.short_lived_thread import in_passing
+from engine.serve.llm.sampler import Mask, Sampling, choose
+from engine.serve.llm.scheduler import FairQueue, Lane, Place, Shape, place, shape_for, shares
+from engine.serve.llm.speculative import Draft, Guesser, make_guesser
 
 MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
 LOOK_EVERY_S = 0.05  # at the queue, for deadlines

@@ -13,7 +13,7 @@ POLICY = {"Content-Security-Policy": RULES, "X-Content-Type-Options": "nosniff"}
 
 def page_files() -> dict[str, tuple[bytes, str]]:
     """Return name -> (content, media type) of the page at / and of Swagger's at /docs."""
-    own = files("engine.serve").joinpath("page").iterdir()
+    own = files("engine.serve.http").joinpath("page").iterdir()
     swagger = [files("fastapi_offline").joinpath("static", name) for name in (SWAGGER_JS, SWAGGER_CSS)]
     kinds = {file: TYPES.get(file.name.rpartition(".")[2]) for file in [*own, *swagger]}
     return {file.name: (file.read_bytes(), kind) for file, kind in kinds.items() if kind}

@@ -32,10 +32,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.errors import UserError
 from engine.objectives.contract import Objective
-from engine.serve.adapters import extent, unchanged
-from engine.serve.forward import positions
-from engine.serve.generation import LOOK_EVERY_S, Completion, Queued, Score
-from engine.serve.requests import MOST_LOGPROBS
+from engine.serve.llm.lora import extent, unchanged
+from engine.serve.llm.model_runner import positions
+from engine.serve.llm.engine import LOOK_EVERY_S, Completion, Queued, Score
+from engine.serve.http.schemas import MOST_LOGPROBS
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 HAS_VLLM = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"

@@ -25,10 +25,10 @@ from http import HTTPStatus
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.serve.front import KEEP_ALIVE_S, listen
-from engine.serve.loopback import stay_on_loopback
-from engine.serve.places import meeting_folder, paths
-from engine.serve.refusals import ApiError
+from engine.serve.http.server import KEEP_ALIVE_S, listen
+from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.http.ingress_sockets import meeting_folder, paths
+from engine.serve.http.errors import ApiError
 
 CONNECTIONS = 8192  # at once, at most; what comes beyond waits in the listening socket's queue
 BUFFER_BYTES = 65_536  # of a request's head, and of a whole request that can be given to another ingress

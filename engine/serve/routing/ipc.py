@@ -2,7 +2,7 @@
 
 A call by a Serve handle costs as much as the forward of a small model. What the handle does beside it stays with it: it
 finds the replicas, and it takes what they have no room for, to queue it, refuse it or wake a replica. Lanes are used while
-all replicas of an application are on the ingress' node; what they carry counts for the autoscaler (`engine.serve.scaling`).
+all replicas of an application are on the ingress' node; what they carry counts for the autoscaler (`engine.serve.routing.autoscaling`).
 
 The sockets have abstract names, which vanish with their process and which each end only takes from its own user. Frames are
 pickled: (number, method, args, kwargs) there, method None to cancel; (number, what, it) back.

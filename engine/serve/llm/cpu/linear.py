@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engine.models.int8 import Int8Linear
-from engine.serve import kernels
+from engine.serve.llm.cpu import kernels
 
 ROWS = 16  # oneDNN's blocks are chosen for so many rows
 SMALL_BYTES = 2**20  # a weight up to here is kept for oneDNN as it was, too: for one row, its call costs more

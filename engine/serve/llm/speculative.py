@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from engine.bundles.bundle import Bundle
 from engine.errors import UserError
-from engine.serve.forward import Forward, Part, make_forward, positions
-from engine.serve.sampling import choose
-from engine.serve.scheduling import shares
+from engine.serve.llm.model_runner import Forward, Part, make_forward, positions
+from engine.serve.llm.sampler import choose
+from engine.serve.llm.scheduler import shares
 
 if TYPE_CHECKING:
-    from engine.serve.generation import Completion
+    from engine.serve.llm.engine import Completion
 
 GRAMS = (3, 2)  # tokens that are looked up, the longest first
 FIRST_REACH = 2  # tokens guessed at a time, until it is known how good the guesses are

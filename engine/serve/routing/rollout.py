@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine.serve.verdict import Answer, Decision, Evidence, Question, Rules, decide
+from engine.serve.routing.sequential_test import Answer, Decision, Evidence, Question, Rules, decide
 
 KEPT = 5  # versions before the present one that can be gone back to
 TOLD = 20  # events that are remembered

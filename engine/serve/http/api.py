@@ -23,17 +23,17 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from engine.serve.answers import ChatForm, CompletionForm, Form, usage
-from engine.serve.assets import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
-from engine.serve.front import Front, listen
-from engine.serve.gate import Door, Gate, Visit, access_from
-from engine.serve.limits import Limits
-from engine.serve.loopback import stay_on_loopback
+from engine.serve.http.responses import ChatForm, CompletionForm, Form, usage
+from engine.serve.http.static import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
+from engine.serve.http.server import Front, listen
+from engine.serve.http.middleware import Door, Gate, Visit, access_from
+from engine.serve.http.rate_limits import Limits
+from engine.serve.routing.loopback import stay_on_loopback
 from engine.serve.metrics import Metric, Metrics
-from engine.serve.places import meeting_folder, take_place
-from engine.serve.records import Recorder
-from engine.serve.refusals import ApiError
-from engine.serve.requests import (
+from engine.serve.http.ingress_sockets import meeting_folder, take_place
+from engine.serve.http.feedback_store import Recorder
+from engine.serve.http.errors import ApiError
+from engine.serve.http.schemas import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
@@ -43,10 +43,10 @@ from engine.serve.requests import (
     ImageRequest,
     ScoreRequest,
 )
-from engine.serve.router import Router
+from engine.serve.routing.router import Router
 from engine.serve.tracing import FIRST_TOKEN, handed_on
-from engine.serve.transcriptions import PATH as TRANSCRIPTIONS
-from engine.serve.transcriptions import form_schema, response, uploaded
+from engine.serve.http.transcriptions import PATH as TRANSCRIPTIONS
+from engine.serve.http.transcriptions import form_schema, response, uploaded
 
 MOST_INPUTS = 1024  # of one embeddings request
 CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's limit; what it was is settled afterwards

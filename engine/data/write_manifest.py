@@ -16,7 +16,7 @@ from engine.data.corpus import SPLITS, Part
 from engine.data.manifest import PROCESSOR, SOURCES, Manifest, hash_of, sha256
 from engine.data.processor import load_feature_extractor, load_image_processor, side_of
 from engine.data.stdlib import LICENCE
-from engine.data.survey import DROPPED, Kept, Survey
+from engine.data.scan import DROPPED, Kept, Survey
 from engine.data.tokenizer import Specials
 from engine.data.tokenizing import Shards
 

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from engine.serve.refusals import ApiError
-from engine.serve.requests import TranscriptionRequest
+from engine.serve.http.errors import ApiError
+from engine.serve.http.schemas import TranscriptionRequest
 
 PATH = "/v1/audio/transcriptions"
 MOST_FIELDS = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.serve.generation import Completion, Score
+from engine.serve.llm.engine import Completion, Score
 
 BROKEN = "\ufffd"  # what a part of a character is decoded as
 CONTEXT = 4  # tokens of the prompt by which the text's first token is read: some tokenizers drop a leading space

@@ -19,13 +19,13 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.config import Config
 from engine.data.masking import masking
 from engine.errors import UserError
-from engine.serve.access_log import AccessLog
-from engine.serve.keys import Key, Keys
-from engine.serve.limits import Limits
+from engine.serve.http.access_log import AccessLog
+from engine.serve.http.api_keys import Key, Keys
+from engine.serve.http.rate_limits import Limits
 from engine.serve.metrics import Metrics
-from engine.serve.refusals import ApiError
+from engine.serve.http.errors import ApiError
 from engine.serve.tracing import NO_SPAN, Span, Tracing, fail, trace_id
-from engine.serve.transcriptions import PATH as TRANSCRIPTIONS
+from engine.serve.http.transcriptions import PATH as TRANSCRIPTIONS
 
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # without a key
 OPEN_FOLDER = "/page/"

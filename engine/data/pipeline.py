@@ -19,7 +19,7 @@ import numpy as np
 from engine.data.corpus import Document, Part, read
 from engine.data.journal import Journal
 from engine.data.spread import Spread
-from engine.data.survey import DROPPED, Kept, Survey, sampled, survey
+from engine.data.scan import DROPPED, Kept, Survey, sampled, survey
 from engine.data.tokenizer import FILES, Encoder, fast_encoder
 from engine.data.tokenizing import Shards, Tokenizing, no_tokens
 

@@ -1,0 +1,1 @@
+"""The HTTP interface of the endpoint: server, routes, schemas, errors, keys, limits."""

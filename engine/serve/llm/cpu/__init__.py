@@ -1,0 +1,1 @@
+"""Kernels in C++ for a processor, and the models that run through them."""

@@ -1,0 +1,1 @@
+"""Which version answers a request, on which replica: routing, roll-outs, autoscaling."""
