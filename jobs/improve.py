@@ -1,7 +1,7 @@
 """Learn from what an endpoint recorded of a bundle: manta improve NAME.
 
 Requests that clients let be kept and what they said of the answers are compared with what the bundle was trained on. Where
-something has drifted, improve.go=true trains on the corrections and some of the old data, compares the two on examples
+something has drifted, improve.apply=true trains on the corrections and some of the old data, compares the two on examples
 that were held back, and registers the new version if it is better. The exit code is 3 where it is not. With
 improve.every_s=SECONDS it looks again and again.
 """

@@ -32,7 +32,7 @@ def prepare(config: Config) -> None:
         console.print(f"{name:<11} {split['documents']:>9,} documents {split['tokens']:>13,} tokens")
     for name, origin in manifest.origins.items() if len(manifest.origins) > 1 else ():
         documents, tokens = sum(origin["documents"].values()), sum(origin["tokens"].values())
-        console.print(f"  {name:<9} {documents:>9,} documents {tokens:>13,} tokens, licence {origin['licence']}")
+        console.print(f"  {name:<9} {documents:>9,} documents {tokens:>13,} tokens, license {origin['license']}")
     for reason, count in manifest.skipped.items():
         console.print(f"left out    {count:>9,} {reason}")
     for kind, count in manifest.masked.items():

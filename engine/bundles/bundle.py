@@ -52,7 +52,7 @@ class Manifest:
     golden: list[dict[str, Any]]  # [{"request", "output"}], replayed before a replica takes traffic
     files: dict[str, str]  # file -> SHA-256
     versions: dict[str, str]
-    licence: str = "not stated"
+    license: str = "not stated"
     created: str = ""
     format: int = 1
     hash: str = field(default="")  # SHA-256 over all other fields
@@ -199,7 +199,7 @@ def write_bundle(
     config_hash: str | None = None,
     run: dict[str, Any] | None = None,
     evaluation: dict[str, Any] | None = None,
-    licence: str = "not stated",
+    license: str = "not stated",
     dtype: torch.dtype = torch.float32,
     training: dict[str, Any] | None = None,
     words: dict[str, str] | None = None,
@@ -231,7 +231,7 @@ def write_bundle(
         golden=golden,
         files={},
         versions={package: _version(package) for package in ("manta-train", "torch", "transformers", *objective.needs)},
-        licence=licence,
+        license=license,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         training=training,
     )

@@ -51,8 +51,8 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
     data = _data(facts["data"])
     dataset = data.name if data else "not known"
     library = "diffusers" if facts["auto"].startswith("diffusers.") else "transformers"
-    stated = facts["licence"] != "not stated"
-    known = stated and re.fullmatch(r"[A-Za-z0-9.-]+", facts["licence"]) is not None
+    stated = facts["license"] != "not stated"
+    known = stated and re.fullmatch(r"[A-Za-z0-9.-]+", facts["license"]) is not None
     results = [
         EvalResult(
             task_type=task or facts["objective"]["name"], dataset_type=dataset, dataset_name=dataset,
@@ -61,8 +61,8 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
         for name, value in facts["evaluation"].items() if isinstance(value, (int, float))
     ]  # fmt: skip
     header = ModelCardData(
-        license=facts["licence"].lower() if known else "other",
-        license_name=None if known else facts["licence"],
+        license=facts["license"].lower() if known else "other",
+        license_name=None if known else facts["license"],
         library_name=library,
         pipeline_tag=task,
         tags=["manta"],
@@ -74,7 +74,7 @@ def write_card(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str])
         "`manta.json` beside this file holds the hashes of all files and golden answers.",
         "Intended use": words.get("intended_use") or f"For {purpose}. Any other use was not evaluated.",
         "Data": _about_data(facts["data"], data),
-        "Licence": facts["licence"] if stated else "Not stated. The licence of the data may bind the model too.",
+        "License": facts["license"] if stated else "Not stated. The license of the data may bind the model too.",
         "Training": _about_training(facts),
         "Energy": _about_energy((facts["training"] or {}).get("energy")),
         "Evaluation": _table(
@@ -171,7 +171,7 @@ def _about_data(place: Mapping[str, str] | None, data: DataManifest | None) -> s
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in data.skipped.items())
     return (
         f"`{data.name}`, {data.kind}, from {data.sources.get('files', 0):,} files of {data.sources.get('bytes', 0):,} bytes; "
-        f"licence: {data.licence}; hash `{data.hash}`.\n\n{_table(('split', 'documents', 'tokens'), splits)}"
+        f"license: {data.license}; hash `{data.hash}`.\n\n{_table(('split', 'documents', 'tokens'), splits)}"
         + (f"\n\nLeft out: {skipped}." if skipped else "")
         + (f"\n\nLabels: {', '.join(data.labels[:50])}." if data.labels else "")
     )

@@ -195,9 +195,9 @@ def _check_sweep(c: Config) -> None:
 
 # Engine arguments of vLLM for which there is another option.
 OF_VLLM = {
-    "model": "bundle", "tokenizer": "bundle", "dtype": "serve.precision", "max_num_seqs": "serve.max_batch",
-    "max_num_batched_tokens": "serve.step_tokens", "max_model_len": "serve.cache_tokens",
-    "num_gpu_blocks_override": "serve.cache_tokens", "tensor_parallel_size": "serve.gpus_per_replica",
+    "model": "bundle", "tokenizer": "bundle", "dtype": "serve.precision", "max_num_seqs": "serve.max_num_seqs",
+    "max_num_batched_tokens": "serve.max_batched_tokens", "max_model_len": "serve.kv_cache_tokens",
+    "num_gpu_blocks_override": "serve.kv_cache_tokens", "tensor_parallel_size": "serve.gpus_per_replica",
     "enable_lora": "serve.adapters", "max_loras": "serve.max_adapters", "max_cpu_loras": "serve.max_adapters",
     "lora_target_modules": "serve.adapters", "max_lora_rank": "serve.adapters",
 }  # fmt: skip
@@ -211,7 +211,7 @@ def _check_generator(c: Config) -> None:
             if getattr(serve, key):
                 raise UserError(f"serve.{key} is for serve.generator=vllm: add that, or leave it out")
         return
-    for key, neutral in (("speculate", 0), ("quantize", "none"), ("compile", False)):
+    for key, neutral in (("num_speculative_tokens", 0), ("quantize", "none"), ("compile", False)):
         if (value := getattr(serve, key)) != neutral:
             raise UserError(
                 f"serve.{key}={value} is for serve.generator=transformers: leave it out, or say it vLLM's way in serve.vllm_options"
@@ -389,13 +389,13 @@ def _check_contradictions(c: Config) -> None:
         raise UserError(
             f"serve.adapters are of one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
         )
-    if c.serve.draft and not c.serve.speculate:
+    if c.serve.draft_model and not c.serve.num_speculative_tokens:
         raise UserError(
-            "serve.draft guesses serve.speculate tokens ahead, and that is 0: use serve.speculate=4, or the like"
+            "serve.draft_model guesses serve.num_speculative_tokens tokens ahead, and that is 0: use serve.num_speculative_tokens=4, or the like"
         )
-    if c.serve.draft and "+" in (c.bundle or ""):
+    if c.serve.draft_model and "+" in (c.bundle or ""):
         raise UserError(
-            f"serve.draft is for one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
+            f"serve.draft_model is for one bundle, and bundle={c.bundle} are several: deploy them one after the other, each with its own"
         )
     if c.serve.compile and c.serve.adapters:
         raise UserError(

@@ -55,7 +55,7 @@ class DataConfig(Frozen):
     sources: dict[str, Any] = option(
         {},
         "several at once, NAME: {path: ..., weight: 2.0, ...}: each has its own reader, path, columns, split, limits, filter, "
-        "mask and licence, else those of this group; weight: times that an epoch shows each of its samples (0.5: every other)",
+        "mask and license, else those of this group; weight: times that an epoch shows each of its samples (0.5: every other)",
     )
     path: Optional[str] = option(
         None, "file, folder or glob ('dir/*.jsonl.zst') of the training examples, here or in a store (s3://, gs://: pip install "
@@ -89,7 +89,7 @@ class DataConfig(Frozen):
         None, "address (s3://, gs://) or folder where prepared data are kept too: made once, by whoever is first; another machine "
         "fetches them into its runs_dir, each shard when it is first read",
     )  # fmt: skip
-    licence: str = option("not stated", "licence of the examples (SPDX), kept in the manifest")
+    license: str = option("not stated", "license of the examples (SPDX), kept in the manifest")
 
     # Images
     image_column: Optional[str] = option(
@@ -166,7 +166,7 @@ class DataConfig(Frozen):
 # Options of DataConfig that one of data.sources may set for itself.
 PER_SOURCE = (
     "source", "path", "validation_path", "test_path", "format", "text_column", "subset", "split", "validation_split",
-    "test_split", "revision", "stream", "licence", "validation_fraction", "test_fraction", "max_documents", "mask",
+    "test_split", "revision", "stream", "license", "validation_fraction", "test_fraction", "max_documents", "mask",
     "min_characters", "max_characters", "quality", "languages", "filter",
 )  # fmt: skip
 
@@ -534,7 +534,7 @@ class EvaluateConfig(Frozen):
 class CardConfig(Frozen):
     """What the model card, README.md in a bundle, says in its author's words."""
 
-    licence: Optional[str] = option(None, "licence of the model (SPDX); None: that of the data")
+    license: Optional[str] = option(None, "license of the model (SPDX); None: that of the data")
     intended_use: Optional[str] = option(None, "what the model is for; None: its task")
     limits: Optional[str] = option(
         None, "what it is not for, and where it fails; None: what follows from data and task"
@@ -654,19 +654,19 @@ class ServeConfig(Frozen):
         "torch.compile what a generator runs below its logits: a minute or two more until a replica is ready, and less time a token; "
         "a model of Llama's kind in fp32 or bf16 on a processor runs as one operation, and goes without it",
     )
-    max_batch: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
-    step_tokens: Optional[int] = option(
+    max_num_seqs: int = option(16, "sequences, or inputs of other tasks, in one forward", least=1)
+    max_batched_tokens: Optional[int] = option(
         None, "tokens in one forward of a generator, about: long prompts are read in parts, so that others go on; None: 256, or "
         "what vLLM takes", least=1,
     )  # fmt: skip
-    cache_tokens: Optional[int] = option(
-        None, "tokens in a replica's key/value cache; None: max_batch whole sequences, or a quarter of the free memory (of a GPU, vLLM takes most)", least=16
+    kv_cache_tokens: Optional[int] = option(
+        None, "tokens in a replica's key/value cache; None: max_num_seqs whole sequences, or a quarter of the free memory (of a GPU, vLLM takes most)", least=16
     )  # fmt: skip
-    speculate: int = option(
+    num_speculative_tokens: int = option(
         0, "tokens guessed ahead of each text, from where its last ones stood in it before, and checked in one forward: the "
         "texts stay what they are, and come sooner where they repeat or quote", least=0, most=64,
     )  # fmt: skip
-    draft: Optional[str] = option(
+    draft_model: Optional[str] = option(
         None, "smaller bundle with the same tokens that guesses these tokens instead, of any text: a run's or registered name, or a "
         "folder. Its cache has as many tokens as the bundle's",
     )  # fmt: skip
@@ -740,7 +740,9 @@ class ImproveConfig(Frozen):
 
     records: Optional[str] = option(None, "folder with the endpoint's records; None: <runs_dir>/*/feedback")
     every_s: Optional[float] = option(None, "seconds from one look to the next, until Ctrl-C; None: look once", above=0)
-    go: bool = option(False, "act where something has drifted: train, test and register; else only say what is found")
+    apply: bool = option(
+        False, "act where something has drifted: train, test and register; else only say what is found"
+    )
     recent: int = option(1000, "requests, the latest so many, that are compared with what the bundle was trained on", least=20)  # fmt: skip
     min_requests: int = option(100, "recorded requests to judge by, at least", least=20)
     min_examples: int = option(50, "corrected or well rated examples to learn from, at least", least=1)

@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 from engine.data.corpus import Part
 from engine.data.manifest import sha256
-from engine.data.scan import Survey
+from engine.data.scan import Scan
 from engine.data.tokenizing import Shards
 
 
@@ -19,14 +19,14 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def survey(self, part: Part) -> Survey | None:
+    def survey(self, part: Part) -> Scan | None:
         """Return what a part's survey found, if it is there and not damaged."""
         try:
-            return Survey.from_bytes(self._survey_file(part).read_bytes())
+            return Scan.from_bytes(self._survey_file(part).read_bytes())
         except (OSError, ValueError, EOFError, BadZipFile):
             return None
 
-    def keep_survey(self, part: Part, found: Survey) -> None:
+    def keep_survey(self, part: Part, found: Scan) -> None:
         """Keep a part's survey."""
         _put(self._survey_file(part), found.to_bytes())
 

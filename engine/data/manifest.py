@@ -26,7 +26,7 @@ class Manifest:
     sources: dict[
         str, Any
     ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file
-    origins: dict[str, dict[str, Any]]  # source -> {licence, files, bytes, documents, tokens, skipped, masked}
+    origins: dict[str, dict[str, Any]]  # source -> {license, files, bytes, documents, tokens, skipped, masked}
     tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; of images or sounds, that of the files in processor/
     vocab_size: int
     eos_id: int
@@ -57,9 +57,9 @@ class Manifest:
         return dict(sum((Counter(origin["masked"]) for origin in self.origins.values()), Counter[str]()))
 
     @property
-    def licence(self) -> str:
-        """The licences of all sources."""
-        return ", ".join(sorted({origin["licence"] for origin in self.origins.values()}))
+    def license(self) -> str:
+        """The licenses of all sources."""
+        return ", ".join(sorted({origin["license"] for origin in self.origins.values()}))
 
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of all that a training run sees: shards, tokenizer, labels."""

@@ -18,8 +18,8 @@ import numpy as np
 
 from engine.data.corpus import Document, Part, read
 from engine.data.journal import Journal
+from engine.data.scan import DROPPED, Scan, Selection, sampled, scan_part
 from engine.data.spread import Spread
-from engine.data.scan import DROPPED, Kept, Survey, sampled, survey
 from engine.data.tokenizer import FILES, Encoder, fast_encoder
 from engine.data.tokenizing import Shards, Tokenizing, no_tokens
 
@@ -53,15 +53,15 @@ class Surveying:
     characters: Sequence[float]  # of the sample, by part
     hold: bool
 
-    def __call__(self, part: Part) -> tuple[int, Survey, Documents | None]:
+    def __call__(self, part: Part) -> tuple[int, Scan, Documents | None]:
         """Return the part's number, its survey and, where they are to be held, its documents."""
         held: Documents | None = [] if self.hold else None
-        return part.number, survey(part, self.seed, self.characters[part.number], keeps_texts(part), held), held
+        return part.number, scan_part(part, self.seed, self.characters[part.number], keeps_texts(part), held), held
 
 
-def survey_all(
+def scan_all(
     corpus: Sequence[Part], work: Surveying, journal: Journal, held: Held, spread: Spread, say: Progress
-) -> list[Survey]:
+) -> list[Scan]:
     """Survey each part, but for those that the unfinished folder has a survey of."""
     found = {part.number: known for part in corpus if (known := journal.survey(part)) is not None}
     done = 0
@@ -87,7 +87,7 @@ class Task:
     label_ids: np.ndarray
 
     @classmethod
-    def of(cls, part: Part, known: Survey, kept: Kept, held: Held) -> Task:
+    def of(cls, part: Part, known: Scan, kept: Selection, held: Held) -> Task:
         """Take over what is known of a part, with its documents if they are at hand."""
         documents = held.take(part)
         if documents is None and keeps_texts(part):
@@ -135,8 +135,8 @@ def encoder_of(files: tuple[tuple[str, bytes], ...], probe: tuple[str, ...]) -> 
 def tokenize_all(
     work: Tokenizing,
     corpus: Sequence[Part],
-    surveys: Sequence[Survey],
-    kept: Kept,
+    surveys: Sequence[Scan],
+    kept: Selection,
     seed: int,
     journal: Journal,
     held: Held,

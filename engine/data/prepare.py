@@ -15,15 +15,14 @@ from pathlib import Path
 
 from engine.config import Config, DataConfig, source_configs
 from engine.data.corpus import Part, given_split, inputs, parts
-from engine.data.write_manifest import write_manifest
 from engine.data.journal import Journal
 from engine.data.manifest import PROCESSOR, TOKENIZER, Manifest
 from engine.data.naming import content_key
-from engine.data.pipeline import Held, Progress, Surveying, survey_all, tokenize_all
+from engine.data.pipeline import Held, Progress, Surveying, scan_all, tokenize_all
 from engine.data.processor import PREPROCESSOR, choose_preprocessor, write_processor
 from engine.data.remote_store import fetch, locked, publish
+from engine.data.scan import BPE_CHARACTERS, Selection, keep, sample_sizes, sampled
 from engine.data.spread import Spread, alone, connected, over_cluster, over_processes
-from engine.data.scan import BPE_CHARACTERS, Kept, keep, sample_sizes, sampled
 from engine.data.tokenizer import (
     Specials,
     close_with_eos,
@@ -34,6 +33,7 @@ from engine.data.tokenizer import (
     train_bpe,
 )
 from engine.data.tokenizing import Framing, Tokenizing
+from engine.data.write_manifest import write_manifest
 from engine.errors import TryAgain, UserError
 
 UNPACKED = 16  # bytes of pixels or sound, about, for one of a file
@@ -106,7 +106,7 @@ def _build(config: Config, given: Path | None, corpus: list[Part], folder: Path,
     within = -1 if spread is over_cluster else HELD_BYTES // (UNPACKED if media else 1)
     held, journal = Held(corpus, within), Journal(folder)
     sizes = sample_sizes(corpus, PROBE_CHARACTERS if given else BPE_CHARACTERS)
-    surveys = survey_all(corpus, Surveying(seed, sizes, held.small), journal, held, spread, say)
+    surveys = scan_all(corpus, Surveying(seed, sizes, held.small), journal, held, spread, say)
     kept = keep(corpus, surveys, seed, labelled)
     _check(kept, data, labelled)
 
@@ -152,7 +152,7 @@ def _write_tokenizer(data: DataConfig, given: Path | None, sample: list[str], fo
     part.rename(folder / TOKENIZER)
 
 
-def _check(kept: Kept, data: DataConfig, labelled: bool) -> None:
+def _check(kept: Selection, data: DataConfig, labelled: bool) -> None:
     """Raise UserError for a corpus that cannot be trained on."""
     documents, skipped = kept.documents, sum(kept.skipped.values(), Counter[str]())
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)

@@ -25,7 +25,7 @@ TINY = 256  # documents up to which a held-out split that chance left empty is g
 
 
 @dataclass
-class Survey:
+class Scan:
     """What one pass over a part tells. D: its documents."""
 
     digests: np.ndarray  # uint64 [D, 2]: BLAKE2b of the text
@@ -53,7 +53,7 @@ class Survey:
         return out.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Survey:
+    def from_bytes(cls, content: bytes) -> Scan:
         """Read what `to_bytes` wrote. Raises ValueError, EOFError or BadZipFile where it is damaged."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             facts = json.loads(arrays["facts"].tobytes())
@@ -74,9 +74,9 @@ def _words(content: bytes, sizes: np.ndarray) -> list[str | None]:
     return [None if size < 0 else content[end - size : end].decode() for size, end in zip(sizes.tolist(), ends)]
 
 
-def survey(
+def scan_part(
     part: Part, seed: int, sample_characters: float, keep_texts: bool = False, held: list[Document] | None = None
-) -> Survey:
+) -> Scan:
     """Read a part and return what is known of it; its documents are added to `held`, if given.
 
     The sample has `sample_characters` characters of the training documents, about: those whose digests are smallest.
@@ -106,7 +106,7 @@ def survey(
             held.append(document)
     for i, text in sample:
         texts[i] = text
-    return Survey(
+    return Scan(
         digests=np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2),
         splits=np.frombuffer(bytes(splits), np.uint8),
         labels=labels,
@@ -152,7 +152,7 @@ def _files(part: Part) -> list[dict[str, Any]]:
 
 
 def choose(
-    parts: Sequence[Part], surveys: Sequence[Survey], seed: int
+    parts: Sequence[Part], surveys: Sequence[Scan], seed: int
 ) -> tuple[list[np.ndarray], dict[str, Counter[str]]]:
     """Return, by part, the split number of each document (DROPPED where it is left out), and the reasons by source.
 
@@ -217,7 +217,7 @@ def _hold_some_out(splits: np.ndarray, config: DataConfig, seed: int) -> np.ndar
 
 
 @dataclass(frozen=True)
-class Kept:
+class Selection:
     """What is kept of a corpus. P: parts, D: a part's documents."""
 
     splits: list[np.ndarray]  # [P] of uint8 [D]: numbers of SPLITS, or DROPPED
@@ -232,13 +232,13 @@ class Kept:
         return Counter(dict(zip(SPLITS, counts.tolist())))
 
 
-def keep(corpus: Sequence[Part], surveys: Sequence[Survey], seed: int, labelled: bool) -> Kept:
+def keep(corpus: Sequence[Part], surveys: Sequence[Scan], seed: int, labelled: bool) -> Selection:
     """Choose the documents, and number their labels; held-out documents with a label that training lacks are left out."""
     splits, skipped = choose(corpus, surveys, seed)
     for part, known in zip(corpus, surveys):
         skipped[part.source] += known.skipped
     if not labelled:
-        return Kept(splits, [np.empty(0, np.int32)] * len(splits), [], skipped)
+        return Selection(splits, [np.empty(0, np.int32)] * len(splits), [], skipped)
     trained = {known.labels[i] or "" for known, one in zip(surveys, splits) for i in np.flatnonzero(one == 0).tolist()}
     numeric = all(label.lstrip("-").isdecimal() for label in trained)
     labels = sorted(trained, key=lambda label: (int(label), "") if numeric else (0, label))
@@ -248,7 +248,7 @@ def keep(corpus: Sequence[Part], surveys: Sequence[Survey], seed: int, labelled:
         unknown = (one != DROPPED) & (ids < 0)
         one[unknown] = DROPPED
         skipped[part.source]["label that is not in the training data"] += int(unknown.sum())
-    return Kept(splits, label_ids, labels, skipped)
+    return Selection(splits, label_ids, labels, skipped)
 
 
 def sample_sizes(corpus: Sequence[Part], characters: int) -> list[float]:
@@ -258,7 +258,7 @@ def sample_sizes(corpus: Sequence[Part], characters: int) -> list[float]:
     return [characters * (size / total if total else 1 / len(sizes)) for size in sizes]
 
 
-def sampled(surveys: Sequence[Survey], kept: Kept) -> list[str]:
+def sampled(surveys: Sequence[Scan], kept: Selection) -> list[str]:
     """Return the sampled texts that are of the training split in the end, up to BPE_CHARACTERS of them where all are known."""
     texts = [
         text

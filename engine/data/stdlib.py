@@ -23,7 +23,7 @@ from engine.data.corpus import Document, Part, Piece, evenly, split_of
 from engine.data.inputs import File
 from engine.errors import UserError
 
-LICENCE = "PSF-2.0"
+LICENSE = "PSF-2.0"
 SHORTEST_FUNCTION = 4  # lines, after masking
 MASK = "_"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.data.corpus import SPLITS, Document, Part
-from engine.data.shards import ShardWriter
 from engine.data.scan import DROPPED
+from engine.data.shards import ShardWriter
 from engine.data.tokenizer import Encoder, Specials
 from engine.errors import UserError
 

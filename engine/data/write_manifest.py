@@ -15,14 +15,14 @@ from engine.config import Config, data_kind, source_configs
 from engine.data.corpus import SPLITS, Part
 from engine.data.manifest import PROCESSOR, SOURCES, Manifest, hash_of, sha256
 from engine.data.processor import load_feature_extractor, load_image_processor, side_of
-from engine.data.stdlib import LICENCE
-from engine.data.scan import DROPPED, Kept, Survey
+from engine.data.scan import DROPPED, Scan, Selection
+from engine.data.stdlib import LICENSE
 from engine.data.tokenizer import Specials
 from engine.data.tokenizing import Shards
 
 
 def write_manifest(
-    config: Config, corpus: Sequence[Part], surveys: Sequence[Survey], kept: Kept,
+    config: Config, corpus: Sequence[Part], surveys: Sequence[Scan], kept: Selection,
     shards: Sequence[Shards], special: Specials, folder: Path, labelled: bool,
 ) -> None:  # fmt: skip
     """Write manifest.json and the list of input files."""
@@ -44,7 +44,7 @@ def write_manifest(
         files = [file for (source, _), file in by_file.items() if source == name]
         masked = sum((known.masked for part, known in zip(corpus, surveys) if part.source == name), Counter[str]())
         origins[name] = {
-            "licence": LICENCE if own.source.startswith("python_") and own.licence == "not stated" else own.licence,
+            "license": LICENSE if own.source.startswith("python_") and own.license == "not stated" else own.license,
             "files": len(files),
             "bytes": sum(file["bytes"] for file in files),
             "documents": {
@@ -76,7 +76,7 @@ def write_manifest(
     ).save(folder)
 
 
-def _by_file(corpus: Sequence[Part], surveys: Sequence[Survey], kept: Kept) -> dict[tuple[str, str], dict[str, Any]]:
+def _by_file(corpus: Sequence[Part], surveys: Sequence[Scan], kept: Selection) -> dict[tuple[str, str], dict[str, Any]]:
     """Return, by (source, path), the facts of each file that gave documents: path, sha256, bytes, documents by split."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for part, known, one in zip(corpus, surveys, kept.splits):

@@ -70,7 +70,7 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     bundle.verify()
     objective = bundle.objective(Packing(config.data.packing, config.data.within_documents))  # each sample once
     check_data(objective.options.name, config.data, str(folder))
-    if options.slice_column and objective.reads != "labelled":
+    if options.slice_column and objective.data_kind != "labelled":
         raise UserError(
             f"evaluate.slice_column groups labelled texts, and {objective.options.name} is not measured on those: leave it out"
         )
@@ -121,7 +121,7 @@ def known_classes(folder: Path, data_labels: Sequence[str], bundle_labels: Seque
 def score(model: nn.Module, objective: Objective, split: Split, classes: np.ndarray, batch: int) -> Scores:
     """Score every sample of a split, in its order; those of like length go together, the longest first, to save padding."""
     device = next(model.parameters()).device
-    objective.meet(model.config)
+    objective.bind_model(model.config)
     writes = objective.auto_class == "AutoModelForCausalLM"
     count_bytes = ByteCounter(objective.tokenizer) if writes else None
     samples = objective.samples(split)

@@ -72,7 +72,7 @@ def _bundle_boxes(life: Life, boxes: list[Box]) -> int:
     if life.source:
         manifest = life.source.manifest
         about = (
-            f"{manifest.splits['train']['documents']:,} documents, licence {manifest.licence}"
+            f"{manifest.splits['train']['documents']:,} documents, license {manifest.license}"
             if manifest
             else "not to be found"
         )

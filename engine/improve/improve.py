@@ -58,7 +58,7 @@ class Findings:
 
 
 def improve(config: Config, session: Session) -> int:
-    """Look, and with improve.go act; with improve.every_s again and again, each time as a run of its own.
+    """Look, and with improve.apply act; with improve.every_s again and again, each time as a run of its own.
 
     Return the exit code: 3 where the new version did not pass the gate, else 0. `session` connects to the Ray that trains.
     """
@@ -94,8 +94,8 @@ def improve_once(config: Config, session: Session, used: dict[str, int]) -> int:
             "more corrections are needed (POST /v1/feedback, of requests sent with store=true)"
         )
         return 0
-    if not options.go:
-        console.print(f"drifted, and {len(found.examples)} examples to learn from: improve.go=true trains, tests and registers")  # fmt: skip
+    if not options.apply:
+        console.print(f"drifted, and {len(found.examples)} examples to learn from: improve.apply=true trains, tests and registers")  # fmt: skip
         return 0
     used[found.bundle.hash] = len(found.examples)
     return act(config, found, folder, session)

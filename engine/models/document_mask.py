@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.errors import UserError
 
 
-def keep_apart(starts: Sequence[np.ndarray], lengths: Sequence[int], width: int, causal: bool) -> dict[str, Tensor]:
+def document_mask(starts: Sequence[np.ndarray], lengths: Sequence[int], width: int, causal: bool) -> dict[str, Tensor]:
     """Return the model's inputs that keep the documents of each row apart; padding counts as one more document.
 
     `starts` holds where the documents of each row begin, `lengths` how long the rows are, `width` how long all are made.
@@ -38,7 +38,7 @@ def keep_apart(starts: Sequence[np.ndarray], lengths: Sequence[int], width: int,
 
 
 @torch.no_grad()
-def check_kept_apart(config: Any, auto_class: str, attention: str) -> None:
+def check_document_mask(config: Any, auto_class: str, attention: str) -> None:
     """Raise UserError for an architecture whose attention looks into other documents all the same.
 
     Tried on one block of it, with a vocabulary of 16: a document must give the same alone and after another one.
@@ -57,7 +57,7 @@ def check_kept_apart(config: Any, auto_class: str, attention: str) -> None:
 
     def logits(first: int) -> Tensor:
         begins = np.array([0, 3]) if not first else np.array([0])
-        inputs = keep_apart([begins], [7 - first], 7 - first, causal)
+        inputs = document_mask([begins], [7 - first], 7 - first, causal)
         found: Tensor = made(input_ids=ids[:, first:], **inputs, **options).logits[:, 3 - first :]
         return found
 

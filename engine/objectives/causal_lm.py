@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.models.cross_entropy import IGNORED
-from engine.models.document_mask import keep_apart
+from engine.models.document_mask import document_mask
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Samples, pad_rows
 
 
-class Objective(contract.OverVocabulary):
+class CausalLM(contract.OverVocabulary):
     """Documents laid end to end in blocks of `sequence_length`, every token a target once, or as data.packing says."""
 
     auto_class = "AutoModelForCausalLM"
@@ -47,7 +47,7 @@ class Objective(contract.OverVocabulary):
                 targets_BL[i, torch.as_tensor(sample["starts"][1:] - 1)] = IGNORED
             if self.packing.within_documents:
                 starts, lengths = [sample["starts"] for sample in samples], [len(row) - 1 for row in rows]
-                inputs |= keep_apart(starts, lengths, inputs_BL.shape[1], causal=True)
+                inputs |= document_mask(starts, lengths, inputs_BL.shape[1], causal=True)
         count = int((targets_BL != IGNORED).sum())
         return Batch(inputs, targets_BL, count=count, tokens=sum(len(row) - 1 for row in rows))
 

@@ -17,10 +17,10 @@ from engine.objectives import contract
 from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 
-class Objective(contract.Objective):
+class SequenceClassification(contract.Objective):
     """One label a row, cross-entropy over the classes."""
 
-    reads = "labelled"
+    data_kind = "labelled"
     auto_class = "AutoModelForSequenceClassification"
     architectures = ("ForSequenceClassification",)
     metric = "accuracy"

@@ -77,12 +77,12 @@ class Ranks(Protocol):
 class Objective(ABC):
     """One task, from example to prediction."""
 
-    reads: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config calls it
+    data_kind: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config calls it
     auto_class: ClassVar[str]  # the transformers Auto class that loads its models, or "diffusers.CLASS"
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
-    served: ClassVar[bool] = True  # whether the endpoint answers for its models
+    servable: ClassVar[bool] = True  # whether the endpoint answers for its models
     over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
     divisible: ClassVar[bool] = False  # whether ranks may share a sequence: each token's loss and scores add up
     needs: ClassVar[tuple[str, ...]] = ()  # packages that its models need beside transformers
@@ -119,7 +119,7 @@ class Objective(ABC):
         """Return what the task asks of the transformers config (the number of labels, say)."""
         return {}
 
-    def meet(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
+    def bind_model(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
         """Take note of the model's transformers config, before the first batch; most tasks need nothing of it."""
 
     def save(self, folder: Path) -> None:
@@ -252,7 +252,7 @@ KINDS = {  # kind of prepared data -> what it is, and how it comes about
 
 def check_data(task: str, data: DataConfig, whose: str = "objective") -> None:
     """Raise UserError, before anything is prepared, where data options aren't for a task; `whose` is it: a bundle's name, say."""
-    wanted, given = objective_class(task).reads, data_kind(data)
+    wanted, given = objective_class(task).data_kind, data_kind(data)
     if wanted != given:
         raise UserError(
             f"{whose} is for {task}, which reads {KINDS[wanted][0]}, and the data are {KINDS[given][0]}: {KINDS[wanted][1]}"
@@ -278,11 +278,15 @@ def objective_for(architecture: str) -> str | None:
 
 
 def objective_class(name: str) -> type[Objective]:
-    """Return the class `Objective` of engine/objectives/<name>.py. Raises UserError for a name without a file."""
+    """Return the task's class, the one that engine/objectives/<name>.py defines. Raises UserError for a name without a file."""
     known = objective_names()
     if name not in known:
         raise UserError(f"objective.name={name} is not one of {', '.join(known)}{nearest(name, known)}")
-    found: type[Objective] = importlib.import_module(f"engine.objectives.{name}").Objective
+    module = importlib.import_module(f"engine.objectives.{name}")
+    (found,) = (
+        it for it in vars(module).values()
+        if isinstance(it, type) and issubclass(it, Objective) and it.__module__ == module.__name__
+    )  # fmt: skip
     return found
 
 

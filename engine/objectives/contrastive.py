@@ -38,15 +38,15 @@ class Seen(Batch):
     scale_gradient: float  # this micro-batch's share of that with respect to the logits' scale
 
 
-class Objective(contract.Objective):
+class Contrastive(contract.Objective):
     """Images with captions, cross-entropy of each over all of the other in the global batch."""
 
-    reads = "captioned"
+    data_kind = "captioned"
     auto_class = "AutoModelForZeroShotImageClassification"
     architectures = ("CLIPModel",)
     metric = "accuracy"
     mode = "max"
-    served = False
+    servable = False
     image_tokens = 1  # until the model is met
 
     def __init__(self, *taken: Any, **named: Any) -> None:
@@ -54,7 +54,7 @@ class Objective(contract.Objective):
         super().__init__(*taken, **named)
         self.labels = []
 
-    def meet(self, config: Any) -> None:
+    def bind_model(self, config: Any) -> None:
         """Count the tokens of an image. Raises UserError for a model that has no two towers, or reads shorter captions."""
         images, texts = (getattr(config, name, None) for name in ("vision_config", "text_config"))
         if images is None or texts is None:

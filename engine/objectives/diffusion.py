@@ -32,10 +32,10 @@ SHOWN = 20  # labels that a refusal names
 GRID = 4  # parts of a side whose means a golden answer records
 
 
-class Objective(contract.Objective):
+class Diffusion(contract.Objective):
     """Images with a label each: the squared error of the noise that the model finds in them. A prompt is a label's name."""
 
-    reads = "images"
+    data_kind = "images"
     auto_class = "diffusers.DiTTransformer2DModel"
     architectures = ("DiTTransformer2DModel",)
     metric = "loss"
@@ -55,7 +55,7 @@ class Objective(contract.Objective):
             )
         return {"in_channels": 3, "out_channels": 3, LABELS: len(self.labels)}
 
-    def meet(self, config: Any) -> None:
+    def bind_model(self, config: Any) -> None:
         """Count the tokens of an image. Raises UserError where it cannot be cut into the model's patches."""
         side, patch = config["sample_size"], config["patch_size"]
         if side % patch:

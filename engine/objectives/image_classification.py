@@ -16,16 +16,16 @@ from engine.objectives import classification
 from engine.objectives.contract import Batch
 
 
-class Objective(classification.Objective):
+class ImageClassification(classification.SequenceClassification):
     """One label an image, cross-entropy over the classes. An image's tokens are its patches and the class token."""
 
-    reads = "images"
+    data_kind = "images"
     auto_class = "AutoModelForImageClassification"
     architectures = ("ForImageClassification",)
-    served = False
+    servable = False
     image_tokens = 1  # until the model is met
 
-    def meet(self, config: Any) -> None:
+    def bind_model(self, config: Any) -> None:
         """Count the tokens of an image."""
         self.image_tokens = patches(config) + 1
 

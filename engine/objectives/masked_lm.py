@@ -14,12 +14,12 @@ from engine.data.packing import pack
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.cross_entropy import IGNORED
-from engine.models.document_mask import keep_apart
+from engine.models.document_mask import document_mask
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Samples, Scores, pad_rows
 
 
-class Objective(contract.OverVocabulary):
+class MaskedLM(contract.OverVocabulary):
     """Samples of up to `sequence_length` tokens, of which mask_rate are to be predicted: other ones each time (RoBERTa)."""
 
     auto_class = "AutoModelForMaskedLM"
@@ -76,7 +76,7 @@ class Objective(contract.OverVocabulary):
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if self.packing.within_documents and "starts" in samples[0]:
             starts, lengths = [sample["starts"] for sample in samples], [len(inputs) for inputs, _ in pairs]
-            inputs |= keep_apart(starts, lengths, ids_BL.shape[1], causal=False)
+            inputs |= document_mask(starts, lengths, ids_BL.shape[1], causal=False)
         return Batch(inputs, targets_BL, count=int((targets_BL != IGNORED).sum()), tokens=int(mask_BL.sum()))
 
     def summarize(self, scores: Scores) -> dict[str, float]:

@@ -24,12 +24,12 @@ from engine.objectives import contract
 from engine.objectives.contract import Batch, Samples, pad_rows
 
 
-class Objective(contract.OverVocabulary):
+class SpanCorruption(contract.OverVocabulary):
     """Blocks of tokens, as many as make a corrupted input of just `sequence_length`; other spans each time."""
 
     auto_class = "AutoModelForSeq2SeqLM"
     architectures = ("ForConditionalGeneration",)
-    served = False
+    servable = False
 
     def model_options(self) -> dict[str, Any]:
         """Let the decoder begin with padding, as T5's does; ask the tokenizer for a sentinel a span."""

@@ -31,10 +31,10 @@ PROMPT_TOKENS = 4  # at most: these, and a language
 GOLDEN_S = 2  # of a sound whose answer a bundle records
 
 
-class Objective(contract.OverVocabulary):
+class SpeechRecognition(contract.OverVocabulary):
     """Sounds with their words: the cross-entropy of the words and of their end, and the word error rate of what is written."""
 
-    reads = "speech"
+    data_kind = "speech"
     auto_class = "AutoModelForSpeechSeq2Seq"
     architectures = ("WhisperForConditionalGeneration",)
     metric = "wer"
@@ -77,7 +77,7 @@ class Objective(contract.OverVocabulary):
             raise UserError("the tokenizer knows several languages: say which is spoken with objective.language=en, or the like")  # fmt: skip
         return {"decoder_start_token_id": self.prompt[0], "begin_suppress_tokens": None}
 
-    def meet(self, config: Any) -> None:
+    def bind_model(self, config: Any) -> None:
         """Take note of the encoder's positions. Raises UserError for a model that doesn't hear such windows, or writes less."""
         positions, most = (getattr(config, f"max_{side}_positions", None) for side in ("source", "target"))
         if positions is None or most is None or not hasattr(config, "num_mel_bins"):

@@ -18,13 +18,13 @@ from ray import serve
 
 from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
-from engine.serve.llm.lora import pinned
 from engine.serve.http.api import Api
 from engine.serve.http.haproxy import Balancer
+from engine.serve.llm.lora import pinned
 from engine.serve.replica import Replica
-from engine.serve.routing.rollout import Version
 from engine.serve.routing.autoscaling import WorkInFlight, ongoing
-from engine.serve.routing.controller import Steward
+from engine.serve.routing.controller import Controller
+from engine.serve.routing.rollout import Version
 
 ENDPOINT, STEWARD, BALANCER = "manta", "manta-steward", "manta-balancer"  # names of applications
 HEAD_NODE = "node:__internal_head__"  # Ray's resource for it: where the endpoint is looked for
@@ -51,7 +51,7 @@ def version_of(name: str, bundle: Bundle, options: ServeConfig) -> Version:
     own = {key: value for key, value in asdict(options).items() if key not in OF_A_CHANGE + OF_THE_INGRESS}
     own["adapters"] = pinned(options.adapters)
     folder = str(bundle.folder.absolute())
-    whole = [name, bundle.hash, folder, own, Bundle.open(options.draft).hash if options.draft else None]
+    whole = [name, bundle.hash, folder, own, Bundle.open(options.draft_model).hash if options.draft_model else None]
     mark = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
     app = f"manta-{re.sub('[^A-Za-z0-9_-]', '-', name)}-{mark}"
     return Version(mark, app, bundle.hash, folder, own)
@@ -67,7 +67,7 @@ def version_application(args: dict[str, Any]) -> Any:
         deployment = serve.deployment(
             name=f"bundle-{args['name']}".replace("/", "-"),
             autoscaling_config=autoscaling(options),
-            max_ongoing_requests=ongoing(options.max_batch),
+            max_ongoing_requests=ongoing(options.max_num_seqs),
             max_queued_requests=options.max_queue,
             **spread,
             graceful_shutdown_timeout_s=options.drain_s,
@@ -126,7 +126,7 @@ def balancer_application(args: dict[str, Any]) -> Any:
 
 def steward_application(args: dict[str, Any]) -> Any:
     """Build the steward: {"url", "folder", "versions"}, these by name."""
-    steward = serve.deployment(name="steward", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})(Steward)
+    steward = serve.deployment(name="steward", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})(Controller)
     return steward.bind(args["url"], args["folder"], args["versions"])
 
 

@@ -16,7 +16,7 @@ Input = TypeVar("Input")
 Answer = TypeVar("Answer")
 
 
-class Together(Generic[Input, Answer]):
+class DynamicBatcher(Generic[Input, Answer]):
     """Answers inputs by a function of batches, in a thread, one batch at a time."""
 
     def __init__(

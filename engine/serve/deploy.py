@@ -21,14 +21,14 @@ from engine.bundles.lineage import record_deployment
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.progress import console
-from engine.serve.llm.lora import refuse_unfit
+from engine.serve.http.api_keys import VARIABLE, Keys
 from engine.serve.http.haproxy import binary
 from engine.serve.http.middleware import access_for
-from engine.serve.http.api_keys import VARIABLE, Keys
-from engine.serve.routing.rollout import Plan, Version
-from engine.serve.tracing import exporter
-from engine.serve.routing.sequential_test import Rules
+from engine.serve.llm.lora import refuse_unfit
 from engine.serve.llm.vllm_engine import refuse_without_vllm
+from engine.serve.routing.rollout import Plan, Version
+from engine.serve.routing.sequential_test import Rules
+from engine.serve.tracing import exporter
 
 ASK_S = 30.0  # for the steward's answers
 LOOK_EVERY_S = 0.1
@@ -81,7 +81,7 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
 
     versions = versions_of(bundles, config.serve)
     if up:
-        told("keep", [it.app for it in versions.values()], config.serve.ready_timeout_s)
+        call_controller("keep", [it.app for it in versions.values()], config.serve.ready_timeout_s)
     new = {name: it for name, it in versions.items() if not is_running(it.app)}
     refuse_what_cannot_fit(config.serve, len(new), beside=up is not None)
     try:
@@ -91,8 +91,8 @@ def deploy(config: Config, bundles: dict[str, Path]) -> Endpoint:
         if config.serve.haproxy:
             wait_until_running([BALANCER], config.serve.ready_timeout_s)
         known = {name: asdict(replace(it, about=about(it))) for name, it in versions.items()}
-        told("opened", endpoint.url, str(config.run_dir.absolute()), of_ingress(config))
-        told("take", known, asdict(plan_of(config.serve)))
+        call_controller("opened", endpoint.url, str(config.run_dir.absolute()), of_ingress(config))
+        call_controller("take", known, asdict(plan_of(config.serve)))
         wait_until_ready(endpoint, config.serve.ready_timeout_s)
     except BaseException:
         if up is None:
@@ -189,7 +189,7 @@ def wait_until_ready(endpoint: Endpoint, timeout_s: float) -> None:
     from engine.serve.application import ENDPOINT
 
     deadline = time.monotonic() + timeout_s
-    number = told("state")["number"]
+    number = call_controller("state")["number"]
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError, RayError, RayServeException, TimeoutError):
             answer = httpx.get(f"{endpoint.url}/readyz", timeout=10)
@@ -211,7 +211,7 @@ def running() -> dict[str, Any] | None:
     from engine.serve.application import ENDPOINT, STEWARD
 
     applications = serve.status().applications
-    return told("about") if {ENDPOINT, STEWARD} <= applications.keys() else None
+    return call_controller("about") if {ENDPOINT, STEWARD} <= applications.keys() else None
 
 
 def is_running(app: str) -> bool:
@@ -222,7 +222,7 @@ def is_running(app: str) -> bool:
     return found is not None and found.status == "RUNNING"
 
 
-def told(question: str, *words: Any) -> Any:
+def call_controller(question: str, *words: Any) -> Any:
     """Ask the steward; one that was just lost is asked again, until another is there. Raises UserError where none comes."""
     from ray import serve
     from ray.exceptions import RayActorError
@@ -273,14 +273,14 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
     """Raise UserError for a bundle that was changed, is for a task that the endpoint doesn't offer, or not for these options."""
     bundle.verify()
     objective = bundle.objective()
-    if not objective.served:
+    if not objective.servable:
         raise UserError(
             f"{bundle.folder} is for {objective.options.name}, which the endpoint doesn't offer: load it with transformers, or "
             "measure it with manta evaluate"
         )
     if options.compile and objective.auto_class != "AutoModelForCausalLM":
         raise UserError(f"serve.compile is for bundles that write, and {bundle.folder} is for {objective.options.name}")
-    if options.quantize != "none" and objective.reads not in ("text", "labelled"):
+    if options.quantize != "none" and objective.data_kind not in ("text", "labelled"):
         raise UserError(
             f"serve.quantize is for bundles that read or write text, and {bundle.folder} is for {objective.options.name}"
         )
@@ -292,10 +292,10 @@ def refuse_what_cannot_serve(bundle: Bundle, options: ServeConfig) -> None:
             )
         refuse_without_vllm(options)
     refuse_unfit(bundle, options.adapters)
-    if options.draft:
+    if options.draft_model:
         from engine.serve.llm.speculative import refuse_unfit_draft  # and so torch's compiler: two seconds
 
-        refuse_unfit_draft(bundle, options.draft)
+        refuse_unfit_draft(bundle, options.draft_model)
 
 
 def refuse_taken_port(port: int) -> None:
@@ -361,13 +361,13 @@ def bundles_of(config: Config) -> dict[str, Path]:
 
 def with_draft(config: Config) -> Config:
     """Return the config with the folder of its draft. Raises UserError where there is none that is called so."""
-    if not config.serve.draft:
+    if not config.serve.draft_model:
         return config
     try:
-        folder = find_bundle(config.serve.draft, Path(config.runs_dir), config.tracking_uri)
+        folder = find_bundle(config.serve.draft_model, Path(config.runs_dir), config.tracking_uri)
     except UserError as error:
-        raise UserError(f"serve.draft: {error}") from error
-    return with_values(config, {"serve.draft": str(folder.absolute())})
+        raise UserError(f"serve.draft_model: {error}") from error
+    return with_values(config, {"serve.draft_model": str(folder.absolute())})
 
 
 def name_of(reference: str, folder: Path) -> str:
@@ -391,7 +391,7 @@ def serve_until_stopped(config: Config) -> int:
         return follow(list(bundles)) if not config.serve.detach else 0
     console.print(f"serving {', '.join(bundles)} at {endpoint.url} (interface: {endpoint.url}/docs)")
     keyed = Keys(config.keys_file, os.environ.get(VARIABLE, "")).required
-    for name, it in told("state")["models"].items():
+    for name, it in call_controller("state")["models"].items():
         console.print(f"curl {endpoint.url}/v1/{example(name, it['stable']['about'], bundles[name], keyed)}")
     if config.serve.detach:
         console.print("it stays up: `manta cluster down` ends it")
@@ -423,7 +423,7 @@ def follow(names: Sequence[str]) -> int:
     """Print what happens to what is tried under these names until nothing is; return 3 if a version was withdrawn, else 0."""
     seen: dict[str, int] = {}
     while True:
-        models = told("state")["models"]
+        models = call_controller("state")["models"]
         for name in names:
             new = models[name]["told"] - seen.get(name, models[name]["told"] - 1)
             for event in models[name]["events"][-new:] if new else []:
@@ -440,7 +440,7 @@ def roll_back(config: Config, name: str) -> tuple[str, str]:
     Raises UserError where no endpoint is up, or the name has had no other version.
     """
     up = running()
-    models = told("state")["models"] if up else {}
+    models = call_controller("state")["models"] if up else {}
     if up is None or name not in models:
         there = (
             f"the endpoint at {up['url']} serves {', '.join(models)}, not {name}"
@@ -450,15 +450,15 @@ def roll_back(config: Config, name: str) -> tuple[str, str]:
         raise UserError(f"{there}: nothing can be rolled back")
     model = models[name]
     if model["trial"]:
-        told("stop_trial", name, "rolled back")
+        call_controller("stop_trial", name, "rolled back")
         gone, back = model["trial"]["version"]["hash"], model["stable"]["hash"]
     elif model["before"]:
         version = Version(**model["before"][0])
-        told("keep", [version.app], config.serve.ready_timeout_s)
+        call_controller("keep", [version.app], config.serve.ready_timeout_s)
         if not is_running(version.app):  # it was kept warm for a while only
             bring_up({name: version}, config.serve.ready_timeout_s)
         plan = replace(plan_of(config.serve), strategy="replace")
-        told("take", {name: asdict(version)}, asdict(plan))
+        call_controller("take", {name: asdict(version)}, asdict(plan))
         gone, back = model["stable"]["hash"], version.hash
     else:
         raise UserError(f"{name} has had one version only: there is none before it")

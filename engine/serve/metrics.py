@@ -29,9 +29,9 @@ REPLICA = {
         "requests that an ingress on the same node sent by the short way (engine/serve/routing/ipc.py)",
     ),
     "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
-    "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.speculate)"),
+    "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.num_speculative_tokens)"),
     "right_tokens": ("manta_replica_right_tokens_total", "of these, tokens that the model would have written itself"),
-    "draft_forwards": ("manta_replica_draft_forwards_total", "forwards of the draft (serve.draft)"),
+    "draft_forwards": ("manta_replica_draft_forwards_total", "forwards of the draft (serve.draft_model)"),
     "adapters": ("manta_replica_adapters", "LoRA adapters in memory"),
     "adapter_loads": (
         "manta_replica_adapter_loads_total",

@@ -29,21 +29,21 @@ from engine.config import ServeConfig
 from engine.errors import UserError
 from engine.models.int8 import quantize
 from engine.objectives.contract import pad_rows
-from engine.serve.llm.lora import Adapters
+from engine.serve.batching import DynamicBatcher
 from engine.serve.llm.chat_template import TemplateError, chat_prompt
-from engine.serve.llm.model_runner import positions
-from engine.serve.llm.engine import Completion, Generator, QueueFull, TransformersGenerator
-from engine.serve.routing.ipc import Mouth
 from engine.serve.llm.cpu.linear import pack_linear
-from engine.serve.routing.loopback import stay_on_loopback
-from engine.serve.short_lived_thread import in_passing
-from engine.serve.llm.sampler import Mask, Sampling
-from engine.serve.routing.autoscaling import REQUESTS, TOKENS
+from engine.serve.llm.detokenizer import Detokenizer, Logprobs
+from engine.serve.llm.engine import Completion, LLMEngine, QueueFull, TransformersEngine
+from engine.serve.llm.lora import LoraAdapters
+from engine.serve.llm.model_runner import positions
+from engine.serve.llm.sampler import Mask, SamplingParams
 from engine.serve.llm.structured_output import BadSchema, Structure
-from engine.serve.llm.detokenizer import Logprobs, Text
-from engine.serve.batching import Together
-from engine.serve.tracing import Trace, Tracing
 from engine.serve.llm.vllm_engine import verified_generator
+from engine.serve.routing.autoscaling import REQUESTS, TOKENS
+from engine.serve.routing.ipc import IpcServer
+from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.short_lived_thread import run_in_short_lived_thread
+from engine.serve.tracing import Trace, Tracing
 
 TASKS = {
     "AutoModelForCausalLM": "completion",
@@ -99,7 +99,7 @@ class Followed:
     """A completion, and what its reader was told of it."""
 
     completion: Completion
-    text: Text
+    text: Detokenizer
     logprobs: Logprobs
     seen: int = 0  # tokens
     ended: bool = False
@@ -112,7 +112,7 @@ class Replica:
         """Load the bundle. Raises UserError, and so takes no traffic, if it was changed or answers otherwise than recorded."""
         stay_on_loopback()
         self.options = ServeConfig(**options)
-        self.mouth = Mouth(self)
+        self.mouth = IpcServer(self)
         torch.set_num_threads(max(1, round(self.options.cpus_per_replica)))
         self.bundle = Bundle.open(Path(folder))
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
@@ -122,7 +122,7 @@ class Replica:
         self.reading = 0  # tokens of the other tasks' inputs, about
         self.forwards = self.rows = 0  # of inputs that are no completions
         self.structure: Structure | None = None  # made when it is first asked for
-        self.generator: Generator | None = None
+        self.generator: LLMEngine | None = None
         if self.options.generator == "vllm":
             self.config = AutoConfig.from_pretrained(self.bundle.folder, local_files_only=True)
             vllm = verified_generator(
@@ -130,20 +130,20 @@ class Replica:
             )
             self.generator, self.device = vllm, vllm.about["device"]
         else:
-            self.model = in_passing(lambda: loaded(self.bundle, self.options))
+            self.model = run_in_short_lived_thread(lambda: loaded(self.bundle, self.options))
             self.config, self.device = self.model.config, str(self.model.device)
         self.positions = positions(self.config) or self.objective.sequence_length
         if self.objective.auto_class == "AutoModelForCausalLM" and self.generator is None:
-            draft = Bundle.open(self.options.draft) if self.options.draft else None
-            self.generator = TransformersGenerator(
-                self.model, self.positions, max_batch=self.options.max_batch, max_queue=self.options.max_queue,
-                step_tokens=self.options.step_tokens or STEP_TOKENS, cache_tokens=self.options.cache_tokens,
-                speculate=self.options.speculate,
-                draft=in_passing(lambda: loaded(draft, self.options)) if draft else None,
+            draft = Bundle.open(self.options.draft_model) if self.options.draft_model else None
+            self.generator = TransformersEngine(
+                self.model, self.positions, max_num_seqs=self.options.max_num_seqs, max_queue=self.options.max_queue,
+                max_batched_tokens=self.options.max_batched_tokens or STEP_TOKENS, cache_tokens=self.options.kv_cache_tokens,
+                num_speculative_tokens=self.options.num_speculative_tokens,
+                draft=run_in_short_lived_thread(lambda: loaded(draft, self.options)) if draft else None,
                 compiled=self.options.compile, tell=wake_readers,
-                adapters=Adapters(self.model, self.options.adapters, self.options.max_adapters),
+                adapters=LoraAdapters(self.model, self.options.adapters, self.options.max_adapters),
             )  # fmt: skip
-        together = partial(Together, most=self.options.max_batch, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
+        together = partial(DynamicBatcher, most=self.options.max_num_seqs, wait_s=self.options.batch_wait_s, thread=ThreadPoolExecutor(1))  # fmt: skip
         self.classified, self.embedded = together(self._classify), together(self._embed)
         self.drawn = together(self._draw)
         self.transcribed = together(self._transcribe)
@@ -345,7 +345,8 @@ class Replica:
             raise Refused("too many requests wait: try again in a second", status=429) from error
         head = {"prompt_tokens": sum(map(len, prompts)), "texts": [text for text in texts for _ in range(job["n"])]}
         return head, [
-            Followed(it, Text(tokenizer, it.prompt, stop), Logprobs(tokenizer, it, job["echo"])) for it in completions
+            Followed(it, Detokenizer(tokenizer, it.prompt, stop), Logprobs(tokenizer, it, job["echo"]))
+            for it in completions
         ]
 
     async def _masks(self, schema: str, count: int) -> list[Mask]:
@@ -380,7 +381,7 @@ class Replica:
                 "max_tokens",
             )
         return Completion(
-            prompt, most, Sampling(**job["sampling"]),
+            prompt, most, SamplingParams(**job["sampling"]),
             seed=None if job["seed"] is None else job["seed"] + copy,
             logprobs=job["logprobs"], score_prompt=job["echo"] and job["logprobs"] is not None, client=job["client"],
             adapter=job["adapter"], schema=job["schema"] or "",

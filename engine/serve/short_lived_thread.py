@@ -15,7 +15,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def in_passing(work: Callable[[], Result]) -> Result:
+def run_in_short_lived_thread(work: Callable[[], Result]) -> Result:
     """Return what `work` returns, or raise what it raises; its team of threads is gone then."""
     with ThreadPoolExecutor(1, thread_name_prefix="passing") as thread:
         return thread.submit(work).result()

@@ -24,8 +24,8 @@ from engine.sweep.halving import Halving
 from engine.sweep.population import Population, interval, perturb
 from engine.sweep.record import Trial, best_first, from_dict, front
 from engine.sweep.recovery import Recovery
-from engine.sweep.room import Room
-from engine.sweep.search import Course, Place, Search
+from engine.sweep.room import MemoryCheck
+from engine.sweep.search import Place, Search, SearchAlgorithm
 from engine.sweep.searchers import importances, make_searcher
 from engine.sweep.space import Space, check_space, count
 from engine.sweep.stopping import grace_steps, make_rule, rungs
@@ -138,10 +138,10 @@ def base_job(config: Config, run: RunFolder) -> Job:
 
 def make_course(
     config: Config, job: Job, space: Space, metrics: Sequence[str], modes: Sequence[str]
-) -> tuple[Course, Place]:
+) -> tuple[SearchAlgorithm, Place]:
     """Return how the sweep goes, as far as it has come, and what places its trials."""
     slots, share = trial_share(config, resources_for(config))
-    place = Placing(config, job, Room(config, slots, share.get("GPU", 0.0)))
+    place = TrialPlacement(config, job, MemoryCheck(config, slots, share.get("GPU", 0.0)))
     folder = Path(job.config.runs_dir)
     if config.sweep.scheduler in ("pbt", "pb2"):
         explore = perturb(space) if config.sweep.scheduler == "pbt" else bandit(space, modes[0])
@@ -152,10 +152,10 @@ def make_course(
     return Search(config, folder, metrics, searcher, make_rule(config, modes[0]), place), place
 
 
-class Placing:
+class TrialPlacement:
     """Finds what a trial takes: a micro-batch that fits, and data that are prepared as its values ask."""
 
-    def __init__(self, config: Config, base: Job, room: Room) -> None:
+    def __init__(self, config: Config, base: Job, room: MemoryCheck) -> None:
         """Begin with the data of the base job."""
         self._config, self._base, self._room = config, base, room
         self._data = {self._facts(config): base.data}
@@ -179,7 +179,7 @@ class Placing:
 
 
 def run_trials(
-    config: Config, job: Job, run: RunFolder, course: Course, metrics: Sequence[str], show: Callable[[], None]
+    config: Config, job: Job, run: RunFolder, course: SearchAlgorithm, metrics: Sequence[str], show: Callable[[], None]
 ) -> None:
     """Run the trials of a course through Ray Tune, whose worker processes go on from trial to trial."""
     import ray
@@ -213,7 +213,7 @@ def run_trials(
 
 
 def adapters(
-    course: Course, recovery: Recovery, run: RunFolder, slots: int, show: Callable[[], None]
+    course: SearchAlgorithm, recovery: Recovery, run: RunFolder, slots: int, show: Callable[[], None]
 ) -> tuple[Any, Any]:
     """Return the searcher and the scheduler by which Tune asks the course for trials and tells it what becomes of them."""
     from ray.tune.schedulers import FIFOScheduler

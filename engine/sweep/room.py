@@ -11,7 +11,7 @@ from engine.config import Config, identity, with_values
 from engine.plan.plan import KEPT, meta_model
 
 
-class Room:
+class MemoryCheck:
     """The memory that a worker of a trial has, and what trials need of it. What was computed once is remembered."""
 
     def __init__(self, config: Config, slots: int, gpus: float = 0.0) -> None:

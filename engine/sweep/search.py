@@ -17,7 +17,7 @@ from engine.sweep.stopping import Rule
 Place = Callable[[dict[str, Any]], tuple[dict[str, Any], Path]]  # params -> those that fit, the folder of their data
 
 
-class Course(Protocol):
+class SearchAlgorithm(Protocol):
     """How a sweep goes: `launch` asks it for trials while there is room for one, and tells it what becomes of them."""
 
     trials: dict[int, Trial]

@@ -41,7 +41,7 @@ class Stopped(Exception):
     """The trial is to end, on all ranks."""
 
 
-class Team:
+class RankGroup:
     """All ranks, as rank 0 sees them."""
 
     def __init__(self, job: Job, resources: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ import torch
 from engine.config import with_values
 from engine.errors import UserError
 from engine.sweep.recovery import Lost, clear, note
-from engine.sweep.team import Team
+from engine.sweep.team import RankGroup
 from engine.sweep.weights import copier
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
@@ -26,7 +26,7 @@ from engine.train.zero import import_deepspeed
 
 FAILURE = "failed"  # in a report: why the trial failed
 STOP_S = "60"  # that a stopped trial may take to put its process in order for the next one
-warm: dict[str, Team] = {}  # what this process keeps from trial to trial
+warm: dict[str, RankGroup] = {}  # what this process keeps from trial to trial
 
 
 def run_trial(
@@ -89,7 +89,7 @@ def train(job: Job, resources: dict[str, float], state: list[Any], report: Calla
         keep_to(resources)
         return work(job, local_group(), listen=report, make=copier(ray.get(state[0])))
     if "team" not in warm:
-        warm["team"] = Team(job, resources)
+        warm["team"] = RankGroup(job, resources)
     return warm["team"].work(job, state, report)
 
 

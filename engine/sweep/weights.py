@@ -10,8 +10,8 @@ import numpy as np
 
 from engine.config import identity
 from engine.objectives.contract import Objective
+from engine.train.init_model import Make, empty_model, fresh, held
 from engine.train.job import Job
-from engine.train.init_model import Make, fresh, held, hollow
 
 StartState = dict[
     str, Any
@@ -47,7 +47,7 @@ def copied(state: StartState, job: Job, objective: Objective) -> Any:
     import torch
 
     torch.manual_seed(job.config.seed)
-    model: Any = hollow(job, objective)
+    model: Any = empty_model(job, objective)
     for name, tensor in held(model):
         tensor.data = torch.from_numpy(np.array(state["tensors"][name]))
     torch.set_rng_state(torch.from_numpy(np.array(state["random"])))

@@ -127,19 +127,19 @@ class Kitchen:
         job = merged(winner.job)
         self._config, self._objective = job.config, job.objective()
         self._model = make_model(job, self._objective)
-        self._objective.meet(self._model.config)
+        self._objective.bind_model(self._model.config)
         self._samples = self._objective.samples(Split.open(job.data, "validation"))
         self._kind = AVERAGE if job.config.train.use_ema else "weight"
 
     def weights(self, winner: Winner) -> dict[str, Any]:
         """Return the weights that a winner's bundle would have, fp32; what LoRA trained is merged, so its rank doesn't matter."""
         from engine.models.lora import merge_lora
-        from engine.train.init_model import fill, make_model
+        from engine.train.init_model import load_weights, make_model
 
         checkpoint = Checkpoint(step_folder(RunFolder(winner.job.config.run_dir).checkpoints, winner.line["step"]))
         if winner.job.config.objective.lora.rank:
             model = make_model(winner.job, self._objective)
-            fill(model, checkpoint, self._kind)
+            load_weights(model, checkpoint, self._kind)
             merge_lora(model)
             found = {name: parameter.detach() for name, parameter in model.named_parameters()}
         else:

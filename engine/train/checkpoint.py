@@ -34,7 +34,7 @@ from engine.errors import UserError
 from engine.train.group import Group
 from engine.train.run_folder import RunFolder
 from engine.train.state import TrainState
-from engine.train.zero import AVERAGE, Fragment, Sharded
+from engine.train.zero import AVERAGE, Fragment, ZeroModel
 
 MANIFEST = "manifest.json"
 
@@ -101,7 +101,7 @@ def latest_whole(run: RunFolder, group: Group, good: bool = False) -> Checkpoint
     return None
 
 
-def restore(model: Sharded, checkpoint: Checkpoint, rank: int) -> None:
+def restore(model: ZeroModel, checkpoint: Checkpoint, rank: int) -> None:
     """Put a running model, its moments and its optimizer's step count back to a checkpoint, on all ranks at once."""
     model.ensure_moments(checkpoint.state.updates)
     checkpoint.load(model.fragments(rank, owned=False))

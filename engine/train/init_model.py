@@ -45,12 +45,12 @@ def start_model(
         return whole
     with tempfile.TemporaryDirectory(prefix="manta-") if first else contextlib.nullcontext("") as folder:
         if whole is not None:
-            lay_down(whole, Path(folder) / "start.safetensors")
+            write_mmap(whole, Path(folder) / "start.safetensors")
         mine = {"host": np.array(socket.gethostname()), "folder": np.array(folder)}
         told = [entry for entry in group.gather(mine) if entry["folder"].item()]
         place = next(entry["folder"].item() for entry in told if entry["host"].item() == socket.gethostname())
-        model = whole if whole is not None else _with_parts(hollow(job, objective), job, objective)
-        take_up(model, Path(place) / "start.safetensors")
+        model = whole if whole is not None else _with_parts(empty_model(job, objective), job, objective)
+        attach_mmap(model, Path(place) / "start.safetensors")
         group.barrier()  # the file may go: it stays in memory as long as it is mapped
     return model
 
@@ -59,7 +59,7 @@ def make_model(job: Job, objective: Objective, checkpoint: Checkpoint | None = N
     """Make the start state whole: the bundle's weights, else fresh ones from the seed; then the checkpoint's, if any."""
     model = _with_parts((make or fresh)(job, objective), job, objective)
     if checkpoint:
-        fill(model, checkpoint)
+        load_weights(model, checkpoint)
     return model
 
 
@@ -87,7 +87,7 @@ def equip(model: Any, train: TrainConfig, device: torch.device, precision: str) 
 
 
 @torch.no_grad()
-def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
+def load_weights(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
     """Copy a checkpoint's weights, or their average, into a whole fp32 model. Raises UserError where it is another model's."""
     weights = checkpoint.weights(kind)
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def fill(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> None:
         parameter.copy_(weights[name])
 
 
-def hollow(job: Job, objective: Objective) -> Any:
+def empty_model(job: Job, objective: Objective) -> Any:
     """Make the same model with weights that take no memory: views of a single zero. Its buffers are whole."""
     config = shape_of(job.start, job.config.model, objective.processor, objective.model_options())
     with weightless():
@@ -128,13 +128,13 @@ def weightless() -> Iterator[None]:
         yield
 
 
-def lay_down(model: nn.Module, file: Path) -> None:
+def write_mmap(model: nn.Module, file: Path) -> None:
     """Write all that a model holds, each tensor once."""
     save_file({name: tensor.detach().contiguous() for name, tensor in held(model)}, file)
 
 
 @torch.no_grad()
-def take_up(model: nn.Module, file: Path) -> None:
+def attach_mmap(model: nn.Module, file: Path) -> None:
     """Let a model's parameters be views of a file, mapped into memory and read only; its buffers, which stay, are copied."""
     laid = load_file(file)
     for name, parameter in model.named_parameters():

@@ -91,12 +91,12 @@ def check_job(job: Job) -> None:
             )
     if config.data.within_documents or config.train.sequence_parallel > 1:
         from engine.models.build import config_of
-        from engine.models.document_mask import check_kept_apart
+        from engine.models.document_mask import check_document_mask
         from engine.train.sequence_parallel import check_divisible
 
         shape = shape if job.start else config_of(config.model, objective.processor, options)
         if config.data.within_documents:
-            check_kept_apart(shape, objective.auto_class, config.model.attention)
+            check_document_mask(shape, objective.auto_class, config.model.attention)
         if config.train.sequence_parallel > 1:
             check_divisible(shape, type(objective), config.train.sequence_parallel, config.data.sequence_length)
 
@@ -156,7 +156,7 @@ def run_workers(job: Job, run: RunFolder, spare: Spare | None = None) -> None:
     import ray
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
-    from engine.train.trainer import RendezvousConfig, Trainer
+    from engine.train.trainer import RayTrainer, RendezvousConfig
 
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -164,7 +164,7 @@ def run_workers(job: Job, run: RunFolder, spare: Spare | None = None) -> None:
     failed = run.logs / "failed.txt"
     failed.unlink(missing_ok=True)
     train = job.config.train
-    trainer = Trainer(
+    trainer = RayTrainer(
         run=run,
         own_ray=job.config.cluster.address == "local",
         hang_timeout_s=train.hang_timeout_s,

@@ -25,7 +25,7 @@ from engine.train.schedule import learning_rate
 from engine.train.sequence_parallel import SequenceParallel
 from engine.train.state import TrainState
 from engine.train.watchdog import Heartbeat
-from engine.train.zero import Sharded
+from engine.train.zero import ZeroModel
 
 Metrics = dict[str, Any]
 
@@ -37,7 +37,7 @@ class Run:
     config: Config
     group: Group
     objective: Objective
-    model: Sharded
+    model: ZeroModel
     samples: Samples
     validation: Samples | None  # None: the data has no validation split
     order: Order
@@ -60,7 +60,7 @@ class Run:
     def ended(self) -> bool:
         """Whether no step is left to take."""
         train = self.config.train
-        tired = train.patience is not None and self.state.stale >= train.patience
+        tired = train.patience is not None and self.state.evals_since_best >= train.patience
         return tired or self.state.step >= train.max_steps
 
     def save(self) -> None:
@@ -69,7 +69,7 @@ class Run:
             self.writer.save(self.model.fragments(self.group.rank), self.state, self.about)
             self.saved_step = self.state.step
 
-    def heed(self, asked: int, failed: int) -> None:
+    def handle_save_status(self, asked: int, failed: int) -> None:
         """Act on what the ranks told each other: so many were asked for a checkpoint, so many could not write theirs."""
         self.save_asked = asked > 0
         if not failed:
@@ -77,15 +77,15 @@ class Run:
         fault = self.writer.clear_failed(self.group)
         if self.config.train.on_failed_save == "stop":
             raise UserError(fault)
-        self.note("save_fault", fault)
+        self.log_event("save_fault", fault)
 
-    def note(self, name: str, text: str) -> None:
+    def log_event(self, name: str, text: str) -> None:
         """Have the next logged line, and the person who follows the run, told of an event."""
         self.notes[name] = text
         if self.group.rank == 0:
             RunFolder(self.config.run_dir).tell(text)
 
-    def settle(self) -> str:
+    def wait_for_save(self) -> str:
         """Wait for the save under way, on all ranks at once; return what went wrong with it."""
         self.heart.slow()
         self.writer.wait()
@@ -104,18 +104,18 @@ def fit(run: Run) -> None:
         run.heart.slow(False)
         step = run.state.step
         if step == train.max_steps or (train.evaluate_every and step % train.evaluate_every == 0):
-            metrics |= judge(run)
+            metrics |= validate_and_track_best(run)
         best = train.keep_best and run.state.best_step == step
         due = (run.save_asked or step % train.checkpoint_every == 0) and not run.state.skipped_in_a_row
         if best or due or run.ended():
             run.meter.enter("checkpoint")
             run.save()
         run.log(metrics | run.meter.read())
-    if fault := run.settle():
+    if fault := run.wait_for_save():
         raise UserError(fault)
 
 
-def judge(run: Run) -> Metrics:
+def validate_and_track_best(run: Run) -> Metrics:
     """Validate, note how that compares with the best, and return what to log. Raises UserError for a metric that is no number."""
     run.meter.enter("evaluation")
     with run.model.averaged() if run.config.train.use_ema else nullcontext():
@@ -135,8 +135,8 @@ def train_step(run: Run) -> Metrics | None:
     run.meter.enter("data")
     state = run.state
     run.model.loss_scale = state.loss_scale
-    ids = run.order.samples(state.place)
-    batches, seen = collate_share(run, ids, run.order.draws(state.place))
+    ids = run.order.samples(state.data_step)
+    batches, seen = collate_share(run, ids, run.order.draws(state.data_step))
     run.meter.enter("forward")
     batches = run.objective.before_step(run.model, batches, run.group)  # type: ignore[arg-type]
 
@@ -149,7 +149,7 @@ def train_step(run: Run) -> Metrics | None:
         int(run.wants_save()),
         int(run.writer.failed),
     )
-    run.heed(asked, failed)
+    run.handle_save_status(asked, failed)
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.group.device)
     for batch, weight in batches:
         run.heart.beat()
@@ -182,7 +182,7 @@ def train_step(run: Run) -> Metrics | None:
         "grad_norm": None if skipped else grad_norm,
         "skipped": run.state.skipped,
         "rollbacks": run.state.rollbacks,
-        "passed": run.state.passed,
+        "passed": run.state.skipped_data_steps,
         "samples_hash": hash_hex(run.state.samples_hash),
         "time": time.time(),
         **({"fault": fault} if fault else {}),
@@ -206,7 +206,7 @@ def update(run: Run, loss: float) -> tuple[float, float, str]:
 
 def roll_back(run: Run, reason: str) -> None:
     """Go back to the last good checkpoint, past the data of the steps since then. Raises UserError where there is none."""
-    run.settle()
+    run.wait_for_save()
     good = latest_whole(RunFolder(run.config.run_dir), run.group, good=True)
     if good is None:
         give_up(run, f"{reason}, and there is no good checkpoint to go back to")
@@ -216,7 +216,7 @@ def roll_back(run: Run, reason: str) -> None:
             if folder > good.folder:
                 remove(folder)
     run.group.barrier()
-    run.note("rolled_back", f"from step {run.state.step + 1} back to step {good.state.step}: {reason}")
+    run.log_event("rolled_back", f"from step {run.state.step + 1} back to step {good.state.step}: {reason}")
     run.state, run.saved_step = run.state.rolled_back(good.state), good.state.step
 
 

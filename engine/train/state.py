@@ -20,19 +20,19 @@ class TrainState:
     skipped: int = 0  # of these steps, how many left the weights as they were (see guards.py)
     skipped_in_a_row: int = 0  # of these, how many since the last good step
     recent: tuple[float, ...] = ()  # losses of the last good steps, for the spike guard
-    passed: int = 0  # steps of the data order that roll-backs have passed over
+    skipped_data_steps: int = 0  # steps of the data order that roll-backs have passed over
     rollbacks: int = 0
     best: float | None = None  # the best value so far of the objective's metric on the validation split
     best_step: int = 0  # the step that had it
-    stale: int = 0  # validations since then
+    evals_since_best: int = 0  # validations since then
     loss_scale: float | None = None  # fp16: what the loss is multiplied by
     steady: int = 0  # fp16: updates since it changed
     samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
 
     @property
-    def place(self) -> int:
+    def data_step(self) -> int:
         """Which step of the data order comes next."""
-        return self.step + self.passed
+        return self.step + self.skipped_data_steps
 
     @property
     def updates(self) -> int:
@@ -69,10 +69,10 @@ class TrainState:
 
     def rolled_back(self, good: TrainState) -> TrainState:
         """Return the state of the good checkpoint, past the data of all steps up to the one that comes next here."""
-        return replace(good, passed=self.place + 1 - good.step, rollbacks=self.rollbacks + 1)
+        return replace(good, skipped_data_steps=self.data_step + 1 - good.step, rollbacks=self.rollbacks + 1)
 
     def judged(self, value: float, mode: str) -> TrainState:
         """Return the state after a validation that gave `value`, of which the `mode` ("min" or "max") is best."""
         if self.best is None or (value < self.best if mode == "min" else value > self.best):
-            return replace(self, best=value, best_step=self.step, stale=0)
-        return replace(self, stale=self.stale + 1)
+            return replace(self, best=value, best_step=self.step, evals_since_best=0)
+        return replace(self, evals_since_best=self.evals_since_best + 1)

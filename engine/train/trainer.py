@@ -29,7 +29,7 @@ Spare = Callable[..., None]  # (count, node_id=...): starts processes that are r
 REACH_S = 30.0  # to start a process on a node with a hung rank
 
 
-class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no types
+class RayTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no types
     """A DataParallelTrainer without the process that splits Ray datasets: our ranks read their shards themselves."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no 
     ) -> None:
         """Make a trainer of `run`; `own_ray`: Ray ends with this process, and its placement groups with it."""
         super().__init__(**options)
-        self._run, self._attendant = run, Attendant(run, hang_timeout_s, spare)
+        self._run, self._attendant = run, WorkerGroupMonitor(run, hang_timeout_s, spare)
         self._unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if own_ray else set())
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -52,7 +52,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has no 
         return super()._initialize_and_run_controller(**parts)
 
 
-class Attendant(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+class WorkerGroupMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Sits in Ray Train's controller: finds ranks that hang and ends their group; tells what becomes of the workers."""
 
     def __init__(self, run: RunFolder, hang_timeout_s: float, spare: Spare | None) -> None:

@@ -23,6 +23,7 @@ from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
 from engine.train.energy import EnergyMeter, total
 from engine.train.group import Group
+from engine.train.init_model import Make, equip, load_weights, make_model, start_model
 from engine.train.job import Job
 from engine.train.loop import Metrics, Run, fit
 from engine.train.meter import Meter
@@ -31,10 +32,9 @@ from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder, adapter_of
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.init_model import Make, equip, fill, make_model, start_model
 from engine.train.state import FIRST_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
-from engine.train.zero import AVERAGE, DTYPES, Sharded
+from engine.train.zero import AVERAGE, DTYPES, ZeroModel
 
 
 def work(
@@ -108,12 +108,12 @@ def work(
 
 def begin(
     job: Job, objective: Objective, group: Group, precision: str, sequence: SequenceParallel, make: Make | None
-) -> tuple[Sharded, Checkpoint | None, float]:
+) -> tuple[ZeroModel, Checkpoint | None, float]:
     """Return the sharded model in its start state, the checkpoint that it is from, if any, and the flops of a token."""
     config = job.config
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
     model = start_model(job, objective, group, checkpoint, make)
-    objective.meet(model.config)
+    objective.bind_model(model.config)
     flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
     if sequence.size > 1:
         sequence.attach(model)
@@ -123,7 +123,7 @@ def begin(
     else:  # weights go there one by one, as they are sharded
         for buffer in model.buffers():
             buffer.data = buffer.data.to(group.device)
-    sharded = Sharded(model, config, group.world, precision)
+    sharded = ZeroModel(model, config, group.world, precision)
     sharded.ensure_moments(checkpoint.state.updates if checkpoint else 0)
     if checkpoint:
         checkpoint.load(sharded.fragments(group.rank, owned=False))
@@ -187,7 +187,7 @@ def export(
     from engine.bundles.bundle import Bundle, write_bundle  # not before the first step
 
     folder, model = folder or RunFolder(job.config.run_dir).bundle, make_model(job, objective)
-    fill(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
+    load_weights(model, Checkpoint(checkpoint), AVERAGE if job.config.train.use_ema else "weight")
     if job.config.objective.lora.rank:
         write_adapter(model, job.config.objective.lora, str(job.start), adapter_of(folder))
         merge_lora(model)
@@ -205,7 +205,7 @@ def export(
         run={"name": job.config.name, "step": line["step"], "samples_hash": line["samples_hash"]},
         evaluation={name: value for name, value in line.items() if name.startswith("validation_")},
         dtype=dtype,
-        licence=job.config.card.licence or manifest.licence,
+        license=job.config.card.license or manifest.license,
         training=training_facts(job, line),
         words={"intended_use": job.config.card.intended_use or "", "limits": job.config.card.limits or ""},
     )

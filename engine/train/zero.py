@@ -153,7 +153,7 @@ class TimedWork:
         return getattr(self._work, name)
 
 
-class Sharded:
+class ZeroModel:
     """A model, its gradients and its optimizer, spread over the workers by ZeRO."""
 
     def __init__(self, model: nn.Module, config: Config, world: int, precision: str) -> None:

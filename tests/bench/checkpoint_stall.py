@@ -25,13 +25,13 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.train import hardware
 from engine.train.checkpoint import CheckpointWriter
+from engine.train.init_model import make_model
 from engine.train.job import Job
 from engine.train.loop import Run, train_step
 from engine.train.meter import Meter
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.init_model import make_model
 from engine.train.worker import local_group
-from engine.train.zero import Sharded
+from engine.train.zero import ZeroModel
 from jobs.entry import compose
 from tests.bench.interleaved import interleave, show
 
@@ -48,7 +48,7 @@ def make_run(folder: Path) -> Run:
     samples = objective.samples(Split.open(job.data, "train"))
     from engine.data.order import Order
 
-    sharded = Sharded(model, config, 1, hardware.precision(config.train))
+    sharded = ZeroModel(model, config, 1, hardware.precision(config.train))
     sharded.ensure_moments(0)
     sharded.train()
     return Run(

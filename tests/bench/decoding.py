@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.environment import quiet_environment
 from engine.models.int8 import quantize, weight_bytes
-from engine.serve.llm.engine import Completion, TransformersGenerator
 from engine.serve.llm.cpu.linear import pack_linear
-from engine.serve.short_lived_thread import in_passing
+from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.short_lived_thread import run_in_short_lived_thread
 from tests.bench.interleaved import interleave, show
 
 PROMPT, NEW = 36, 96  # tokens
@@ -85,13 +85,13 @@ def contest(name: str, asked: Connection) -> None:
     quiet_environment()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count() or 1)
-    model, draft = in_passing(lambda: make(name))
+    model, draft = run_in_short_lived_thread(lambda: make(name))
     asked.send(weight_bytes(model))
     ended: queue.Queue[Completion] = queue.Queue()
     dice = random.Random(0)
-    generator = TransformersGenerator(
-        in_passing(lambda: pack_linear(model)), 512, max_batch=16, max_queue=256, step_tokens=256,
-        speculate=6 if draft else 0, draft=draft, tell=lambda news: [ended.put(it) for it in news if it.reason],
+    generator = TransformersEngine(
+        run_in_short_lived_thread(lambda: pack_linear(model)), 512, max_num_seqs=16, max_queue=256, max_batched_tokens=256,
+        num_speculative_tokens=6 if draft else 0, draft=draft, tell=lambda news: [ended.put(it) for it in news if it.reason],
     )  # fmt: skip
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the bench has ended
         while True:

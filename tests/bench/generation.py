@@ -28,9 +28,9 @@ import transformers
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from cluster.environment import quiet_environment
-from engine.serve.llm.engine import Completion, TransformersGenerator
 from engine.serve.llm.cpu.linear import pack_linear
-from engine.serve.short_lived_thread import in_passing
+from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.short_lived_thread import run_in_short_lived_thread
 from tests.bench.interleaved import interleave, show
 
 CLIENTS = 16
@@ -89,7 +89,7 @@ def contest(name: str, asked: Connection) -> None:
     quiet_environment()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count() or 1)
-    model = in_passing(make_model)
+    model = run_in_short_lived_thread(make_model)
     answer = {
         "ours": Ours,
         "one by one": OneByOne,
@@ -107,8 +107,8 @@ class Ours:
 
     def __init__(self, model: Any) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
-        self.generator = TransformersGenerator(
-            in_passing(lambda: pack_linear(model)), 512, max_batch=CLIENTS, max_queue=256, step_tokens=256,
+        self.generator = TransformersEngine(
+            run_in_short_lived_thread(lambda: pack_linear(model)), 512, max_num_seqs=CLIENTS, max_queue=256, max_batched_tokens=256,
             tell=lambda news: [self.ended.put(it) for it in news if it.reason],
         )  # fmt: skip
 

@@ -30,13 +30,13 @@ from engine.data.shards import Split
 from engine.models.size import flops_per_token, parameter_count
 from engine.train import hardware
 from engine.train.checkpoint import CheckpointWriter
+from engine.train.init_model import equip, make_model
 from engine.train.job import Job
 from engine.train.loop import Run, train_step
 from engine.train.optimizer import parameter_groups
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.init_model import equip, make_model
 from engine.train.worker import local_group, measure
-from engine.train.zero import DTYPES, Sharded, deepspeed_config
+from engine.train.zero import DTYPES, ZeroModel, deepspeed_config
 from jobs.entry import compose
 from tests.bench.interleaved import interleave, show
 
@@ -68,7 +68,7 @@ def engine_step(job: Job, order: Order, precision: str) -> Callable[[], Any]:
     model = make_model(job, objective)
     flops = flops_per_token(model, model.config, job.config.data.sequence_length)
     equip(model, job.config.train, group.device, precision)
-    sharded = Sharded(model, job.config, 1, precision)
+    sharded = ZeroModel(model, job.config, 1, precision)
     sharded.ensure_moments(0)
     folder = Path(job.config.runs_dir)
     run = Run(

@@ -23,16 +23,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from engine.serve.http.responses import ChatForm, CompletionForm, Form, usage
-from engine.serve.http.static import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
-from engine.serve.http.server import Front, listen
-from engine.serve.http.middleware import Door, Gate, Visit, access_from
-from engine.serve.http.rate_limits import Limits
-from engine.serve.routing.loopback import stay_on_loopback
-from engine.serve.metrics import Metric, Metrics
-from engine.serve.http.ingress_sockets import meeting_folder, take_place
-from engine.serve.http.feedback_store import Recorder
 from engine.serve.http.errors import ApiError
+from engine.serve.http.feedback_store import Recorder
+from engine.serve.http.ingress_sockets import socket_dir, take_place
+from engine.serve.http.middleware import AccessControl, Gate, RequestContext, access_from
+from engine.serve.http.rate_limits import Limits
+from engine.serve.http.responses import ChatForm, CompletionForm, Form, usage
 from engine.serve.http.schemas import (
     ChatRequest,
     ClassifyRequest,
@@ -43,10 +39,14 @@ from engine.serve.http.schemas import (
     ImageRequest,
     ScoreRequest,
 )
-from engine.serve.routing.router import Router
-from engine.serve.tracing import FIRST_TOKEN, handed_on
+from engine.serve.http.server import Server, listen
+from engine.serve.http.static import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
 from engine.serve.http.transcriptions import PATH as TRANSCRIPTIONS
 from engine.serve.http.transcriptions import form_schema, response, uploaded
+from engine.serve.metrics import Metric, Metrics
+from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.routing.router import Router
+from engine.serve.tracing import FIRST_TOKEN, handed_on
 
 MOST_INPUTS = 1024  # of one embeddings request
 CHARACTERS_PER_TOKEN = 4  # of a text that is not tokenized yet, for a key's limit; what it was is settled afterwards
@@ -89,7 +89,7 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 
 
 # Serve copies the class where it is decorated, so what its methods call stands above it.
-async def _who(request: Request, visit: Visit) -> str:
+async def _who(request: Request, visit: RequestContext) -> str:
     """Return whom a request is from, as far as it says so: its user, else its key's name, else nobody known."""
     user = None
     if request.headers.get("content-type", "").startswith("application/json"):
@@ -160,10 +160,10 @@ class Api:
         self.paths = {"/", "/docs", *app.openapi()["paths"]}
         self.pages = page_files()
         options = settings["options"]
-        self.place = take_place(meeting_folder(), options["ingresses"]) if options["haproxy"] else None
+        self.place = take_place(socket_dir(), options["ingresses"]) if options["haproxy"] else None
         self.limits, self.records_dir = Limits(self.place.folder if self.place else None), ""
         self._change(settings)
-        self.front: Front | None = None
+        self.front: Server | None = None
         if listens:
             taken = self.place.listen() if self.place else listen(options["host"], options["port"])
             self.opening = asyncio.get_running_loop().create_task(self._open(taken))
@@ -174,7 +174,7 @@ class Api:
     def _change(self, settings: dict[str, Any]) -> None:
         """Go by these settings from now on. Raises UserError for unreadable keys, and goes by the old ones."""
         options, access = settings["options"], access_from(settings["access"])
-        Gate.door = self.door = Door(access, self.counts, self.paths, self.limits)
+        Gate.door = self.door = AccessControl(access, self.counts, self.paths, self.limits)
         if access.records_dir != self.records_dir:
             self.records_dir = access.records_dir
             self.recorders = {kind: Recorder(Path(self.records_dir), kind) for kind in ("feedback", "requests")}
@@ -186,7 +186,7 @@ class Api:
         await self.check_health()
         while serve.get_replica_context().servable_object is not self:
             await asyncio.sleep(0.01)
-        self.front = Front(self.app, taken)  # type: ignore[attr-defined]  # of Serve's own class around this one
+        self.front = Server(self.app, taken)  # type: ignore[attr-defined]  # of Serve's own class around this one
 
     async def __del__(self) -> None:
         """Answer what has come before the process ends: Serve awaits this."""
@@ -313,7 +313,7 @@ class Api:
     async def classify(self, request: Request, body: ClassifyRequest) -> Response:
         """Name the class of each text: {"id", "model", "data": [{"index", "label", "scores"}], "usage"}."""
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             texts = body.texts()
             self._charge(visit, texts, 0)
             found = await self.bundles[name].classify.remote(texts)
@@ -330,7 +330,7 @@ class Api:
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
         """Embed each input: the mean of the model's last hidden states, of length 1."""
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             vectors = await self._embed(name, visit, body.inputs(), "input")
             encoded = [_base64(it) if body.encoding_format == "base64" else it for it in vectors]
             data = [{"object": "embedding", "index": i, "embedding": it} for i, it in enumerate(encoded)]
@@ -343,7 +343,7 @@ class Api:
     async def score(self, request: Request, body: ScoreRequest) -> Response:
         """Tell how alike the texts of each pair are, from -1 to 1: the cosine between their embeddings."""
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             pairs = body.pairs()
             rows = {text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
             vectors = np.array(await self._embed(name, visit, list(rows), "text_2"))
@@ -359,7 +359,7 @@ class Api:
     async def completions(self, request: Request, body: CompletionRequest) -> Response:
         """Continue each prompt, as OpenAI's completions do; with `stream`, by server-sent events."""
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             self._check_length(body.max_tokens, "max_tokens")
             prompts = body.prompts()
             self._check_count(len(prompts), body.n, "prompt")
@@ -373,7 +373,7 @@ class Api:
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """Answer a chat's last message, as OpenAI's chat completions do; with `stream`, by server-sent events."""
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             self._check_length(
                 body.most_tokens or 1, "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             )
@@ -390,7 +390,7 @@ class Api:
         body, content = await uploaded(request)
         await self._need("transcription", "hears speech")
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             about = self.about[name]
             self.door.reserve(visit, about["heard"] + about["positions"])
             job = {"temperature": body.temperature, "language": body.language, "judged": body.response_format == "verbose_json"}  # fmt: skip
@@ -403,7 +403,7 @@ class Api:
     @app.post("/v1/feedback")
     async def feedback(self, request: Request, body: Feedback) -> Response:
         """Keep what somebody thinks of an answer; of several for one request, the last holds."""
-        visit: Visit = request.state.visit
+        visit: RequestContext = request.state.visit
         known = await self.whose(body.request)
         if known is None and self.place:
             known = next((it for it in await self._of_each_ingress("whose", body.request) if it), None)
@@ -431,7 +431,7 @@ class Api:
         """
         await self._need("images", "makes images")
 
-        async def answer(name: str, visit: Visit) -> Response:
+        async def answer(name: str, visit: RequestContext) -> Response:
             image = self.about[name]["image"]
             size = f"{image['side']}x{image['side']}"
             if body.size not in (None, "auto", size):
@@ -457,7 +457,9 @@ class Api:
             there = ", ".join(f"{name} ({it['task']})" for name, it in sorted(about.items()))
             raise ApiError(404, f"no model here {what}; there are {there}", "model", "model_not_found")
 
-    async def _embed(self, name: str, visit: Visit, inputs: Sequence[str | list[int]], param: str) -> list[list[float]]:
+    async def _embed(
+        self, name: str, visit: RequestContext, inputs: Sequence[str | list[int]], param: str
+    ) -> list[list[float]]:
         """Return the embedding of each input, of length 1. Raises ApiError for what the model can't embed."""
         if visit.adapter:
             raise ApiError(400, f"adapters write, and '{name}' embeds without them: ask for model '{name}'", "model")
@@ -491,24 +493,24 @@ class Api:
             if isinstance(prompt, list) and max(prompt) > most:
                 raise ApiError(400, f"token id {max(prompt)} is over the vocabulary's {most}", param)
 
-    def _charge(self, visit: Visit, inputs: Sequence[str | list[int]], written: int) -> None:
+    def _charge(self, visit: RequestContext, inputs: Sequence[str | list[int]], written: int) -> None:
         """Charge the visit's key what it may come to use, and keep its prompts if they are logged. Raises ApiError."""
         self.door.reserve(visit, _tokens(inputs) + written)
         if self.access.log_prompts:
             visit.prompts = [it if isinstance(it, str) else str(it) for it in inputs]
 
-    def _spend(self, visit: Visit, read: int, written: int = 0, cached: int = 0) -> None:
+    def _spend(self, visit: RequestContext, read: int, written: int = 0, cached: int = 0) -> None:
         """Note the tokens that a visit used."""
         visit.read, visit.written = read, written
         for kind, count in (("prompt", read), ("cached", cached), ("completion", written)):
             self.counts.tokens.labels(*visit.who, kind).inc(count)
 
-    def _observe(self, visit: Visit, times: dict[str, float] | None) -> None:
+    def _observe(self, visit: RequestContext, times: dict[str, float] | None) -> None:
         """Note how long a completion took."""
         for what, took in (times or {}).items():
             self.counts.times[what].labels(*visit.who).observe(took)
 
-    async def _generate(self, name: str, visit: Visit, body: Generation, form: Form) -> Response:
+    async def _generate(self, name: str, visit: RequestContext, body: Generation, form: Form) -> Response:
         """Have a replica do a job, and give its answer in a form."""
         job = body.job() | {"adapter": visit.adapter}
         self._check_tokens(name, [list(job["sampling"]["bias"])] if job["sampling"]["bias"] else [], "logit_bias")
@@ -528,7 +530,7 @@ class Api:
             await self._record(visit, [{"text": it["text"], "reason": it["reason"]} for it in done["choices"]])
         return JSONResponse(about | {"object": form.whole, "choices": choices, "usage": spent})
 
-    def _end(self, visit: Visit, head: dict[str, Any], last: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _end(self, visit: RequestContext, head: dict[str, Any], last: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Note what a request's completions used and took, by the last event of each; return the usage."""
         written = sum(event["tokens"] for event in last)
         self._spend(visit, head["prompt_tokens"], written, head["cached_tokens"])
@@ -537,7 +539,13 @@ class Api:
         return usage(head, written)
 
     async def _events(
-        self, about: dict[str, Any], visit: Visit, body: Generation, form: Form, head: dict[str, Any], stream: Any
+        self,
+        about: dict[str, Any],
+        visit: RequestContext,
+        body: Generation,
+        form: Form,
+        head: dict[str, Any],
+        stream: Any,
     ) -> AsyncIterator[str]:
         """Yield server-sent events of all choices as they come, and [DONE]."""
         last: dict[int, dict[str, Any]] = {}
@@ -578,7 +586,7 @@ class Api:
     def _whose(self, request: str, model: str, version: str, key: str) -> dict[str, Any]:
         return {"request": request, "time": datetime.now(UTC), "model": model, "version": version, "key": key}
 
-    async def _record(self, visit: Visit, answers: Sequence[dict[str, Any]]) -> None:
+    async def _record(self, visit: RequestContext, answers: Sequence[dict[str, Any]]) -> None:
         """Keep a request that may be kept, and its answers, before the client has the last of them. Raises ApiError."""
         own = {
             "path": visit.path, "input": json.dumps(json.loads(visit.body)),
@@ -594,10 +602,14 @@ class Api:
             raise ApiError(503, f"this could not be kept: {error}") from error
 
     async def _answer(
-        self, request: Request, model: str | None, task: str | None, answer: Callable[[str, Visit], Awaitable[Response]]
+        self,
+        request: Request,
+        model: str | None,
+        task: str | None,
+        answer: Callable[[str, RequestContext], Awaitable[Response]],
     ) -> Response:
         """Find the model, and answer; what became of it, the gate counts."""
-        visit: Visit = request.state.visit
+        visit: RequestContext = request.state.visit
         try:
             self.bundles.begin(await _who(request, visit), handed_on(visit.span))
             visit.model, visit.adapter = await self._model(model, task)
@@ -613,7 +625,7 @@ class Api:
         except REFUSALS as error:
             raise _refusal(error) from error
 
-    def _remember(self, visit: Visit) -> None:
+    def _remember(self, visit: RequestContext) -> None:
         """Keep whose a request is, for feedback on it."""
         self.answered[visit.id] = visit.who
         if len(self.answered) > REMEMBERED:

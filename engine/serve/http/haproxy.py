@@ -25,10 +25,10 @@ from http import HTTPStatus
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.serve.http.errors import ApiError
+from engine.serve.http.ingress_sockets import paths, socket_dir
 from engine.serve.http.server import KEEP_ALIVE_S, listen
 from engine.serve.routing.loopback import stay_on_loopback
-from engine.serve.http.ingress_sockets import meeting_folder, paths
-from engine.serve.http.errors import ApiError
 
 CONNECTIONS = 8192  # at once, at most; what comes beyond waits in the listening socket's queue
 BUFFER_BYTES = 65_536  # of a request's head, and of a whole request that can be given to another ingress
@@ -159,7 +159,7 @@ class Balancer:
         """Start HAProxy. Raises UserError where there is none, and for an address that it cannot listen on."""
         stay_on_loopback()
         listen(host, port).close()
-        folder, program = meeting_folder(), binary()
+        folder, program = socket_dir(), binary()
         file, log, self.drain_s = folder / "haproxy.cfg", folder.parent / "logs" / "haproxy.log", drain_s
         errors = write_errors(folder)
         file.write_text(configuration(host, port, paths(folder, ingresses), errors, body_timeout_s, drain_s))

@@ -19,7 +19,7 @@ SPARE = 2  # times as many places as ingresses
 
 
 @dataclass(frozen=True)
-class Place:
+class IngressSocket:
     """One ingress' place; `lock` is held as long as it is open."""
 
     folder: Path
@@ -36,7 +36,7 @@ class Place:
         return taken
 
 
-def meeting_folder() -> Path:
+def socket_dir() -> Path:
     """Return the folder of this Ray session on this node, made if need be. Raises PermissionError if others can reach it."""
     import ray
 
@@ -63,13 +63,13 @@ def paths(folder: Path, ingresses: int) -> list[str]:
     return [path_of(folder, number) for number in range(SPARE * ingresses)]
 
 
-def take_place(folder: Path, ingresses: int) -> Place:
+def take_place(folder: Path, ingresses: int) -> IngressSocket:
     """Take the first place that is free. Raises RuntimeError where none is."""
     for number in range(SPARE * ingresses):
         lock = (folder / f"{number}.lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return Place(folder, number, lock)
+            return IngressSocket(folder, number, lock)
         except BlockingIOError:
             lock.close()
     raise RuntimeError(f"all {SPARE * ingresses} places in {folder} are taken")

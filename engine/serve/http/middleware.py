@@ -21,11 +21,11 @@ from engine.data.masking import masking
 from engine.errors import UserError
 from engine.serve.http.access_log import AccessLog
 from engine.serve.http.api_keys import Key, Keys
-from engine.serve.http.rate_limits import Limits
-from engine.serve.metrics import Metrics
 from engine.serve.http.errors import ApiError
-from engine.serve.tracing import NO_SPAN, Span, Tracing, fail, trace_id
+from engine.serve.http.rate_limits import Limits
 from engine.serve.http.transcriptions import PATH as TRANSCRIPTIONS
+from engine.serve.metrics import Metrics
+from engine.serve.tracing import NO_SPAN, Span, Tracing, fail, trace_id
 
 OPEN = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # without a key
 OPEN_FOLDER = "/page/"
@@ -86,7 +86,7 @@ def is_loopback(host: str) -> bool:
 
 
 @dataclass
-class Visit:
+class RequestContext:
     """One request, and what became of it."""
 
     id: str
@@ -126,7 +126,7 @@ class Visit:
         return time.perf_counter() - self.began
 
 
-class Door:
+class AccessControl:
     """Lets visits in and out."""
 
     def __init__(self, access: Access, metrics: Metrics, paths: set[str], limits: Limits | None = None) -> None:
@@ -143,18 +143,18 @@ class Door:
             Path(access.log_file).parent.mkdir(parents=True, exist_ok=True)
             self.log.addHandler(AccessLog(access.log_file))
 
-    def visit(self, scope: Scope) -> Visit:
+    def visit(self, scope: Scope) -> RequestContext:
         """Begin a visit. Its id is the client's X-Request-Id if that can be one, else what Serve's proxy gave it."""
         headers = dict(scope["headers"])
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         name = asked if REQUEST_ID.fullmatch(asked) else str(uuid.uuid4())
         self.metrics.in_flight.inc()
-        visit = Visit(name, scope["method"], scope["path"], time.perf_counter())
+        visit = RequestContext(name, scope["method"], scope["path"], time.perf_counter())
         if visit.method == "POST":  # the page at / looks at the rest all the time
             visit.span = self.tracing.request(visit.method, visit.path if visit.path in self.paths else "", headers)
         return visit
 
-    def admit(self, visit: Visit, scope: Scope) -> None:
+    def admit(self, visit: RequestContext, scope: Scope) -> None:
         """Find the visit's key. Raises ApiError where it needs one and shows none that holds, or asks too often."""
         if visit.path in OPEN or visit.path.startswith(OPEN_FOLDER) or not self.keys.required:
             return
@@ -171,14 +171,14 @@ class Door:
         if visit.method == "POST":  # lists are for free: the page at / looks at them all the time
             self._wait(self.limits.request(key, time.monotonic()), f"{key.requests_per_minute} requests")
 
-    def reserve(self, visit: Visit, tokens: int) -> None:
+    def reserve(self, visit: RequestContext, tokens: int) -> None:
         """Charge a visit's key the most tokens that it may use. Raises ApiError where they are not there yet."""
         if visit.key:
             wait_s = self.limits.reserve(visit.key, tokens, time.monotonic())
             self._wait(wait_s, f"{visit.key.tokens_per_minute} tokens")
             visit.reserved = tokens
 
-    def leave(self, visit: Visit, status: int) -> None:
+    def leave(self, visit: RequestContext, status: int) -> None:
         """Settle the tokens, count, end the span, and write the line."""
         if visit.key:
             used = visit.read + visit.written
@@ -194,7 +194,7 @@ class Door:
         if self.access.log_file:
             self.log.info(self._line(visit, status))
 
-    def _end(self, visit: Visit, status: int) -> None:
+    def _end(self, visit: RequestContext, status: int) -> None:
         visit.span.set_attributes({"manta.request": visit.id, "http.response.status_code": status})
         if visit.model:
             visit.span.set_attributes({
@@ -210,7 +210,7 @@ class Door:
             told = f"over this key's {limit} a minute: try again in {wait_s:.1f} s"
             raise ApiError(429, told, code="rate_limit_exceeded", retry_after_s=wait_s)
 
-    def _line(self, visit: Visit, status: int) -> str:
+    def _line(self, visit: RequestContext, status: int) -> str:
         line: dict[str, Any] = {
             "time": round(time.time(), 3), "request": visit.id, "method": visit.method, "path": visit.path[:256],
             "status": status, "milliseconds": round(1000 * visit.seconds, 2), "key": visit.key_name,
@@ -227,11 +227,11 @@ class Door:
 class Gate:
     """ASGI middleware: a visit through the door, its body read within bounds, CORS where it is asked for."""
 
-    door: ClassVar[Door]  # the ingress sets it before the first request, and with its settings
+    door: ClassVar[AccessControl]  # the ingress sets it before the first request, and with its settings
 
     def __init__(self, app: Any) -> None:
         self.inner = app
-        self.cors: tuple[Door, Any] | None = None
+        self.cors: tuple[AccessControl, Any] | None = None
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Let a request in, or answer why not; count it when it leaves."""

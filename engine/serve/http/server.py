@@ -37,7 +37,7 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-class Front:
+class Server:
     """Serves an ASGI application on a socket: names each request, and ends the work of one whose client has left."""
 
     def __init__(self, app: Any, taken: socket.socket) -> None:

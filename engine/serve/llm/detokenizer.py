@@ -11,7 +11,7 @@ BROKEN = "\ufffd"  # what a part of a character is decoded as
 CONTEXT = 4  # tokens of the prompt by which the text's first token is read: some tokenizers drop a leading space
 
 
-class Text:
+class Detokenizer:
     """The text of one completion, as its tokens come."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
@@ -111,7 +111,7 @@ class Logprobs:
     def __init__(self, tokenizer: Any, completion: Completion, echo: bool) -> None:
         """Begin with the prompt's tokens if they are echoed."""
         self.tokenizer, self.completion, self.echo = tokenizer, completion, echo
-        self._text = Text(tokenizer, () if echo else completion.prompt)
+        self._text = Detokenizer(tokenizer, () if echo else completion.prompt)
         self._told = 0
 
     def take(self, count: int) -> dict[str, Any]:

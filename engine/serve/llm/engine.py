@@ -22,12 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.serve.llm.lora import Adapters
-from engine.serve.llm.model_runner import Forward, Part, make_forward
-from engine.serve.short_lived_thread import in_passing
-from engine.serve.llm.sampler import Mask, Sampling, choose
-from engine.serve.llm.scheduler import FairQueue, Lane, Place, Shape, place, shape_for, shares
-from engine.serve.llm.speculative import Draft, Guesser, make_guesser
+from engine.serve.llm.lora import LoraAdapters
+from engine.serve.llm.model_runner import ModelRunner, ScheduledSequence, make_forward
+from engine.serve.llm.sampler import Mask, SamplingParams, choose
+from engine.serve.llm.scheduler import (
+    CacheShape,
+    FairQueue,
+    Slot,
+    SlotAllocation,
+    allocate_slot,
+    cache_shape_for,
+    schedule_tokens,
+)
+from engine.serve.llm.speculative import Draft, Proposer, make_guesser
+from engine.serve.short_lived_thread import run_in_short_lived_thread
 
 MEMORY_SHARE = 0.25  # of the free memory, at most, for a cache whose size is not given
 LOOK_EVERY_S = 0.05  # at the queue, for deadlines
@@ -54,7 +62,7 @@ class Completion:
 
     prompt: list[int]
     max_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
     logprobs: int | None = None  # so many of the likeliest are told with each token; None: none, nor the token's own
     score_prompt: bool = False  # the same for the prompt's tokens
@@ -117,7 +125,7 @@ class Turn(NamedTuple):
     guessed: Sequence[int]  # tokens that went through the model after it
 
 
-class Generator(Protocol):
+class LLMEngine(Protocol):
     """What a replica needs of whatever writes its completions; another engine is another class of this kind."""
 
     limit: int  # tokens that a completion may have, its prompt included
@@ -183,7 +191,7 @@ class Queued:
             self.tell(news)
 
 
-class TransformersGenerator(Queued):
+class TransformersEngine(Queued):
     """Owns a transformers model and the thread that runs it."""
 
     def __init__(
@@ -191,44 +199,46 @@ class TransformersGenerator(Queued):
         model: nn.Module,
         positions: int,
         *,
-        max_batch: int,
+        max_num_seqs: int,
         max_queue: int,
-        step_tokens: int,
+        max_batched_tokens: int,
         cache_tokens: int | None = None,
-        speculate: int = 0,
+        num_speculative_tokens: int = 0,
         draft: nn.Module | None = None,
         compiled: bool = False,
         tell: Callable[[list[Completion]], None] = lambda _: None,
-        adapters: Adapters | None = None,
+        adapters: LoraAdapters | None = None,
     ) -> None:
-        """Run up to `max_batch` sequences of `positions` tokens together, `step_tokens` in a forward; `max_queue` more wait.
+        """Run up to `max_num_seqs` sequences of `positions` tokens together, `max_batched_tokens` in a forward; `max_queue` more wait.
 
-        `cache_tokens` bounds the cache (None: by `max_batch` whole sequences and the free memory). `speculate` tokens of
+        `cache_tokens` bounds the cache (None: by `max_num_seqs` whole sequences and the free memory). `num_speculative_tokens` tokens of
         each sequence are guessed ahead, where the forward can go back on them, by `draft` if it is given: a smaller model
         of the same tokens, whose cache has as much room. `compiled`: by torch. `tell` is called from the thread, once a
         step, with the completions that have something new for their readers. Raises UserError where a draft, or the
         compiler, can't be used.
         """
         super().__init__(max_queue, tell)
-        self.adapters = adapters or Adapters(model)
-        self.forward: Forward = in_passing(lambda: make_forward(model, self.adapters, compiled))
-        self.guesser: Guesser = in_passing(lambda: make_guesser(self.forward, model, draft, step_tokens, compiled))
-        room = max_batch * positions if cache_tokens is None else cache_tokens
+        self.adapters = adapters or LoraAdapters(model)
+        self.forward: ModelRunner = run_in_short_lived_thread(lambda: make_forward(model, self.adapters, compiled))
+        self.guesser: Proposer = run_in_short_lived_thread(
+            lambda: make_guesser(self.forward, model, draft, max_batched_tokens, compiled)
+        )
+        room = max_num_seqs * positions if cache_tokens is None else cache_tokens
         if cache_tokens is None and self.forward.token_bytes:
             token_bytes = self.forward.token_bytes + self.guesser.token_bytes
             room = min(room, max(int(MEMORY_SHARE * free_memory(model)) // token_bytes, 1))
-        self.cache_tokens, self.max_batch = room, max_batch
-        self.positions, self.step_tokens = positions, step_tokens
+        self.cache_tokens, self.max_num_seqs = room, max_num_seqs
+        self.positions, self.max_batched_tokens = positions, max_batched_tokens
         self.limit = min(positions, room)
-        self.speculate = speculate if self.forward.shares else 0
+        self.num_speculative_tokens = num_speculative_tokens if self.forward.shares else 0
         generation: Any = model.generation_config
         eos = generation.eos_token_id if generation else None
         self.eos_ids = set(eos if isinstance(eos, list) else [eos])
         self.running: list[Completion] = []  # the eldest first
         self.steps = self.rows = self.reused_tokens = self.guessed_tokens = self.right_tokens = 0
-        self.shape = shape_for([], max_batch, room, positions)
-        in_passing(lambda: self.forward.shape(self.shape.lanes, self.shape.capacity))
-        in_passing(lambda: self.guesser.shape(self.shape.lanes, self.shape.capacity))
+        self.shape = cache_shape_for([], max_num_seqs, room, positions)
+        run_in_short_lived_thread(lambda: self.forward.shape(self.shape.lanes, self.shape.capacity))
+        run_in_short_lived_thread(lambda: self.guesser.shape(self.shape.lanes, self.shape.capacity))
         self._held: list[np.ndarray] = [NOTHING] * self.shape.lanes  # of the lanes that nobody runs in
         self._by = [""] * self.shape.lanes  # adapters by which these were read
         self._used = [0] * self.shape.lanes
@@ -273,7 +283,7 @@ class TransformersGenerator(Queued):
             with self._work:
                 while not self.running and not len(self._waiting):
                     self._work.wait()
-                self._let_go()
+                self.drop_cancelled()
                 self._admit()
             if self._lacks:
                 self._load(self._lacks)
@@ -281,11 +291,11 @@ class TransformersGenerator(Queued):
                 self._step()
             self._tell_news()
 
-    def _let_go(self) -> None:
+    def drop_cancelled(self) -> None:
         """Take off who left, and whose deadline is over before a place was free."""
         if self._look():
             for completion in [it for it in self.running if it.cancelled]:
-                self._end(completion, "cancelled")
+                self.finish(completion, "cancelled")
 
     def _admit(self) -> None:
         """Give lanes to those whose turn it is, until one has to wait: for a lane, or for its adapter."""
@@ -322,19 +332,19 @@ class TransformersGenerator(Queued):
         """Find a lane with room for a completion, and what of its prompt is in the cache; False: not now."""
         if completion.need > self.shape.capacity or len(self.running) >= self.shape.lanes:
             needs = [it.need for it in (*self.running, completion)]
-            shape = shape_for(needs, self.max_batch, self.cache_tokens, self.positions)
+            shape = cache_shape_for(needs, self.max_num_seqs, self.cache_tokens, self.positions)
             if shape == self.shape or shape.lanes <= len(self.running):
                 return False
             self._reshape(shape)
         # A prompt to be scored goes through the model whole, for its logits.
         prompt = np.asarray(completion.prompt[: 1 if completion.score_prompt else None])
-        found: Place | None
+        found: SlotAllocation | None
         if self.forward.shares:
-            found = place(prompt, self._lanes(), completion.adapter)
+            found = allocate_slot(prompt, self._lanes(), completion.adapter)
         else:
             busy = {it.lane for it in self.running}
             free = next(lane for lane in range(self.shape.lanes) if lane not in busy)
-            found = Place(free, free, 0)
+            found = SlotAllocation(free, free, 0)
         if found is None:
             return False
         if found.source != found.lane and found.shared:
@@ -343,7 +353,7 @@ class TransformersGenerator(Queued):
         completion.lane, completion.cached, completion.reused = found.lane, found.shared, found.shared
         return True
 
-    def _reshape(self, shape: Shape) -> None:
+    def _reshape(self, shape: CacheShape) -> None:
         """Make the cache anew; what runs is kept, what was only held for its prefix is not."""
         self.forward.shape(shape.lanes, shape.capacity, [(it.lane, it.cached) for it in self.running])
         self.guesser.shape(shape.lanes, shape.capacity, [it.lane for it in self.running])
@@ -352,18 +362,18 @@ class TransformersGenerator(Queued):
         self.shape, self._held, self._used = shape, [NOTHING] * shape.lanes, [0] * shape.lanes
         self._by = [""] * shape.lanes
 
-    def _lanes(self) -> list[Lane]:
-        lanes = [Lane(it, it, False, used, by) for it, used, by in zip(self._held, self._used, self._by, strict=True)]
+    def _lanes(self) -> list[Slot]:
+        lanes = [Slot(it, it, False, used, by) for it, used, by in zip(self._held, self._used, self._by, strict=True)]
         for it in self.running:
             whole = np.asarray([*it.prompt, *it.tokens])
-            lanes[it.lane] = Lane(whole[: it.cached], whole, True, self.steps, it.adapter)
+            lanes[it.lane] = Slot(whole[: it.cached], whole, True, self.steps, it.adapter)
         return lanes
 
     def _step(self) -> None:
         """Run one forward, and take its tokens."""
         self.steps += 1
         pending = [completion.known - completion.cached for completion in self.running]
-        counts = shares(pending, self.step_tokens)
+        counts = schedule_tokens(pending, self.max_batched_tokens)
         guesses = self._guess()
         batch, parts = [], []
         for completion, left, count in zip(self.running, pending, counts, strict=True):
@@ -373,7 +383,9 @@ class TransformersGenerator(Queued):
                 batch.append(completion)
                 upcoming = [*completion.upcoming(count), *guessed]
                 parts.append(
-                    Part(completion.lane, completion.cached, upcoming, wanted + len(guessed), completion.adapter)
+                    ScheduledSequence(
+                        completion.lane, completion.cached, upcoming, wanted + len(guessed), completion.adapter
+                    )
                 )
         self.rows += len(parts)
         try:
@@ -384,13 +396,15 @@ class TransformersGenerator(Queued):
 
     def _guess(self) -> dict[Completion, list[int]]:
         """Return what the sequences that write may go on with."""
-        most = {it: min(self.speculate, it.max_tokens - len(it.tokens) - 1) for it in self.running if it.tokens}
+        most = {
+            it: min(self.num_speculative_tokens, it.max_tokens - len(it.tokens) - 1) for it in self.running if it.tokens
+        }
         writers = [(it, count) for it, count in most.items() if count > 0]
         guesses = self.guesser.guess(writers) if writers else []
         self.guessed_tokens += sum(map(len, guesses))
         return {it: guessed for (it, _), guessed in zip(writers, guesses, strict=True)}
 
-    def _one_by_one(self, batch: Sequence[Completion], parts: Sequence[Part]) -> None:
+    def _one_by_one(self, batch: Sequence[Completion], parts: Sequence[ScheduledSequence]) -> None:
         """Run a failed step again, part by part: an error is that of one request, and the others go on."""
         for completion, part in zip(batch, parts, strict=True):
             if completion.cached != part.past or completion.reason:
@@ -399,9 +413,9 @@ class TransformersGenerator(Queued):
                 self._take([completion], [part], self.forward.run([part]))
             except Exception as error:
                 completion.error = f"{type(error).__name__}: {error}"
-                self._end(completion, "error")
+                self.finish(completion, "error")
 
-    def _take(self, batch: Sequence[Completion], parts: Sequence[Part], logits_RV: Tensor) -> None:
+    def _take(self, batch: Sequence[Completion], parts: Sequence[ScheduledSequence], logits_RV: Tensor) -> None:
         """Give each sequence whose last token went through its next one, more if it was guessed; and scores if asked."""
         row, turns = 0, []
         for completion, part in zip(batch, parts, strict=True):
@@ -415,10 +429,10 @@ class TransformersGenerator(Queued):
         for completion, part in zip(batch, parts, strict=True):
             completion.cached = min(part.past + len(part.tokens), completion.known)
             if completion.cached == completion.known and not completion.max_tokens:
-                self._end(completion, "length")
+                self.finish(completion, "length")
         while turns:
             for turn, token in zip(turns, picked, strict=True):
-                self._took(turn.completion, token)
+                self.append_token(turn.completion, token)
             right = [turn for turn, token in zip(turns, picked, strict=True) if turn.guessed[:1] == [token]]
             turns = [Turn(it.completion, it.row + 1, it.guessed[1:]) for it in right if not it.completion.reason]
             for turn in turns:
@@ -440,26 +454,27 @@ class TransformersGenerator(Queued):
         self._score(writers, picked, logits_RV)
         return picked
 
-    def _took(self, completion: Completion, token: int) -> None:
+    def append_token(self, completion: Completion, token: int) -> None:
+        """Append a token, and finish the sequence where it is the last."""
         completion.first_at = completion.first_at or time.monotonic()
         if token < 0:
             completion.error = "the model's output is not a finite number"
             self.forward.clear(completion.lane)
             completion.cached = 0
-            self._end(completion, "error")
+            self.finish(completion, "error")
         elif token in self.eos_ids:
-            self._end(completion, "stop")
+            self.finish(completion, "stop")
         else:
             whole = completion.mask is not None and completion.mask.take(token)
             completion.tokens.append(token)
             if whole:
-                self._end(completion, "stop")
+                self.finish(completion, "stop")
             elif len(completion.tokens) >= completion.max_tokens:
-                self._end(completion, "length")
+                self.finish(completion, "length")
             elif completion.stepwise:
                 self._news.append(completion)
 
-    def _end(self, completion: Completion, reason: str) -> None:
+    def finish(self, completion: Completion, reason: str) -> None:
         """Free a lane; what it holds stays there for whoever begins with the same tokens."""
         self.running.remove(completion)
         held = np.asarray([*completion.prompt, *completion.tokens])[: completion.cached]
@@ -479,7 +494,7 @@ class TransformersGenerator(Queued):
             for i, score in zip(asking, scores(logits_RV[asking], [picked[i] for i in asking], most), strict=True):
                 writers[i].scores.append(Score(score.token, score.logprob, score.top[: writers[i].logprobs]))
 
-    def _score_prompt(self, completion: Completion, part: Part, logits_TV: Tensor) -> None:
+    def _score_prompt(self, completion: Completion, part: ScheduledSequence, logits_TV: Tensor) -> None:
         """Append the scores of the prompt's tokens that follow those of a chunk."""
         following = completion.prompt[part.past + 1 : part.past + 1 + len(part.tokens)]
         if following:

@@ -131,7 +131,7 @@ def read(name: str, it: Mapping[str, str], model: nn.Module) -> dict[str, Pair]:
     return {path: _pair(name, path, pair, config, layers, model) for path, pair in sides.items()}
 
 
-class Adapters:
+class LoraAdapters:
     """The adapters of one model: which there are, which are in memory, and what they add to a forward."""
 
     def __init__(self, model: nn.Module, known: Mapping[str, Mapping[str, str]] | None = None, most: int = 1) -> None:

@@ -28,8 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.errors import UserError
 from engine.serve.llm.cpu import kernels
-from engine.serve.llm.lora import Adapters
 from engine.serve.llm.cpu.decoder import Decoder, make_decoder
+from engine.serve.llm.lora import LoraAdapters
 
 ATTENTION = "manta_lanes"
 # What a model may tell its attention without changing what comes out; a window does so only past its length.
@@ -44,11 +44,11 @@ LOG = logging.getLogger(__name__)
 PROBES = ([3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8], [6])  # prompts by which a way to run the model is tried out
 
 
-class Unpackable(Exception):
+class UnsupportedModel(Exception):
     """The model's attention does more than lanes can give."""
 
 
-class Part(NamedTuple):
+class ScheduledSequence(NamedTuple):
     """One sequence's part of a forward."""
 
     lane: int
@@ -58,7 +58,7 @@ class Part(NamedTuple):
     adapter: str = ""
 
 
-class Forward(Protocol):
+class ModelRunner(Protocol):
     """A model with a cache of several lanes."""
 
     shares: bool  # whether a sequence may go on from what its lane, or another, holds
@@ -70,7 +70,7 @@ class Forward(Protocol):
     def shape(self, lanes: int, capacity: int, keep: Sequence[tuple[int, int]] = ()) -> None:
         """Make the cache anew; `keep` are (lane, tokens) that become lanes 0, 1, ... of the new one."""
 
-    def run(self, parts: Sequence[Part]) -> Tensor:
+    def run(self, parts: Sequence[ScheduledSequence]) -> Tensor:
         """Return the wanted logits, [rows, V], in the parts' order; the tokens are in the cache then."""
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -80,19 +80,19 @@ class Forward(Protocol):
         """Forget what a lane holds."""
 
 
-class Packed:
+class BatchedRunner:
     """All tokens of a step in one row, attention over lanes."""
 
     shares = True
 
-    def __init__(self, model: nn.Module, adapters: Adapters, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, adapters: LoraAdapters, compiled: bool = False) -> None:
         """Set the model's attention to this one; without a step it stays what it was. Raises Unpackable.
 
         `compiled` has torch compile what lies below the logits, for any number of tokens and for one, unless it runs as
         one operation anyway.
         """
         if not getattr(model, "_supports_attention_backend", False):
-            raise Unpackable(f"{type(model).__name__} has an attention of its own")
+            raise UnsupportedModel(f"{type(model).__name__} has an attention of its own")
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
         self.model, self.adapters = model, adapters
@@ -108,17 +108,19 @@ class Packed:
         self._no_mask = torch.zeros((1, 1, 1, 1), device=self.device)  # four dimensions: the model makes none itself
         self.shape(len(PROBES), max(map(len, PROBES)) + 1)
         try:
-            self._agree()
+            self.check_parity()
             self.in_kernels = self.device.type == "cpu" and self.dtype in IN_KERNELS and kernels.load()
             if self.in_kernels:
-                self._agree()
+                self.check_parity()
                 self._take_decoder()
             if compiled and self.decoder is None:
                 self.runs = compiled_twin(model)
-                self._agree()
+                self.check_parity()
         except Exception as error:
             model.set_attn_implementation(self.before)  # type: ignore[operator]
-            raise error if isinstance(error, Unpackable) else Unpackable(f"{type(error).__name__}: {error}") from error
+            raise (
+                error if isinstance(error, UnsupportedModel) else UnsupportedModel(f"{type(error).__name__}: {error}")
+            ) from error
 
     @property
     def token_bytes(self) -> int:
@@ -147,7 +149,7 @@ class Packed:
         for cache in (*self._keys.values(), *self._values.values()):
             cache[lane] = 0
 
-    def run(self, parts: Sequence[Part]) -> Tensor:
+    def run(self, parts: Sequence[ScheduledSequence]) -> Tensor:
         """Run one forward for all parts: the short ones first, by length and lane, as they lie in the cache."""
         order = sorted(range(len(parts)), key=lambda i: (min(len(parts[i].tokens), SHORT + 1), parts[i].lane))
         ordered = [parts[i] for i in order]
@@ -162,7 +164,7 @@ class Packed:
             return self.decoder.run([token for part in ordered for token in part.tokens], wanted)
         return self._run_modules(ordered, wanted, whole=wanted == list(range(at)))
 
-    def _begin_in_kernels(self, parts: Sequence[Part]) -> None:
+    def _begin_in_kernels(self, parts: Sequence[ScheduledSequence]) -> None:
         """Tell `kernels` where the tokens of this thread's next forward belong."""
         table: list[int] = []
         row = 0
@@ -172,7 +174,7 @@ class Packed:
         layers = range(len(self._keys))
         torch.ops.manta.begin([self._keys[i] for i in layers], [self._values[i] for i in layers], table, FEW)
 
-    def _run_modules(self, parts: Sequence[Part], wanted: list[int], whole: bool) -> Tensor:
+    def _run_modules(self, parts: Sequence[ScheduledSequence], wanted: list[int], whole: bool) -> Tensor:
         """Run the model itself, on its own modules or compiled."""
         step = _UNDER_WAY.step = Step(self, parts)
         try:
@@ -206,27 +208,31 @@ class Packed:
         self.decoder = make_decoder(self.model)
         try:
             if self.decoder is not None:
-                self._agree()
-        except (Unpackable, RuntimeError) as reason:
+                self.check_parity()
+        except (UnsupportedModel, RuntimeError) as reason:
             LOG.warning("the model runs by its own modules, since as one operation %s", reason)
             self.decoder = None
 
     @torch.inference_mode()
-    def _agree(self) -> None:
+    def check_parity(self) -> None:
         """Try the probes, in chunks and together, against the model's own forward. Raises Unpackable."""
         vocabulary: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
         prompts = [[token % vocabulary for token in probe] for probe in PROBES]
-        self.run([Part(0, 0, prompts[0][:3], 0), Part(1, 0, prompts[1][:-1], 1)])
+        self.run([ScheduledSequence(0, 0, prompts[0][:3], 0), ScheduledSequence(1, 0, prompts[1][:-1], 1)])
         logits_RV = self.run(
-            [Part(0, 3, prompts[0][3:], 1), Part(1, 3, prompts[1][-1:], 1), Part(2, 0, prompts[2], 1)]
+            [
+                ScheduledSequence(0, 3, prompts[0][3:], 1),
+                ScheduledSequence(1, 3, prompts[1][-1:], 1),
+                ScheduledSequence(2, 0, prompts[2], 1),
+            ]
         ).float()
-        self.run([Part(2, 0, prompts[2], 1)])  # one token alone is a shape of its own for the compiler
+        self.run([ScheduledSequence(2, 0, prompts[2], 1)])  # one token alone is a shape of its own for the compiler
         for row_V, prompt in zip(logits_RV, prompts, strict=True):
             ids_1L = torch.tensor([prompt], device=self.device)
             own_V = self.model(input_ids=ids_1L, use_cache=False).logits[0, -1].float()
             off, scale = float((row_V - own_V).abs().max()), float(own_V.abs().max())
             if not off <= (1e-3 if self.dtype == torch.float32 else 0.1) * max(scale, 1.0):
-                raise Unpackable(f"its logits are off by {off:.2g}")
+                raise UnsupportedModel(f"its logits are off by {off:.2g}")
 
 
 class Run(NamedTuple):
@@ -251,7 +257,7 @@ class Chunk(NamedTuple):
 class Step:
     """Where the tokens of one forward belong, worked out once for all layers."""
 
-    def __init__(self, cache: Packed, parts: Sequence[Part]) -> None:
+    def __init__(self, cache: BatchedRunner, parts: Sequence[ScheduledSequence]) -> None:
         """Take the parts, the short ones first, these by length and lane."""
         self.cache, self.capacity = cache, cache.capacity
         ids: list[int] = []
@@ -285,7 +291,7 @@ class Step:
             start += len(alike) * count
         return pieces
 
-    def _run(self, parts: Sequence[Part], start: int) -> Run:
+    def _run(self, parts: Sequence[ScheduledSequence], start: int) -> Run:
         count, pasts = len(parts[0].tokens), [part.past for part in parts]
         longest, mask_N1TL = max(pasts) + count, None
         if count > 1 or min(pasts) < max(pasts):
@@ -297,7 +303,7 @@ class Step:
         rows = slice(start, start + len(parts) * count)
         return Run(rows, slice(parts[0].lane, parts[-1].lane + 1), count, longest, mask_N1TL)
 
-    def _chunk(self, part: Part, start: int) -> Chunk:
+    def _chunk(self, part: ScheduledSequence, start: int) -> Chunk:
         count, mask_TL = len(part.tokens), None
         length = part.past + count
         if part.past:
@@ -321,7 +327,7 @@ class Step:
         Raises Unpackable where a sequence is longer than the layer's window.
         """
         if window and self.longest > window:
-            raise Unpackable(f"{self.longest} tokens are over its window of {window}")
+            raise UnsupportedModel(f"{self.longest} tokens are over its window of {window}")
         keys, values = self.cache.write(layer, self, key[0], value[0])
         query_THD = query[0].transpose(0, 1)
         outputs = [
@@ -398,7 +404,7 @@ def _attend(
         return output
     unknown = [name for name, value in others.items() if value is not None and name not in NEUTRAL]
     if unknown:
-        raise Unpackable(f"its attention takes {', '.join(unknown)}")
+        raise UnsupportedModel(f"its attention takes {', '.join(unknown)}")
     in_one = torch.compiler.is_compiling() or under_way().cache.in_kernels
     attend = torch.ops.manta.attend if in_one else attend_in_step
     layer: int = module.layer_idx  # type: ignore[assignment]
@@ -449,13 +455,13 @@ def _repeat(heads_1HLD: Tensor, group: int) -> Tensor:
     return heads_1HLD if group == 1 else heads_1HLD.repeat_interleave(group, dim=1)
 
 
-class Apart:
+class SequentialRunner:
     """Any causal model of transformers, one sequence after the other, each with a cache of transformers' own."""
 
     shares = False
     token_bytes = 0
 
-    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+    def __init__(self, model: nn.Module, adapters: LoraAdapters) -> None:
         self.model, self.adapters = model, adapters
         self.device = next(model.parameters()).device
         self._caches: dict[int, DynamicCache] = {}
@@ -472,7 +478,7 @@ class Apart:
         """Drop a lane's cache."""
         self._caches.pop(lane, None)
 
-    def run(self, parts: Sequence[Part]) -> Tensor:
+    def run(self, parts: Sequence[ScheduledSequence]) -> Tensor:
         """Run a forward for each part."""
         rows = []
         for lane, past, tokens, wanted, adapter in parts:
@@ -498,17 +504,17 @@ def positions(config: Any) -> int | None:
     return min(most, window) if most and window else most
 
 
-def make_forward(model: nn.Module, adapters: Adapters | None = None, compiled: bool = False) -> Forward:
+def make_forward(model: nn.Module, adapters: LoraAdapters | None = None, compiled: bool = False) -> ModelRunner:
     """Return the quickest way to run a model that gives what the model itself gives.
 
     Raises UserError where it is to be compiled and can't.
     """
-    adapters = adapters or Adapters(model)
+    adapters = adapters or LoraAdapters(model)
     try:
-        return Packed(model, adapters, compiled)
-    except Unpackable as reason:
+        return BatchedRunner(model, adapters, compiled)
+    except UnsupportedModel as reason:
         if compiled:
             raise UserError(
                 f"serve.compile: this model can't be compiled ({reason}): leave serve.compile out"
             ) from reason
-        return Apart(model, adapters)
+        return SequentialRunner(model, adapters)

@@ -16,7 +16,7 @@ CANDIDATES = 256  # likeliest tokens that are sorted first; a row whose nucleus 
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How a completion picks its tokens, in OpenAI's terms."""
 
     temperature: float = 0.0  # 0: the likeliest token
@@ -44,7 +44,7 @@ class Mask(Protocol):
 
 def choose(
     logits_RV: Tensor,
-    samplings: Sequence[Sampling],
+    samplings: Sequence[SamplingParams],
     written: Sequence[Sequence[int]],
     dice: Sequence[random.Random],
     masks: Sequence[Mask | None] = (),
@@ -99,7 +99,7 @@ def _likeliest(logits_RV: Tensor) -> list[int]:
     return found
 
 
-def _penalize(logits_V: Tensor, sampling: Sampling, written: Sequence[int]) -> None:
+def _penalize(logits_V: Tensor, sampling: SamplingParams, written: Sequence[int]) -> None:
     """Change a row in place: https://platform.openai.com/docs/api-reference/completions, on the written tokens."""
     if sampling.bias:
         ids = torch.tensor(list(sampling.bias), device=logits_V.device)
@@ -121,7 +121,7 @@ def _draw(p_RK: Tensor, chance_R1: Tensor) -> list[int]:
     return found
 
 
-def _draw_from_nucleus(p_RV: Tensor, chance_R1: Tensor, limits: Sequence[Sampling]) -> list[int]:
+def _draw_from_nucleus(p_RV: Tensor, chance_R1: Tensor, limits: Sequence[SamplingParams]) -> list[int]:
     """Draw among each row's `top_k` likeliest tokens, and of these the fewest that make up `top_p` of their sum."""
     vocabulary = p_RV.shape[-1]
     p_RK, ids_RK = p_RV.topk(min(CANDIDATES, vocabulary))

@@ -82,7 +82,7 @@ class FairQueue(Generic[T]):
             del self._here[client], self._charged[client]
 
 
-def shares(pending: Sequence[int], budget: int) -> list[int]:
+def schedule_tokens(pending: Sequence[int], budget: int) -> list[int]:
     """Return how many of its pending tokens each sequence (the eldest first) puts into a forward of about `budget`.
 
     Those that write have one pending token and always get it; what is left of the budget goes to the readers' prompts,
@@ -98,7 +98,7 @@ def shares(pending: Sequence[int], budget: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Lane:
+class Slot:
     """A lane of the cache, as the policy sees it."""
 
     held: np.ndarray  # tokens whose keys and values it holds, in order
@@ -109,7 +109,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Place:
+class SlotAllocation:
     """Where a newcomer goes, and whose first tokens it takes over (its own lane's, where the two are the same)."""
 
     lane: int
@@ -117,7 +117,7 @@ class Place:
     shared: int  # tokens
 
 
-def place(prompt: np.ndarray, lanes: Sequence[Lane], adapter: str = "") -> Place | None:
+def allocate_slot(prompt: np.ndarray, lanes: Sequence[Slot], adapter: str = "") -> SlotAllocation | None:
     """Return a free lane for a prompt and what of it is in the cache already; None while waiting is better, or needed.
 
     The last token of a prompt is always read anew, for its logits. What another adapter read is no use.
@@ -126,20 +126,20 @@ def place(prompt: np.ndarray, lanes: Sequence[Lane], adapter: str = "") -> Place
     if not free:
         return None
     most = len(prompt) - 1
-    shared = [min(common(prompt, lane.held), most) if lane.adapter == adapter else 0 for lane in lanes]
+    shared = [min(common_prefix_len(prompt, lane.held), most) if lane.adapter == adapter else 0 for lane in lanes]
     source = max(range(len(lanes)), key=lambda i: (shared[i], not lanes[i].busy))
     reading = (lane for lane in lanes if lane.busy and lane.adapter == adapter)
-    soon = max((min(common(prompt, lane.coming), most) for lane in reading), default=0)
+    soon = max((min(common_prefix_len(prompt, lane.coming), most) for lane in reading), default=0)
     if soon >= shared[source] + WORTH_WAITING:
         return None
     # A lane is taken over where little more than the shared text would be lost, else the one longest out of use.
     if not lanes[source].busy and len(lanes[source].held) <= 2 * shared[source]:
-        return Place(source, source, shared[source])
+        return SlotAllocation(source, source, shared[source])
     lane = min(free, key=lambda i: (len(lanes[i].held) > 0, lanes[i].used))
-    return Place(lane, source, shared[source])
+    return SlotAllocation(lane, source, shared[source])
 
 
-def common(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix_len(a: np.ndarray, b: np.ndarray) -> int:
     """Count the tokens that two sequences begin with alike."""
     length = min(len(a), len(b))
     if length == 0 or a[0] != b[0]:
@@ -149,20 +149,20 @@ def common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class CacheShape:
     """Lanes of the cache, and the tokens that each has room for."""
 
     lanes: int
     capacity: int
 
 
-def shape_for(needs: Sequence[int], max_batch: int, cache_tokens: int, positions: int) -> Shape:
-    """Return the cache's shape for sequences that need so many tokens each: as many lanes as fit, `max_batch` at most.
+def cache_shape_for(needs: Sequence[int], max_num_seqs: int, cache_tokens: int, positions: int) -> CacheShape:
+    """Return the cache's shape for sequences that need so many tokens each: as many lanes as fit, `max_num_seqs` at most.
 
-    With short sequences all `max_batch` lanes are there, each with an equal part of the cache (`positions` at most); a
+    With short sequences all `max_num_seqs` lanes are there, each with an equal part of the cache (`positions` at most); a
     long one makes them fewer and longer.
     """
     most = min(positions, cache_tokens)
     wanted = min(-(-max(needs, default=1) // GRAIN) * GRAIN, most)
-    capacity = max(wanted, min(cache_tokens // max_batch, most))
-    return Shape(min(max_batch, cache_tokens // capacity), capacity)
+    capacity = max(wanted, min(cache_tokens // max_num_seqs, most))
+    return CacheShape(min(max_num_seqs, cache_tokens // capacity), capacity)

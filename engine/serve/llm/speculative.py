@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from engine.bundles.bundle import Bundle
 from engine.errors import UserError
-from engine.serve.llm.model_runner import Forward, Part, make_forward, positions
+from engine.serve.llm.model_runner import ModelRunner, ScheduledSequence, make_forward, positions
 from engine.serve.llm.sampler import choose
-from engine.serve.llm.scheduler import shares
+from engine.serve.llm.scheduler import schedule_tokens
 
 if TYPE_CHECKING:
     from engine.serve.llm.engine import Completion
@@ -30,7 +30,7 @@ LONGEST_REST = 64  # steps without a guess, after several wrong ones
 LOG = logging.getLogger(__name__)
 
 
-class Reach:
+class AdaptiveLength:
     """How many tokens of one sequence to guess."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Reach:
         self._rest = 0 if right else min(2**self._wrong, LONGEST_REST)
 
 
-class Guesser(Protocol):
+class Proposer(Protocol):
     """Where guesses come from. It is told of the lanes, since it may have a cache of its own."""
 
     forwards: int  # run for guesses
@@ -80,7 +80,7 @@ class Guesser(Protocol):
         """Give a lane to another sequence, whose first tokens are those of a lane."""
 
 
-class Lookup:
+class NgramProposer:
     """Guesses from a sequence's own text (prompt lookup, Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding)."""
 
     forwards = 0
@@ -101,7 +101,7 @@ class Draft:
     """How one sequence may go on: where its last tokens stood before, what followed them."""
 
     def __init__(self) -> None:
-        self.reach = Reach()
+        self.reach = AdaptiveLength()
         self._known: list[int] = []
         self._follows: dict[tuple[int, ...], int] = {}  # tokens -> where what followed them last begins
 
@@ -124,17 +124,19 @@ class Draft:
         return guessed
 
 
-class SmallModel:
+class DraftModel:
     """Guesses by a smaller model of the same tokens, all sequences at once, with a cache of as many lanes.
 
     It picks as the sequence itself would: the likeliest token, or with the numbers that its dice will show, so that the
     two models pick alike where their distributions are. It reads a prompt once its first token is written.
     """
 
-    def __init__(self, forward: Forward, positions: int | None, own: int, others: int, step_tokens: int) -> None:
+    def __init__(
+        self, forward: ModelRunner, positions: int | None, own: int, others: int, max_batched_tokens: int
+    ) -> None:
         """Take a forward over lanes, the positions it has (None: any), its vocabulary and that of the model it guesses for."""
         assert forward.shares, "a draft must be able to go back on its guesses"
-        self.forward, self.step_tokens = forward, step_tokens
+        self.forward, self.max_batched_tokens = forward, max_batched_tokens
         self.positions, self.own, self.others = positions, own, others
         self.forwards = 0
         self._read: list[int] = []  # tokens of each lane's sequence that are in the cache
@@ -184,11 +186,13 @@ class SmallModel:
         They have their first guess then.
         """
         pending = [row.it.known - self._read[row.it.lane] for row in rows]
-        counts = shares(pending, self.step_tokens)
+        counts = schedule_tokens(pending, self.max_batched_tokens)
         parts = []
         for row, left, count in zip(rows, pending, counts, strict=True):
             read = self._read[row.it.lane]
-            parts.append(Part(row.it.lane, read, self._ids(row.it.text(read, read + count)), int(count == left)))
+            parts.append(
+                ScheduledSequence(row.it.lane, read, self._ids(row.it.text(read, read + count)), int(count == left))
+            )
         logits_RV = self._forward([part for part in parts if part.tokens])
         for part in parts:
             self._read[part.lane] += len(part.tokens)
@@ -198,14 +202,15 @@ class SmallModel:
         """Guess on from the guesses."""
         while rows := [row for row in rows if len(row.guessed) < row.count]:
             parts = [
-                Part(row.it.lane, row.it.known + len(row.guessed) - 1, self._ids(row.guessed[-1:]), 1) for row in rows
+                ScheduledSequence(row.it.lane, row.it.known + len(row.guessed) - 1, self._ids(row.guessed[-1:]), 1)
+                for row in rows
             ]
             logits_RV = self._forward(parts)
             for row in rows:
                 self._ahead[row.it.lane].append(row.guessed[-1])
             rows = self._pick(rows, logits_RV)
 
-    def _forward(self, parts: Sequence[Part]) -> Tensor:
+    def _forward(self, parts: Sequence[ScheduledSequence]) -> Tensor:
         self.forwards += 1
         return self.forward.run(parts)
 
@@ -248,18 +253,20 @@ class Row:
 
 
 def make_guesser(
-    forward: Forward, model: nn.Module, draft: nn.Module | None, step_tokens: int, compiled: bool = False
-) -> Guesser:
+    forward: ModelRunner, model: nn.Module, draft: nn.Module | None, max_batched_tokens: int, compiled: bool = False
+) -> Proposer:
     """Return what guesses for a model that runs by `forward`. Raises UserError for a draft of which no use can be made."""
     if draft is None:
-        return Lookup()
+        return NgramProposer()
     ahead = make_forward(draft, compiled=compiled)
-    for whose, lanes in (("the bundle", forward), ("serve.draft", ahead)):
+    for whose, lanes in (("the bundle", forward), ("serve.draft_model", ahead)):
         if not lanes.shares:
-            raise UserError(f"serve.draft: the attention of {whose} can't go back on guesses: leave serve.draft out")
+            raise UserError(
+                f"serve.draft_model: the attention of {whose} can't go back on guesses: leave serve.draft_model out"
+            )
     own: Any = draft.config
     others: Any = model.config
-    return SmallModel(ahead, positions(own), own.vocab_size, others.vocab_size, step_tokens)
+    return DraftModel(ahead, positions(own), own.vocab_size, others.vocab_size, max_batched_tokens)
 
 
 def refuse_unfit_draft(bundle: Bundle, draft: str) -> None:
@@ -269,12 +276,12 @@ def refuse_unfit_draft(bundle: Bundle, draft: str) -> None:
     for it in (bundle, smaller):
         task = it.objective()
         if task.auto_class != "AutoModelForCausalLM":
-            raise UserError(f"serve.draft is for bundles that write, and {it.folder} is for {task.options.name}")
+            raise UserError(f"serve.draft_model is for bundles that write, and {it.folder} is for {task.options.name}")
     tokens, others = (it.processor().get_vocab() for it in (bundle, smaller))
     if tokens != others:
         differ = sum(others.get(token) != number for token, number in tokens.items())
         raise UserError(
-            f"serve.draft={draft} has another tokenizer than {bundle.folder} ({len(others):,} tokens and {len(tokens):,}, of which "
+            f"serve.draft_model={draft} has another tokenizer than {bundle.folder} ({len(others):,} tokens and {len(tokens):,}, of which "
             f"{differ:,} differ): use one that was trained with the same"
         )
 

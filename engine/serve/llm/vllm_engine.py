@@ -32,10 +32,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.errors import UserError
 from engine.objectives.contract import Objective
+from engine.serve.http.schemas import MOST_LOGPROBS
+from engine.serve.llm.engine import LOOK_EVERY_S, Completion, Queued, Score
 from engine.serve.llm.lora import extent, unchanged
 from engine.serve.llm.model_runner import positions
-from engine.serve.llm.engine import LOOK_EVERY_S, Completion, Queued, Score
-from engine.serve.http.schemas import MOST_LOGPROBS
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 HAS_VLLM = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
@@ -55,7 +55,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-class VllmGenerator(Queued):
+class VllmEngine(Queued):
     """Owns vLLM's process and the thread that talks with it; a `generation.Generator`."""
 
     def __init__(
@@ -74,9 +74,9 @@ class VllmGenerator(Queued):
         """
         refuse_without_vllm(options)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        room = [it for it in (positions(config), options.cache_tokens) if it]
+        room = [it for it in (positions(config), options.kv_cache_tokens) if it]
         super().__init__(options.max_queue, tell)
-        self.max_batch, self.lost = options.max_batch, lost
+        self.max_num_seqs, self.lost = options.max_num_seqs, lost
         self.known_adapters, self.most_adapters = options.adapters, options.max_adapters
         self.loaded: OrderedDict[str, None] = (
             OrderedDict()
@@ -233,7 +233,7 @@ class VllmGenerator(Queued):
     def _admit(self) -> list[dict[str, Any]]:
         """Give places to those whose turn it is, until one has to wait: for a place, or for its adapter."""
         lines = []
-        while len(self.running) < self.max_batch and (turn := self._waiting.first()):
+        while len(self.running) < self.max_num_seqs and (turn := self._waiting.first()):
             client, completion = turn
             in_use = {it.adapter for it in self.running.values() if it.adapter} | {completion.adapter} - {""}
             if len(in_use) > self.most_adapters:
@@ -339,16 +339,16 @@ def start(options: ServeConfig, theirs: socket.socket) -> subprocess.Popen[bytes
 def asked_of(folder: Path, options: ServeConfig, dtype: torch.dtype, most: int | None, ends: list[int]) -> dict[str, Any]:  # fmt: skip
     """Return what the engine is to be, as the worker reads it; sequences of `most` tokens, which `ends` end."""
     arguments = {
-        "model": str(folder), "dtype": DTYPES[dtype], "max_num_seqs": options.max_batch, "max_logprobs": MOST_LOGPROBS,
+        "model": str(folder), "dtype": DTYPES[dtype], "max_num_seqs": options.max_num_seqs, "max_logprobs": MOST_LOGPROBS,
         "seed": secrets.randbits(31), "structured_outputs_config": {"backend": "guidance"}, "disable_log_stats": True,
         "tensor_parallel_size": max(1, int(options.gpus_per_replica)),
     }  # fmt: skip
     if most:
         arguments["max_model_len"] = most + 1
-    if options.step_tokens:
-        arguments["max_num_batched_tokens"] = options.step_tokens
+    if options.max_batched_tokens:
+        arguments["max_num_batched_tokens"] = options.max_batched_tokens
     return {
-        "arguments": arguments | options.vllm_options, "eos_ids": ends, "cache_tokens": options.cache_tokens,
+        "arguments": arguments | options.vllm_options, "eos_ids": ends, "cache_tokens": options.kv_cache_tokens,
         "adapters": {name: it["folder"] for name, it in options.adapters.items()},
         "lora": lora_of(options) if options.adapters else None,
     }  # fmt: skip
@@ -389,7 +389,7 @@ def eos_ids(folder: Path, config: Any) -> list[int]:
     return [it for it in (found if isinstance(found, list) else [found]) if it is not None]
 
 
-def golden_answers(generator: VllmGenerator, objective: Objective, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:  # fmt: skip
+def golden_answers(generator: VllmEngine, objective: Objective, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:  # fmt: skip
     """Answer golden requests as causal_lm's `predict` does: continue {"prompt"}, or judge {"prompt", "continuation"}."""
 
     def ids(prompt: str | list[int]) -> list[int]:
@@ -418,10 +418,10 @@ def verified_generator(
     dtype: torch.dtype,
     tell: Callable[[list[Completion]], None],
     lost: Callable[[], None],
-) -> VllmGenerator:
+) -> VllmEngine:
     """Return a bundle's generator. Raises UserError if it was changed or answers otherwise than recorded."""
     bundle.verify()
-    generator = VllmGenerator(bundle.folder, options, dtype, tell, lost)
+    generator = VllmEngine(bundle.folder, options, dtype, tell, lost)
     try:
         bundle.replay_by(lambda requests: golden_answers(generator, bundle.objective(), requests), dtype)
     except BaseException:

@@ -11,9 +11,9 @@ from typing import Any
 TOKENS, REQUESTS = "tokens_in_flight", "requests_by_lanes"
 
 
-def ongoing(max_batch: int) -> int:
+def ongoing(max_num_seqs: int) -> int:
     """Return how many requests a replica takes at once: those of a forward, and some to go on with."""
-    return 4 * max_batch
+    return 4 * max_num_seqs
 
 
 def wanted(tokens: float, requests: float, queued: float, target_tokens: int, target_requests: int) -> float:

@@ -30,7 +30,7 @@ STORE_EVERY_S = 2.0  # evidence; changes at once
 EVENTS = "rollout.jsonl"
 
 
-class Steward:
+class Controller:
     """Serve runs one of it. Times are seconds since 1970."""
 
     def __init__(self, url: str, folder: str, versions: dict[str, dict[str, Any]]) -> None:

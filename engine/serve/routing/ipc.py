@@ -82,7 +82,7 @@ async def take(reader: Reader) -> tuple[Any, ...] | None:
     return frame
 
 
-class Mouth:
+class IpcServer:
     """A replica's end of all its lanes."""
 
     def __init__(self, replica: object) -> None:
@@ -148,7 +148,7 @@ class Mouth:
             self.under_way -= 1
 
 
-class Lane:
+class IpcConnection:
     """An ingress' end of one lane. What its replica hadn't answered when it was lost raises RayActorError."""
 
     def __init__(self, name: str, reader: Reader, writer: Writer) -> None:
@@ -159,7 +159,7 @@ class Lane:
         self._hearing = asyncio.get_running_loop().create_task(self._hear())
 
     @classmethod
-    async def to(cls, name: str) -> Lane:
+    async def to(cls, name: str) -> IpcConnection:
         """Connect to a replica. Raises OSError, TimeoutError."""
         mouth = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -236,7 +236,7 @@ class Lane:
 class Parts:
     """What a replica's generator yields, by a lane."""
 
-    def __init__(self, lane: Lane, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, lane: IpcConnection, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lane, self.method = lane, method
         self.frames: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self.number = lane._begin(method, args, kwargs, lambda what, it: self.frames.put_nowait((what, it)))
@@ -267,9 +267,9 @@ class Lanes:
     """The lanes of an ingress to the replicas of each application."""
 
     def __init__(self) -> None:
-        self._lanes: dict[str, list[Lane]] = {}
+        self._lanes: dict[str, list[IpcConnection]] = {}
 
-    def free(self, app: str, most: int) -> Lane | None:
+    def free(self, app: str, most: int) -> IpcConnection | None:
         """Return the lane with the least under way, of those with less than `most`; None where there is none."""
         usable = [lane for lane in self._lanes.get(app, ()) if not (lane.closing or lane.lost) and len(lane.waiting) < most]  # fmt: skip
         return min(usable, key=lambda lane: len(lane.waiting), default=None)
@@ -290,7 +290,7 @@ class Lanes:
         self._lanes[app] = [lane for lane in kept if not lane.closing]
         for name in names - {lane.name for lane in kept}:
             with contextlib.suppress(OSError, TimeoutError):  # it has just ended
-                self._lanes[app].append(await Lane.to(name))
+                self._lanes[app].append(await IpcConnection.to(name))
 
     def forget(self, apps: Iterable[str]) -> None:
         """Close the lanes of applications that are asked no more."""

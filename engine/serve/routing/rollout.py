@@ -46,7 +46,7 @@ class Plan:
 
 
 @dataclass
-class Agreement:
+class ShadowStats:
     """What a shadow's answers were beside those that clients got."""
 
     copied: int = 0
@@ -79,7 +79,7 @@ class Trial:
     stage: int = 0
     answers: int = 0  # of this stage
     evidence: Evidence = field(default_factory=lambda: Evidence(0.01, 0.2))
-    agreement: Agreement = field(default_factory=Agreement)
+    agreement: ShadowStats = field(default_factory=ShadowStats)
 
     @property
     def share(self) -> float:
@@ -224,7 +224,7 @@ def _model(told: dict[str, Any]) -> Model:
         questions = {name: Question(**question) for name, question in evidence["questions"].items()}
         trial = Trial(**it | {
             "version": Version(**it["version"]), "plan": plan_from(it["plan"]),
-            "evidence": Evidence(**evidence | {"questions": questions}), "agreement": Agreement(**it["agreement"]),
+            "evidence": Evidence(**evidence | {"questions": questions}), "agreement": ShadowStats(**it["agreement"]),
         })  # fmt: skip
     before = [Version(**version) for version in told["before"]]
     return Model(**told | {"stable": Version(**told["stable"]), "trial": trial, "before": before})

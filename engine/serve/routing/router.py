@@ -23,10 +23,10 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from engine.serve.routing.ipc import Lane, Lanes
-from engine.serve.routing.rollout import chosen, from_plain, likeness, position
 from engine.serve.routing.autoscaling import ongoing
 from engine.serve.routing.controller import load
+from engine.serve.routing.ipc import IpcConnection, Lanes
+from engine.serve.routing.rollout import chosen, from_plain, likeness, position
 from engine.serve.tracing import Trace
 
 REPORT_EVERY_S = 0.2  # while something is tried
@@ -179,10 +179,10 @@ class Router:
                 await asyncio.sleep(PAUSE_S * 2 ** (tries - left - 1))
         raise AssertionError
 
-    def lane(self, version: Version) -> Lane | None:
+    def lane(self, version: Version) -> IpcConnection | None:
         """Return a lane to the version's replica with the least to do; None where Serve's handle is to find one."""
         ingresses = self.settings["options"]["ingresses"]
-        return self.lanes.free(version["app"], math.ceil(ongoing(version["options"]["max_batch"]) / ingresses))
+        return self.lanes.free(version["app"], math.ceil(ongoing(version["options"]["max_num_seqs"]) / ingresses))
 
     async def unless_withdrawn(self, version: Version, name: str, answer: Awaitable[Any]) -> Any:
         """Wait for an answer; of a version on trial, as long as it is. Raises Withdrawn: its replicas may be gone for good."""

@@ -112,13 +112,13 @@ def test_a_bundle_from_before_there_were_cards_still_verifies(folder: Path) -> N
     assert Manifest(**tree).content_hash() == tree["hash"]
 
 
-def test_the_authors_words_and_licence_come_first(lives: Lives, tmp_path: Path) -> None:
+def test_the_authors_words_and_license_come_first(lives: Lives, tmp_path: Path) -> None:
     manifest = lives.bundle("base").manifest
     assert manifest is not None
     facts = vars(manifest) | {
         "parameters": 5,
         "auto": "AutoModelForCausalLM",
-        "licence": "Apache-2.0",
+        "license": "Apache-2.0",
         "training": None,
     }
     write_card(tmp_path, facts, {"intended_use": "Writing <!-- odd -->.", "limits": "Do not trust it."})

@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import Config, DataConfig, replace
 from engine.data.corpus import SPLITS, Document, parts
-from engine.data.scan import DROPPED, choose, survey
+from engine.data.scan import DROPPED, choose, scan_part
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
@@ -19,7 +19,7 @@ SHARED = Path(__file__).parents[4] / "shared" / "data"
 def documents(config: DataConfig, seed: int, counts: Counter[str]) -> list[Document]:
     """Return what is kept of a corpus, in order; add what is left out to `counts`, by reason."""
     corpus, held = parts(config), list[Document]()
-    surveys = [survey(part, seed, 0, held=held) for part in corpus]
+    surveys = [scan_part(part, seed, 0, held=held) for part in corpus]
     splits, skipped = choose(corpus, surveys, seed)
     counts.update(sum([*skipped.values(), *(found.skipped for found in surveys)], Counter[str]()))
     numbered = zip(held, (int(number) for one in splits for number in one), strict=True)

@@ -9,8 +9,8 @@ import pytest
 
 from engine.config import Config, DataConfig
 from engine.data.corpus import SPLITS, Document, evenly, hash_fraction, split_of
-from engine.data.stdlib import _function_texts, gives_away, root
 from engine.data.scan import thinned
+from engine.data.stdlib import _function_texts, gives_away, root
 from tests.engine.data.conftest import documents
 
 HELD_OUT = {"validation_fraction": 0.05, "test_fraction": 0.15}

@@ -85,7 +85,7 @@ def test_the_manifest_counts_what_was_left_out_and_masked(
     monkeypatch.chdir(tmp_path)
     config = configured(
         path=str(tmp_path / "a.jsonl"), vocab_size=300, min_characters=20, mask=["emails", "secrets"],
-        filter="keeps_out:forbidden", licence="CC0-1.0",
+        filter="keeps_out:forbidden", license="CC0-1.0",
     )  # fmt: skip
     folder = prepare(config)
     manifest = Manifest.load(folder)
@@ -93,7 +93,7 @@ def test_the_manifest_counts_what_was_left_out_and_masked(
         "duplicate": 1, "shorter than data.min_characters": 1, "a forbidden word": 3, "data.filter": 1,
     }  # fmt: skip
     assert manifest.masked == {"emails": 31, "secrets": 1}
-    assert manifest.licence == "CC0-1.0"
+    assert manifest.license == "CC0-1.0"
     assert sum(split["documents"] for split in manifest.splits.values()) == 30
     kept = documents(config.data, 0, Counter())
     assert all("<email>" in text or "<secret>" in text for text in (document.text for document in kept))

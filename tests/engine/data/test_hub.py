@@ -122,14 +122,14 @@ def test_several_sources(configured: Callable[..., Config], dataset: Path, tmp_p
             "path": str(dataset),
             "text_column": "body",
             "weight": 2,
-            "licence": "MIT",
+            "license": "MIT",
         },
-        "book": {"path": str(tmp_path / "book.jsonl"), "licence": "CC-BY-4.0", "min_characters": 16, "weight": 0.5},
+        "book": {"path": str(tmp_path / "book.jsonl"), "license": "CC-BY-4.0", "min_characters": 16, "weight": 0.5},
     }
     config = configured(sources=sources, vocab_size=300)
     folder = prepare(config)
     manifest = verify(folder)
-    assert manifest.licence == "CC-BY-4.0, MIT"
+    assert manifest.license == "CC-BY-4.0, MIT"
     assert [*manifest.origins] == ["reviews", "book"]
     assert sum(manifest.origins["reviews"]["documents"].values()) == 100
     assert sum(manifest.origins["book"]["documents"].values()) == 40

@@ -13,7 +13,7 @@ from engine.data.packing import Bins, Blocks, Mix, Packing, best_fit, cut, pack
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.build import transformers_config
-from engine.models.document_mask import check_kept_apart
+from engine.models.document_mask import check_document_mask
 from engine.objectives.contract import Objective, objective_class
 from tests.engine.data.test_shards import write
 
@@ -177,10 +177,10 @@ def test_without_the_option_attention_goes_on_but_no_target_is_anothers() -> Non
 def test_architectures_that_look_into_other_documents_are_refused() -> None:
     for kind, causal in (("llama", True), ("gpt2", True), ("bert", False)):
         auto = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
-        check_kept_apart(model(kind, "sdpa", causal).config, auto, "sdpa")  # type: ignore[arg-type]
+        check_document_mask(model(kind, "sdpa", causal).config, auto, "sdpa")  # type: ignore[arg-type]
     for kind in ("bloom", "opt"):
         with pytest.raises(UserError, match=f"within_documents is not for model.type={kind}"):
-            check_kept_apart(model(kind, "eager").config, "AutoModelForCausalLM", "eager")  # type: ignore[arg-type]
+            check_document_mask(model(kind, "eager").config, "AutoModelForCausalLM", "eager")  # type: ignore[arg-type]
 
 
 class Numbered:

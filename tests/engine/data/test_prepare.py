@@ -159,7 +159,7 @@ def test_packages_are_prepared_with_labels(configured: Callable[..., Config]) ->
     manifest, split = Manifest.load(folder), Split.open(folder, "train")
     assert len(manifest.labels) >= 12
     assert manifest.labels == sorted(manifest.labels)
-    assert manifest.licence == "PSF-2.0"
+    assert manifest.license == "PSF-2.0"
     assert set(split.labels.tolist()) == set(range(len(manifest.labels)))
     assert sum(s["documents"] for s in manifest.splits.values()) == 400
     assert load_tokenizer(folder / "tokenizer").decode(split.document(0)).startswith(("def _(", "async def _("))

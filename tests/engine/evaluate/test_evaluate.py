@@ -18,10 +18,10 @@ from engine.evaluate.bootstrap import compare, intervals
 from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle, known_classes
 from engine.evaluate.facts import machine_facts, version_facts
 from engine.evaluate.report import verdict, write_report
-from engine.objectives.classification import Objective
+from engine.objectives.classification import SequenceClassification
 from tests.engine.bundles.making import fresh_bundle
 
-OBJECTIVE = Objective(ObjectiveConfig("classification"), None, 8, ["a", "b"])
+OBJECTIVE = SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b"])
 
 
 def scores(right: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,10 +15,10 @@ from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.evaluate.evaluate import evaluate_bundle
 from engine.evaluate.metrics import ByteCounter, confusion, details, from_libraries, quick
-from engine.objectives.classification import Objective
+from engine.objectives.classification import SequenceClassification
 from tests.lives import Lives
 
-OBJECTIVE = Objective(ObjectiveConfig("classification"), None, 8, ["a", "b", "c", "d"])
+OBJECTIVE = SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b", "c", "d"])
 
 
 def drawn(seed: int, count: int = 300, classes: int = 4) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def test_figures_by_hand() -> None:
         "predicted": np.array([0, 1, 1, 1]),
         "confidence": np.array([0.9, 0.5, 0.9, 0.9], np.float32),
     }
-    found = quick(Objective(ObjectiveConfig("classification"), None, 8, ["a", "b"]), scores)
+    found = quick(SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b"]), scores)
     assert confusion(scores, 2).tolist() == [[1, 1], [0, 2]]
     assert found["accuracy"] == 0.75
     assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)

@@ -129,7 +129,7 @@ def tamper_tokenizer(folder: Path) -> None:
 
 def tamper_manifest(folder: Path) -> None:
     text = (folder / "manta.json").read_text()
-    (folder / "manta.json").write_text(text.replace('"licence": "not stated"', '"licence": "MIT"'))
+    (folder / "manta.json").write_text(text.replace('"license": "not stated"', '"license": "MIT"'))
 
 
 def tamper_answers(folder: Path) -> None:

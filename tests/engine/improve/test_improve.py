@@ -90,13 +90,13 @@ def test_new_words_are_learnt(
     assert improving.improve(config, lambda _: nullcontext()) == 0
     said = capsys.readouterr().out
     assert "300 requests and feedback on 300" in said
-    assert "drifted, and 300 examples to learn from: improve.go=true trains, tests and registers" in said
+    assert "drifted, and 300 examples to learn from: improve.apply=true trains, tests and registers" in said
     assert not (tmp_path / "improve" / "examples").exists()
     found = json.loads((tmp_path / "improve" / "drift.json").read_text())
     assert {it["measure"]: it["real"] for it in found["drift"]}["tokens"] is True
 
     monkeypatch.setattr(improving, "train", trained_here)
-    assert improving.improve(with_values(config, {"improve.go": True}), lambda _: nullcontext()) == 0
+    assert improving.improve(with_values(config, {"improve.apply": True}), lambda _: nullcontext()) == 0
     said = capsys.readouterr().out
     assert "registered" in said
     assert "serve.strategy=canary cluster=auto" in said
@@ -116,7 +116,7 @@ def test_the_usual_words_are_no_drift(
     draw = random.Random(1)
     rows = [(row["text"], row["label"]) for row in draw.sample(lives.rows, 150)]
     record(tmp_path / "feedback", lives.bundle("good"), rows, lambda text: "good", told=False)
-    assert improving.improve(with_values(config, {"improve.go": True}), lambda _: nullcontext()) == 0
+    assert improving.improve(with_values(config, {"improve.apply": True}), lambda _: nullcontext()) == 0
     assert "nothing has drifted: nothing to do" in capsys.readouterr().out
 
 
@@ -141,7 +141,9 @@ def test_on_a_schedule_it_learns_once_from_what_is_new(
     monkeypatch.setattr(improving, "train", train)
     monkeypatch.setattr("engine.improve.improve.time.sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        improving.improve(with_values(config, {"improve.go": True, "improve.every_s": 3600.0}), lambda _: nullcontext())
+        improving.improve(
+            with_values(config, {"improve.apply": True, "improve.every_s": 3600.0}), lambda _: nullcontext()
+        )
     said = " ".join(capsys.readouterr().out.split())
     assert rounds == [3600.0] * 3
     assert "0 requests of" in said

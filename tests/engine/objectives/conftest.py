@@ -116,7 +116,7 @@ def made(config: Config) -> tuple[Objective, torch.nn.Module, Path]:
         config.objective, prepared_processor(data), config.data.sequence_length, Manifest.load(data).labels
     )
     model = build(config.model, objective.processor, objective.auto_class, objective.model_options(), seed=1)
-    objective.meet(model.config)
+    objective.bind_model(model.config)
     return objective, model, data
 
 

@@ -208,7 +208,7 @@ def test_the_bundle_is_evaluated(bundle: Bundle, family: Callable[..., Config], 
     split = Split.open(found.data, "test")
     assert (found.examples, set(found.metrics)) == (split.rows, {"loss"})
     objective, model = bundle.objective(), bundle.model()
-    objective.meet(model.config)
+    objective.bind_model(model.config)
     batch = objective.collate([objective.samples(split)[i] | {"draw": i} for i in range(split.rows)])
     with torch.no_grad():
         loss = objective.loss(model, batch)

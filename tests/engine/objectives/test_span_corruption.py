@@ -69,9 +69,9 @@ def test_input_and_target_hold_each_token_once(family: Callable[..., Config]) ->
 
 def test_lengths_are_raffels() -> None:
     from engine.config import ObjectiveConfig
-    from engine.objectives.span_corruption import Objective
+    from engine.objectives.span_corruption import SpanCorruption
 
-    objective = Objective(ObjectiveConfig("span_corruption"), None, 512)
+    objective = SpanCorruption(ObjectiveConfig("span_corruption"), None, 512)
     assert objective.raw_length() == 568  # the figures of T5's own random_spans_helper for inputs of 512
     assert objective.lengths(568)[:2] == (512, 114)
 

@@ -226,14 +226,14 @@ def test_states_are_what_deepspeed_holds() -> None:
 
 def _hold(_rank: int, _world: int) -> None:
     """Compare the bytes of weights and optimizer of one of two ranks with the plan, at every stage."""
-    from engine.train.zero import Sharded
+    from engine.train.zero import ZeroModel
 
     for stage, precision in itertools.product(range(4), ("fp32", "bf16")):
         config = replace(Config(), train__workers=2, zero__stage=stage, train__precision=precision)
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
         parameters = 2 * 64 * 32
         need = memory(config, Sizes(parameters, parameters, 2 * parameters, stacks=[]), stage, precision)
-        sharded = Sharded(model, config, 2, precision)
+        sharded = ZeroModel(model, config, 2, precision)
         sharded.ensure_moments(0)
         weights = bytes_of([getattr(p, "ds_tensor", p) for p in model.parameters()])
         optimizer: dict[int, int] = {}

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.serve.llm.engine import TransformersGenerator
+from engine.serve.llm.engine import TransformersEngine
 
 
 @contextmanager
-def held(generator: TransformersGenerator, after: int = 0) -> Iterator[None]:
+def held(generator: TransformersEngine, after: int = 0) -> Iterator[None]:
     """Let a generator come to a forward, the next one or that after some more, and no further until the block's end."""
     forward: Any = generator.forward
     run, go, left = forward.run, threading.Event(), after

@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.serve.llm.lora import Adapters, pinned, read, refuse_unfit
 from engine.serve.application import version_of
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.llm.model_runner import Apart, Packed, Part
-from engine.serve.llm.engine import Completion, TransformersGenerator
-from engine.serve.replica import Replica
 from engine.serve.http.schemas import CompletionRequest
-from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.llm.lora import LoraAdapters, pinned, read, refuse_unfit
+from engine.serve.llm.model_runner import BatchedRunner, ScheduledSequence, SequentialRunner
+from engine.serve.llm.sampler import SamplingParams
+from engine.serve.replica import Replica
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.holding import held
@@ -100,7 +100,7 @@ class Run:
     def __init__(self, base: nn.Module, folders: dict[str, Path], most: int = 16, **options: Any) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
         own = copy.deepcopy(base)
-        self.adapters = Adapters(own, pinned(folders), most)
+        self.adapters = LoraAdapters(own, pinned(folders), most)
         self.together: list[set[str]] = []
         self.most_loaded = 0
         applied = self.adapters.applied
@@ -111,8 +111,13 @@ class Run:
             return applied(names)
 
         self.adapters.applied = noted  # type: ignore[assignment,method-assign]
-        sizes: dict[str, Any] = {"max_batch": 8, "max_queue": 200, "step_tokens": 64, "cache_tokens": None} | options
-        self.generator = TransformersGenerator(
+        sizes: dict[str, Any] = {
+            "max_num_seqs": 8,
+            "max_queue": 200,
+            "max_batched_tokens": 64,
+            "cache_tokens": None,
+        } | options
+        self.generator = TransformersEngine(
             own,
             128,
             **sizes,
@@ -135,7 +140,7 @@ def test_each_row_is_its_merged_model_in_any_company(kind: str, tmp_path: Path) 
     folders = folders_for(kind, tmp_path)
     models = {name: merged(model(kind), folder) for name, folder in folders.items()}
     run = Run(model(kind), folders)
-    assert isinstance(run.generator.forward, Apart if kind == "bloom" else Packed)
+    assert isinstance(run.generator.forward, SequentialRunner if kind == "bloom" else BatchedRunner)
     asked = [(prompt, min(most, 24), right[: min(most, 24)]) for prompt, most, right in requests(kind)[:6]]
     wanted = {name: [greedy(it, prompt, most) for prompt, most, _ in asked] for name, it in models.items()}
     wanted[""] = [right for *_, right in asked]
@@ -147,7 +152,7 @@ def test_each_row_is_its_merged_model_in_any_company(kind: str, tmp_path: Path) 
     assert {key: it.tokens for key, it in completions.items()} == {
         (name, i): wanted[name][i] for name, i in completions
     }
-    guessing = Run(model(kind), folders, speculate=4)
+    guessing = Run(model(kind), folders, num_speculative_tokens=4)
     again = {key: Completion(it.prompt, it.max_tokens, adapter=it.adapter) for key, it in completions.items()}
     guessing.all(list(again.values()))
     assert {key: it.tokens for key, it in again.items()} == {key: it.tokens for key, it in completions.items()}
@@ -189,16 +194,16 @@ def test_no_row_feels_anothers_adapter(tmp_path: Path) -> None:
         {key: 1e38 * it for key, it in tensors.items()}, folders["mad"] / "adapter_model.safetensors"
     )
     own = copy.deepcopy(model("llama"))
-    adapters = Adapters(own, pinned(folders), 4)
+    adapters = LoraAdapters(own, pinned(folders), 4)
     for name in folders:
         adapters.load(name, ())
-    forward = Packed(own, adapters)
+    forward = BatchedRunner(own, adapters)
     forward.shape(4, 64)
     rows = [list(range(6, 30)), [40, 41, 42], [43], [44, 45]]
 
     def logits(*names: str) -> Tensor:
         return forward.run(
-            [Part(lane, 0, ids, 1, name) for lane, (ids, name) in enumerate(zip(rows, names, strict=True))]
+            [ScheduledSequence(lane, 0, ids, 1, name) for lane, (ids, name) in enumerate(zip(rows, names, strict=True))]
         )
 
     alone, company = logits("", "", "", ""), logits("", "poet", "mad", "clerk")
@@ -212,7 +217,7 @@ def test_no_row_feels_anothers_adapter(tmp_path: Path) -> None:
 
 def test_what_another_adapter_read_is_read_anew(tmp_path: Path) -> None:
     folders = folders_for("llama", tmp_path)
-    run = Run(model("llama"), folders, step_tokens=256)
+    run = Run(model("llama"), folders, max_batched_tokens=256)
     prompt = [dice % 290 + 6 for dice in range(0, 600, 11)]
     names = ["poet", "", "clerk", "poet", "", "clerk"]
     found = [run.one(name, prompt, 8) for name in names]
@@ -237,7 +242,7 @@ def test_the_one_longest_out_of_use_makes_room(tmp_path: Path) -> None:
 
 def test_one_in_use_is_not_given_up(tmp_path: Path) -> None:
     run = Run(model("llama"), folders_for("llama", tmp_path), most=1)
-    endless = Completion([7], 120, Sampling(bias={EOS: -100.0}), adapter="poet")
+    endless = Completion([7], 120, SamplingParams(bias={EOS: -100.0}), adapter="poet")
     base, other = Completion([8], 3), Completion([8], 3, adapter="clerk")
     with held(run.generator, after=3):
         run.generator.submit([endless])
@@ -248,7 +253,7 @@ def test_one_in_use_is_not_given_up(tmp_path: Path) -> None:
     assert (len(endless.tokens), endless.reason) == (120, "length")
     assert base.placed_at < endless.ended_at <= other.placed_at
     assert list(run.adapters.loaded) == ["clerk"]
-    adapters = Adapters(copy.deepcopy(model("llama")), run.adapters.known, 2)
+    adapters = LoraAdapters(copy.deepcopy(model("llama")), run.adapters.known, 2)
     for name in ("poet", "clerk"):
         assert adapters.has_room({"", "poet"})
         adapters.load(name, {"", "poet"})

@@ -18,7 +18,7 @@ import torch
 from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
-from engine.serve.deploy import Endpoint, deploy, follow, roll_back, told
+from engine.serve.deploy import Endpoint, call_controller, deploy, follow, roll_back
 from engine.serve.routing.rollout import position
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, processes, wait_for
@@ -50,7 +50,7 @@ def bundles(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def config(tiny: Config) -> Config:
     quick = {"serve.canary_stages": [0.3, 1.0], "serve.canary_requests": 15, "serve.canary_stage_s": 0.5,
              "serve.canary_latency_margin": 5.0, "serve.max_replicas": 1, "serve.keep_warm_s": 120.0, "name": "change",
-             "serve.shadow_requests": 10, "serve.max_batch": 4}  # fmt: skip
+             "serve.shadow_requests": 10, "serve.max_num_seqs": 4}  # fmt: skip
     return with_values(tiny, {"serve.port": free_port(), **quick})
 
 
@@ -188,7 +188,7 @@ def test_a_shadow_is_compared_and_answers_nobody(
     old, answering = before["version"], next(it for it in bundles.values() if it.hash == before["hash"])
     shadow = replace(config, serve__strategy="shadow")
     # The same weights as what answers, under another option: as good as the same.
-    same = with_values(shadow, {"serve.step_tokens": 64})
+    same = with_values(shadow, {"serve.max_batched_tokens": 64})
     with load(endpoint.url, ASK | {"stream": False}, clients=2) as noted:
         deploy(same, {"writer": answering.folder})
         assert follow(["writer"]) == 3
@@ -248,7 +248,7 @@ def test_the_steward_is_killed_and_goes_on(endpoint: Endpoint, config: Config) -
         (lost,) = processes("ServeReplica:manta-steward")
         lost.kill()
 
-        assert told("state")["number"]  # by another one
+        assert call_controller("state")["number"]  # by another one
         assert lost.pid not in {it.pid for it in processes("ServeReplica:manta-steward")}
     assert {it.status for it in noted} == {200}
     assert standing(endpoint) == before

@@ -14,9 +14,9 @@ from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.models.int8 import quantize
 from engine.serve.deploy import refuse_what_cannot_serve
-from engine.serve.llm.model_runner import make_forward
-from engine.serve.llm.engine import Completion
 from engine.serve.llm.cpu.linear import pack_linear
+from engine.serve.llm.engine import Completion
+from engine.serve.llm.model_runner import make_forward
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_adapters import greedy
 from tests.engine.serve.test_generation import Run, model, requests
@@ -46,7 +46,7 @@ def test_compiled_it_writes_the_same(kind: str, weights: Callable[[nn.Module], n
         before = own(ids).logits
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    run = Run(own, compiled=True, speculate=3, draft=copy.deepcopy(model(kind)))
+    run = Run(own, compiled=True, num_speculative_tokens=3, draft=copy.deepcopy(model(kind)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     alone = [run.all([Completion(prompt, most)])[0].tokens for prompt, most, _ in asked[:4]]
     together = run.all([Completion(prompt, most) for prompt, most, _ in asked])

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.models.int8 import quantize
 from engine.serve.llm.cpu import kernels
-from engine.serve.llm.lora import Adapters
 from engine.serve.llm.cpu.decoder import make_decoder
-from engine.serve.llm.model_runner import Packed, Part
 from engine.serve.llm.cpu.linear import pack_linear
+from engine.serve.llm.lora import LoraAdapters
+from engine.serve.llm.model_runner import BatchedRunner, ScheduledSequence
 
 pytestmark = pytest.mark.skipif(not kernels.load(), reason="no compiler for C++")
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
@@ -37,9 +37,22 @@ OTHERS = [
     ("olmo2", {}),
 ]
 STEPS = (
-    [Part(0, 0, list(range(3, 40)), 37), Part(2, 0, [7, 8, 9], 3), Part(3, 0, [5], 1)],
-    [Part(0, 37, [11], 1), Part(1, 0, list(range(9, 27)), 0), Part(2, 3, [4, 6], 2), Part(3, 1, [12], 1)],
-    [Part(0, 38, [2], 1), Part(1, 18, list(range(30, 50)), 20), Part(3, 2, [40], 1)],
+    [
+        ScheduledSequence(0, 0, list(range(3, 40)), 37),
+        ScheduledSequence(2, 0, [7, 8, 9], 3),
+        ScheduledSequence(3, 0, [5], 1),
+    ],
+    [
+        ScheduledSequence(0, 37, [11], 1),
+        ScheduledSequence(1, 0, list(range(9, 27)), 0),
+        ScheduledSequence(2, 3, [4, 6], 2),
+        ScheduledSequence(3, 1, [12], 1),
+    ],
+    [
+        ScheduledSequence(0, 38, [2], 1),
+        ScheduledSequence(1, 18, list(range(30, 50)), 20),
+        ScheduledSequence(3, 2, [40], 1),
+    ],
 )
 
 
@@ -57,8 +70,8 @@ def make(kind: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, steps: Any) -> tuple[Packed, list[torch.Tensor]]:
-    forward = Packed(model, Adapters(model))
+def run(model: nn.Module, steps: Any) -> tuple[BatchedRunner, list[torch.Tensor]]:
+    forward = BatchedRunner(model, LoraAdapters(model))
     forward.shape(4, 64)
     with torch.inference_mode():
         return forward, [forward.run(parts) for parts in steps]

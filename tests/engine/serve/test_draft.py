@@ -22,11 +22,11 @@ from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.application import version_of
 from engine.serve.deploy import deploy, refuse_what_cannot_serve, with_draft
-from engine.serve.llm.engine import Completion
-from engine.serve.replica import Replica, loaded
 from engine.serve.http.schemas import CompletionRequest
-from engine.serve.llm.sampler import Sampling
-from engine.serve.llm.speculative import SmallModel
+from engine.serve.llm.engine import Completion
+from engine.serve.llm.sampler import SamplingParams
+from engine.serve.llm.speculative import DraftModel
+from engine.serve.replica import Replica, loaded
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import CONFIGS, EOS, Run, model, requests
 from tests.ports import free_port
@@ -57,7 +57,7 @@ def test_greedy_is_generate_whatever_the_draft_guesses(kind: str, caplog: pytest
     plain = Run(kind)
     plain.all([Completion(prompt, most) for prompt, most, _ in asked])
     for draft in (model(kind), near(kind), model(DRAFTS[kind])):
-        run = Run(kind, speculate=4, draft=copy.deepcopy(draft))
+        run = Run(kind, num_speculative_tokens=4, draft=copy.deepcopy(draft))
         together = run.all([Completion(prompt, most) for prompt, most, _ in asked])
         assert [it.tokens for it in together] == [right for *_, right in asked]
         joining = [Completion(prompt, most) for prompt, most, _ in asked]
@@ -76,12 +76,12 @@ def test_greedy_is_generate_whatever_the_draft_guesses(kind: str, caplog: pytest
 
 def test_a_draft_changes_no_chance_and_no_score() -> None:
     samplings = [
-        Sampling(), Sampling(0.5), Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=5), Sampling(0.7, frequency_penalty=0.5),
-        Sampling(bias={7: 5.0}), Sampling(1.0),
+        SamplingParams(), SamplingParams(0.5), SamplingParams(1.0, top_p=0.9), SamplingParams(1.0, top_k=5), SamplingParams(0.7, frequency_penalty=0.5),
+        SamplingParams(bias={7: 5.0}), SamplingParams(1.0),
     ]  # fmt: skip
     prompt, found = requests("llama")[1][0], []
     for draft in (None, model("llama"), near("llama"), model("gpt2")):
-        run = Run("llama", speculate=4 if draft else 0, draft=copy.deepcopy(draft))
+        run = Run("llama", num_speculative_tokens=4 if draft else 0, draft=copy.deepcopy(draft))
         asked = [Completion(prompt, 40, sampling, seed=i, logprobs=2) for i, sampling in enumerate(samplings)]
         found.append([(it.tokens, it.reason, it.scores) for it in run.all(asked)])
         if draft is near("llama"):  # the two throw the same dice
@@ -96,8 +96,8 @@ def test_a_draft_changes_no_chance_and_no_score() -> None:
 
 def test_what_is_sampled_follows_the_models_distribution() -> None:
     """Counts of a first and a second token over many seeds, beside the model's own probabilities (chi-squared)."""
-    run = Run("llama", speculate=2, draft=copy.deepcopy(near("llama")), max_batch=16, max_queue=5000)
-    prompt, draws, way = [7, 9, 11], 2000, Sampling(1.0, top_k=4, bias={EOS: -100.0})
+    run = Run("llama", num_speculative_tokens=2, draft=copy.deepcopy(near("llama")), max_num_seqs=16, max_queue=5000)
+    prompt, draws, way = [7, 9, 11], 2000, SamplingParams(1.0, top_k=4, bias={EOS: -100.0})
     found = run.all([Completion(prompt, 3, way, seed=seed) for seed in range(draws)])
     assert run.generator.guessed_tokens > draws / 4
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_what_is_sampled_follows_the_models_distribution() -> None:
 
 def test_the_drafts_cache_is_as_bounded_as_the_models() -> None:
     asked = requests("llama")
-    run = Run("llama", speculate=4, draft=copy.deepcopy(near("llama")), cache_tokens=128)
+    run = Run("llama", num_speculative_tokens=4, draft=copy.deepcopy(near("llama")), cache_tokens=128)
     found = run.all([Completion(prompt, most) for prompt, most, _ in asked])
     assert [it.tokens for it in found] == [right for *_, right in asked]
     guesser: Any = run.generator.guesser
@@ -129,7 +129,7 @@ def test_the_drafts_cache_is_as_bounded_as_the_models() -> None:
 
 
 def test_a_beginning_that_the_draft_has_read_is_not_read_again() -> None:
-    run = Run("llama", speculate=3, draft=copy.deepcopy(model("llama")), step_tokens=256)
+    run = Run("llama", num_speculative_tokens=3, draft=copy.deepcopy(model("llama")), max_batched_tokens=256)
     read: list[int] = []
     guesser: Any = run.generator.guesser
     forward = guesser.forward.run
@@ -148,7 +148,7 @@ def test_a_beginning_that_the_draft_has_read_is_not_read_again() -> None:
 
 
 def test_a_long_prompt_is_read_by_the_draft_in_parts() -> None:
-    run = Run("llama", speculate=3, draft=copy.deepcopy(model("llama")), step_tokens=16)
+    run = Run("llama", num_speculative_tokens=3, draft=copy.deepcopy(model("llama")), max_batched_tokens=16)
     longest = 0
     guesser: Any = run.generator.guesser
     forward = guesser.forward.run
@@ -170,7 +170,7 @@ def test_a_long_prompt_is_read_by_the_draft_in_parts() -> None:
 def test_a_draft_that_fails_or_is_mad_guesses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     asked = requests("llama")[:6]
     mad, broken = copy.deepcopy(model("llama")), copy.deepcopy(model("llama"))
-    runs = [Run("llama", speculate=4, draft=draft) for draft in (mad, broken)]
+    runs = [Run("llama", num_speculative_tokens=4, draft=draft) for draft in (mad, broken)]
     with torch.no_grad():
         mad.get_input_embeddings().weight[6:200] = torch.nan  # type: ignore[operator]
     guesser: Any = runs[1].generator.guesser
@@ -189,7 +189,7 @@ def test_a_draft_with_fewer_positions_or_tokens_guesses_what_it_can() -> None:
     config.max_position_embeddings, config.vocab_size = 32, 290
     torch.manual_seed(0)
     short = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    run = Run("llama", speculate=4, draft=short)
+    run = Run("llama", num_speculative_tokens=4, draft=short)
     longest = 0
     guesser: Any = run.generator.guesser
     forward = guesser.forward.run
@@ -205,15 +205,15 @@ def test_a_draft_with_fewer_positions_or_tokens_guesses_what_it_can() -> None:
     assert [it.tokens for it in found] == [it.tokens for it in plain]
     assert run.generator.guessed_tokens > 0
     assert longest <= 32
-    assert isinstance(guesser, SmallModel)
+    assert isinstance(guesser, DraftModel)
 
 
 @pytest.mark.parametrize(
-    ("kind", "draft", "whose"), [("bloom", "llama", "the bundle"), ("llama", "gemma2", "serve.draft")]
+    ("kind", "draft", "whose"), [("bloom", "llama", "the bundle"), ("llama", "gemma2", "serve.draft_model")]
 )
 def test_what_cannot_go_back_on_guesses_is_refused(kind: str, draft: str, whose: str) -> None:
-    with pytest.raises(UserError, match=f"serve.draft: the attention of {whose} can't go back"):
-        Run(kind, speculate=4, draft=copy.deepcopy(model(draft)))
+    with pytest.raises(UserError, match=f"serve.draft_model: the attention of {whose} can't go back"):
+        Run(kind, num_speculative_tokens=4, draft=copy.deepcopy(model(draft)))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_replica_guesses_by_its_draft(writers: dict[str, Bundle]) -> None:
     found, figures = [], []
     for draft in (None, "large", "small"):
         folder = str(writers[draft].folder) if draft else None
-        options = ServeConfig(precision="fp32", speculate=4 if draft else 0, draft=folder)
+        options = ServeConfig(precision="fp32", num_speculative_tokens=4 if draft else 0, draft_model=folder)
         replica = Replica(str(writers["large"].folder), asdict(options))
         found.append([it["text"] for it in asyncio.run(replica.complete(job))["choices"]])
         figures.append(replica.figures())
@@ -247,26 +247,30 @@ def test_a_draft_of_other_tokens_is_refused_before_anything_starts(
     writers: dict[str, Bundle], tiny: Config, tiny_functions: Config, tmp_path: Path
 ) -> None:
     large = writers["large"]
-    asked = {"bundle": "large", "serve.speculate": 4}
+    asked = {"bundle": "large", "serve.num_speculative_tokens": 4}
     for draft, told in (("other", r"another tokenizer than .*600 tokens and 512"), ("namer", "is for classification")):
         if draft == "namer":
             writers = writers | {"namer": fresh_bundle(tiny_functions, tmp_path / "namer" / "bundle")}
-        options = with_values(tiny, asked | {"serve.draft": str(writers[draft].folder)}).serve
+        options = with_values(tiny, asked | {"serve.draft_model": str(writers[draft].folder)}).serve
         with pytest.raises(UserError, match=told):
             refuse_what_cannot_serve(large, options)
     with pytest.raises(UserError, match=r"serve\.draft: bundle=gone is neither"):
-        with_draft(with_values(tiny, asked | {"serve.draft": "gone"}))
-    with pytest.raises(UserError, match=r"serve\.draft guesses serve\.speculate tokens ahead, and that is 0"):
-        with_values(tiny, asked | {"serve.draft": "small", "serve.speculate": 0})
+        with_draft(with_values(tiny, asked | {"serve.draft_model": "gone"}))
+    with pytest.raises(
+        UserError, match=r"serve\.draft guesses serve\.num_speculative_tokens tokens ahead, and that is 0"
+    ):
+        with_values(tiny, asked | {"serve.draft_model": "small", "serve.num_speculative_tokens": 0})
     with pytest.raises(UserError, match=r"serve\.draft is for one bundle"):
-        with_values(tiny, asked | {"serve.draft": "small", "bundle": "a+b"})
+        with_values(tiny, asked | {"serve.draft_model": "small", "bundle": "a+b"})
 
 
 def test_another_draft_is_another_version(writers: dict[str, Bundle], tiny: Config, tmp_path: Path) -> None:
     place = tmp_path / "small" / "bundle"
     shutil.copytree(writers["small"].folder, place)
-    config = with_draft(with_values(tiny, {"runs_dir": str(tmp_path), "serve.draft": "small", "serve.speculate": 4}))
-    assert config.serve.draft == str(place)
+    config = with_draft(
+        with_values(tiny, {"runs_dir": str(tmp_path), "serve.draft_model": "small", "serve.num_speculative_tokens": 4})
+    )
+    assert config.serve.draft_model == str(place)
     marks = {version_of("writer", writers["large"], options).app for options in (tiny.serve, config.serve)}
     shutil.rmtree(place)
     shutil.copytree(writers["large"].folder, place)
@@ -274,9 +278,9 @@ def test_another_draft_is_another_version(writers: dict[str, Bundle], tiny: Conf
 
 
 def test_dice_are_looked_at_and_not_thrown() -> None:
-    it = Completion([7], 5, Sampling(1.0), seed=3)
+    it = Completion([7], 5, SamplingParams(1.0), seed=3)
     other = random.Random(3)
-    Run("llama", speculate=4, draft=copy.deepcopy(model("llama"))).all([it])
+    Run("llama", num_speculative_tokens=4, draft=copy.deepcopy(model("llama"))).all([it])
     drawn = len(it.tokens) + (it.reason == "stop")
     assert [it.dice.random() for _ in range(3)] == [other.random() for _ in range(drawn + 3)][drawn:]
 
@@ -284,7 +288,7 @@ def test_dice_are_looked_at_and_not_thrown() -> None:
 def test_an_endpoint_with_a_draft_and_weights_of_8_bits(ray: None, writers: dict[str, Bundle], tiny: Config) -> None:
     same = writers["large"].folder  # fresh weights of another model would hardly ever guess right
     asked = {"serve.port": free_port(), "serve.max_replicas": 1, "serve.precision": "fp32", "serve.quantize": "int8",
-             "serve.draft": str(same), "serve.speculate": 4}  # fmt: skip
+             "serve.draft_model": str(same), "serve.num_speculative_tokens": 4}  # fmt: skip
     config = with_values(tiny, asked)
     up = deploy(config, {"writer": writers["large"].folder})
     try:

@@ -26,10 +26,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy, refuse_what_cannot_fit
-from engine.serve.llm.model_runner import Packed
-from engine.serve.llm.engine import Completion, TransformersGenerator
-from engine.serve.replica import Replica
 from engine.serve.http.schemas import CompletionRequest
+from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.llm.model_runner import BatchedRunner
+from engine.serve.replica import Replica
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, said_until, wait_for
 from tests.engine.serve.holding import held
@@ -45,7 +45,7 @@ def bundle(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def endpoint(ray: None, tiny: Config, bundle: Bundle) -> Iterator[Endpoint]:
-    small = {"serve.max_batch": 1, "serve.max_queue": 3, "serve.max_replicas": 1}
+    small = {"serve.max_num_seqs": 1, "serve.max_queue": 3, "serve.max_replicas": 1}
     up = deploy(with_values(tiny, {"serve.port": free_port(), **small}), {"writer": bundle.folder})
     yield up
     up.stop()
@@ -159,7 +159,7 @@ def job(**options: Any) -> dict[str, Any]:
 def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig()))
     generator = replica.generator
-    assert isinstance(generator, TransformersGenerator)
+    assert isinstance(generator, TransformersEngine)
 
     async def leave() -> list[Completion]:
         with held(generator, after=50):
@@ -190,16 +190,16 @@ def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
 def test_a_bundle_is_served_in_the_precision_asked_for(bundle: Bundle, precision: str, dtype: torch.dtype) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig(precision=precision)))
     assert {p.dtype for p in replica.model.parameters()} == {dtype}
-    assert isinstance(replica.generator, TransformersGenerator)
-    assert isinstance(replica.generator.forward, Packed)
+    assert isinstance(replica.generator, TransformersEngine)
+    assert isinstance(replica.generator.forward, BatchedRunner)
     answer = asyncio.run(replica.complete(job(stream=False, max_tokens=9)))
     assert answer["choices"][0]["tokens"] == 9
 
 
 def test_who_waits_too_long_is_told(bundle: Bundle) -> None:
-    replica = Replica(str(bundle.folder), asdict(ServeConfig(max_batch=1, queue_timeout_s=2.0)))
+    replica = Replica(str(bundle.folder), asdict(ServeConfig(max_num_seqs=1, queue_timeout_s=2.0)))
     generator = replica.generator
-    assert isinstance(generator, TransformersGenerator)
+    assert isinstance(generator, TransformersEngine)
 
     async def ask() -> list[dict[str, Any]]:
         with held(generator):
@@ -217,7 +217,7 @@ def test_who_waits_too_long_is_told(bundle: Bundle) -> None:
 
 def test_an_error_of_one_request_is_told_and_the_others_go_on(bundle: Bundle) -> None:
     model = bundle.model()
-    generator = TransformersGenerator(model, 128, max_batch=2, max_queue=4, step_tokens=64)
+    generator = TransformersEngine(model, 128, max_num_seqs=2, max_queue=4, max_batched_tokens=64)
     good = Completion([10, 11, 12], 40)
     bad = Completion([10**9], 5)  # no such token
     generator.submit([good, bad])

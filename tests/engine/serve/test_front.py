@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from engine.errors import UserError
-from engine.serve.http.server import Front, listen
+from engine.serve.http.server import Server, listen
 from tests.engine.serve.test_serve import free_port
 
 
@@ -48,10 +48,10 @@ async def soon(true: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-def served(work: Callable[[Slow, Front, httpx.AsyncClient], Awaitable[None]]) -> None:
+def served(work: Callable[[Slow, Server, httpx.AsyncClient], Awaitable[None]]) -> None:
     async def run() -> None:
         app, port = Slow(), free_port()
-        front = Front(app, listen("127.0.0.1", port))
+        front = Server(app, listen("127.0.0.1", port))
         await soon(lambda: front.server.started)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
             await work(app, front, client)
@@ -61,7 +61,7 @@ def served(work: Callable[[Slow, Front, httpx.AsyncClient], Awaitable[None]]) ->
 
 
 def test_each_request_has_a_name() -> None:
-    async def work(app: Slow, front: Front, client: httpx.AsyncClient) -> None:
+    async def work(app: Slow, front: Server, client: httpx.AsyncClient) -> None:
         first, second = await client.get("/"), await client.post("/", content=b"z")
         own = await client.get("/", headers={"X-Request-Id": "my-1"})
         names = [answer.headers["x-request-id"] for answer in (first, second, own)]
@@ -74,7 +74,7 @@ def test_each_request_has_a_name() -> None:
 
 @pytest.mark.parametrize("path", ["/slow", "/stream"])
 def test_the_work_of_a_client_that_left_ends(path: str) -> None:
-    async def work(app: Slow, front: Front, client: httpx.AsyncClient) -> None:
+    async def work(app: Slow, front: Server, client: httpx.AsyncClient) -> None:
         asked = asyncio.ensure_future(client.post(path, content=b"z"))
         await soon(lambda: app.began)
         asked.cancel()
@@ -86,7 +86,7 @@ def test_the_work_of_a_client_that_left_ends(path: str) -> None:
 
 
 def test_what_was_begun_is_answered_at_its_end() -> None:
-    async def work(app: Slow, front: Front, client: httpx.AsyncClient) -> None:
+    async def work(app: Slow, front: Server, client: httpx.AsyncClient) -> None:
         asked = [asyncio.ensure_future(client.post(path, content=b"z")) for path in ("/slow", "/stream")]
         await soon(lambda: app.began == 2)
         closing = asyncio.ensure_future(front.close())

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine.serve.http.middleware import Access, Door, Gate, Visit
 from engine.serve.http.api_keys import new_key
-from engine.serve.metrics import Metrics
 from engine.serve.http.errors import ApiError
+from engine.serve.http.middleware import Access, AccessControl, Gate, RequestContext
+from engine.serve.metrics import Metrics
 
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 
@@ -21,7 +21,9 @@ App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 @pytest.fixture
 def secret(tmp_path: Path) -> str:
     secret, _ = new_key(tmp_path / "keys.json", "alice", None, 100, None)
-    Gate.door = Door(Access(str(tmp_path / "keys.json"), body_bytes=1000, body_timeout_s=0.2), Metrics(), {"/v1/x"})
+    Gate.door = AccessControl(
+        Access(str(tmp_path / "keys.json"), body_bytes=1000, body_timeout_s=0.2), Metrics(), {"/v1/x"}
+    )
     return secret
 
 
@@ -94,7 +96,7 @@ def test_who_leaves_early_pays_what_was_asked(secret: str) -> None:
     left: list[float] = []
 
     async def visit(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        one: Visit = scope["state"]["visit"]
+        one: RequestContext = scope["state"]["visit"]
         try:
             Gate.door.reserve(one, 40)
         except ApiError as error:

@@ -16,9 +16,9 @@ import torch
 import transformers
 from torch import nn
 
-from engine.serve.llm.model_runner import AS_FLOATS, Apart, Packed, make_forward
-from engine.serve.llm.engine import Completion, QueueFull, TransformersGenerator
-from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.engine import Completion, QueueFull, TransformersEngine
+from engine.serve.llm.model_runner import AS_FLOATS, BatchedRunner, SequentialRunner, make_forward
+from engine.serve.llm.sampler import SamplingParams
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.holding import held
 
@@ -65,9 +65,9 @@ class Run:
 
     def __init__(self, kind: str | nn.Module, **options: Any) -> None:
         self.ended: queue.Queue[Completion] = queue.Queue()
-        sizes: dict = {"max_batch": 5, "max_queue": 100, "step_tokens": 24, "cache_tokens": None} | options
+        sizes: dict = {"max_num_seqs": 5, "max_queue": 100, "max_batched_tokens": 24, "cache_tokens": None} | options
         own = model(kind) if isinstance(kind, str) else kind
-        self.generator = TransformersGenerator(
+        self.generator = TransformersEngine(
             own, 128, **sizes, tell=lambda news: [self.ended.put(it) for it in news if it.reason]
         )
 
@@ -85,7 +85,7 @@ class Run:
 def test_greedy_is_generate_in_any_company(kind: str) -> None:
     run = Run(kind)
     asked = requests(kind)
-    assert isinstance(run.generator.forward, Apart if kind in ("bloom", "gemma2") else Packed)
+    assert isinstance(run.generator.forward, SequentialRunner if kind in ("bloom", "gemma2") else BatchedRunner)
     alone = [run.all([Completion(prompt, most)])[0] for prompt, most, _ in asked[:4]]
     assert [it.tokens for it in alone] == [right for *_, right in asked[:4]]
     together = run.all([Completion(prompt, most) for prompt, most, _ in asked])
@@ -111,14 +111,14 @@ def test_a_cache_too_small_for_all_changes_no_token(kind: str) -> None:
 
 def test_the_model_still_answers_by_itself() -> None:
     prompt, most, right = requests("llama")[0]
-    assert isinstance(make_forward(model("llama")), Packed)
+    assert isinstance(make_forward(model("llama")), BatchedRunner)
     ids = torch.tensor([prompt, prompt])
     both = model("llama").generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False, pad_token_id=0)  # fmt: skip
     assert both[:, len(prompt) : len(prompt) + len(right)].tolist() == [right, right]
 
 
 def test_a_beginning_that_was_read_is_not_read_again() -> None:
-    run = Run("llama", step_tokens=256)
+    run = Run("llama", max_batched_tokens=256)
     system = [dice % 290 + 6 for dice in range(0, 600, 11)]
     first = run.all([Completion([*system, 7, 8], 5)])[0]
     again = run.all([Completion([*system, 7, 8], 5)])[0]
@@ -130,7 +130,7 @@ def test_a_beginning_that_was_read_is_not_read_again() -> None:
 
 
 def test_copies_that_come_together_read_once() -> None:
-    run = Run("llama", step_tokens=256)
+    run = Run("llama", max_batched_tokens=256)
     found = run.all([Completion(list(range(6, 76)), 3) for _ in range(4)])
     assert sorted(it.reused for it in found) == [0, 69, 69, 69]
 
@@ -138,9 +138,9 @@ def test_copies_that_come_together_read_once() -> None:
 def test_a_seed_repeats_in_any_company() -> None:
     run = Run("llama")
     prompt = requests("llama")[1][0]
-    ways = [Sampling(1.0), Sampling(0.8, top_p=0.9), Sampling(1.2, top_k=20, frequency_penalty=0.5)]
+    ways = [SamplingParams(1.0), SamplingParams(0.8, top_p=0.9), SamplingParams(1.2, top_k=20, frequency_penalty=0.5)]
     alone = [run.all([Completion(prompt, 30, way, seed=3)])[0].tokens for way in ways]
-    others = [Completion(other, most, Sampling(1.0)) for other, most, _ in requests("llama")[:6]]
+    others = [Completion(other, most, SamplingParams(1.0)) for other, most, _ in requests("llama")[:6]]
     seeded = [Completion(prompt, 30, way, seed=3) for way in ways]
     run.all(list(itertools.chain.from_iterable(zip(others[::2], seeded, others[1::2], strict=True))))
     assert [it.tokens for it in seeded] == alone
@@ -148,9 +148,9 @@ def test_a_seed_repeats_in_any_company() -> None:
 
 
 def test_scores_are_the_models_own() -> None:
-    run = Run("gpt2", step_tokens=7)  # the prompt is scored over several chunks
+    run = Run("gpt2", max_batched_tokens=7)  # the prompt is scored over several chunks
     prompt = requests("gpt2")[0][0]
-    (it,) = run.all([Completion(prompt, 6, Sampling(1.5), seed=0, logprobs=3, score_prompt=True)])
+    (it,) = run.all([Completion(prompt, 6, SamplingParams(1.5), seed=0, logprobs=3, score_prompt=True)])
     with torch.no_grad():
         logits = model("gpt2")(torch.tensor([prompt + it.tokens])).logits[0]
     right = logits.log_softmax(-1)
@@ -164,8 +164,8 @@ def test_scores_are_the_models_own() -> None:
 
 
 def test_who_left_or_waited_too_long_takes_no_lane() -> None:
-    run = Run("llama", max_batch=1, max_queue=2)
-    slow = Completion([7], 120, Sampling(bias={EOS: -100.0}))
+    run = Run("llama", max_num_seqs=1, max_queue=2)
+    slow = Completion([7], 120, SamplingParams(bias={EOS: -100.0}))
     with held(run.generator, after=3):
         run.generator.submit([slow])
         wait_for(lambda: slow.tokens)
@@ -182,16 +182,16 @@ def test_who_left_or_waited_too_long_takes_no_lane() -> None:
 
 
 def test_users_take_turns() -> None:
-    run = Run("llama", max_batch=1)
+    run = Run("llama", max_num_seqs=1)
     order: list[str] = []
     run.generator.tell = lambda news: [(order.append(it.client), run.ended.put(it)) for it in news if it.reason]  # type: ignore[func-returns-value]
     run.all([Completion([7], 4, client="many") for _ in range(6)] + [Completion([7], 4, client="few")])
     assert order.index("few") <= 2
 
 
-@pytest.mark.parametrize(("kind", "speculate"), [("llama", 0), ("llama", 4), ("bloom", 0)])
-def test_a_step_that_failed_is_run_again_for_the_others(kind: str, speculate: int) -> None:
-    run = Run(kind, speculate=speculate)
+@pytest.mark.parametrize(("kind", "num_speculative_tokens"), [("llama", 0), ("llama", 4), ("bloom", 0)])
+def test_a_step_that_failed_is_run_again_for_the_others(kind: str, num_speculative_tokens: int) -> None:
+    run = Run(kind, num_speculative_tokens=num_speculative_tokens)
     asked = requests(kind)[:3]
     good = [Completion(prompt, most) for prompt, most, _ in asked]
     bad = Completion([10**9], 5)  # no such token
@@ -209,7 +209,7 @@ def test_a_mad_model_is_told_and_the_lane_is_clean_again() -> None:
     torch.manual_seed(0)
     mad = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](), dtype=torch.float32).eval()
     ended: queue.Queue[Completion] = queue.Queue()
-    generator = TransformersGenerator(mad, 128, max_batch=1, max_queue=4, step_tokens=64, tell=lambda news: [ended.put(it) for it in news if it.reason])  # fmt: skip
+    generator = TransformersEngine(mad, 128, max_num_seqs=1, max_queue=4, max_batched_tokens=64, tell=lambda news: [ended.put(it) for it in news if it.reason])  # fmt: skip
     with torch.no_grad():
         mad.get_input_embeddings().weight[17] = torch.nan
     generator.submit([Completion([6, 17], 5), Completion([6, 18, 19], 5)])
@@ -223,8 +223,10 @@ def test_bf16_attends_as_the_model_does_alone_and_in_company(monkeypatch: pytest
     monkeypatch.setattr("engine.serve.llm.model_runner.AS_FLOATS", most)
     half = copy.deepcopy(model("llama")).bfloat16()
     prompts = [prompt for prompt, *_ in requests("llama")[:5]]
-    run = Run(half, speculate=3)
-    found = run.all([Completion(prompt, 8, logprobs=0, sampling=Sampling(bias={EOS: -100.0})) for prompt in prompts])
+    run = Run(half, num_speculative_tokens=3)
+    found = run.all(
+        [Completion(prompt, 8, logprobs=0, sampling=SamplingParams(bias={EOS: -100.0})) for prompt in prompts]
+    )
     for prompt, it in zip(prompts, found, strict=True):
         with torch.no_grad():
             right = model("llama")(torch.tensor([prompt + it.tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)

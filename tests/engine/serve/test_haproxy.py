@@ -26,13 +26,13 @@ import pytest
 from engine.bundles.bundle import Bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
-from engine.serve.http.access_log import AccessLog
-from engine.serve.http.haproxy import binary, configuration, write_errors
 from engine.serve.deploy import Endpoint, deploy
+from engine.serve.http.access_log import AccessLog
 from engine.serve.http.api_keys import Key, new_key
-from engine.serve.http.rate_limits import Limits
-from engine.serve.http.ingress_sockets import private, take_place
 from engine.serve.http.feedback_store import read_records
+from engine.serve.http.haproxy import binary, configuration, write_errors
+from engine.serve.http.ingress_sockets import private, take_place
+from engine.serve.http.rate_limits import Limits
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, processes, said_until, wait_for
 from tests.ports import free_port, listened

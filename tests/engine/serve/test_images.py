@@ -24,7 +24,7 @@ from engine.config import Config, with_values
 from engine.data.processor import new_image_processor
 from engine.models.build import build
 from engine.objectives.contract import objective_class
-from engine.serve.deploy import Endpoint, deploy, example, told
+from engine.serve.deploy import Endpoint, call_controller, deploy, example
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.test_access import browser_page  # noqa: F401
 from tests.ports import free_port
@@ -116,7 +116,7 @@ def test_an_image_is_the_same_whatever_shares_the_forward(api: openai.OpenAI, en
 
 
 def test_the_example_that_deploy_prints_works(endpoint: Endpoint, bundle: Bundle) -> None:
-    about = told("state")["models"]["painter"]["stable"]["about"]
+    about = call_controller("state")["models"]["painter"]["stable"]["about"]
     path, *options = shlex.split(example("painter", about, bundle.folder, keyed=True))
     assert options[:4] == ["-H", "Authorization: Bearer KEY", "-H", "Content-Type: application/json"]
     found = httpx.post(f"{endpoint.url}/v1/{path}", content=options[-1], headers={"Content-Type": "application/json"})

@@ -10,15 +10,28 @@ import pytest
 import torch
 
 from engine.serve.llm.cpu import kernels
-from engine.serve.llm.lora import Adapters
-from engine.serve.llm.model_runner import Packed, Part
+from engine.serve.llm.lora import LoraAdapters
+from engine.serve.llm.model_runner import BatchedRunner, ScheduledSequence
 from tests.engine.serve.test_generation import model
 
 # Lanes that follow each other and not, one token and several, a prompt's parts, the first and a later one.
 STEPS = (
-    [Part(0, 0, list(range(3, 40)), 1), Part(2, 0, [7, 8, 9], 3), Part(3, 0, [5], 1)],
-    [Part(0, 37, [11], 1), Part(1, 0, list(range(9, 27)), 0), Part(2, 3, [4, 6], 2), Part(3, 1, [12], 1)],
-    [Part(0, 38, [2], 1), Part(1, 18, list(range(30, 50)), 20), Part(3, 2, [40], 1)],
+    [
+        ScheduledSequence(0, 0, list(range(3, 40)), 1),
+        ScheduledSequence(2, 0, [7, 8, 9], 3),
+        ScheduledSequence(3, 0, [5], 1),
+    ],
+    [
+        ScheduledSequence(0, 37, [11], 1),
+        ScheduledSequence(1, 0, list(range(9, 27)), 0),
+        ScheduledSequence(2, 3, [4, 6], 2),
+        ScheduledSequence(3, 1, [12], 1),
+    ],
+    [
+        ScheduledSequence(0, 38, [2], 1),
+        ScheduledSequence(1, 18, list(range(30, 50)), 20),
+        ScheduledSequence(3, 2, [40], 1),
+    ],
 )
 
 
@@ -27,7 +40,7 @@ STEPS = (
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_they_are_those_in_python(kind: str, dtype: torch.dtype, off: float) -> None:
     own = copy.deepcopy(model(kind)).to(dtype)
-    forwards = [Packed(one, Adapters(one)) for one in (own, copy.deepcopy(own))]
+    forwards = [BatchedRunner(one, LoraAdapters(one)) for one in (own, copy.deepcopy(own))]
     assert all(forward.in_kernels for forward in forwards)
     forwards[1].in_kernels = False
     with torch.inference_mode():

@@ -12,8 +12,8 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.serve.http.middleware import access_for, is_loopback
 from engine.serve.http.api_keys import Key, Keys, digest_of, new_key, parsed, read_keys, revoke_key
+from engine.serve.http.middleware import access_for, is_loopback
 from engine.serve.http.rate_limits import Limits
 from jobs.manta import main
 

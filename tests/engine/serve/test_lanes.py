@@ -11,7 +11,7 @@ import pytest
 import uvloop
 from ray.exceptions import RayActorError, RayTaskError
 
-from engine.serve.routing.ipc import Lane, Lanes, Mouth
+from engine.serve.routing.ipc import IpcConnection, IpcServer, Lanes
 
 
 class Replica:
@@ -58,17 +58,17 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
     return run
 
 
-Run = Callable[[Callable[[Replica, Mouth, Lane], Awaitable[None]]], None]
+Run = Callable[[Callable[[Replica, IpcServer, IpcConnection], Awaitable[None]]], None]
 
 
 @pytest.fixture
 def between(run: Callable[[Coroutine[Any, Any, None]], None]) -> Run:
-    def between(work: Callable[[Replica, Mouth, Lane], Awaitable[None]]) -> None:
+    def between(work: Callable[[Replica, IpcServer, IpcConnection], Awaitable[None]]) -> None:
         async def both() -> None:
             replica = Replica()
-            mouth = Mouth(replica)
+            mouth = IpcServer(replica)
             await mouth.open()
-            lane = await Lane.to(mouth.name)
+            lane = await IpcConnection.to(mouth.name)
             async with asyncio.timeout(20):
                 await work(replica, mouth, lane)
             lane.leave()
@@ -80,7 +80,7 @@ def between(run: Callable[[Coroutine[Any, Any, None]], None]) -> Run:
 
 
 def test_many_are_answered_side_by_side(between: Run) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
         held = [asyncio.ensure_future(lane.ask("held", (i,), {})) for i in range(20)]
         assert await lane.ask("double", (21,), {"trace": {"traceparent": "x"}}) == (42, {"traceparent": "x"})
         large = "x" * 10**6  # over a stream's own limit
@@ -94,7 +94,7 @@ def test_many_are_answered_side_by_side(between: Run) -> None:
 
 
 def test_parts_come_in_order_and_errors_are_told(between: Run) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
         stream = lane.stream("parts", (5,), {})
         assert [await anext(stream) for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(StopAsyncIteration):
@@ -109,7 +109,7 @@ def test_parts_come_in_order_and_errors_are_told(between: Run) -> None:
 
 
 def test_what_nobody_waits_for_ends(between: Run) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
         asked, stream = asyncio.ensure_future(lane.ask("held", (1,), {})), lane.stream("parts", (13,), {})
         assert await anext(stream) == 0
         await soon(lambda: mouth.under_way == 2)
@@ -122,8 +122,8 @@ def test_what_nobody_waits_for_ends(between: Run) -> None:
 
 
 def test_a_lost_ingress_ends_what_it_asked_for(between: Run) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
-        other = await Lane.to(mouth.name)
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
+        other = await IpcConnection.to(mouth.name)
         mine, its = (asyncio.ensure_future(it.ask("held", (1,), {})) for it in (lane, other))
         await soon(lambda: mouth.under_way == 2)
         other.sender.writer.transport.abort()
@@ -137,7 +137,7 @@ def test_a_lost_ingress_ends_what_it_asked_for(between: Run) -> None:
 
 
 def test_a_lost_replica_is_told(between: Run) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
         asked, stream = asyncio.ensure_future(lane.ask("held", (1,), {})), lane.stream("parts", (13,), {})
         assert [await anext(stream) for _ in range(13)] == list(range(13))
         await soon(lambda: mouth.under_way == 2)
@@ -154,7 +154,7 @@ def test_a_lost_replica_is_told(between: Run) -> None:
 
 
 def test_a_replica_that_ends_answers_what_it_has(between: Run) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
         asked = asyncio.ensure_future(lane.ask("held", (1,), {}))
         await soon(lambda: mouth.under_way)
         closing = asyncio.ensure_future(mouth.close(10.0))
@@ -165,14 +165,14 @@ def test_a_replica_that_ends_answers_what_it_has(between: Run) -> None:
         assert (await asked, late) == (1, (4, None))
         await closing
         with pytest.raises(OSError):
-            await Lane.to(mouth.name)
+            await IpcConnection.to(mouth.name)
 
     between(work)
 
 
 def test_lanes_go_where_all_replicas_are_near(run: Callable[[Coroutine[Any, Any, None]], None]) -> None:
     async def work() -> None:
-        mouths, lanes = [Mouth(Replica()) for _ in range(2)], Lanes()
+        mouths, lanes = [IpcServer(Replica()) for _ in range(2)], Lanes()
         for mouth in mouths:
             await mouth.open()
         here = [{"node": "here", "name": mouth.name} for mouth in mouths]
@@ -207,10 +207,10 @@ def test_lanes_go_where_all_replicas_are_near(run: Callable[[Coroutine[Any, Any,
 
 
 def test_other_users_are_sent_away(between: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work(replica: Replica, mouth: Mouth, lane: Lane) -> None:
+    async def work(replica: Replica, mouth: IpcServer, lane: IpcConnection) -> None:
         monkeypatch.setattr("engine.serve.routing.ipc.os.getuid", lambda: 12345)
         with pytest.raises(OSError):
-            await Lane.to(mouth.name)
+            await IpcConnection.to(mouth.name)
         stranger = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stranger.setblocking(False)
         await asyncio.get_running_loop().sock_connect(stranger, f"\0{mouth.name}")

@@ -16,12 +16,12 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig
 from engine.errors import UserError
 from engine.models.int8 import Int8Linear, is_quantized, quantize, weight_bytes
-from engine.serve.llm.lora import Adapters, pinned
-from engine.serve.llm.model_runner import Packed
-from engine.serve.llm.engine import Completion
-from engine.serve.replica import Replica, loaded
 from engine.serve.http.schemas import CompletionRequest
-from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.engine import Completion
+from engine.serve.llm.lora import LoraAdapters, pinned
+from engine.serve.llm.model_runner import BatchedRunner
+from engine.serve.llm.sampler import SamplingParams
+from engine.serve.replica import Replica, loaded
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_adapters import greedy, save
 from tests.engine.serve.test_generation import Run, model, requests
@@ -37,7 +37,7 @@ def smaller(kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_greedy_is_generate_of_the_same_weights_in_any_company(kind: str) -> None:
     run = Run(smaller(kind))
-    assert isinstance(run.generator.forward, Packed) == (kind != "bloom")
+    assert isinstance(run.generator.forward, BatchedRunner) == (kind != "bloom")
     asked = [(prompt, most, greedy(smaller(kind), prompt, most)) for prompt, most, _ in requests(kind)]
     alone = [run.all([Completion(prompt, most)])[0].tokens for prompt, most, _ in asked[:4]]
     assert alone == [right for *_, right in asked[:4]]
@@ -47,9 +47,9 @@ def test_greedy_is_generate_of_the_same_weights_in_any_company(kind: str) -> Non
 
 def test_a_seed_repeats_in_any_company() -> None:
     run, asked = Run(smaller("llama")), requests("llama")
-    (alone,) = run.all([Completion(asked[1][0], 30, Sampling(1.0), seed=3)])
-    again = Completion(asked[1][0], 30, Sampling(1.0), seed=3)
-    run.all([*(Completion(prompt, most, Sampling(1.0)) for prompt, most, _ in asked[:4]), again])
+    (alone,) = run.all([Completion(asked[1][0], 30, SamplingParams(1.0), seed=3)])
+    again = Completion(asked[1][0], 30, SamplingParams(1.0), seed=3)
+    run.all([*(Completion(prompt, most, SamplingParams(1.0)) for prompt, most, _ in asked[:4]), again])
     assert again.tokens == alone.tokens
 
 
@@ -61,7 +61,7 @@ def test_an_adapter_adds_to_weights_of_8_bits_what_it_adds_to_others(kind: str, 
     added = []
     for base in (model(kind), smaller(kind)):
         own = copy.deepcopy(base)
-        adapters = Adapters(own, pinned({"poet": str(folder)}))
+        adapters = LoraAdapters(own, pinned({"poet": str(folder)}))
         adapters.load("poet", ())
         layer = next(it for path, it in own.named_modules() if path.endswith(ends[0]))
         given = torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(1))

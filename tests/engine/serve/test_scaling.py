@@ -57,9 +57,9 @@ def test_replicas_come_with_long_requests_and_go_to_none(ray: None, tiny: Config
     }  # fmt: skip
     up = deploy(with_values(tiny, values), {"writer": bundle.folder})
     try:
-        from engine.serve.deploy import told
+        from engine.serve.deploy import call_controller
 
-        app = told("state")["models"]["writer"]["stable"]["app"]
+        app = call_controller("state")["models"]["writer"]["stable"]["app"]
         body = {"prompt": "import os", "max_tokens": 110, "logit_bias": {"0": -100}}
         with load(up.url, body, clients=4) as noted:
             wait_for(lambda: replicas_of(app) == 2)

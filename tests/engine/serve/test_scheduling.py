@@ -5,14 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.serve.llm.scheduler import FairQueue, Lane, Place, Shape, common, place, shape_for, shares
+from engine.serve.llm.scheduler import (
+    CacheShape,
+    FairQueue,
+    Slot,
+    SlotAllocation,
+    allocate_slot,
+    cache_shape_for,
+    common_prefix_len,
+    schedule_tokens,
+)
 
 EMPTY = np.zeros(0, dtype=np.int64)
 
 
-def lane(tokens: list[int], coming: list[int] | None = None, busy: bool = False, used: int = 0) -> Lane:
+def lane(tokens: list[int], coming: list[int] | None = None, busy: bool = False, used: int = 0) -> Slot:
     held = np.array(tokens, dtype=np.int64)
-    return Lane(held, held if coming is None else np.array(coming), busy, used)
+    return Slot(held, held if coming is None else np.array(coming), busy, used)
 
 
 def take(queue: FairQueue[str], tokens: int) -> str:
@@ -74,31 +83,39 @@ def test_what_is_removed_is_forgotten() -> None:
     ],
 )
 def test_a_step_is_dealt(pending: list[int], budget: int, dealt: list[int]) -> None:
-    assert shares(pending, budget) == dealt
+    assert schedule_tokens(pending, budget) == dealt
 
 
 @pytest.mark.parametrize(
     ("prompt", "lanes", "found"),
     [
-        ([1, 2, 3], [lane([]), lane([])], Place(0, 0, 0)),
-        ([1, 2, 3], [lane([], busy=True), lane([])], Place(1, 1, 0)),
+        ([1, 2, 3], [lane([]), lane([])], SlotAllocation(0, 0, 0)),
+        ([1, 2, 3], [lane([], busy=True), lane([])], SlotAllocation(1, 1, 0)),
         ([1, 2, 3], [lane([], busy=True)], None),
-        ([1, 2, 3, 4], [lane([9, 9]), lane([1, 2, 3])], Place(1, 1, 3)),  # goes on where another ended
-        ([1, 2, 3], [lane([1, 2, 3])], Place(0, 0, 2)),  # the last token is read for its logits
-        ([1, 2, 3, 4], [lane([1, 2, 3, 5, 6], busy=True), lane([])], Place(1, 0, 3)),  # copied from one that runs
+        ([1, 2, 3, 4], [lane([9, 9]), lane([1, 2, 3])], SlotAllocation(1, 1, 3)),  # goes on where another ended
+        ([1, 2, 3], [lane([1, 2, 3])], SlotAllocation(0, 0, 2)),  # the last token is read for its logits
+        (
+            [1, 2, 3, 4],
+            [lane([1, 2, 3, 5, 6], busy=True), lane([])],
+            SlotAllocation(1, 0, 3),
+        ),  # copied from one that runs
         (
             [1, 2, 9],
             [lane([1, 2, 3, 4, 5, 6, 7], used=2), lane([8], used=1)],
-            Place(1, 0, 2),
+            SlotAllocation(1, 0, 2),
         ),  # a long one is not given up
-        ([1, 2, 9], [lane([1, 2, 3, 4, 5, 6, 7])], Place(0, 0, 2)),  # but where there is no other
-        ([9, 9], [lane([1], used=7), lane([2], used=3)], Place(1, 1, 0)),  # the longest out of use
+        ([1, 2, 9], [lane([1, 2, 3, 4, 5, 6, 7])], SlotAllocation(0, 0, 2)),  # but where there is no other
+        ([9, 9], [lane([1], used=7), lane([2], used=3)], SlotAllocation(1, 1, 0)),  # the longest out of use
         ([*range(60)], [lane([], coming=[*range(60)], busy=True), lane([])], None),  # soon there is much to share
-        ([*range(20)], [lane([], coming=[*range(20)], busy=True), lane([])], Place(1, 1, 0)),  # not worth waiting
+        (
+            [*range(20)],
+            [lane([], coming=[*range(20)], busy=True), lane([])],
+            SlotAllocation(1, 1, 0),
+        ),  # not worth waiting
     ],
 )
-def test_a_prompt_finds_its_lane(prompt: list[int], lanes: list[Lane], found: Place | None) -> None:
-    got = place(np.array(prompt), lanes)
+def test_a_prompt_finds_its_lane(prompt: list[int], lanes: list[Slot], found: SlotAllocation | None) -> None:
+    got = allocate_slot(np.array(prompt), lanes)
     if found and got and found.shared == 0:
         assert (got.lane, got.shared) == (found.lane, 0)
     else:
@@ -107,33 +124,33 @@ def test_a_prompt_finds_its_lane(prompt: list[int], lanes: list[Lane], found: Pl
 
 def test_what_another_adapter_read_is_no_use() -> None:
     held = np.array([1, 2, 3])
-    lanes = [Lane(held, held, False, 0, "poet"), Lane(EMPTY, EMPTY, False, 0)]
+    lanes = [Slot(held, held, False, 0, "poet"), Slot(EMPTY, EMPTY, False, 0)]
     prompt = np.array([1, 2, 3, 4])
-    assert place(prompt, lanes, "poet") == Place(0, 0, 3)
-    assert [place(prompt, lanes, other).shared for other in ("", "clerk")] == [0, 0]  # type: ignore[union-attr]
+    assert allocate_slot(prompt, lanes, "poet") == SlotAllocation(0, 0, 3)
+    assert [allocate_slot(prompt, lanes, other).shared for other in ("", "clerk")] == [0, 0]  # type: ignore[union-attr]
     coming = np.arange(60)
-    reads = [Lane(EMPTY, coming, True, 0, "poet"), Lane(EMPTY, EMPTY, False, 0)]
-    assert place(coming, reads, "poet") is None  # waits for the one that reads the same
-    assert place(coming, reads, "clerk")
+    reads = [Slot(EMPTY, coming, True, 0, "poet"), Slot(EMPTY, EMPTY, False, 0)]
+    assert allocate_slot(coming, reads, "poet") is None  # waits for the one that reads the same
+    assert allocate_slot(coming, reads, "clerk")
 
 
 def test_common_beginnings() -> None:
-    assert common(np.array([1, 2, 3]), np.array([1, 2])) == 2
-    assert common(np.array([1, 2, 3]), np.array([1, 5, 3])) == 1
-    assert common(np.array([1]), EMPTY) == 0
+    assert common_prefix_len(np.array([1, 2, 3]), np.array([1, 2])) == 2
+    assert common_prefix_len(np.array([1, 2, 3]), np.array([1, 5, 3])) == 1
+    assert common_prefix_len(np.array([1]), EMPTY) == 0
 
 
 @pytest.mark.parametrize(
     ("needs", "cache", "positions", "shape"),
     [
-        ([], 8192, 512, Shape(16, 512)),  # all fit whole
-        ([], 4096, 512, Shape(16, 256)),  # they don't: each gets an equal part
-        ([10, 300], 4096, 512, Shape(12, 320)),  # a long one takes of the others
-        ([512], 4096, 512, Shape(8, 512)),
-        ([4000], 4096, 100_000, Shape(1, 4032)),
-        ([4096], 4096, 100_000, Shape(1, 4096)),
-        ([100], 64, 512, Shape(1, 64)),  # never more than the cache
+        ([], 8192, 512, CacheShape(16, 512)),  # all fit whole
+        ([], 4096, 512, CacheShape(16, 256)),  # they don't: each gets an equal part
+        ([10, 300], 4096, 512, CacheShape(12, 320)),  # a long one takes of the others
+        ([512], 4096, 512, CacheShape(8, 512)),
+        ([4000], 4096, 100_000, CacheShape(1, 4032)),
+        ([4096], 4096, 100_000, CacheShape(1, 4096)),
+        ([100], 64, 512, CacheShape(1, 64)),  # never more than the cache
     ],
 )
-def test_the_cache_is_cut(needs: list[int], cache: int, positions: int, shape: Shape) -> None:
-    assert shape_for(needs, 16, cache, positions) == shape
+def test_the_cache_is_cut(needs: list[int], cache: int, positions: int, shape: CacheShape) -> None:
+    assert cache_shape_for(needs, 16, cache, positions) == shape

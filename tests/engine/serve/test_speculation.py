@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, ServeConfig
-from engine.serve.llm.model_runner import Packed
-from engine.serve.llm.engine import Completion
-from engine.serve.replica import Replica
 from engine.serve.http.schemas import CompletionRequest
-from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.engine import Completion
+from engine.serve.llm.model_runner import BatchedRunner
+from engine.serve.llm.sampler import SamplingParams
 from engine.serve.llm.speculative import Draft
+from engine.serve.replica import Replica
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.test_generation import CONFIGS, Run, requests
 
@@ -23,7 +23,7 @@ from tests.engine.serve.test_generation import CONFIGS, Run, requests
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_guessing_ahead_changes_no_token(kind: str) -> None:
     asked = requests(kind)
-    plain, quick = Run(kind), Run(kind, speculate=4)
+    plain, quick = Run(kind), Run(kind, num_speculative_tokens=4)
     found = {}
     for name, run in (("plain", plain), ("quick", quick)):
         alone = [run.all([Completion(prompt, most)])[0].tokens for prompt, most, _ in asked[:4]]
@@ -32,7 +32,7 @@ def test_guessing_ahead_changes_no_token(kind: str) -> None:
         assert {it.reason for it in together} <= {"stop", "length"}
     assert found["quick"] == found["plain"] == [right for *_, right in [*asked[:4], *asked]]
     load = quick.generator.load
-    if isinstance(quick.generator.forward, Packed):
+    if isinstance(quick.generator.forward, BatchedRunner):
         assert 0 < load["right_tokens"] <= load["guessed_tokens"]
         assert load["steps"] < plain.generator.load["steps"]
     else:
@@ -43,15 +43,15 @@ def test_guessing_ahead_changes_no_chance_and_no_score() -> None:
     dice = random.Random(3)
     word = [dice.randrange(6, 300) for _ in range(6)]
     samplings = [
-        Sampling(), Sampling(0.05), Sampling(0.3, top_p=0.9), Sampling(1.0, top_k=5), Sampling(0.2, frequency_penalty=0.5),
-        Sampling(bias={word[0]: 20.0, word[1]: 20.0}),
+        SamplingParams(), SamplingParams(0.05), SamplingParams(0.3, top_p=0.9), SamplingParams(1.0, top_k=5), SamplingParams(0.2, frequency_penalty=0.5),
+        SamplingParams(bias={word[0]: 20.0, word[1]: 20.0}),
     ]  # fmt: skip
     found = []
-    for speculate in (0, 1, 3, 8):
-        run = Run("llama", speculate=speculate)
+    for num_speculative_tokens in (0, 1, 3, 8):
+        run = Run("llama", num_speculative_tokens=num_speculative_tokens)
         asked = [Completion(word * 4, 40, sampling, seed=i, logprobs=2) for i, sampling in enumerate(samplings)]
         found.append([(it.tokens, it.reason, it.scores) for it in run.all(asked)])
-        if speculate:
+        if num_speculative_tokens:
             assert run.generator.load["right_tokens"] > 0
     for other in found[1:]:
         for (tokens, reason, scores), (right, why, wanted) in zip(other, found[0], strict=True):
@@ -88,11 +88,13 @@ def test_a_replica_guesses_where_it_is_asked_to(tiny: Config, tmp_path: Path) ->
     bundle = fresh_bundle(tiny, tmp_path / "writer" / "bundle")
     job = CompletionRequest(prompt="x = 1\ny = 2\n" * 3, max_tokens=60, temperature=0, logprobs=1).job()
     found, forwards = [], []
-    for speculate in (0, 6):
-        replica = Replica(str(bundle.folder), asdict(ServeConfig(precision="fp32", speculate=speculate)))
+    for num_speculative_tokens in (0, 6):
+        replica = Replica(
+            str(bundle.folder), asdict(ServeConfig(precision="fp32", num_speculative_tokens=num_speculative_tokens))
+        )
         found.append([it["text"] for it in asyncio.run(replica.complete(job))["choices"]])
         figures = replica.figures()
-        assert (figures["right_tokens"] > 0) == (speculate > 0)
+        assert (figures["right_tokens"] > 0) == (num_speculative_tokens > 0)
         forwards.append(figures["steps"])
     assert found[0] == found[1]
     assert forwards[1] < forwards[0]

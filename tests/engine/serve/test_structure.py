@@ -13,8 +13,8 @@ import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config
-from engine.serve.llm.engine import Completion, TransformersGenerator
-from engine.serve.llm.sampler import Sampling, choose
+from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.llm.sampler import SamplingParams, choose
 from engine.serve.llm.structured_output import BadSchema, Structure
 from tests.engine.bundles.making import fresh_bundle
 
@@ -55,8 +55,10 @@ class Only:
         return self.taken == 2
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, top_p=0.5), Sampling(1.0, top_k=1)])
-def test_a_mask_holds_for_its_row(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_p=0.5), SamplingParams(1.0, top_k=1)]
+)
+def test_a_mask_holds_for_its_row(sampling: SamplingParams) -> None:
     logits = torch.tensor([[9.0, 0, 1, 2], [9.0, 0, 1, 2]])
     for i in range(20):
         picked = choose(logits, [sampling] * 2, [[], []], [random.Random(i), random.Random(i)], [Only([1, 3]), None])
@@ -65,17 +67,17 @@ def test_a_mask_holds_for_its_row(sampling: Sampling) -> None:
     assert logits[0, 0] == 9
 
 
-@pytest.mark.parametrize("speculate", [0, 4])
-def test_any_seed_gives_json_of_the_schema(bundle: Bundle, speculate: int) -> None:
+@pytest.mark.parametrize("num_speculative_tokens", [0, 4])
+def test_any_seed_gives_json_of_the_schema(bundle: Bundle, num_speculative_tokens: int) -> None:
     tokenizer = bundle.processor()
     structure = Structure(tokenizer)
     grammar = structure.grammar(json.dumps(SCHEMA))
     ended: queue.Queue[Completion] = queue.Queue()
-    generator = TransformersGenerator(
-        bundle.model(), 128, max_batch=4, max_queue=32, step_tokens=64, speculate=speculate,
+    generator = TransformersEngine(
+        bundle.model(), 128, max_num_seqs=4, max_queue=32, max_batched_tokens=64, num_speculative_tokens=num_speculative_tokens,
         tell=lambda news: [ended.put(it) for it in news if it.reason],  # type: ignore[func-returns-value]
     )  # fmt: skip
-    asked = [Completion([7, 8], 120, Sampling(1.0), seed=i, mask=structure.mask(grammar)) for i in range(6)]
+    asked = [Completion([7, 8], 120, SamplingParams(1.0), seed=i, mask=structure.mask(grammar)) for i in range(6)]
     free = Completion([7, 8], 30, seed=0)
     generator.submit([*asked, free])
     for _ in range(7):

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from engine.config import Config
 from engine.data.prepare import prepare
 from engine.data.tokenizer import load_tokenizer
+from engine.serve.llm.detokenizer import Detokenizer, Logprobs, token_bytes, token_text
 from engine.serve.llm.engine import Completion, Score
-from engine.serve.llm.detokenizer import Logprobs, Text, token_bytes, token_text
 
 WORDS = "def naïve(x):\n    return '→ 日本語' + x  # done\n"
 
@@ -22,7 +22,7 @@ def tokenizer(tiny: Config) -> PreTrainedTokenizerFast:
 def test_the_parts_make_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer(WORDS)["input_ids"]
     assert any("\ufffd" in tokenizer.decode([token]) for token in ids)  # characters of several tokens
-    text, parts = Text(tokenizer), []
+    text, parts = Detokenizer(tokenizer), []
     for token in ids:
         text.add([token])
         parts.append(text.take())
@@ -41,7 +41,7 @@ def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_half_a_character_is_told_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer("a→")["input_ids"]
-    text = Text(tokenizer)
+    text = Detokenizer(tokenizer)
     for token in ids[:-1]:
         text.add([token])
     assert text.take() == "a"
@@ -51,7 +51,7 @@ def test_half_a_character_is_told_at_the_end(tokenizer: PreTrainedTokenizerFast)
 
 @pytest.mark.parametrize("stop", [["return"], ["zzz", "rn '"], [":\n    r"], ["\n"]])
 def test_a_stop_text_is_never_told(tokenizer: PreTrainedTokenizerFast, stop: list[str]) -> None:
-    text, told = Text(tokenizer, stop=stop), ""
+    text, told = Detokenizer(tokenizer, stop=stop), ""
     for token in tokenizer(WORDS)["input_ids"]:
         text.add([token])
         told += text.take()
@@ -62,7 +62,7 @@ def test_a_stop_text_is_never_told(tokenizer: PreTrainedTokenizerFast, stop: lis
 
 
 def test_what_might_have_become_a_stop_text_is_told_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    text = Text(tokenizer, stop=["x):!"])
+    text = Detokenizer(tokenizer, stop=["x):!"])
     text.add(tokenizer("f(x):")["input_ids"])
     assert text.take() == "f("
     text.end()

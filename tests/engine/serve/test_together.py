@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from engine.serve.batching import Together
+from engine.serve.batching import DynamicBatcher
 
 
 class Slow:
@@ -29,7 +29,7 @@ def test_those_that_come_meanwhile_share_the_next() -> None:
     slow = Slow()
 
     async def ask() -> list[list[int]]:
-        together = Together(slow, 4)
+        together = DynamicBatcher(slow, 4)
         first = asyncio.create_task(together([1]))
         while not slow.batches:
             await asyncio.sleep(0.001)
@@ -50,7 +50,7 @@ def test_an_error_is_that_of_its_batch() -> None:
     slow.go.set()
 
     async def ask() -> None:
-        together = Together(slow, 2)
+        together = DynamicBatcher(slow, 2)
         with pytest.raises(ValueError, match="thirteen"):
             await together([13, 1])
         assert await together([2]) == [4]
@@ -69,7 +69,7 @@ def test_alone_an_input_is_answered_at_once_unless_it_is_to_wait(monkeypatch: py
     monkeypatch.setattr("engine.serve.batching.asyncio.sleep", noted)
 
     async def ask(wait_s: float) -> None:
-        together = Together(slow, 16, wait_s)
+        together = DynamicBatcher(slow, 16, wait_s)
         await asyncio.gather(together([1]), together([2]))
 
     asyncio.run(ask(0.0))

@@ -31,10 +31,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.http.middleware import Access, Door, Visit
+from engine.serve.http.middleware import Access, AccessControl, RequestContext
+from engine.serve.http.schemas import CompletionRequest
 from engine.serve.metrics import Metrics
 from engine.serve.replica import Refused, Replica
-from engine.serve.http.schemas import CompletionRequest
 from engine.serve.tracing import NO_SPAN, Tracing, handed_on, trace_id
 from tests.engine.serve.clients import wait_for
 from tests.engine.serve.test_serve import writer_and_namer
@@ -332,10 +332,10 @@ def test_an_answer_that_failed_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20secret")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "ours")
     with collecting() as collector:
-        door = Door(Access(tracing=collector.url), Metrics(), {"/v1/completions"})
+        door = AccessControl(Access(tracing=collector.url), Metrics(), {"/v1/completions"})
         trace, header = within(30)
         headers = [(b"traceparent", header["traceparent"].encode()), (b"tracestate", b"vendor=1")]
-        visit: Visit = door.visit({"method": "POST", "path": "/v1/completions", "headers": headers})
+        visit: RequestContext = door.visit({"method": "POST", "path": "/v1/completions", "headers": headers})
         assert trace_id(visit.span) == trace
         further = handed_on(visit.span)
         assert further

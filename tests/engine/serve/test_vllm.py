@@ -24,13 +24,13 @@ from torch import nn
 from engine.bundles.bundle import Bundle, Manifest
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
-from engine.serve.llm.lora import pinned
 from engine.serve.deploy import deploy, refuse_what_cannot_serve
 from engine.serve.llm.engine import Completion, QueueFull
-from engine.serve.replica import wake_readers
-from engine.serve.llm.sampler import Sampling
+from engine.serve.llm.lora import pinned
+from engine.serve.llm.sampler import SamplingParams
 from engine.serve.llm.structured_output import Structure
-from engine.serve.llm.vllm_engine import WORKER, VllmGenerator, refuse_without_vllm, verified_generator
+from engine.serve.llm.vllm_engine import WORKER, VllmEngine, refuse_without_vllm, verified_generator
+from engine.serve.replica import wake_readers
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, metrics_at_rest, processes, wait_for
 from tests.engine.serve.test_adapters import merged, save
@@ -38,7 +38,7 @@ from tests.ports import free_port
 
 PYTHON = os.environ.get("MANTA_VLLM_PYTHON", "")
 OPTIONS = {
-    "generator": "vllm", "vllm_python": PYTHON, "vllm_options": {"enforce_eager": True}, "max_batch": 4, "max_queue": 40,
+    "generator": "vllm", "vllm_python": PYTHON, "vllm_options": {"enforce_eager": True}, "max_num_seqs": 4, "max_queue": 40,
     "cpus_per_replica": 1, "max_replicas": 1,
 }  # fmt: skip
 WIDE = {
@@ -78,9 +78,9 @@ def folders(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def vllm(bundle: Bundle, folders: dict[str, Path]) -> Iterator[VllmGenerator]:
+def vllm(bundle: Bundle, folders: dict[str, Path]) -> Iterator[VllmEngine]:
     options = ServeConfig(**OPTIONS, adapters=pinned(folders), max_adapters=1)  # type: ignore[arg-type]
-    generator = VllmGenerator(bundle.folder, options, torch.float32, wake)
+    generator = VllmEngine(bundle.folder, options, torch.float32, wake)
     yield generator
     generator.close()
 
@@ -106,7 +106,7 @@ def greedy(asked: nn.Module, prompt: list[int], most: int) -> list[int]:
 
 
 @with_vllm
-def test_greedy_is_generate_in_company(vllm: VllmGenerator, bundle: Bundle, model: nn.Module) -> None:
+def test_greedy_is_generate_in_company(vllm: VllmEngine, bundle: Bundle, model: nn.Module) -> None:
     asked = requests(bundle)
     found = [Completion(prompt, most, stepwise=i % 2 == 0) for i, (prompt, most) in enumerate(asked)]
     vllm.complete(found)
@@ -123,17 +123,17 @@ def test_greedy_is_generate_in_company(vllm: VllmGenerator, bundle: Bundle, mode
 
 
 @with_vllm
-def test_an_end_is_told_and_left_out(vllm: VllmGenerator, model: nn.Module) -> None:
+def test_an_end_is_told_and_left_out(vllm: VllmEngine, model: nn.Module) -> None:
     end = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    it = Completion([7, 8], 20, Sampling(bias={int(end): 100.0}), logprobs=0)
+    it = Completion([7, 8], 20, SamplingParams(bias={int(end): 100.0}), logprobs=0)
     vllm.complete([it])
     assert (it.tokens, it.reason, [score.token for score in it.scores]) == ([], "stop", [end])
 
 
 @with_vllm
-def test_a_seed_repeats_in_any_company(vllm: VllmGenerator, bundle: Bundle) -> None:
+def test_a_seed_repeats_in_any_company(vllm: VllmEngine, bundle: Bundle) -> None:
     prompt = requests(bundle)[1][0]
-    ways = [Sampling(1.0), Sampling(0.8, top_p=0.9), Sampling(1.2, top_k=20, frequency_penalty=0.5)]
+    ways = [SamplingParams(1.0), SamplingParams(0.8, top_p=0.9), SamplingParams(1.2, top_k=20, frequency_penalty=0.5)]
 
     def seeded() -> list[Completion]:
         return [Completion(prompt, 30, way, seed=3) for way in ways]
@@ -141,18 +141,18 @@ def test_a_seed_repeats_in_any_company(vllm: VllmGenerator, bundle: Bundle) -> N
     alone = seeded()
     for it in alone:
         vllm.complete([it])
-    others = [Completion(other, most, Sampling(1.0)) for other, most in requests(bundle)[:6]]
+    others = [Completion(other, most, SamplingParams(1.0)) for other, most in requests(bundle)[:6]]
     vllm.complete([*others, *(mixed := seeded())])
     assert [it.tokens for it in mixed] == [it.tokens for it in alone]
-    free = [Completion(prompt, 30, Sampling(1.0)) for _ in range(2)]
-    vllm.complete([*free, other := Completion(prompt, 30, Sampling(1.0), seed=4)])
+    free = [Completion(prompt, 30, SamplingParams(1.0)) for _ in range(2)]
+    vllm.complete([*free, other := Completion(prompt, 30, SamplingParams(1.0), seed=4)])
     assert len({tuple(it.tokens) for it in (*free, other, alone[0])}) == 4
 
 
 @with_vllm
-def test_scores_are_the_models_own(vllm: VllmGenerator, bundle: Bundle, model: nn.Module) -> None:
+def test_scores_are_the_models_own(vllm: VllmEngine, bundle: Bundle, model: nn.Module) -> None:
     prompt = requests(bundle)[0][0]
-    it = Completion(prompt, 6, Sampling(1.5, presence_penalty=1.0), seed=0, logprobs=3, score_prompt=True)
+    it = Completion(prompt, 6, SamplingParams(1.5, presence_penalty=1.0), seed=0, logprobs=3, score_prompt=True)
     whole = Completion((prompt * 128)[:128], 0, logprobs=0, score_prompt=True)  # as long as may be
     vllm.complete([it, whole])
     with torch.no_grad():
@@ -166,12 +166,12 @@ def test_scores_are_the_models_own(vllm: VllmGenerator, bundle: Bundle, model: n
 
 
 @with_vllm
-def test_any_seed_gives_json_of_the_schema(vllm: VllmGenerator, bundle: Bundle) -> None:
+def test_any_seed_gives_json_of_the_schema(vllm: VllmEngine, bundle: Bundle) -> None:
     tokenizer = bundle.processor()
     structure = Structure(tokenizer)
     grammar = structure.grammar(json.dumps(SCHEMA))
     asked = [
-        Completion([7, 8], 90, Sampling(1.0), seed=i, mask=structure.mask(grammar), schema=json.dumps(SCHEMA))
+        Completion([7, 8], 90, SamplingParams(1.0), seed=i, mask=structure.mask(grammar), schema=json.dumps(SCHEMA))
         for i in range(6)
     ]
     vllm.complete(asked)
@@ -183,7 +183,7 @@ def test_any_seed_gives_json_of_the_schema(vllm: VllmGenerator, bundle: Bundle) 
 
 
 @with_vllm
-def test_an_adapter_is_its_merged_model(vllm: VllmGenerator, bundle: Bundle, model: nn.Module, folders: dict[str, Path]) -> None:  # fmt: skip
+def test_an_adapter_is_its_merged_model(vllm: VllmEngine, bundle: Bundle, model: nn.Module, folders: dict[str, Path]) -> None:  # fmt: skip
     prompt = requests(bundle)[2][0]
     names = ["poet", "", "clerk", "poet"]
     asked = [Completion(prompt, 12, adapter=name) for name in names]
@@ -196,7 +196,7 @@ def test_an_adapter_is_its_merged_model(vllm: VllmGenerator, bundle: Bundle, mod
 
 
 @with_vllm
-def test_a_changed_adapter_and_a_bad_token_are_their_own_requests_affair(vllm: VllmGenerator, folders: dict[str, Path]) -> None:  # fmt: skip
+def test_a_changed_adapter_and_a_bad_token_are_their_own_requests_affair(vllm: VllmEngine, folders: dict[str, Path]) -> None:  # fmt: skip
     vllm.complete([Completion([7], 1, adapter="poet")])
     file = folders["clerk"] / "adapter_config.json"
     before = file.read_text()
@@ -210,8 +210,8 @@ def test_a_changed_adapter_and_a_bad_token_are_their_own_requests_affair(vllm: V
 
 
 @with_vllm
-def test_who_left_or_waited_too_long_takes_no_place(vllm: VllmGenerator, model: nn.Module) -> None:
-    never = Sampling(bias={int(model.generation_config.eos_token_id): -100.0})  # type: ignore[union-attr]
+def test_who_left_or_waited_too_long_takes_no_place(vllm: VllmEngine, model: nn.Module) -> None:
+    never = SamplingParams(bias={int(model.generation_config.eos_token_id): -100.0})  # type: ignore[union-attr]
     slow = [Completion([7], 120, never) for _ in range(4)]
     vllm.submit(slow)
     wait_for(lambda: all(it.tokens for it in slow))
@@ -229,7 +229,7 @@ def test_who_left_or_waited_too_long_takes_no_place(vllm: VllmGenerator, model: 
 
 
 @with_vllm
-def test_users_take_turns(vllm: VllmGenerator) -> None:
+def test_users_take_turns(vllm: VllmEngine) -> None:
     many, few = [Completion([7], 4, client="many") for _ in range(16)], Completion([7], 4, client="few")
     vllm.complete([*many, few])
     assert sum(it.placed_at < few.placed_at for it in many) <= 5
@@ -284,7 +284,7 @@ def test_a_killed_worker_is_noticed(bundle: Bundle) -> None:
 def test_vllm_says_which_option_it_does_not_have(bundle: Bundle) -> None:
     options = ServeConfig(**OPTIONS | {"vllm_options": {"enforce_eagre": True}})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"serve.vllm_options.enforce_eagre .* did you mean 'enforce_eager'\?"):
-        VllmGenerator(bundle.folder, options, torch.float32)
+        VllmEngine(bundle.folder, options, torch.float32)
 
 
 @with_vllm
@@ -345,7 +345,7 @@ def test_a_worker_that_ends_before_it_is_ready_is_told(bundle: Bundle, tmp_path:
     python.write_text('#!/bin/sh\ncase "$*" in *find_spec*) exit 0;; *) exit 3;; esac\n')
     python.chmod(0o755)
     with pytest.raises(UserError, match="vLLM ended before it was ready"):
-        VllmGenerator(bundle.folder, ServeConfig(generator="vllm", vllm_python=str(python)), torch.float32)
+        VllmEngine(bundle.folder, ServeConfig(generator="vllm", vllm_python=str(python)), torch.float32)
 
 
 def test_a_bundle_that_does_not_write_is_refused(tiny_functions: Config, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_bundle_that_does_not_write_is_refused(tiny_functions: Config, tmp_pat
             "serve.quantize=int8 is for serve.generator=transformers",
         ),
         ({"serve.generator": "vllm", "serve.compile": True}, "serve.compile=True is for"),
-        ({"serve.generator": "vllm", "serve.speculate": 4}, "serve.speculate=4 is for"),
+        ({"serve.generator": "vllm", "serve.num_speculative_tokens": 4}, "serve.num_speculative_tokens=4 is for"),
         ({"serve.generator": "vllm", "serve.vllm_options": {"dtype": "half"}}, "use serve.precision="),
         ({"serve.generator": "vllm", "serve.gpus_per_replica": 1.5}, "use a whole number"),
     ],

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from engine.config import Config, with_values
-from engine.sweep.room import Room
+from engine.sweep.room import MemoryCheck
 
 
 def test_a_micro_batch_is_halved_until_it_fits(tiny: Config) -> None:
     config = with_values(tiny, {"train.micro_batch": 8})
-    room = Room(config, slots=2)
+    room = MemoryCheck(config, slots=2)
     assert room.bytes is not None
     assert room.fitted(config) == (config, "")
     room.bytes = room._need(with_values(config, {"train.micro_batch": 2}))
@@ -27,13 +27,15 @@ def test_a_micro_batch_is_halved_until_it_fits(tiny: Config) -> None:
 
 
 def test_room_is_shared_by_the_trials_and_their_workers(tiny: Config) -> None:
-    alone, four = Room(tiny, slots=1), Room(with_values(tiny, {"train.workers": 2}), slots=2)
+    alone, four = MemoryCheck(tiny, slots=1), MemoryCheck(with_values(tiny, {"train.workers": 2}), slots=2)
     assert alone.bytes is not None
     assert four.bytes is not None
     assert abs(alone.bytes / four.bytes - 4) < 0.2
-    whole, half = (Room(with_values(tiny, {"plan.device": "v100_32gb"}), slots=2, gpus=gpus) for gpus in (1.0, 0.5))
+    whole, half = (
+        MemoryCheck(with_values(tiny, {"plan.device": "v100_32gb"}), slots=2, gpus=gpus) for gpus in (1.0, 0.5)
+    )
     assert whole.bytes is not None
     assert half.bytes == whole.bytes / 2
     assert 26e9 < whole.bytes < 34.4e9
     if not torch.cuda.is_available():
-        assert Room(tiny, slots=2, gpus=0.5).bytes is None  # of another machine: not known
+        assert MemoryCheck(tiny, slots=2, gpus=0.5).bytes is None  # of another machine: not known

@@ -125,7 +125,7 @@ def test_a_trial_that_fails_or_cannot_be_does_so_alone(ray: None, tiny_functions
 
 @pytest.mark.slow
 def test_a_trial_out_of_memory_fails_alone(ray: None, tiny_functions: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.Room, "fitted", lambda self, config: (config, ""))  # the plan would refuse it
+    monkeypatch.setattr(launch.MemoryCheck, "fitted", lambda self, config: (config, ""))  # the plan would refuse it
     config = of(tiny_functions, "large", sweep__scheduler="none", sweep__searcher="grid", sweep__concurrent=1,
                 sweep__space={"model.intermediate_size": {"choice": [10**13, 64]}})  # fmt: skip
     result = sweep(config)

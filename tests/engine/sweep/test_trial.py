@@ -17,14 +17,14 @@ from engine.sweep.weights import copier, start_state
 from engine.train.job import Job
 from engine.train.run_folder import RunFolder
 from engine.train.worker import local_group, work
-from engine.train.zero import Sharded
+from engine.train.zero import ZeroModel
 
 
 def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
     config = with_values(tiny, {"train.evaluate_every": 1, "train.checkpoint_every": 1})
     job = Job(config, prepare(config), leaves_bundle=False)
     state, process, seen = start_state(job), psutil.Process(), []
-    others = {id(thing) for thing in gc.get_objects() if isinstance(thing, Sharded)}  # that a test before has left
+    others = {id(thing) for thing in gc.get_objects() if isinstance(thing, ZeroModel)}  # that a test before has left
 
     def stop(line: dict[str, Any]) -> None:
         if line["step"] == 3:
@@ -40,7 +40,7 @@ def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
         clean(run)
         assert not run.checkpoints.exists()
         gc.collect()
-        models = sum(isinstance(thing, Sharded) and id(thing) not in others for thing in gc.get_objects())
+        models = sum(isinstance(thing, ZeroModel) and id(thing) not in others for thing in gc.get_objects())
         seen.append((threading.active_count(), process.num_fds(), models, process.memory_info().rss))
     assert seen[-1][:2] == seen[1][:2]
     assert seen[-1][2] == seen[1][2] <= 1

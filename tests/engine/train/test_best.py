@@ -31,7 +31,7 @@ def test_the_bundle_is_the_best_steps_and_the_run_ends_early(tiny: Config) -> No
     checkpoints = config.run_dir / "checkpoints"
     assert step_folders(checkpoints) == [step_folder(checkpoints, best + 3), step_folder(checkpoints, best)]
     state = Checkpoint(step_folder(checkpoints, best + 3)).state
-    assert (state.best, state.best_step, state.stale) == (min(values), best, 3)
+    assert (state.best, state.best_step, state.evals_since_best) == (min(values), best, 3)
     weights = Checkpoint(step_folder(checkpoints, best)).weights()
     for name, tensor in load_file(config.run_dir / "bundle" / "model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
@@ -42,11 +42,11 @@ def test_the_bundle_is_the_best_steps_and_the_run_ends_early(tiny: Config) -> No
 
 def test_judging() -> None:
     state = TrainState(step=4).judged(2.0, "min")
-    assert (state.best, state.best_step, state.stale) == (2.0, 4, 0)
+    assert (state.best, state.best_step, state.evals_since_best) == (2.0, 4, 0)
     state = state.after(1, 1, 1).judged(2.0, "min")
-    assert (state.best_step, state.stale) == (4, 1)
-    assert state.judged(1.0, "min").stale == 0
-    assert TrainState().judged(0.5, "max").judged(0.4, "max").stale == 1
+    assert (state.best_step, state.evals_since_best) == (4, 1)
+    assert state.judged(1.0, "min").evals_since_best == 0
+    assert TrainState().judged(0.5, "max").judged(0.4, "max").evals_since_best == 1
 
 
 def test_patience_needs_validations(tiny: Config) -> None:

@@ -30,20 +30,20 @@ BAD = 2  # the step, from 0, with the bad sample
 
 def poisoned(rank: int, world: int, specs: str) -> None:
     """Run jobs whose loss is not a number wherever one sample of step BAD is in the batch, on whichever rank."""
-    from engine.objectives.causal_lm import Objective
+    from engine.objectives.causal_lm import CausalLM
 
     config = Job.from_dict(json.loads(specs)[0]).config
     blocks = Blocks(Split.open(prepare(config), "train"), config.data.sequence_length)
     sample = Order(len(blocks), config.global_batch, config.seed).samples(BAD)[5]
     tokens = torch.as_tensor(blocks[sample]["tokens"][:-1])
-    sound = Objective.loss
+    sound = CausalLM.loss
 
     def loss(self: Any, model: Any, batch: Any) -> Any:
         found = sound(self, model, batch)
         hit = (batch.inputs["input_ids"] == tokens).all(1).any()
         return type(found)(found.sum * float("nan"), found.count) if hit else found
 
-    Objective.loss = loss  # type: ignore[method-assign]
+    CausalLM.loss = loss  # type: ignore[method-assign]
     work_on(rank, world, specs)
 
 

@@ -17,8 +17,8 @@ from engine.errors import UserError
 from engine.serve.llm.lora import pinned, read
 from engine.sweep.weights import copier, start_state
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
 from engine.train.init_model import make_model
+from engine.train.job import Job
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.train.ranks import losses, run_here, run_ranks
 

@@ -14,8 +14,8 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.models.attention import ATTENTION
 from engine.train.group import Group
+from engine.train.init_model import attach_mmap, empty_model, equip, held, make_model, start_model, write_mmap
 from engine.train.job import Job
-from engine.train.init_model import equip, held, hollow, lay_down, make_model, start_model, take_up
 from tests.engine.objectives.conftest import FAMILIES
 from tests.engine.train.ranks import on_ranks
 
@@ -35,10 +35,10 @@ def test_a_hollow_model_takes_no_memory_and_takes_up_all_of_a_whole_one(
     config = with_values(tiny, MODELS[name])
     job = Job(config, prepare(config))
     objective = job.objective()
-    whole, other = make_model(job, objective), hollow(job, objective)
+    whole, other = make_model(job, objective), empty_model(job, objective)
     assert {p.untyped_storage().nbytes() for p in other.parameters()} == {4}
-    lay_down(whole, tmp_path / "whole.safetensors")
-    take_up(other, tmp_path / "whole.safetensors")
+    write_mmap(whole, tmp_path / "whole.safetensors")
+    attach_mmap(other, tmp_path / "whole.safetensors")
     expected = dict(held(whole))
     assert expected.keys() == dict(held(other)).keys()
     for key, tensor in held(other):

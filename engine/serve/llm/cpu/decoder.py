@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.serve.llm.cpu.linear import Packed
+from engine.serve.llm.cpu.linear import PackedWeight
 
 PRODUCTS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -40,7 +40,7 @@ def make_decoder(model: Any) -> Decoder | None:
         return None
     products = [layer.get_submodule(part) for layer in base.layers for part in PRODUCTS] + [model.lm_head]
     packed: list[Any] = [getattr(product, "packed", None) for product in products]
-    if not all(isinstance(it, Packed) for it in packed):
+    if not all(isinstance(it, PackedWeight) for it in packed):
         return None
     none = torch.empty(0)
     made: Decoder = torch.classes.manta.Decoder(

@@ -43,20 +43,20 @@ def pack_linear(model: nn.Module) -> nn.Module:
     return model
 
 
-def _packed(layer: nn.Module) -> Packed | None:
+def _packed(layer: nn.Module) -> PackedWeight | None:
     """Return a layer's packed weight; None where it has none."""
     if isinstance(layer, Int8Linear):
         on_cpu = layer.weight.device.type == "cpu" and kernels.load()
-        return Packed(layer.weight, layer.bias, layer.scale) if on_cpu else None
+        return PackedWeight(layer.weight, layer.bias, layer.scale) if on_cpu else None
     if type(layer) not in (nn.Linear, Conv1D) or layer.weight.device.type != "cpu":
         return None
     if layer.weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return None
     weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
-    return Packed(weight_OI, layer.bias)  # type: ignore[arg-type]
+    return PackedWeight(weight_OI, layer.bias)  # type: ignore[arg-type]
 
 
-class Packed:
+class PackedWeight:
     """What a layer multiplies by."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None = None) -> None:
@@ -90,7 +90,7 @@ class Packed:
 
 
 _NUMBERS = itertools.count()
-_BY_NUMBER: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
+_BY_NUMBER: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDictionary()
 _OPERATIONS = torch.library.Library("manta", "FRAGMENT")
 _OPERATIONS.define("linear(Tensor given, int number, int outputs) -> Tensor")
 _OPERATIONS.impl("linear", lambda given, number, _: _BY_NUMBER[number].by_onednn(given), "CompositeExplicitAutograd")
