@@ -22,7 +22,7 @@ from engine.serve.http.api import Api
 from engine.serve.http.haproxy import Balancer
 from engine.serve.llm.lora import pinned
 from engine.serve.replica import Replica
-from engine.serve.routing.autoscaling import WorkInFlight, ongoing
+from engine.serve.routing.autoscaling import InFlightWorkPolicy, max_ongoing_requests
 from engine.serve.routing.controller import Controller
 from engine.serve.routing.rollout import Version
 
@@ -67,7 +67,7 @@ def version_application(args: dict[str, Any]) -> Any:
         deployment = serve.deployment(
             name=f"bundle-{args['name']}".replace("/", "-"),
             autoscaling_config=autoscaling(options),
-            max_ongoing_requests=ongoing(options.max_num_seqs),
+            max_ongoing_requests=max_ongoing_requests(options.max_num_seqs),
             max_queued_requests=options.max_queue,
             **spread,
             graceful_shutdown_timeout_s=options.drain_s,
@@ -91,7 +91,10 @@ def autoscaling(options: ServeConfig) -> dict[str, Any]:
         "upscale_delay_s": options.scale_up_s,
         "downscale_delay_s": options.scale_down_s,
         "downscale_to_zero_delay_s": options.scale_to_zero_s,
-        "policy": {"policy_function": f"{WorkInFlight.__module__}:{WorkInFlight.__name__}", "policy_kwargs": targets},
+        "policy": {
+            "policy_function": f"{InFlightWorkPolicy.__module__}:{InFlightWorkPolicy.__name__}",
+            "policy_kwargs": targets,
+        },
     }
 
 

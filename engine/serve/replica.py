@@ -39,9 +39,9 @@ from engine.serve.llm.model_runner import positions
 from engine.serve.llm.sampler import Mask, SamplingParams
 from engine.serve.llm.structured_output import BadSchema, Structure
 from engine.serve.llm.vllm_engine import verified_generator
-from engine.serve.routing.autoscaling import REQUESTS, TOKENS
-from engine.serve.routing.ipc import IpcServer
-from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.routing.autoscaling import IPC_REQUESTS, TOKENS_IN_FLIGHT
+from engine.serve.routing.ipc import IpcAddress, IpcServer
+from engine.serve.routing.loopback import bind_to_loopback
 from engine.serve.short_lived_thread import run_in_short_lived_thread
 from engine.serve.tracing import Trace, Tracing
 
@@ -110,9 +110,9 @@ class Replica:
 
     def __init__(self, folder: str, options: dict[str, Any]) -> None:
         """Load the bundle. Raises UserError, and so takes no traffic, if it was changed or answers otherwise than recorded."""
-        stay_on_loopback()
+        bind_to_loopback()
         self.options = ServeConfig(**options)
-        self.mouth = IpcServer(self)
+        self.ipc_server = IpcServer(self)
         torch.set_num_threads(max(1, round(self.options.cpus_per_replica)))
         self.bundle = Bundle.open(Path(folder))
         about = {"service.instance.id": replica_id(), "manta.version": self.bundle.hash[:VERSION_DIGITS]}
@@ -151,16 +151,16 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the tokens that are still to be read and written, of all that is queued and runs here, and requests by lanes."""
         left = sum(it.need - it.cached for it in list(self.writing) if it.reason is None)
-        return {TOKENS: float(left + self.reading), REQUESTS: float(self.mouth.under_way)}
+        return {TOKENS_IN_FLIGHT: float(left + self.reading), IPC_REQUESTS: float(self.ipc_server.num_in_flight)}
 
-    async def lane(self) -> dict[str, str]:
-        """Return where an ingress on this node finds a lane to this replica."""
-        await self.mouth.open()
-        return {"node": ray.get_runtime_context().get_node_id(), "name": self.mouth.name}
+    async def ipc_address(self) -> IpcAddress:
+        """Return where an ingress on this node connects to this replica; the first call starts to listen."""
+        await self.ipc_server.start()
+        return IpcAddress(ray.get_runtime_context().get_node_id(), self.ipc_server.socket_name)
 
     def __del__(self) -> Awaitable[None] | None:
-        """Answer what came by lanes before the process ends: Serve awaits this."""
-        return self.mouth.close(self.options.drain_s) if self.mouth.server else None
+        """Finish the calls that came by sockets before the process ends: Serve awaits this."""
+        return self.ipc_server.close(self.options.drain_s) if self.ipc_server.is_listening else None
 
     @contextlib.contextmanager
     def reads(self, inputs: Sequence[str | list[int]]) -> Iterator[None]:
@@ -202,7 +202,7 @@ class Replica:
         return load | {
             "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": self.device,
             "steps": self.forwards + load.get("steps", 0), "rows": self.rows + load.get("rows", 0),
-            "by_lanes": self.mouth.taken,
+            "by_lanes": self.ipc_server.num_requests,
         }  # fmt: skip
 
     async def classify(self, texts: list[str], trace: Trace | None = None) -> list[dict[str, Any]]:

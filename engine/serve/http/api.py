@@ -44,7 +44,7 @@ from engine.serve.http.static import POLICY, SWAGGER_CSS, SWAGGER_JS, page_files
 from engine.serve.http.transcriptions import PATH as TRANSCRIPTIONS
 from engine.serve.http.transcriptions import form_schema, response, uploaded
 from engine.serve.metrics import Metric, Metrics
-from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.routing.loopback import bind_to_loopback
 from engine.serve.routing.router import Router
 from engine.serve.tracing import FIRST_TOKEN, handed_on
 
@@ -153,7 +153,7 @@ class Api:
 
         Raises UserError for unreadable keys, and an address that it cannot listen on.
         """
-        stay_on_loopback()
+        bind_to_loopback()
         self.bundles = Router(steward, settings, self._change)
         self.created = int(time.time())
         self.counts = Metrics()

@@ -28,7 +28,7 @@ from engine.errors import UserError
 from engine.serve.http.errors import ApiError
 from engine.serve.http.ingress_sockets import paths, socket_dir
 from engine.serve.http.server import KEEP_ALIVE_S, listen
-from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.routing.loopback import bind_to_loopback
 
 CONNECTIONS = 8192  # at once, at most; what comes beyond waits in the listening socket's queue
 BUFFER_BYTES = 65_536  # of a request's head, and of a whole request that can be given to another ingress
@@ -157,7 +157,7 @@ class Balancer:
 
     def __init__(self, host: str, port: int, ingresses: int, body_timeout_s: float, drain_s: float) -> None:
         """Start HAProxy. Raises UserError where there is none, and for an address that it cannot listen on."""
-        stay_on_loopback()
+        bind_to_loopback()
         listen(host, port).close()
         folder, program = socket_dir(), binary()
         file, log, self.drain_s = folder / "haproxy.cfg", folder.parent / "logs" / "haproxy.log", drain_s

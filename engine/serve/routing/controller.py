@@ -18,7 +18,7 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.schema import ReplicaState
 
-from engine.serve.routing.loopback import stay_on_loopback
+from engine.serve.routing.loopback import bind_to_loopback
 from engine.serve.routing.rollout import Model, Version, from_plain, plan_from, to_plain
 from engine.serve.routing.sequential_test import Answer
 
@@ -35,7 +35,7 @@ class Controller:
 
     def __init__(self, url: str, folder: str, versions: dict[str, dict[str, Any]]) -> None:
         """Take the endpoint's URL, the run's folder, and the versions to begin with by name, where nothing is stored yet."""
-        stay_on_loopback()
+        bind_to_loopback()
         self.models: dict[str, Model] = {}
         self.number = 0  # of changes: a router that knows it knows all
         self.news = asyncio.Event()  # of the next change

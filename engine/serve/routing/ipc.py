@@ -1,11 +1,12 @@
-"""A short way from an ingress to replicas on its node: a socket each, without Serve's scheduling in between.
+"""Sockets from an ingress to the replicas on its node, without Ray Serve's scheduling in between.
 
-A call by a Serve handle costs as much as the forward of a small model. What the handle does beside it stays with it: it
-finds the replicas, and it takes what they have no room for, to queue it, refuse it or wake a replica. Lanes are used while
-all replicas of an application are on the ingress' node; what they carry counts for the autoscaler (`engine.serve.routing.autoscaling`).
+A call through a Serve handle costs as much as the forward pass of a small model. Serve handles are still used to discover
+replicas, and for requests beyond what the replicas take at once, which Serve queues, rejects or scales up for. Sockets are
+used while all replicas of an application run on the ingress' node; their requests count for the autoscaler
+(`engine.serve.routing.autoscaling`).
 
-The sockets have abstract names, which vanish with their process and which each end only takes from its own user. Frames are
-pickled: (number, method, args, kwargs) there, method None to cancel; (number, what, it) back.
+The sockets have abstract names (unix(7)), which vanish with their process, and each end accepts only its own user. Frames
+are pickled `CallFrame`s from the client and `ReplyFrame`s from the server.
 """
 
 from __future__ import annotations
@@ -20,280 +21,330 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.exceptions import RayActorError, RayTaskError
 
-LENGTH = struct.Struct("<I")
-DONE, PART, END, ERROR, CLOSING = range(5)
-CONNECT_S = 2.0
-MOST_BYTES = 2**16  # that wait for the loop's next turn
-LOOK_S = 0.02  # between two looks at whether all is answered, when a replica ends
+FRAME_LENGTH = struct.Struct("<I")  # precedes each frame, in bytes
+CONNECT_TIMEOUT_S = 2.0
+MAX_BUFFERED_BYTES = 2**16  # kept for one write at the next turn of the event loop
+CLOSE_POLL_S = 0.02  # between two checks that all calls are answered while a server closes
 
-Reader = asyncio.StreamReader
-Writer = asyncio.StreamWriter
+RESULT, ITEM, END, ERROR, CLOSING = range(5)  # kinds of replies
 
 
-def is_own(writer: Writer) -> bool:
-    """Tell whether the other end belongs to this process's user."""
-    other = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return bool(struct.unpack("3i", other)[1] == os.getuid())
+class CallFrame(NamedTuple):
+    """A call of a replica's method; `method` None cancels the call of this id."""
+
+    call_id: int
+    method: str | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
-class Sender:
-    """Sends frames to the other end: those of one turn of the loop, such as a step's tokens, in one piece, which wakes it once."""
+class ReplyFrame(NamedTuple):
+    """A reply to a call: its RESULT; an ITEM or the END of a generator; the traceback of an ERROR. CLOSING has call id 0."""
 
-    def __init__(self, writer: Writer) -> None:
+    call_id: int
+    kind: int
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class IpcAddress:
+    """Where a replica listens: its Ray node, and the abstract socket name on it."""
+
+    node_id: str
+    socket_name: str
+
+
+def is_same_user(writer: asyncio.StreamWriter) -> bool:
+    """Tell whether the peer process belongs to this process's user."""
+    credentials = writer.get_extra_info("socket").getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    return bool(struct.unpack("3i", credentials)[1] == os.getuid())
+
+
+class FrameWriter:
+    """Writes frames; those of one turn of the event loop, such as a step's tokens, in one write, which wakes the peer once."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
-        self._packed = bytearray()
+        self._buffer = bytearray()
 
-    def put(self, frame: tuple[Any, ...]) -> None:
-        """Send a frame; to an end that is gone nothing."""
-        packed = pickle.dumps(frame, protocol=5)
-        if not self._packed:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._packed += LENGTH.pack(len(packed)) + packed
+    def write(self, frame: CallFrame | ReplyFrame) -> None:
+        """Queue a frame; dropped if the connection is closed."""
+        packed = pickle.dumps((*frame,), protocol=5)  # a plain tuple: a named one would be pickled with its class
+        if not self._buffer:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._buffer += FRAME_LENGTH.pack(len(packed)) + packed
 
     async def drain(self) -> None:
-        """Return once the other end has read so much that more may be put."""
-        if len(self._packed) > MOST_BYTES:
-            self._send()
+        """Wait until the peer has read enough for more frames to be written."""
+        if len(self._buffer) > MAX_BUFFERED_BYTES:
+            self._flush()
         await self.writer.drain()
 
     def close(self) -> None:
-        """Send what was put, and end the connection."""
-        self._send()
+        """Write the queued frames and close the connection."""
+        self._flush()
         self.writer.close()
 
-    def _send(self) -> None:
-        if self._packed and not self.writer.is_closing():
-            self.writer.write(bytes(self._packed))
-        self._packed.clear()
+    def _flush(self) -> None:
+        if self._buffer and not self.writer.is_closing():
+            self.writer.write(bytes(self._buffer))
+        self._buffer.clear()
 
 
-async def take(reader: Reader) -> tuple[Any, ...] | None:
-    """Return the next frame; None where the other end has gone."""
+async def read_frame(reader: asyncio.StreamReader) -> tuple[Any, ...] | None:
+    """Return the fields of the next frame; None once the connection is closed."""
     try:
-        (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        frame: tuple[Any, ...] = pickle.loads(await reader.readexactly(length))
+        (length,) = FRAME_LENGTH.unpack(await reader.readexactly(FRAME_LENGTH.size))
+        fields: tuple[Any, ...] = pickle.loads(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    return frame
+    return fields
 
 
 class IpcServer:
-    """A replica's end of all its lanes."""
+    """A replica's end of all its connections."""
 
     def __init__(self, replica: object) -> None:
-        """Answer by a replica's methods: coroutines, and generators of parts."""
-        self.replica, self.name = replica, f"manta-{secrets.token_hex(16)}"
-        self.under_way = self.taken = 0  # requests
-        self.senders: set[Sender] = set()
-        self.server: asyncio.AbstractServer | None = None
+        """Serve the methods of a replica: coroutines and asynchronous generators."""
+        self.replica, self.socket_name = replica, f"manta-{secrets.token_hex(16)}"
+        self.num_in_flight = self.num_requests = 0
+        self.writers: set[FrameWriter] = set()
+        self._server: asyncio.AbstractServer | None = None
 
-    async def open(self) -> None:
-        """Begin to listen, if it hasn't yet."""
-        if self.server is None:
-            ear = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            ear.bind(f"\0{self.name}")
-            self.server = await asyncio.start_unix_server(self._hear, sock=ear)
+    @property
+    def is_listening(self) -> bool:
+        """Whether the server was started."""
+        return self._server is not None
 
-    async def close(self, within_s: float) -> None:
-        """Ask for no more, and return once all that came is answered and every other end has gone, or `within_s` later."""
-        deadline = time.monotonic() + within_s
-        if self.server:
-            self.server.close()
-        for sender in self.senders:
-            sender.put((0, CLOSING, None))
-        while self.senders and time.monotonic() < deadline:
-            await asyncio.sleep(LOOK_S)
+    async def start(self) -> None:
+        """Start to listen; a second call does nothing."""
+        if self._server is None:
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(f"\0{self.socket_name}")
+            self._server = await asyncio.start_unix_server(self._serve_connection, sock=listener)
 
-    async def _hear(self, reader: Reader, writer: Writer) -> None:
-        if not is_own(writer):
-            writer.close()
+    async def close(self, timeout_s: float) -> None:
+        """Accept no more calls, and return once all are answered and all clients disconnected, or after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        if self._server:
+            self._server.close()
+        for writer in self.writers:
+            writer.write(ReplyFrame(0, CLOSING))
+        while self.writers and time.monotonic() < deadline:
+            await asyncio.sleep(CLOSE_POLL_S)
+
+    async def _serve_connection(self, reader: asyncio.StreamReader, stream_writer: asyncio.StreamWriter) -> None:
+        if not is_same_user(stream_writer):
+            stream_writer.close()
             return
-        own: dict[int, asyncio.Task[None]] = {}
-        sender = Sender(writer)
-        self.senders.add(sender)
+        tasks: dict[int, asyncio.Task[None]] = {}
+        writer = FrameWriter(stream_writer)
+        self.writers.add(writer)
         try:
-            while frame := await take(reader):
-                number, method, args, kwargs = frame
-                if method is None:
-                    if number in own:
-                        own[number].cancel()
+            while fields := await read_frame(reader):
+                call = CallFrame(*fields)
+                if call.method is None:
+                    if call.call_id in tasks:
+                        tasks[call.call_id].cancel()
                     continue
-                task = own[number] = asyncio.get_running_loop().create_task(self._answer(sender, number, method, args, kwargs))  # fmt: skip
-                task.add_done_callback(lambda _, number=number: own.pop(number))  # type: ignore[misc]
+                task = tasks[call.call_id] = asyncio.get_running_loop().create_task(self._handle(writer, call))
+                task.add_done_callback(lambda _, call_id=call.call_id: tasks.pop(call_id))  # type: ignore[misc]
         finally:
-            for task in own.values():
+            for task in tasks.values():
                 task.cancel()
-            self.senders.discard(sender)
-            sender.close()
+            self.writers.discard(writer)
+            writer.close()
 
-    async def _answer(self, sender: Sender, number: int, method: str, args: Any, kwargs: Any) -> None:
-        self.under_way, self.taken = self.under_way + 1, self.taken + 1
+    async def _handle(self, writer: FrameWriter, call: CallFrame) -> None:
+        assert call.method
+        self.num_in_flight, self.num_requests = self.num_in_flight + 1, self.num_requests + 1
         try:
-            found = getattr(self.replica, method)(*args, **kwargs)
-            if hasattr(found, "__aiter__"):
-                async for part in found:
-                    sender.put((number, PART, part))
-                    await sender.drain()
-                sender.put((number, END, None))
+            result = getattr(self.replica, call.method)(*call.args, **call.kwargs)
+            if hasattr(result, "__aiter__"):
+                async for item in result:
+                    writer.write(ReplyFrame(call.call_id, ITEM, item))
+                    await writer.drain()
+                writer.write(ReplyFrame(call.call_id, END))
             else:
-                sender.put((number, DONE, await found))
+                writer.write(ReplyFrame(call.call_id, RESULT, await result))
         except Exception:
-            sender.put((number, ERROR, traceback.format_exc()))
+            writer.write(ReplyFrame(call.call_id, ERROR, traceback.format_exc()))
         finally:
-            self.under_way -= 1
+            self.num_in_flight -= 1
 
 
 class IpcConnection:
-    """An ingress' end of one lane. What its replica hadn't answered when it was lost raises RayActorError."""
+    """An ingress' connection to one replica. Calls that are pending when the replica is lost raise RayActorError."""
 
-    def __init__(self, name: str, reader: Reader, writer: Writer) -> None:
-        self.name, self.reader, self.sender = name, reader, Sender(writer)
-        self.waiting: dict[int, Callable[[int, Any], None]] = {}  # called with each frame for a request
-        self.closing = self.lost = False
-        self._numbers = count(1)
-        self._hearing = asyncio.get_running_loop().create_task(self._hear())
+    def __init__(self, socket_name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.socket_name, self.writer = socket_name, FrameWriter(writer)
+        self.pending: dict[int, Callable[[int, Any], None]] = {}  # call id -> called with (kind, value) of each reply
+        self.is_closing = self.is_lost = False
+        self._reader = reader
+        self._call_ids = count(1)
+        self._reading = asyncio.get_running_loop().create_task(self._read_replies())
 
     @classmethod
-    async def to(cls, name: str) -> IpcConnection:
+    async def connect(cls, socket_name: str) -> IpcConnection:
         """Connect to a replica. Raises OSError, TimeoutError."""
-        mouth = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            mouth.setblocking(False)
-            mouth.connect(f"\0{name}")
-            reader, writer = await asyncio.wait_for(asyncio.open_unix_connection(sock=mouth), CONNECT_S)
+            client.setblocking(False)
+            client.connect(f"\0{socket_name}")
+            reader, writer = await asyncio.wait_for(asyncio.open_unix_connection(sock=client), CONNECT_TIMEOUT_S)
         except BaseException:
-            mouth.close()
+            client.close()
             raise
-        if not is_own(writer):
+        if not is_same_user(writer):
             writer.close()
-            raise ConnectionRefusedError(name)
-        return cls(name, reader, writer)
+            raise ConnectionRefusedError(socket_name)
+        return cls(socket_name, reader, writer)
 
-    async def ask(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a method answers. Raises RayTaskError for what it raises."""
+    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a method returns. Raises RayTaskError for what it raises."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-        def heard(what: int, it: Any) -> None:
+        def on_reply(kind: int, value: Any) -> None:
             if not future.done():
-                future.set_result(it) if what == DONE else future.set_exception(failure(method, it))
+                future.set_result(value) if kind == RESULT else future.set_exception(call_error(method, value))
 
-        number = self._begin(method, args, kwargs, heard)
+        call_id = self.begin_call(method, args, kwargs, on_reply)
         try:
             return await future
         except asyncio.CancelledError:
-            self.cancel(number)
+            self.cancel_call(call_id)
             raise
         finally:
-            self._end(number)
+            self.end_call(call_id)
 
-    def stream(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
-        """Return the parts of what a method yields."""
-        return Parts(self, method, args, kwargs)
+    def stream(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> IpcStream:
+        """Return the items that a generator method yields."""
+        return IpcStream(self, method, args, kwargs)
 
-    def cancel(self, number: int) -> None:
-        """Tell the replica that nobody waits for an answer any more."""
-        self.sender.put((number, None, (), {}))
-
-    def leave(self) -> None:
-        """Give out no more by this lane, and close it once all is answered."""
-        self.closing = True
-        if not self.waiting:
-            self.sender.close()
-
-    def _begin(self, method: str, args: Any, kwargs: Any, heard: Callable[[int, Any], None]) -> int:
-        if self.lost:
+    def begin_call(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], on_reply: Callable[[int, Any], None]
+    ) -> int:
+        """Send a call and return its id. Raises RayActorError where the replica is lost."""
+        if self.is_lost:
             raise RayActorError
-        number = next(self._numbers)
-        self.waiting[number] = heard
-        self.sender.put((number, method, args, kwargs))
-        return number
+        call_id = next(self._call_ids)
+        self.pending[call_id] = on_reply
+        self.writer.write(CallFrame(call_id, method, args, kwargs))
+        return call_id
 
-    def _end(self, number: int) -> None:
-        self.waiting.pop(number, None)
-        if self.closing:
-            self.leave()
+    def cancel_call(self, call_id: int) -> None:
+        """Tell the replica that nobody waits for this call any more."""
+        self.writer.write(CallFrame(call_id, None, (), {}))
 
-    async def _hear(self) -> None:
+    def end_call(self, call_id: int) -> None:
+        """Ignore further replies to a call."""
+        self.pending.pop(call_id, None)
+        if self.is_closing:
+            self.close_when_idle()
+
+    def close_when_idle(self) -> None:
+        """Take no more calls, and close the connection once none is pending."""
+        self.is_closing = True
+        if not self.pending:
+            self.writer.close()
+
+    async def _read_replies(self) -> None:
         try:
-            while frame := await take(self.reader):
-                number, what, it = frame
-                if what == CLOSING:
-                    self.leave()
-                elif heard := self.waiting.get(number):
-                    heard(what, it)
+            while fields := await read_frame(self._reader):
+                reply = ReplyFrame(*fields)
+                if reply.kind == CLOSING:
+                    self.close_when_idle()
+                elif on_reply := self.pending.get(reply.call_id):
+                    on_reply(reply.kind, reply.value)
         finally:
-            self.lost = True
-            self.sender.close()
-            for heard in list(self.waiting.values()):
-                heard(ERROR, None)
+            self.is_lost = True
+            self.writer.close()
+            for on_reply in list(self.pending.values()):
+                on_reply(ERROR, None)
 
 
-class Parts:
-    """What a replica's generator yields, by a lane."""
+class IpcStream:
+    """The items of a replica's generator, read from a connection."""
 
-    def __init__(self, lane: IpcConnection, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.lane, self.method = lane, method
-        self.frames: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self.number = lane._begin(method, args, kwargs, lambda what, it: self.frames.put_nowait((what, it)))
+    def __init__(self, connection: IpcConnection, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.connection, self.method = connection, method
+        self._replies: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._call_id = connection.begin_call(
+            method, args, kwargs, lambda kind, value: self._replies.put_nowait((kind, value))
+        )
 
     async def __anext__(self) -> Any:
-        """Return the next part."""
-        what, it = await self.frames.get()
-        if what == PART:
-            return it
-        self.lane._end(self.number)
-        if what == END:
+        """Return the next item."""
+        kind, value = await self._replies.get()
+        if kind == ITEM:
+            return value
+        self.connection.end_call(self._call_id)
+        if kind == END:
             raise StopAsyncIteration
-        raise failure(self.method, it)
+        raise call_error(self.method, value)
 
     def cancel(self) -> None:
-        """Nobody reads any further."""
-        if self.number in self.lane.waiting:
-            self.lane.cancel(self.number)
-            self.lane._end(self.number)
+        """Stop the generator on the replica."""
+        if self._call_id in self.connection.pending:
+            self.connection.cancel_call(self._call_id)
+            self.connection.end_call(self._call_id)
 
 
-def failure(method: str, told: str | None) -> Exception:
-    """Return what stands for an answer that didn't come: as told by the replica, or None where that was lost."""
-    return RayActorError() if told is None else RayTaskError(method, told, RuntimeError(told.strip().splitlines()[-1]))
+def call_error(method: str, remote_traceback: str | None) -> Exception:
+    """Return the error of a call from the replica's traceback; None: the replica was lost."""
+    if remote_traceback is None:
+        return RayActorError()
+    return RayTaskError(method, remote_traceback, RuntimeError(remote_traceback.strip().splitlines()[-1]))
 
 
-class Lanes:
-    """The lanes of an ingress to the replicas of each application."""
+class IpcClientPool:
+    """An ingress' connections to the replicas of each application."""
 
     def __init__(self) -> None:
-        self._lanes: dict[str, list[IpcConnection]] = {}
-
-    def free(self, app: str, most: int) -> IpcConnection | None:
-        """Return the lane with the least under way, of those with less than `most`; None where there is none."""
-        usable = [lane for lane in self._lanes.get(app, ()) if not (lane.closing or lane.lost) and len(lane.waiting) < most]  # fmt: skip
-        return min(usable, key=lambda lane: len(lane.waiting), default=None)
+        self._connections: dict[str, list[IpcConnection]] = {}
 
     @property
     def apps(self) -> set[str]:
-        """The applications that there are lanes to."""
-        return set(self._lanes)
+        """The applications whose replicas are followed."""
+        return set(self._connections)
 
-    async def follow(self, app: str, told: Sequence[Any], node: str) -> None:
-        """Have a lane to each replica of an application, as these say where they are: {"node", "name"}, or an error."""
-        near = all(isinstance(it, dict) and it["node"] == node for it in told)
-        names = {it["name"] for it in told} if near else set()
-        kept = [lane for lane in self._lanes.get(app, ()) if not lane.lost]
-        for lane in kept:
-            if lane.name not in names:
-                lane.leave()
-        self._lanes[app] = [lane for lane in kept if not lane.closing]
-        for name in names - {lane.name for lane in kept}:
-            with contextlib.suppress(OSError, TimeoutError):  # it has just ended
-                self._lanes[app].append(await IpcConnection.to(name))
+    def least_loaded(self, app: str, max_pending: int) -> IpcConnection | None:
+        """Return the connection with the fewest pending calls, of those with less than `max_pending`; None if there is none."""
+        usable = [
+            connection for connection in self._connections.get(app, ())
+            if not (connection.is_closing or connection.is_lost) and len(connection.pending) < max_pending
+        ]  # fmt: skip
+        return min(usable, key=lambda connection: len(connection.pending), default=None)
 
-    def forget(self, apps: Iterable[str]) -> None:
-        """Close the lanes of applications that are asked no more."""
+    async def update(self, app: str, addresses: Sequence[IpcAddress | BaseException], node_id: str) -> None:
+        """Connect to an application's replicas, and disconnect from those that left.
+
+        `addresses` are the replicas' own answers. Where one is on another node, or is an error, no connection is kept, and
+        Serve's handle schedules all requests.
+        """
+        all_local = all(isinstance(address, IpcAddress) and address.node_id == node_id for address in addresses)
+        names = (
+            {address.socket_name for address in addresses if isinstance(address, IpcAddress)} if all_local else set()
+        )
+        connections = [connection for connection in self._connections.get(app, ()) if not connection.is_lost]
+        for connection in connections:
+            if connection.socket_name not in names:
+                connection.close_when_idle()
+        self._connections[app] = [connection for connection in connections if not connection.is_closing]
+        for name in names - {connection.socket_name for connection in connections}:
+            with contextlib.suppress(OSError, TimeoutError):  # the replica has just ended
+                self._connections[app].append(await IpcConnection.connect(name))
+
+    def remove(self, apps: Iterable[str]) -> None:
+        """Disconnect from applications that are routed to no more."""
         for app in apps:
-            for lane in self._lanes.pop(app, ()):
-                lane.leave()
+            for connection in self._connections.pop(app, ()):
+                connection.close_when_idle()

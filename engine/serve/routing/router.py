@@ -23,9 +23,9 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from engine.serve.routing.autoscaling import ongoing
+from engine.serve.routing.autoscaling import max_ongoing_requests
 from engine.serve.routing.controller import load
-from engine.serve.routing.ipc import IpcConnection, Lanes
+from engine.serve.routing.ipc import IpcClientPool, IpcConnection
 from engine.serve.routing.rollout import chosen, from_plain, likeness, position
 from engine.serve.tracing import Trace
 
@@ -73,7 +73,7 @@ class Router:
         self._ratings: dict[str, list[bool]] = defaultdict(list)
         self._gone: dict[str, asyncio.Event] = {}  # of versions that requests wait for
         self._copies: set[asyncio.Task[None]] = set()
-        self.lanes, self.node = Lanes(), ray.get_runtime_context().get_node_id()
+        self.lanes, self.node = IpcClientPool(), ray.get_runtime_context().get_node_id()
         self._following = [
             asyncio.get_running_loop().create_task(it) for it in (self._follow(), self._follow_replicas())
         ]
@@ -166,7 +166,7 @@ class Router:
         for left in reversed(range(tries)):
             try:
                 if lane := self.lane(version):
-                    return await lane.ask(method, args, _trace())
+                    return await lane.call(method, args, _trace())
                 answer = getattr(self.handles[version["app"]], method).remote(*args, **_trace())
                 try:
                     return await answer
@@ -182,7 +182,9 @@ class Router:
     def lane(self, version: Version) -> IpcConnection | None:
         """Return a lane to the version's replica with the least to do; None where Serve's handle is to find one."""
         ingresses = self.settings["options"]["ingresses"]
-        return self.lanes.free(version["app"], math.ceil(ongoing(version["options"]["max_num_seqs"]) / ingresses))
+        return self.lanes.least_loaded(
+            version["app"], math.ceil(max_ongoing_requests(version["options"]["max_num_seqs"]) / ingresses)
+        )
 
     async def unless_withdrawn(self, version: Version, name: str, answer: Awaitable[Any]) -> Any:
         """Wait for an answer; of a version on trial, as long as it is. Raises Withdrawn: its replicas may be gone for good."""
@@ -262,14 +264,14 @@ class Router:
     async def _follow_replicas(self) -> None:
         """Keep lanes to the replicas that there are, for ever."""
         while True:
-            self.lanes.forget(self.lanes.apps - self._apps())
+            self.lanes.remove(self.lanes.apps - self._apps())
             await asyncio.gather(*(self._look(app) for app in self._apps() & self.handles.keys()))
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, app: str) -> None:
         with contextlib.suppress(Exception):  # none is there, or Serve is away: lanes that there are go on
-            asked = self.handles[app].broadcast("lane").results_async(timeout_s=ASK_S, return_exceptions=True)
-            await self.lanes.follow(app, await asyncio.wait_for(asked, 2 * ASK_S), self.node)
+            asked = self.handles[app].broadcast("ipc_address").results_async(timeout_s=ASK_S, return_exceptions=True)
+            await self.lanes.update(app, await asyncio.wait_for(asked, 2 * ASK_S), self.node)
 
     def _apps(self) -> set[str]:
         """Return the applications of all versions that may be asked."""
