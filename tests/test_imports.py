@@ -9,27 +9,29 @@ ROOT = Path(__file__).parents[1]
 # package -> what it may import of the house beside itself
 MAY = {
     "engine.config": {"engine.errors"},
+    "engine.atomic_write": set(),
     "engine.errors": set(),
+    "engine.hashing": set(),
     "engine.progress": set(),
-    "engine.data": {"engine.config", "engine.errors"},
-    "engine.models": {"engine.config", "engine.errors"},
+    "engine.data": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors"},
+    "engine.models": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors"},
     "engine.objectives": {"engine.config", "engine.errors", "engine.data", "engine.models"},
-    "engine.bundles": {"engine.config", "engine.errors", "engine.objectives", "engine.models", "engine.data"},
-    "engine.train": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.bundles"},
-    "engine.sweep": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.plan", "engine.train"},
-    "engine.evaluate": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.models"},
-    "engine.serve": {"engine.config", "engine.errors", "engine.progress", "engine.data.masking", "engine.bundles", "engine.objectives", "engine.models"},
+    "engine.bundles": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors", "engine.objectives", "engine.models", "engine.data"},
+    "engine.train": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.bundles"},
+    "engine.sweep": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors", "engine.progress", "engine.data", "engine.models", "engine.objectives", "engine.plan", "engine.train"},
+    "engine.evaluate": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.models"},
+    "engine.serve": {"engine.config", "engine.atomic_write", "engine.hashing", "engine.errors", "engine.progress", "engine.data.pii_masking", "engine.bundles", "engine.objectives", "engine.models"},
     "engine.improve": {"engine.config", "engine.errors", "engine.progress", "engine.data", "engine.bundles", "engine.objectives", "engine.train.launch", "engine.evaluate", "engine.serve.http.feedback_store"},
     "engine.plan": {"engine.config", "engine.errors", "engine.progress", "engine.models", "engine.objectives", "engine.train.hardware", "engine.train.devices", "engine.train.optimizer"},
 }  # fmt: skip
 RAY = {
-    "engine/data/spread.py",
+    "engine/data/parallel_map.py",
     "engine/train/launch.py",
     "engine/train/trainer.py",
     "engine/train/elastic.py",
     "engine/train/preload.py",
     "engine/sweep/launch.py",
-    "engine/sweep/team.py",
+    "engine/sweep/rank_group.py",
     "engine/sweep/trial.py",
 }
 RAY_FOLDERS = ("engine/serve/", "cluster/")

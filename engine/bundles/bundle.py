@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -19,14 +18,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from engine.atomic_write import atomic_folder
 from engine.bundles.card import CARD, base_of, check_card, write_card
 from engine.config import ObjectiveConfig, group
 from engine.data.packing import Packing
 from engine.data.processor import load_processor
 from engine.errors import UserError
-from engine.models.build import open_model
+from engine.hashing import sha256_file
+from engine.models.build import load_for_inference
 from engine.models.int8 import is_quantized
-from engine.objectives.contract import Objective, objective_class, objective_for
+from engine.objectives.contract import Objective, objective_class, objective_for_architecture
 
 MANIFEST = "manta.json"
 Predict = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -135,7 +136,7 @@ class Bundle:
         else:
             config = json.loads((self.folder / "config.json").read_text())
             architecture = next(iter(config.get("architectures") or []), "")
-            name = objective_for(architecture)
+            name = objective_for_architecture(architecture)
             if name is None:
                 raise UserError(
                     f"{self.folder} is a {architecture or 'model without a head'}: fine-tune it first (manta finetune bundle=...)"
@@ -156,7 +157,7 @@ class Bundle:
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the model for inference, in its own precision or in `dtype`."""
-        return open_model(self.folder, self.objective().auto_class, dtype)
+        return load_for_inference(self.folder, self.objective().auto_class, dtype)
 
     def written_in(self) -> torch.dtype:
         """Return the precision of the weights in the files."""
@@ -176,7 +177,7 @@ class Bundle:
         outputs = predict(requests) if requests else []
         tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self.written_in() else ROUGH
         if in_8_bits:
-            tolerance = IN_8_BITS if self.objective().over_vocabulary else ROUGH
+            tolerance = IN_8_BITS if self.objective().has_lm_head else ROUGH
         for golden, output in zip(self.manifest.golden, outputs, strict=True):
             # Near numbers can be asked for; equal words can't, where rounding decides between two that are as likely.
             recorded, answer = _numbers(golden["output"]), _numbers(output)
@@ -208,12 +209,7 @@ def write_bundle(
 
     `training` and `words` (intended_use, limits) are what its card tells beside what the manifest holds.
     """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     model = model.to(dtype).eval()
-    model.save_pretrained(part)  # type: ignore[operator]
-    objective.save(part)
     golden = [
         {"request": request, "output": output}
         for request, output in zip(golden_requests, objective.predict(model, golden_requests), strict=True)
@@ -230,22 +226,22 @@ def write_bundle(
         evaluation=evaluation or {},
         golden=golden,
         files={},
-        versions={package: _version(package) for package in ("manta-train", "torch", "transformers", *objective.needs)},
+        versions={
+            package: _version(package)
+            for package in ("manta-train", "torch", "transformers", *objective.required_packages)
+        },
         license=license,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         training=training,
     )
     facts = asdict(manifest) | {"parameters": sum(p.numel() for p in model.parameters()), "auto": objective.auto_class}
-    write_card(part, facts, words or {})
-    manifest = replace(manifest, files=_file_hashes(part))
-    manifest = replace(manifest, hash=manifest.content_hash())
-    (part / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) as part:
+        model.save_pretrained(part)  # type: ignore[operator]
+        objective.save(part)
+        write_card(part, facts, words or {})
+        manifest = replace(manifest, files=_file_hashes(part))
+        manifest = replace(manifest, hash=manifest.content_hash())
+        (part / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
     return Bundle(folder, manifest)
 
 
@@ -253,8 +249,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[str(path.relative_to(folder))] = sha256_file(path)
     return hashes
 
 

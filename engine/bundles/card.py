@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.atomic_write import write_atomically
 from engine.data.manifest import Manifest as DataManifest
 from engine.errors import UserError
 
@@ -102,9 +102,11 @@ def add_evaluation(folder: Path, manifest_hash: str, facts: dict[str, Any], text
     section = f"## Evaluation of {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n\n{text.strip()}\n".replace("<!--", "<! --")
     record = {"previous": chain[-1] if chain else manifest_hash, "text": _sha256(section.encode()), "facts": facts}
     marker = json.dumps(record | {"hash": _record_hash(record)}, sort_keys=True).replace("--", "-\\u002d")
-    part = folder.with_name(f".{folder.name}.{CARD}.part")  # beside the folder: nothing may be added in it
-    part.write_bytes(content + f"\n<!-- manta:evaluation {marker} -->\n{section}".encode())
-    os.replace(part, folder / CARD)
+    added = f"\n<!-- manta:evaluation {marker} -->\n{section}".encode()
+    beside = folder.with_name(
+        f".{folder.name}.{CARD}.part"
+    )  # in the folder, a reader's check of the bundle would refuse it
+    write_atomically(folder / CARD, content + added, temporary=beside)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ Of a model the linear layers of the blocks, W [O, I], get two small matrices bes
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.atomic_write import atomic_folder
 from engine.config import LoraConfig
 from engine.errors import UserError
-from engine.models.build import block_parts, embedding_parts
+from engine.models.build import embedding_modules, transformer_blocks
 
 ADAPTER = "default"  # peft's name for the only one
 
 
-def add_lora(model: nn.Module, lora: LoraConfig, seed: int, head: bool) -> None:
+def add_lora(model: nn.Module, lora: LoraConfig, seed: int, train_head: bool) -> None:
     """Add the matrices, A from the seed and B zero, so that the model gives what it gave; and freeze what isn't trained.
 
     `head`: what is neither a block nor an embedding is trained too. Raises UserError where no layer is one of lora.targets,
@@ -32,17 +32,17 @@ def add_lora(model: nn.Module, lora: LoraConfig, seed: int, head: bool) -> None:
     peft = _peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(_peft_config(lora, targets(model, lora.targets)), model, ADAPTER)
-    kept = {id(p) for part in (*embedding_parts(model), *block_parts(model)) for p in part.parameters()}
+        peft.inject_adapter_in_model(_peft_config(lora, find_target_layers(model, lora.targets)), model, ADAPTER)
+    kept = {id(p) for part in (*embedding_modules(model), *transformer_blocks(model)) for p in part.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name or (head and id(parameter) not in kept))
+        parameter.requires_grad_(".lora_" in name or (train_head and id(parameter) not in kept))
 
 
-def targets(model: nn.Module, asked: list[str]) -> list[str]:
+def find_target_layers(model: nn.Module, asked: list[str]) -> list[str]:
     """Return the paths of the linear layers of the blocks whose names end as is asked (nothing: all of them)."""
     from transformers.pytorch_utils import Conv1D
 
-    blocks = {id(layer) for block in block_parts(model) for layer in block.modules()}
+    blocks = {id(layer) for block in transformer_blocks(model) for layer in block.modules()}
     linear = [
         name for name, layer in model.named_modules() if id(layer) in blocks and isinstance(layer, (nn.Linear, Conv1D))
     ]
@@ -85,15 +85,10 @@ def write_adapter(model: Any, lora: LoraConfig, base: str | None, folder: Path) 
     config.task_type = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}.get(
         next((end for end in ("ForCausalLM", "ForSequenceClassification") if type(model).__name__.endswith(end)), "")
     )
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": p.detach().contiguous() for name, p in trained.items()}  # fmt: skip
-    save_file(tensors, part / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(part)
-    for file in part.iterdir():
-        folder.mkdir(exist_ok=True)
-        os.replace(file, folder / file.name)
-    part.rmdir()
+    with atomic_folder(folder) as part:
+        save_file(tensors, part / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(part)
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

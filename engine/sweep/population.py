@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from engine.atomic_write import atomic_folder, write_atomically
 from engine.config import Config
 from engine.errors import UserError
-from engine.sweep import record
-from engine.sweep.record import Trial
-from engine.sweep.search import Place, trial_name
-from engine.sweep.space import Domain, Space, draw
+from engine.sweep import trial_record
+from engine.sweep.trial_record import Trial
+from engine.sweep.search_algorithm import Place, trial_name
+from engine.sweep.search_space import Domain, Space, draw
 from engine.train.checkpoint import step_folder
 from engine.train.run_folder import RunFolder
 
@@ -80,7 +81,7 @@ class State:
             ended={int(index): value for index, value in tree["ended"].items()},
             exploits=[Exploit(**one) for one in tree["exploits"]],
             copied=tree["copied"],
-            trials=[record.from_dict(one) for one in tree["trials"]],
+            trials=[trial_record.from_dict(one) for one in tree["trials"]],
         )
 
 
@@ -207,9 +208,7 @@ class Population:
 
     def _save(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{STATE}.part"
-        part.write_text(json.dumps(asdict(self.state)))
-        part.rename(self._folder / STATE)
+        write_atomically(self._folder / STATE, json.dumps(asdict(self.state)))
 
 
 def interval(config: Config) -> int:
@@ -234,11 +233,8 @@ def pairs(after: Sequence[float | None], mode: str, quantile: float, seed: Seque
 
 def take_over(donor: RunFolder, clone: RunFolder, step: int) -> None:
     """Give a run another's checkpoint after `step` steps, and the lines that led to it, instead of its own."""
-    part = clone.path / ".checkpoints.part"
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(step_folder(donor.checkpoints, step), step_folder(part, step))
-    shutil.rmtree(clone.checkpoints, ignore_errors=True)
-    part.rename(clone.checkpoints)
+    with atomic_folder(clone.checkpoints) as part:
+        shutil.copytree(step_folder(donor.checkpoints, step), step_folder(part, step))
     shutil.copyfile(donor.metrics_file, clone.metrics_file)
 
 

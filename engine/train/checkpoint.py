@@ -15,7 +15,6 @@ import bisect
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -30,10 +29,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from engine.atomic_write import atomic_file, write_atomically
 from engine.errors import UserError
-from engine.train.group import Group
+from engine.hashing import sha256_file
+from engine.train.process_group import Group
 from engine.train.run_folder import RunFolder
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from engine.train.zero import AVERAGE, Fragment, ZeroModel
 
 MANIFEST = "manifest.json"
@@ -51,22 +52,6 @@ def step_folder(folder: Path, step: int) -> Path:
 def step_folders(folder: Path) -> list[Path]:
     """Return the folders of complete checkpoints, latest first."""
     return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), reverse=True)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
 
 
 def latest_whole(run: RunFolder, group: Group, good: bool = False) -> Checkpoint | None:
@@ -243,13 +228,10 @@ class CheckpointWriter:
                 self._copied.set()
             target.mkdir(parents=True, exist_ok=True)
             file = target / f"rank-{self.rank:05d}-of-{self.world:05d}.safetensors"
-            part = file.with_suffix(".part")
-            save_file(tensors, part)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-            part.rename(file)
+            with atomic_file(file, fsync=True) as part:
+                save_file(tensors, part)
             entry = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file, tensors)}
-            write_json(file.with_suffix(".json"), entry | {"shapes": shapes})
+            write_atomically(file.with_suffix(".json"), json.dumps(entry | {"shapes": shapes}), fsync=True)
             if self.rank == 0:
                 self._commit(target, state, about)
         except Exception as error:  # told by `failed`, in the caller's thread
@@ -278,10 +260,8 @@ class CheckpointWriter:
             part = json.loads(path.read_text())
             shapes |= part.pop("shapes")
             files.append(part)
-        write_json(
-            target / MANIFEST,
-            {"format": 1, "state": asdict(state), "about": about, "shapes": shapes, "files": files},
-        )
+        content = {"format": 1, "state": asdict(state), "about": about, "shapes": shapes, "files": files}
+        write_atomically(target / MANIFEST, json.dumps(content), fsync=True)
         if state.skipped_in_a_row:  # the last good one may be among the old
             return
         best = step_folder(self.folder, state.best_step) if self.keep_best else None
@@ -325,7 +305,7 @@ class Checkpoint:
                 raise BrokenCheckpoint(f"{path} is missing")
             if path.stat().st_size != entry["bytes"]:
                 raise BrokenCheckpoint(f"{path} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}")
-            if sha256(path) != entry["sha256"]:
+            if sha256_file(path) != entry["sha256"]:
                 raise BrokenCheckpoint(f"{path} was changed: its SHA-256 is not the recorded one")
 
     def copy(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.atomic_write import write_atomically
 from engine.config import Config, identity
 from engine.train import hardware
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.loop import Run
 
 REMEMBERED = "micro_batches.json"  # in runs_dir
@@ -107,9 +108,8 @@ def remember(file: Path, facts: dict[str, Any], micro_batch: int) -> None:
     except (OSError, ValueError):
         entries = {}
     entries[_key(facts)] = {"micro_batch": micro_batch, "machine": facts["machine"], "model": facts["model.type"]}
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(entries, indent=1))
-    part.rename(file)
+    own = file.with_name(f".{file.name}.{os.getpid()}.part")  # several runs may write the file at once
+    write_atomically(file, json.dumps(entries, indent=1), temporary=own)
 
 
 def _key(facts: dict[str, Any]) -> str:

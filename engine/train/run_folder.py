@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from engine.atomic_write import write_atomically
 from engine.config import Config, declared, identity, to_dict
 from engine.errors import UserError
 
@@ -83,9 +84,7 @@ class RunFolder:
                 raise UserError(
                     f"run '{config.name}' is under way (process {status.pid}): wait for it, or use another name"
                 )
-        part = run.config_file.with_suffix(".part")
-        part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        part.rename(run.config_file)
+        write_atomically(run.config_file, yaml.safe_dump(to_dict(config), sort_keys=False))
         return run
 
     def _refuse_another(self, config: Config) -> None:
@@ -103,9 +102,7 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Write status.json whole."""
-        part = self.path / "status.part"
-        part.write_text(json.dumps(asdict(status)))
-        part.rename(self.path / "status.json")
+        write_atomically(self.path / "status.json", json.dumps(asdict(status)))
 
     def status(self) -> Status | None:
         """Return the last status, if there is one."""
@@ -132,9 +129,7 @@ class MetricsLog:
 
     def _open(self) -> None:
         kept = [line for line in self._run.metrics() if line["step"] <= self._step]
-        part = self._run.metrics_file.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.rename(self._run.metrics_file)
+        write_atomically(self._run.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._run.metrics_file.open("ab", buffering=0)
 
     def __call__(self, metrics: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import math
-import os
 import re
 import secrets
 import time
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from engine.atomic_write import write_atomically
 from engine.errors import UserError, nearest
 
 PREFIX = "sk-manta-"
@@ -173,12 +173,7 @@ def revoke_key(file: Path, name: str) -> Key:
 def write_keys(file: Path, keys: Sequence[Key]) -> None:
     """Write a file of keys, readable by its owner only, whole or not at all."""
     entries = [{name: value for name, value in asdict(key).items() if value is not None} for key in keys]
-    unfinished = file.with_name(f".{file.name}")
-    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
-        json.dump({"keys": entries}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(unfinished, file)
+    write_atomically(file, json.dumps({"keys": entries}, indent=1), fsync=True, mode=0o600)
 
 
 @contextlib.contextmanager
