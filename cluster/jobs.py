@@ -16,23 +16,25 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import state
-from cluster.environment import quiet_environment
+from cluster.environment import set_default_environment
 from cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-CHATTER = re.compile(r"INFO job_manager\.py|^Running entrypoint for job raysubmit_")  # the Jobs API's own lines
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+JOBS_API_LINES = re.compile(
+    r"INFO job_manager\.py|^Running entrypoint for job raysubmit_"
+)  # lines that the Jobs API itself prints
+FINAL_STATUSES = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-def client_of(address: str | None, token_path: str | None) -> JobSubmissionClient:
+def job_client(address: str | None, token_path: str | None) -> JobSubmissionClient:
     """Return a client of the Jobs API at `address` (None: the cluster of `manta cluster up`).
 
     The token is that of `token_path`, else $RAY_AUTH_TOKEN, else $RAY_AUTH_TOKEN_PATH, else the local cluster's own.
     Raises ClusterError if nothing answers there or the token is refused.
     """
-    quiet_environment()
+    set_default_environment()
     cluster = state.load()
     if address is None:
         if cluster is None:
@@ -43,8 +45,8 @@ def client_of(address: str | None, token_path: str | None) -> JobSubmissionClien
     if "://" not in address:
         address = f"http://{address}"
     local = cluster is not None and address.rstrip("/") == cluster.dashboard
-    if local and cluster and cluster.lost:
-        lost = " and ".join(sorted(set(cluster.lost)))
+    if local and cluster and cluster.lost_processes:
+        lost = " and ".join(sorted(set(cluster.lost_processes)))
         raise ClusterError(
             f"the cluster of `manta cluster up` has lost its {lost}: `manta cluster down`, then `manta cluster up`"
         )
@@ -69,7 +71,7 @@ def client_of(address: str | None, token_path: str | None) -> JobSubmissionClien
 
 
 def read_token(token_path: str | None, default_path: str | None) -> str | None:
-    """Return the token to send, or None. Raises ClusterError if a file that was named cannot be read."""
+    """Return the token to send, or None. Raises ClusterError if a given file cannot be read."""
     if token_path is None and os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"]
     path = token_path or os.environ.get("RAY_AUTH_TOKEN_PATH") or default_path
@@ -86,16 +88,16 @@ def follow(client: JobSubmissionClient, job: str) -> None:
 
     async def tail() -> None:
         async for lines in client.tail_job_logs(job):
-            kept = [line for line in lines.splitlines(keepends=True) if not CHATTER.search(line)]
+            kept = [line for line in lines.splitlines(keepends=True) if not JOBS_API_LINES.search(line)]
             print("".join(kept), end="", flush=True)
 
     asyncio.run(tail())
 
 
-def wait_end(client: JobSubmissionClient, job: str, patience_s: float = 30.0) -> int:
-    """Return the exit code of a job that is about to end: the program's own; 130 if it was stopped, 1 if it never ran."""
-    deadline = time.monotonic() + patience_s
-    while (info := client.get_job_info(job)).status.value not in ENDED:
+def wait_until_ended(client: JobSubmissionClient, job: str, timeout_s: float = 30.0) -> int:
+    """Wait until a job has ended and return its exit code: the program's own; 130 if it was stopped, 1 if it never ran."""
+    deadline = time.monotonic() + timeout_s
+    while (info := client.get_job_info(job)).status.value not in FINAL_STATUSES:
         if time.monotonic() > deadline:
             raise ClusterError(f"job {job} does not end: see `manta jobs list`")
         time.sleep(0.1)
@@ -110,10 +112,10 @@ def wait_end(client: JobSubmissionClient, job: str, patience_s: float = 30.0) ->
     return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
 
 
-def stop(client: JobSubmissionClient, job: str) -> None:
+def stop_job(client: JobSubmissionClient, job: str) -> None:
     """Stop a job and wait for its end."""
     client.stop_job(job)
-    wait_end(client, job)
+    wait_until_ended(client, job)
 
 
 def jobs_table(client: JobSubmissionClient) -> Table:
@@ -143,15 +145,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="manta jobs", description="The jobs of a cluster.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", parents=[where], help="all jobs, newest first")
-    logs = commands.add_parser("logs", parents=[where], help="what a job has printed")
+    logs = commands.add_parser("logs", parents=[where], help="print the log of a job")
     logs.add_argument("id")
-    logs.add_argument("--follow", action="store_true", help="go on till it ends, then exit with its exit code")
+    logs.add_argument(
+        "--follow", action="store_true", help="follow the log until the job ends, then exit with its exit code"
+    )
     stops = commands.add_parser("stop", parents=[where], help="stop a job and all of its processes")
     stops.add_argument("id")
     options = parser.parse_args(
         ["list", *argv] if not argv or (argv[0].startswith("--") and argv[0] != "--help") else argv
     )
-    client = client_of(options.address, options.token_path)
+    client = job_client(options.address, options.token_path)
     if options.command == "list":
         Console().print(jobs_table(client))
         return 0
@@ -159,11 +163,11 @@ def main(argv: list[str]) -> int:
     if options.id not in known:
         raise ClusterError(f"no job {options.id} on this cluster: `manta jobs list` shows them")
     if options.command == "stop":
-        stop(client, options.id)
+        stop_job(client, options.id)
         print(f"{options.id} is {client.get_job_status(options.id).value.lower()}")
         return 0
     if options.follow:
         follow(client, options.id)
-        return wait_end(client, options.id)
+        return wait_until_ended(client, options.id)
     print(client.get_job_logs(options.id), end="")
     return 0

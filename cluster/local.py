@@ -21,68 +21,74 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import node, state
-from cluster.environment import LOOPBACK, quiet_environment
+from cluster.environment import LOOPBACK_VARIABLES, set_default_environment
 from cluster.errors import ClusterError
-from cluster.ports import bindable, free_port, holder
-from cluster.session import end, joined_ray
+from cluster.ports import free_port, is_bindable, port_holder
+from cluster.session import end_processes, joined_ray
 
-START_S = 90.0  # for all nodes to be alive
+START_TIMEOUT_S = 90.0  # until all nodes are alive
 
 
-def up(nodes: int = 1, cpus_per_node: int | None = None, port: int = 6379, dashboard_port: int = 8265) -> state.State:
+def up(
+    nodes: int = 1, cpus_per_node: int | None = None, port: int = 6379, dashboard_port: int = 8265
+) -> state.ClusterState:
     """Start a cluster of `nodes` Ray nodes with `cpus_per_node` cores each (None: the machine's cores / nodes).
 
-    A port in use is replaced by the next free one. Raises ClusterError if a cluster runs already or a node won't start.
+    A port in use is replaced by the next free one. Raises ClusterError if a cluster is up already or a node does not start.
     """
-    refuse_second()
+    check_no_cluster_is_up()
     if nodes < 1 or (cpus_per_node is not None and cpus_per_node < 1):
         raise ClusterError("a cluster has at least one node with one core: use --nodes 1 --cpus-per-node 1 or more")
     cores = cpus_per_node or max(1, (os.cpu_count() or 1) // nodes)
     port, dashboard_port = free_port(port), free_port(dashboard_port)
-    cluster = state.State(
-        mark=uuid.uuid4().hex,
+    cluster = state.ClusterState(
+        cluster_id=uuid.uuid4().hex,
         address=f"127.0.0.1:{port}",
         dashboard=f"http://127.0.0.1:{dashboard_port}",
         token_path=str(state.token_path()),
-        temp_dir=tempfile.mkdtemp(prefix="manta-"),  # short: a socket's path may have 107 bytes
+        temp_dir=tempfile.mkdtemp(prefix="manta-"),  # short: the path of a Unix socket is limited to 107 bytes
         nodes=nodes,
     )
     state.save(cluster)
     try:
         client = f"--ray-client-server-port={free_port(10001)}"
         head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-        finish([start(cluster, cores, 0, [*head, "--include-dashboard=true", "--no-monitor", client])])
-        finish([start(cluster, cores, number, [f"--address={cluster.address}"]) for number in range(1, nodes)])
-        wait_alive(cluster)
+        wait_until_started([start_node(cluster, cores, 0, [*head, "--include-dashboard=true", "--no-monitor", client])])
+        wait_until_started(
+            [start_node(cluster, cores, number, [f"--address={cluster.address}"]) for number in range(1, nodes)]
+        )
+        wait_until_alive(cluster)
     except BaseException:
-        down_cluster(cluster)
+        stop_cluster(cluster)
         raise
-    cluster = dataclasses.replace(cluster, members=tuple(state.member(p) for p in state.processes(cluster)))
+    cluster = dataclasses.replace(
+        cluster, processes=tuple(state.describe_process(p) for p in state.find_processes(cluster))
+    )
     state.save(cluster)
     return cluster
 
 
-def refuse_second() -> None:
-    """Raise ClusterError if a cluster is up; clear away the rest of one that has died."""
+def check_no_cluster_is_up() -> None:
+    """Raise ClusterError if a cluster is up; clean up after one that has died."""
     old = state.load()
     if old is None:
         return
-    if not old.lost and state.processes(old):
+    if not old.lost_processes and state.find_processes(old):
         raise ClusterError(f"a cluster is up already, at {old.address}: use it, or `manta cluster down` first")
-    down_cluster(old)
+    stop_cluster(old)
 
 
-def start(cluster: state.State, cores: int, number: int, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Begin to start one node; it goes into the background by itself. Node 0 is the head.
+def start_node(cluster: state.ClusterState, cores: int, number: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Launch one node as a background process. Node 0 is the head.
 
-    The others have a folder of their own: in a shared one a node would delete the working directory of another's job.
+    Each other node has its own folder: in a shared one a node would delete the working directory of another node's job.
     """
     folder = Path(cluster.temp_dir) / f"n{number}" if number else Path(cluster.temp_dir)
-    quiet_environment()
+    set_default_environment()
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
-    environment |= LOOPBACK | {
-        "RAY_health_check_period_ms": "1000",  # Ray misses a node after five of these: 3 s each by default
-        state.MARK: cluster.mark,
+    environment |= LOOPBACK_VARIABLES | {
+        "RAY_health_check_period_ms": "1000",  # Ray declares a node dead after five missed checks: 3 s each by default
+        state.CLUSTER_ID_VARIABLE: cluster.cluster_id,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": cluster.token_path,
     }
@@ -90,45 +96,45 @@ def start(cluster: state.State, cores: int, number: int, arguments: list[str]) -
         "--node-ip-address=127.0.0.1",
         f"--num-cpus={cores}",
         f"--temp-dir={folder}",
-        "--dashboard-agent-listen-port=0",  # this and the workers' ports: any free one, several nodes share the address
+        "--dashboard-agent-listen-port=0",  # any free port, for the workers too: several nodes share the address
         "--min-worker-port=0",
         "--max-worker-port=0",
     ]
-    with (state.home() / "start.log").open("ab") as log:
-        # -P: the script's folder stays off the path, where its `jobs` and `local` would hide others
+    with (state.state_folder() / "start.log").open("ab") as log:
+        # -P keeps the script's folder off sys.path, where its `jobs` would hide the package `jobs`
         return subprocess.Popen(
             [sys.executable, "-P", node.__file__, *common, *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in this terminal later must not end the nodes
+            start_new_session=True,  # Ctrl-C in this terminal must not stop the nodes
         )
 
 
-def finish(starting: list[subprocess.Popen[bytes]]) -> None:
-    """Wait until these nodes have started. Raises ClusterError if one hasn't."""
+def wait_until_started(starting: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until these nodes have started. Raises ClusterError if one has not."""
     for process in starting:
         try:
-            code: int | str = process.wait(START_S)
+            code: int | str = process.wait(START_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            code = f"none within {START_S:g} s"
+            code = f"none within {START_TIMEOUT_S:g} s"
         if code != 0:
-            raise ClusterError(f"a Ray node did not start (exit code {code}): see {state.home() / 'start.log'}")
+            raise ClusterError(f"a Ray node did not start (exit code {code}): see {state.state_folder() / 'start.log'}")
 
 
-def wait_alive(cluster: state.State) -> None:
+def wait_until_alive(cluster: state.ClusterState) -> None:
     """Wait until the dashboard counts all nodes as alive. Raises ClusterError after START_S."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            if alive_nodes(cluster) == cluster.nodes:
+            if count_alive_nodes(cluster) == cluster.nodes:
                 return
         time.sleep(0.2)
-    raise ClusterError(f"not all of {cluster.nodes} nodes came alive in {START_S:g} s: see {cluster.logs}")
+    raise ClusterError(f"not all of {cluster.nodes} nodes came alive in {START_TIMEOUT_S:g} s: see {cluster.logs}")
 
 
-def alive_nodes(cluster: state.State) -> int:
+def count_alive_nodes(cluster: state.ClusterState) -> int:
     """Return how many nodes the dashboard counts as alive."""
     token = Path(cluster.token_path).read_text().strip()
     request = urllib.request.Request(
@@ -140,20 +146,20 @@ def alive_nodes(cluster: state.State) -> int:
 
 
 def down() -> bool:
-    """Stop the cluster on record, exactly its processes. Returns False if there is none on record."""
+    """Stop the recorded cluster: its own processes and no others. Returns False if none is recorded."""
     cluster = state.load()
     if cluster is None:
         return False
-    down_cluster(cluster)
+    stop_cluster(cluster)
     return True
 
 
-def down_cluster(cluster: state.State) -> None:
-    """Stop a cluster's processes, keep its logs in the state folder, forget it."""
-    for _ in range(2):  # a worker may have been born while the others were ended
-        alive = state.processes(cluster)
-        end(alive, own_end_s=0)
-    kept = state.home() / "logs"
+def stop_cluster(cluster: state.ClusterState) -> None:
+    """Stop a cluster's processes, copy its logs to the state folder, and remove its record."""
+    for _ in range(2):  # a worker may have started while the others were stopped
+        alive = state.find_processes(cluster)
+        end_processes(alive, exit_timeout_s=0)
+    kept = state.state_folder() / "logs"
     shutil.rmtree(kept, ignore_errors=True)
     if cluster.logs.exists():
         shutil.copytree(cluster.logs.resolve(), kept, symlinks=True, ignore_dangling_symlinks=True)
@@ -162,8 +168,8 @@ def down_cluster(cluster: state.State) -> None:
 
 
 def status(console: Console) -> None:
-    """Print nodes, resources and jobs. Raises ClusterError if there is no cluster or it is dead."""
-    from cluster.jobs import client_of, jobs_table
+    """Print nodes, resources and jobs. Raises ClusterError if there is no cluster or it has died."""
+    from cluster.jobs import job_client, jobs_table
 
     os.environ.pop("RAY_ADDRESS", None)
     with joined_ray("auto", None) as session:
@@ -185,7 +191,7 @@ def status(console: Console) -> None:
         if total.get(name):
             console.print(f"{total[name] - free.get(name, 0):g} of {total[name]:g} {unit} in use")
     console.print(f"dashboard {cluster.dashboard}   logs {cluster.logs}")
-    console.print(jobs_table(client_of(None, None)))
+    console.print(jobs_table(job_client(None, None)))
 
 
 def main(argv: list[str]) -> int:
@@ -204,7 +210,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     console = Console()
     if options.command == "up":
-        return main_up(options, console)
+        return run_up(options, console)
     if options.command == "down":
         console.print("the cluster is down" if down() else "no cluster was up")
     else:
@@ -212,12 +218,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def main_up(options: argparse.Namespace, console: Console) -> int:
+def run_up(options: argparse.Namespace, console: Console) -> int:
     """Run `manta cluster up`."""
-    refuse_second()
+    check_no_cluster_is_up()
     for port in (options.port, options.dashboard_port):
-        if not bindable(port):
-            console.print(f"port {port} is held by {holder(port)}: taking the next free one")
+        if not is_bindable(port):
+            console.print(f"port {port} is held by {port_holder(port)}: taking the next free one")
     begun = time.monotonic()
     with console.status(f"starting {options.nodes} Ray node{'s' * (options.nodes != 1)}"):
         cluster = up(options.nodes, options.cpus_per_node, options.port, options.dashboard_port)

@@ -9,7 +9,7 @@ import psutil
 from cluster.errors import ClusterError
 
 
-def holder(port: int) -> str | None:
+def port_holder(port: int) -> str | None:
     """Return 'name (pid 123)' of the process that listens on a TCP port, 'another process' if it can't be seen, or None."""
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
@@ -19,10 +19,10 @@ def holder(port: int) -> str | None:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
             except psutil.NoSuchProcess:
                 return None
-    return None if bindable(port) else "another process"
+    return None if is_bindable(port) else "another process"
 
 
-def bindable(port: int) -> bool:
+def is_bindable(port: int) -> bool:
     """Say whether a server could listen on this port of loopback now."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -36,6 +36,6 @@ def bindable(port: int) -> bool:
 def free_port(start: int, tries: int = 100) -> int:
     """Return the first free port at or after `start`. Raises ClusterError if none of `tries` is."""
     for port in range(start, min(start + tries, 65536)):
-        if bindable(port):
+        if is_bindable(port):
             return port
     raise ClusterError(f"no port from {start} to {start + tries - 1} is free: give another one to start from")

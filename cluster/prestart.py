@@ -1,4 +1,4 @@
-"""Start Ray's worker processes before they are asked for, so that a run does not wait for each one's start in turn."""
+"""Start Ray worker processes in advance, so that a run does not wait for each of them in turn."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import contextlib
 import json
 from collections.abc import Mapping
 
-KEEP_S = 120  # an unused process ends after this
+KEEP_ALIVE_S = 120  # an unused process exits after this
 
 
-def prestart(
-    count: int, env_vars: Mapping[str, str], nested: bool = False, node_id: str | None = None, keep_s: int = KEEP_S
+def prestart_workers(
+    count: int,
+    env_vars: Mapping[str, str],
+    nested: bool = False,
+    node_id: str | None = None,
+    keep_s: int = KEEP_ALIVE_S,
 ) -> None:
-    """Have a node (this one by default) start `count` worker processes that actors with just these `env_vars` will take.
+    """Have a node (this one by default) start `count` worker processes for actors with exactly these `env_vars`.
 
-    `nested`: they are for actors that are made by an actor with environment variables of its own. Those that none takes
-    for `keep_s` seconds end. Ray has no public call for this, so it speaks to the node's raylet; a Ray that answers
-    otherwise only starts slower.
+    `nested`: for actors that are created by an actor with environment variables of its own. A process that is unused
+    for `keep_s` seconds exits. Ray has no public call for this, so the request goes to the node's raylet; if it fails,
+    the run only starts more slowly.
     """
     with contextlib.suppress(Exception):
         import ray
@@ -32,7 +36,9 @@ def prestart(
         node = next(n for n in ray.nodes() if n["NodeID"] == (node_id or here.get_node_id()))
         environment = get_runtime_env_info(RuntimeEnv(env_vars=dict(env_vars)), serialize=True)
         info = json_format.Parse(environment, RuntimeEnvInfo())
-        if nested:  # Ray compares environments as text, and writes one that it merged with the parent's without spaces
+        if (
+            nested
+        ):  # Ray compares environments as text, and serializes one that it merged with the parent's without spaces
             merged = json.loads(info.serialized_runtime_env)
             info.serialized_runtime_env = json.dumps(merged, separators=(",", ":"), sort_keys=True)
         request = PrestartWorkersRequest(

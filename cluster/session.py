@@ -1,4 +1,4 @@
-"""One job's tie to Ray: start or join one, watch that it lives, leave nothing behind."""
+"""A job's connection to Ray: start a local instance or join a cluster, watch its processes, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from typing import Any
 import psutil
 
 from cluster import state
-from cluster.environment import importable_by_children, loopback_only, quiet_environment, worker_environment
+from cluster.environment import bind_to_loopback, export_python_path, set_default_environment, worker_environment
 from cluster.errors import ClusterError
 
-REACH_S = 5.0  # to open a connection to a cluster's address
-GIVE_UP_S = 6.0  # from a lost Ray to the end of the process, should the main thread be stuck in it
-ENDING = (signal.SIGTERM, signal.SIGHUP)
-OBJECT_STORE_BYTES = 1 << 30  # shared memory of a job's own Ray, at most; batches are small
+CONNECT_TIMEOUT_S = 5.0  # to open a connection to a cluster's address
+EXIT_TIMEOUT_S = 6.0  # from the loss of Ray to the exit of this process, if the main thread hangs in a call of Ray's
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+OBJECT_STORE_BYTES = 1 << 30  # upper limit for the object store of a local Ray; batches are small
 
 
 @dataclass(frozen=True)
 class Session:
-    """A Ray that is connected."""
+    """A Ray instance that this process is connected to."""
 
     address: str  # host:port of the GCS
     cpus: float
@@ -44,17 +44,17 @@ class Session:
 def connect(address: str, cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Session]:
     """Connect this process to Ray for the length of a `with` block.
 
-    `address`: `local` starts a Ray of this job's own on loopback with `cpus` cores (None: all), and ends it afterwards
-    whatever happens (an error, Ctrl-C, SIGTERM, SIGHUP); `auto` joins the cluster of `manta cluster up`, or of the
-    submitted job that this is; else `host:port` or `ray://host:port`. Ray's own logs are found in `log_dir`/ray.
+    `address`: `local` starts a Ray instance for this job on loopback with `cpus` cores (None: all), and stops it
+    afterwards in every case (an error, Ctrl-C, SIGTERM, SIGHUP); `auto` joins the cluster of `manta cluster up`, or that
+    of the submitted job that this process runs; else `host:port` or `ray://host:port`. `log_dir`/ray leads to Ray's logs.
 
-    Raises ClusterError where there is no such cluster, within ten seconds, and where Ray is killed within the block.
+    Raises ClusterError if there is no such cluster, within ten seconds, and if Ray is killed within the block.
     """
-    quiet_environment()
-    with signals_kept():
-        catch_signals()
+    set_default_environment()
+    with restored_signal_handlers():
+        exit_on_signals()
         if address == "local":
-            with own_ray(cpus, dashboard, log_dir) as session:
+            with local_ray(cpus, dashboard, log_dir) as session:
                 yield session
         else:
             with joined_ray(address, log_dir) as session:
@@ -62,26 +62,28 @@ def connect(address: str, cpus: int | None, dashboard: bool, log_dir: Path) -> I
 
 
 @contextlib.contextmanager
-def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Session]:
-    """Start a Ray of this process's own, and end it."""
-    state.use_token(state.token_path())
-    importable_by_children()
+def local_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Session]:
+    """Start a Ray instance for this process, and stop it."""
+    state.set_token(state.token_path())
+    export_python_path()
     if not dashboard:
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    loopback_only()
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no cloud takes this one node away
-    folder = Path(tempfile.mkdtemp(prefix="manta-"))  # short: a socket's path may have 107 bytes
-    ray_here = state.State(mark=folder.name, address="", dashboard="", token_path="", temp_dir=str(folder), nodes=1)
+    bind_to_loopback()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a single local node is never preempted
+    folder = Path(tempfile.mkdtemp(prefix="manta-"))  # short: the path of a Unix socket is limited to 107 bytes
+    ray_here = state.ClusterState(
+        cluster_id=folder.name, address="", dashboard="", token_path="", temp_dir=str(folder), nodes=1
+    )
 
     def clean_up() -> None:
-        end(state.processes(ray_here), own_end_s=0.0, patience_s=0.5)
-        keep_logs(folder, log_dir)
+        end_processes(state.find_processes(ray_here), exit_timeout_s=0.0, terminate_timeout_s=0.5)
+        keep_ray_logs(folder, log_dir)
 
-    watch: Watch | None = None
+    watch: RayWatchdog | None = None
     try:
         import ray
 
-        hush(log_dir)
+        redirect_ray_messages(log_dir)
         context = ray.init(
             address="local",
             num_cpus=cpus,
@@ -91,39 +93,41 @@ def own_ray(cpus: int | None, dashboard: bool, log_dir: Path) -> Iterator[Sessio
             object_store_memory=object_store_bytes(),
             _temp_dir=str(folder),
         )
-        catch_signals()  # again: ray.init has put its own handler in place
+        exit_on_signals()  # again: ray.init has installed a handler of its own
         info: dict[str, Any] = getattr(context, "address_info", None) or {}
         logs = Path(info["session_dir"]) / "logs"
-        link(logs, log_dir)
-        core = [state.member(p) for p in state.processes(ray_here) if p.name() in state.CORE]
-        watch = Watch(core, "Ray was killed: start the job again, with resume=true if it has checkpoints", clean_up)
-        with watch.raising():
+        link_ray_logs(logs, log_dir)
+        core = [state.describe_process(p) for p in state.find_processes(ray_here) if p.name() in state.CORE_PROCESSES]
+        watch = RayWatchdog(
+            core, "Ray was killed: start the job again, with resume=true if it has checkpoints", clean_up
+        )
+        with watch.guard():
             yield session_of(info["gcs_address"], logs)
     finally:
-        started = state.processes(ray_here)
+        started = state.find_processes(ray_here)
         lost = watch is not None and watch.lost
-        leaving = leave(lost)
-        end(started, own_end_s=0.0 if lost else 1.0, patience_s=0.5 if lost else 3.0)
+        leaving = disconnect(lost)
+        end_processes(started, exit_timeout_s=0.0 if lost else 1.0, terminate_timeout_s=0.5 if lost else 3.0)
         clean_up()
-        if leaving.is_alive():  # from a lost Ray: it gives up after some seconds, and writes into the folder again
+        if leaving.is_alive():  # disconnecting from a lost Ray takes some seconds, and writes into the folder again
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            atexit.register(leaving.join, GIVE_UP_S)  # the last to be registered is the first to run
+            atexit.register(leaving.join, EXIT_TIMEOUT_S)  # atexit runs the last registered function first
 
 
 @contextlib.contextmanager
 def joined_ray(address: str, log_dir: Path | None) -> Iterator[Session]:
-    """Join a cluster that runs already, and leave it."""
+    """Join a running cluster, and disconnect afterwards."""
     address, cluster = resolve(address)
     import ray
 
     if log_dir:
-        hush(log_dir)
+        redirect_ray_messages(log_dir)
 
     if cluster:
-        loopback_only()
-    # The nodes of `manta cluster up` have this environment already, and a runtime_env costs each worker a fresh start.
+        bind_to_loopback()
+    # The nodes of `manta cluster up` have this environment already, and a runtime_env makes Ray start new worker processes.
     runtime_env = {} if cluster else {"env_vars": worker_environment()}
-    watch: Watch | None = None
+    watch: RayWatchdog | None = None
     try:
         try:
             context = ray.init(
@@ -132,25 +136,25 @@ def joined_ray(address: str, log_dir: Path | None) -> Iterator[Session]:
         except (ConnectionError, RuntimeError, ray.exceptions.RayError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ClusterError(
-                f"the Ray at {address} cannot be joined ({first}): see `manta cluster status`"
+                f"the Ray cluster at {address} cannot be joined ({first}): see `manta cluster status`"
             ) from error
-        catch_signals()
+        exit_on_signals()
         info: dict[str, Any] = getattr(context, "address_info", None) or {}
         logs = Path(info.get("session_dir") or "") / "logs"
         if log_dir:
-            link(logs, log_dir)
-        core = cluster.core if cluster else []
-        watch = Watch(core, "the cluster's Ray was killed: `manta cluster down`, then `manta cluster up`")
-        with watch.raising():
+            link_ray_logs(logs, log_dir)
+        core = cluster.core_processes if cluster else []
+        watch = RayWatchdog(core, "the cluster's Ray was killed: `manta cluster down`, then `manta cluster up`")
+        with watch.guard():
             yield session_of(address, logs)
     finally:
-        leave(lost=watch is not None and watch.lost)
+        disconnect(lost=watch is not None and watch.lost)
 
 
-def resolve(address: str) -> tuple[str, state.State | None]:
-    """Turn `auto` or host:port into an address that answers, and the record of the cluster if it is this machine's.
+def resolve(address: str) -> tuple[str, state.ClusterState | None]:
+    """Resolve `auto` or host:port to a reachable address, with the record of the cluster if `manta cluster up` started it.
 
-    Raises ClusterError if none answers.
+    Raises ClusterError if nothing answers there.
     """
     cluster = state.load()
     if address == "auto":
@@ -161,17 +165,17 @@ def resolve(address: str) -> tuple[str, state.State | None]:
     if cluster and address != cluster.address:
         cluster = None
     if cluster:
-        if cluster.lost:
+        if cluster.lost_processes:
             raise ClusterError(
-                f"the cluster of `manta cluster up` has lost its {' and '.join(sorted(set(cluster.lost)))}: "
+                f"the cluster of `manta cluster up` has lost its {' and '.join(sorted(set(cluster.lost_processes)))}: "
                 "`manta cluster down`, then `manta cluster up`"
             )
-        state.use_token(cluster.token_path)
+        state.set_token(cluster.token_path)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"cluster.address={address} is no address: use local, auto, host:port or ray://host:port")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
             f"no Ray answers at {address} ({error.strerror or error}): check cluster.address, or use cluster.address=local"
@@ -179,23 +183,25 @@ def resolve(address: str) -> tuple[str, state.State | None]:
     return address, cluster
 
 
-class Watch(threading.Thread):
-    """Looks after Ray's core processes; a driver of a dead Ray would hang for a minute (GCS) or for ever (raylet)."""
+class RayWatchdog(threading.Thread):
+    """Watches Ray's core processes: without them a driver would hang for a minute (GCS) or forever (raylet)."""
 
-    def __init__(self, members: list[state.Member], message: str, clean_up: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, processes: list[state.ClusterProcess], message: str, clean_up: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(name="ray-watch", daemon=True)
-        self.members, self.message, self.clean_up = members, message, clean_up
+        self.processes, self.message, self.clean_up = processes, message, clean_up
         self.lost = False
         self.closed = threading.Event()
 
     def run(self) -> None:
-        """Interrupt the main thread once a process is gone; end this one if the main thread cannot be interrupted."""
+        """Interrupt the main thread when a process has died; exit if the main thread does not react."""
         while not self.closed.wait(0.5):
-            if all(m.alive for m in self.members):
+            if all(m.alive for m in self.processes):
                 continue
             self.lost = True
             _thread.interrupt_main()
-            if not self.closed.wait(GIVE_UP_S):
+            if not self.closed.wait(EXIT_TIMEOUT_S):
                 os.write(2, f"{self.message}\n".encode())
                 if self.clean_up:
                     self.clean_up()
@@ -203,15 +209,15 @@ class Watch(threading.Thread):
             return
 
     @contextlib.contextmanager
-    def raising(self) -> Iterator[None]:
-        """Watch during a block, and turn what it raises after a loss into ClusterError."""
+    def guard(self) -> Iterator[None]:
+        """Watch during a `with` block, and turn any exception after a loss into ClusterError."""
         self.start()
         try:
             yield
             self.closed.set()
         except BaseException as error:
-            # Ray's own complaint may come before the watch's next look.
-            self.lost = self.lost or not all(m.alive for m in self.members)
+            # Ray may raise an error before the next check of the watchdog.
+            self.lost = self.lost or not all(m.alive for m in self.processes)
             self.closed.set()
             if self.lost:
                 raise ClusterError(self.message) from error
@@ -219,9 +225,9 @@ class Watch(threading.Thread):
 
 
 @contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
-    """Give back, after a block, the handlers of the signals that `catch_signals` takes."""
-    kept = {number: signal.getsignal(number) for number in ENDING}
+def restored_signal_handlers() -> Iterator[None]:
+    """Restore, after a `with` block, the signal handlers that `exit_on_signals` replaces."""
+    kept = {number: signal.getsignal(number) for number in EXIT_SIGNALS}
     try:
         yield
     finally:
@@ -230,27 +236,27 @@ def signals_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def catch_signals() -> None:
-    """Turn SIGTERM and SIGHUP into SystemExit(128 + signal), so that `finally` blocks run. Only a main thread can."""
+def exit_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP into SystemExit(128 + signal), so that `finally` blocks run. Only the main thread can set handlers."""
 
     def leave_now(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in ENDING:
+        for number in EXIT_SIGNALS:
             signal.signal(number, leave_now)
 
 
 def session_of(address: str, logs: Path) -> Session:
-    """Describe the Ray that is connected."""
+    """Describe the connected Ray instance."""
     import ray
 
     has = ray.cluster_resources()
     return Session(address, has.get("CPU", 0.0), has.get("GPU", 0.0), logs)
 
 
-def leave(lost: bool) -> threading.Thread:
-    """Disconnect from Ray; from a lost one without waiting for an answer that will not come: the thread goes on."""
+def disconnect(lost: bool) -> threading.Thread:
+    """Disconnect from Ray in a thread, and return it; if Ray is lost, don't wait for the thread to end."""
     import ray
 
     ending = threading.Thread(target=ray.shutdown, daemon=True)
@@ -259,21 +265,23 @@ def leave(lost: bool) -> threading.Thread:
     return ending
 
 
-def end(processes: list[psutil.Process], own_end_s: float = 1.0, patience_s: float = 3.0) -> None:
-    """End processes: wait `own_end_s` for their own end, then ask them to, and kill them `patience_s` later."""
-    _, alive = psutil.wait_procs(processes, timeout=own_end_s)
+def end_processes(
+    processes: list[psutil.Process], exit_timeout_s: float = 1.0, terminate_timeout_s: float = 3.0
+) -> None:
+    """Stop processes: wait `exit_timeout_s` for them to exit, send SIGTERM, and SIGKILL `terminate_timeout_s` later."""
+    _, alive = psutil.wait_procs(processes, timeout=exit_timeout_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(alive, timeout=patience_s)
+    _, alive = psutil.wait_procs(alive, timeout=terminate_timeout_s)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=patience_s)
+    psutil.wait_procs(alive, timeout=terminate_timeout_s)
 
 
-def hush(log_dir: Path) -> None:
-    """Send what Ray's background threads print on the driver (a dead raylet's last 20 lines, say) to a log file."""
+def redirect_ray_messages(log_dir: Path) -> None:
+    """Redirect what Ray's background threads print on the driver (the last lines of a dead raylet's log) to a file."""
     from ray._private import worker
 
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -287,15 +295,15 @@ def hush(log_dir: Path) -> None:
 
 
 def object_store_bytes() -> int | None:
-    """Return a modest size for Ray's object store that /dev/shm has room for; None (Ray's choice) where there is none."""
+    """Return a small size for Ray's object store that fits into /dev/shm; None (Ray's default) if there is no /dev/shm."""
     try:
         return int(min(OBJECT_STORE_BYTES, 0.3 * shutil.disk_usage("/dev/shm").free))
     except FileNotFoundError:
         return None
 
 
-def link(logs: Path, log_dir: Path) -> None:
-    """Make `log_dir`/ray lead to Ray's logs."""
+def link_ray_logs(logs: Path, log_dir: Path) -> None:
+    """Make `log_dir`/ray a symbolic link to Ray's logs."""
     log_dir.mkdir(parents=True, exist_ok=True)
     place = log_dir / "ray"
     if place.is_symlink():
@@ -305,8 +313,8 @@ def link(logs: Path, log_dir: Path) -> None:
     place.symlink_to(logs)
 
 
-def keep_logs(folder: Path, log_dir: Path) -> None:
-    """Move the logs of a Ray that has ended from its temporary folder to `log_dir`/ray, and remove the folder."""
+def keep_ray_logs(folder: Path, log_dir: Path) -> None:
+    """Copy the logs of a stopped Ray from its temporary folder to `log_dir`/ray, and remove the folder."""
     place = log_dir / "ray"
     if place.is_symlink():
         logs = place.resolve()
@@ -314,5 +322,5 @@ def keep_logs(folder: Path, log_dir: Path) -> None:
         if logs.exists():
             shutil.copytree(logs, place, symlinks=True, ignore_dangling_symlinks=True)
     deadline = time.monotonic() + 4
-    while folder.exists() and time.monotonic() < deadline:  # a dying process may write a last line
+    while folder.exists() and time.monotonic() < deadline:  # an exiting process may write once more
         shutil.rmtree(folder, ignore_errors=True)

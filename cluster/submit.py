@@ -29,15 +29,17 @@ PATHS = (
     "runs_dir",
 )
 NAMES_OR_PATHS = ("bundle", "evaluate.against")  # a run's name, or a folder
-IN_SOURCES = re.compile(r"(\b(?:validation_|test_)?path:\s*)('[^']*'|\"[^\"]*\"|[^\s,}]+)")  # of data.sources={...}
-LEFT_OUT = (
+PATHS_IN_SOURCES = re.compile(
+    r"(\b(?:validation_|test_)?path:\s*)('[^']*'|\"[^\"]*\"|[^\s,}]+)"
+)  # of data.sources={...}
+EXCLUDED = (
     ".git", ".venv", "venv", "runs", "outputs", "multirun", "mlruns", "tests", "build", "dist", "__pycache__",
     "*.egg-info", ".pytest_cache", ".mypy_cache", ".ruff_cache",
 )  # fmt: skip
 
 
-def checkout(start: Path) -> Path | None:
-    """Return the source tree of Manta that `start` lies in, or None (Manta is then installed on the cluster)."""
+def find_source_tree(start: Path) -> Path | None:
+    """Return the source tree of Manta that `start` is in, or None (Manta is then installed on the cluster)."""
     for folder in (start, *start.parents):
         project = folder / "pyproject.toml"
         if project.is_file() and tomllib.loads(project.read_text()).get("project", {}).get("name") == "manta-train":
@@ -45,7 +47,7 @@ def checkout(start: Path) -> Path | None:
     return None
 
 
-def absolute(overrides: list[str], folder: Path) -> list[str]:
+def make_absolute(overrides: list[str], folder: Path) -> list[str]:
     """Return the overrides with relative paths made absolute, for a job on this machine but in another folder."""
     fixed = []
     named = {"data.source=huggingface", "data=huggingface"} & {override.lstrip("+") for override in overrides}
@@ -56,24 +58,24 @@ def absolute(overrides: list[str], folder: Path) -> list[str]:
         bare = value.strip("'\"")
         is_path = (folder / bare).exists() if name in maybe else name in PATHS
         if equals and is_path and bare not in ("", "null") and "://" not in bare and not Path(bare).is_absolute():
-            override = f"{key}={quoted(str(folder / Path(bare).expanduser()))}"
+            override = f"{key}={quote(str(folder / Path(bare).expanduser()))}"
         if name == "data.sources":
-            override = f"{key}={IN_SOURCES.sub(lambda found: found[1] + absolute_if_there(found[2], folder), value)}"
+            override = f"{key}={PATHS_IN_SOURCES.sub(lambda found: found[1] + make_absolute_if_exists(found[2], folder), value)}"
         fixed.append(override)
     if not any(o.partition("=")[0].lstrip("+") == "runs_dir" for o in fixed):
-        fixed.append(f"runs_dir={quoted(str(folder / 'runs'))}")
+        fixed.append(f"runs_dir={quote(str(folder / 'runs'))}")
     return fixed
 
 
-def absolute_if_there(value: str, folder: Path) -> str:
-    """Return a source's path, quoted or not, made absolute if it begins with something that lies in `folder`."""
+def make_absolute_if_exists(value: str, folder: Path) -> str:
+    """Return a source's path, quoted or not, made absolute if its first component exists in `folder`."""
     bare = value.strip("'\"")
     is_here = "://" not in bare and not Path(bare).is_absolute() and (folder / Path(bare).parts[0]).exists()
-    return quoted(str(folder / bare)) if bare and is_here else value
+    return quote(str(folder / bare)) if bare and is_here else value
 
 
-def quoted(value: str) -> str:
-    """Return a value as Hydra's grammar wants it: in quotes if it has more than letters, digits and plain signs."""
+def quote(value: str) -> str:
+    """Quote a value as Hydra's grammar requires: if it has other characters than letters, digits and a few signs."""
     if re.fullmatch(r"[\w./*?:+-]+", value):
         return value
     escaped = value.replace("'", "\\'")
@@ -81,19 +83,19 @@ def quoted(value: str) -> str:
 
 
 def submit(client: JobSubmissionClient, job: str, overrides: list[str], folder: Path, on_this_machine: bool) -> str:
-    """Submit a job with the project that `folder` lies in; returns its id."""
+    """Submit a job with the source tree that `folder` is in; returns its id."""
     if on_this_machine:
-        overrides = absolute(overrides, folder)
+        overrides = make_absolute(overrides, folder)
     if not any(o.startswith("cluster.address=") for o in overrides):
         overrides = [*overrides, "cluster.address=auto"]
     python = sys.executable if on_this_machine else "python"
     environment: dict[str, Any] = {"env_vars": {**worker_environment(), "PYTHONUNBUFFERED": "1"}}
     if not on_this_machine:
-        environment["env_vars"].pop("DS_ACCELERATOR", None)  # its nodes may have GPUs that this machine hasn't
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell what it leaves out of the package
-    source = checkout(folder) or checkout(Path(__file__).resolve().parent)
+        environment["env_vars"].pop("DS_ACCELERATOR", None)  # its nodes may have GPUs even if this machine has none
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would log what it excludes from the package
+    source = find_source_tree(folder) or find_source_tree(Path(__file__).resolve().parent)
     if source:
-        environment |= {"working_dir": str(source), "excludes": list(LEFT_OUT)}
+        environment |= {"working_dir": str(source), "excludes": list(EXCLUDED)}
     return client.submit_job(
         entrypoint=shlex.join([python, "-m", f"jobs.{job}", *overrides]),
         runtime_env=environment,
@@ -101,24 +103,24 @@ def submit(client: JobSubmissionClient, job: str, overrides: list[str], folder: 
     )
 
 
-def watch(client: JobSubmissionClient, job: str) -> int:
+def follow_to_end(client: JobSubmissionClient, job: str) -> int:
     """Follow a job to its end and return its exit code; Ctrl-C asks whether to detach from it or to stop it."""
     try:
         jobs.follow(client, job)
-        return jobs.wait_end(client, job)
+        return jobs.wait_until_ended(client, job)
     except KeyboardInterrupt:
-        if sys.stdin.isatty() and asks_to_detach():
-            print(f"\n{job} goes on: manta jobs logs {job} --follow")
+        if sys.stdin.isatty() and ask_to_detach():
+            print(f"\n{job} keeps running: manta jobs logs {job} --follow")
             return 0
         print(f"\nstopping {job}", flush=True)
-        jobs.stop(client, job)
+        jobs.stop_job(client, job)
         return 130
 
 
-def asks_to_detach() -> bool:
-    """Ask what Ctrl-C means. A second Ctrl-C, or the end of the input, means stop."""
+def ask_to_detach() -> bool:
+    """Ask whether to detach. A second Ctrl-C, or the end of the input, means stop."""
     try:
-        return input("\n[d]etach and let the job go on, or [s]top it? ").strip().lower().startswith("d")
+        return input("\n[d]etach and keep the job running, or [s]top it? ").strip().lower().startswith("d")
     except (KeyboardInterrupt, EOFError):
         return False
 
@@ -142,7 +144,7 @@ def main(argv: list[str]) -> int:
     for override in options.overrides:
         if "=" not in override and not override.startswith("~"):
             raise ClusterError(f"'{override}' is not of the form key=value: write for example train.max_steps=200")
-    client = jobs.client_of(options.address, options.token_path)
+    client = jobs.job_client(options.address, options.token_path)
     cluster = state.load()
     here = options.address is None or (cluster is not None and options.address.rstrip("/") == cluster.dashboard)
     job = submit(client, options.job, options.overrides, Path.cwd(), here)
@@ -150,4 +152,4 @@ def main(argv: list[str]) -> int:
         print(job)
         return 0
     print(f"submitted {job}", flush=True)
-    return watch(client, job)
+    return follow_to_end(client, job)

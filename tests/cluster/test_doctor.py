@@ -8,11 +8,11 @@ from cluster import doctor
 
 def test_rows(monkeypatch, tmp_path):
     monkeypatch.setenv("MANTA_HOME", str(tmp_path))
-    rows = {f.what: f for f in doctor.examine()}
+    rows = {f.check: f for f in doctor.run_checks()}
     assert {"Python", "g++", "ninja", "packages", "shared memory", "memory", "GPUs", "port 8000", "clock"} <= set(rows)
-    assert rows["Python"].verdict == rows["packages"].verdict == "ok"
+    assert rows["Python"].status == rows["packages"].status == "ok"
     assert re.fullmatch(r"\d+ in their ranges", rows["packages"].found)
-    assert all(f.advice for f in rows.values() if f.verdict != "ok")
+    assert all(f.advice for f in rows.values() if f.status != "ok")
 
 
 def test_a_held_port_is_named(monkeypatch, tmp_path):
@@ -24,14 +24,14 @@ def test_a_held_port_is_named(monkeypatch, tmp_path):
             s.listen()
         except OSError:
             pass  # held by another already: as good
-        row = next(f for f in doctor.ports() if f.what == "port 8000")
-    assert row.verdict == "warn"
+        row = next(f for f in doctor.check_ports() if f.check == "port 8000")
+    assert row.status == "warn"
     assert "pid" in row.found
     assert "serve.port=8001" in row.advice
 
 
 def test_wrong_versions_fail(monkeypatch):
-    monkeypatch.setattr(doctor, "declared", lambda: ["rich>=99", "no-such-package>=1", "psutil>=1"])
-    (row,) = doctor.packages()
-    assert row.verdict == "fail"
+    monkeypatch.setattr(doctor, "declared_requirements", lambda: ["rich>=99", "no-such-package>=1", "psutil>=1"])
+    (row,) = doctor.check_packages()
+    assert row.status == "fail"
     assert re.match(r"rich [\d.]+ is not >=99; no-such-package is missing$", row.found)

@@ -75,9 +75,9 @@ def cluster(project):
 
 
 def test_two_nodes_alive_on_loopback_only(cluster):
-    assert local.alive_nodes(cluster) == 2
-    processes = state.processes(cluster)
-    assert sorted(p.name() for p in processes if p.name() in state.CORE) == ["gcs_server", "raylet", "raylet"]
+    assert local.count_alive_nodes(cluster) == 2
+    processes = state.find_processes(cluster)
+    assert sorted(p.name() for p in processes if p.name() in state.CORE_PROCESSES) == ["gcs_server", "raylet", "raylet"]
     assert listened(processes) == {"127.0.0.1"}
     assert Path(cluster.token_path).stat().st_mode & 0o777 == 0o600
 
@@ -136,7 +136,7 @@ def test_status(cluster, project):
 
 
 def test_a_killed_raylet_is_told_and_down_leaves_nothing(cluster, project):
-    processes = state.processes(cluster)
+    processes = state.find_processes(cluster)
     next(p for p in processes if p.name() == "raylet" and "--head" in p.cmdline()).kill()
     time.sleep(0.5)
     for command in (("local", "status"), ("submit", "pretrain")):

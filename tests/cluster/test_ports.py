@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from cluster.errors import ClusterError
-from cluster.ports import bindable, free_port, holder
+from cluster.ports import free_port, is_bindable, port_holder
 
 
 @pytest.fixture
@@ -18,14 +18,14 @@ def taken():
 
 
 def test_holder_names_the_process(taken):
-    assert holder(taken).endswith(f"(pid {os.getpid()})")
+    assert port_holder(taken).endswith(f"(pid {os.getpid()})")
 
 
 def test_free_port_skips_a_taken_one(taken):
     found = free_port(taken)
     assert taken < found < taken + 100
-    assert not bindable(taken)
-    assert holder(found) is None
+    assert not is_bindable(taken)
+    assert port_holder(found) is None
 
 
 def test_no_free_port_is_an_error(taken):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cluster.prestart import prestart
+from cluster.prestart import prestart_workers
 from tests.engine.serve.clients import processes, wait_for
 
 
@@ -33,7 +33,7 @@ def test_actors_take_the_processes(nested: bool) -> None:
             return int(ray.get(child.pid.remote()))
 
     before = idle()
-    prestart(1, inner if nested else outer, nested)
+    prestart_workers(1, inner if nested else outer, nested)
     wait_for(lambda: idle() - before)
     time.sleep(2)  # until the node knows it too
     waiting = idle()
