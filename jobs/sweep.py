@@ -14,7 +14,7 @@ def sweep(config: Config) -> None:
     """Run the trials, and say which is best and where its bundle and the report are."""
     from engine.data.corpus import check_input
     from engine.sweep.launch import sweep
-    from engine.sweep.space import check_space
+    from engine.sweep.search_space import check_space
 
     check_space(config)
     check_input(config.data)

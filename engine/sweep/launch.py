@@ -18,19 +18,19 @@ from engine.errors import UserError
 from engine.objectives.contract import objective_class
 from engine.progress import console
 from engine.sweep import winner as winners
-from engine.sweep.bandit import bandit
-from engine.sweep.board import Board
-from engine.sweep.halving import Halving
+from engine.sweep.gaussian_process import bandit
+from engine.sweep.progress_table import Board
+from engine.sweep.successive_halving import Halving
 from engine.sweep.population import Population, interval, perturb
-from engine.sweep.record import Trial, best_first, from_dict, front
+from engine.sweep.trial_record import Trial, best_first, from_dict, front
 from engine.sweep.recovery import Recovery
-from engine.sweep.room import MemoryCheck
-from engine.sweep.search import Place, Search, SearchAlgorithm
+from engine.sweep.memory_check import MemoryCheck
+from engine.sweep.search_algorithm import Place, Search, SearchAlgorithm
 from engine.sweep.searchers import importances, make_searcher
-from engine.sweep.space import Space, check_space, count
+from engine.sweep.search_space import Space, check_space, count
 from engine.sweep.stopping import grace_steps, make_rule, rungs
 from engine.sweep.trial import FAILURE, run_trial
-from engine.sweep.weights import start_state
+from engine.sweep.start_weights import start_state
 from engine.train.job import Job
 from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, Status, now

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.sweep.record import Trial
+from engine.sweep.trial_record import Trial
 
 # In a trial's logs: why it failed, or which of its workers was lost; with neither, its first process was.
 FAILED, LOST = "failed.txt", "lost.txt"

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.config import Config
-from engine.sweep.record import PAUSED, Trial
-from engine.sweep.space import Space, combinations, samples
+from engine.sweep.trial_record import PAUSED, Trial
+from engine.sweep.search_space import Space, combinations, samples
 
 STARTUP = 10  # trials drawn at random before TPE models anything: Optuna's own choice
 AT_RANDOM = 1 / 3  # bohb: share of the trials that are drawn at random (Falkner et al. 2018, section 4.1)

@@ -15,8 +15,8 @@ import torch
 from engine.config import with_values
 from engine.errors import UserError
 from engine.sweep.recovery import Lost, clear, note
-from engine.sweep.team import RankGroup
-from engine.sweep.weights import copier
+from engine.sweep.rank_group import RankGroup
+from engine.sweep.start_weights import copier
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
 from engine.train.loop import Metrics

@@ -13,14 +13,14 @@ from typing import Any
 from engine.config import with_values
 from engine.errors import UserError
 from engine.progress import console
-from engine.sweep.record import Trial, best_first
-from engine.sweep.search import Place
+from engine.sweep.trial_record import Trial, best_first
+from engine.sweep.search_algorithm import Place
 from engine.sweep.trial import figures, job_of
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, step_folder, step_folders
 from engine.train.job import Job
 from engine.train.launch import Watch, run_workers
 from engine.train.run_folder import RunFolder, Status, now
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from engine.train.worker import export
 
 SOUP, RETRAINED = "soup", "retrained"

@@ -14,7 +14,7 @@ from engine.train import hardware
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, step_folder, step_folders
 from engine.train.job import Job
 from engine.train.run_folder import RunFolder
-from engine.train.universal import Tell, read_universal, write_universal
+from engine.train.universal_checkpoint import Tell, read_universal, write_universal
 from engine.train.worker import export
 from engine.train.zero import DTYPES
 

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.config import TrainConfig
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 
 
 @dataclass(frozen=True)
-class Go:
+class AcceptStep:
     """Nothing is wrong with the step."""
 
 
 @dataclass(frozen=True)
-class Skip:
+class SkipStep:
     """Leave the weights as they are and go on with the next batch."""
 
     reason: str
@@ -35,16 +35,16 @@ class RollBack:
 
 
 @dataclass(frozen=True)
-class GiveUp:
+class StopRun:
     """End the run."""
 
     reason: str
 
 
-Decision = Go | Skip | RollBack | GiveUp
+Decision = AcceptStep | SkipStep | RollBack | StopRun
 
 
-def loss_fault(loss: float, recent: Sequence[float], train: TrainConfig) -> str:
+def check_loss(loss: float, recent: Sequence[float], train: TrainConfig) -> str:
     """Say what is wrong with a global loss before the weights change; empty for nothing.
 
     A spike lies more than train.spike_sigma standard deviations above the mean of the last train.spike_window losses
@@ -63,7 +63,7 @@ def loss_fault(loss: float, recent: Sequence[float], train: TrainConfig) -> str:
     )
 
 
-def norm_fault(norm: float) -> str:
+def check_grad_norm(norm: float) -> str:
     """Say what is wrong with a global gradient norm; empty for nothing."""
     return "" if math.isfinite(norm) else f"the gradient norm is {norm}"
 
@@ -71,19 +71,19 @@ def norm_fault(norm: float) -> str:
 def decide(fault: str, state: TrainState, train: TrainConfig) -> Decision:
     """Decide on a step with that fault, which was taken from that state."""
     if not fault:
-        return Go()
+        return AcceptStep()
     allowed = train.max_skipped
     if state.loss_scale:
         allowed += int(math.log2(state.loss_scale))  # fp16: so often the scale can fall before that is a sign
     if state.skipped_in_a_row < allowed:
-        return Skip(fault)
+        return SkipStep(fault)
     before = f", after {state.skipped_in_a_row} in a row were skipped" if state.skipped_in_a_row else ""
     if state.rollbacks < train.max_rollbacks:
         return RollBack(fault + before)
-    return GiveUp(fault + before + (f" and {state.rollbacks} roll-backs" if state.rollbacks else ""))
+    return StopRun(fault + before + (f" and {state.rollbacks} roll-backs" if state.rollbacks else ""))
 
 
-def remember(recent: Sequence[float], loss: float, train: TrainConfig) -> tuple[float, ...]:
+def append_recent_loss(recent: Sequence[float], loss: float, train: TrainConfig) -> tuple[float, ...]:
     """Return the losses to judge the next one by, with that of a good step added."""
     if train.spike_sigma is None:
         return ()

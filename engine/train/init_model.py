@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from engine.config import TrainConfig
 from engine.errors import UserError
-from engine.models.attention import use_blockwise
-from engine.models.build import build, from_config, load, recompute_activations, shape_of, stacks_of
-from engine.models.trained import choose_trained
+from engine.models.attention import enable_blockwise_attention
+from engine.models.build import build_model, model_from_config, load_pretrained, enable_gradient_checkpointing, load_or_make_config, block_lists
+from engine.models.trained import select_trainable
 from engine.objectives.contract import Objective
 from engine.train.checkpoint import Checkpoint
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.job import Job
 
 Make = Callable[[Job, Objective], Any]  # makes the model that a run begins with, before any part is added or frozen
@@ -67,22 +67,22 @@ def fresh(job: Job, objective: Objective) -> Any:
     """Make the bundle's model, else one of fresh weights from the seed."""
     config, options = job.config, objective.model_options()
     if job.start:
-        return load(job.start, objective.auto_class, options, config.model, config.seed)
-    return build(config.model, objective.processor, objective.auto_class, options, config.seed)
+        return load_pretrained(job.start, objective.auto_class, options, config.model, config.seed)
+    return build_model(config.model, objective.processor, objective.auto_class, options, config.seed)
 
 
 def _with_parts(model: Any, job: Job, objective: Objective) -> Any:
-    return choose_trained(model, job.config.objective, job.config.seed, head=not objective.over_vocabulary)
+    return select_trainable(model, job.config.objective, job.config.seed, train_head=not objective.has_lm_head)
 
 
 def equip(model: Any, train: TrainConfig, device: torch.device, precision: str) -> None:
     """Give a model what makes its passes smaller or faster: activation checkpointing, attention, compilation."""
     if train.activation_checkpointing:
-        recompute_activations(model)
+        enable_gradient_checkpointing(model)
     if device.type == "cpu" and precision == "bf16":
-        use_blockwise(model)
+        enable_blockwise_attention(model)
     if train.compile:  # block by block: all of a stack are one piece of code, compiled once
-        for block in (block for blocks in stacks_of(model) for block in blocks):
+        for block in (block for blocks in block_lists(model) for block in blocks):
             block.compile()
 
 
@@ -100,9 +100,9 @@ def load_weights(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> No
 
 def empty_model(job: Job, objective: Objective) -> Any:
     """Make the same model with weights that take no memory: views of a single zero. Its buffers are whole."""
-    config = shape_of(job.start, job.config.model, objective.processor, objective.model_options())
+    config = load_or_make_config(job.start, job.config.model, objective.processor, objective.model_options())
     with weightless():
-        model = from_config(
+        model = model_from_config(
             config, objective.auto_class, dtype=torch.float32, attn_implementation=job.config.model.attention
         )
     views: dict[int, nn.Parameter] = {}

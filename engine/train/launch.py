@@ -79,9 +79,9 @@ def check_job(job: Job) -> None:
     if config.data.packing != "end_to_end":
         console.print(packed(samples, config))
     if job.start:
-        from engine.models.build import shape_of
+        from engine.models.build import load_or_make_config
 
-        shape = shape_of(job.start, config.model, None, {})
+        shape = load_or_make_config(job.start, config.model, None, {})
         text = shape.get_text_config() if hasattr(shape, "get_text_config") else shape
         positions = getattr(text, "max_position_embeddings", None)
         if positions and config.data.sequence_length > positions:
@@ -90,11 +90,11 @@ def check_job(job: Job) -> None:
                 f"{job.start.name}: use data.sequence_length={positions}"
             )
     if config.data.within_documents or config.train.sequence_parallel > 1:
-        from engine.models.build import config_of
+        from engine.models.build import make_config
         from engine.models.document_mask import check_document_mask
         from engine.train.sequence_parallel import check_divisible
 
-        shape = shape if job.start else config_of(config.model, objective.processor, options)
+        shape = shape if job.start else make_config(config.model, objective.processor, options)
         if config.data.within_documents:
             check_document_mask(shape, objective.auto_class, config.model.attention)
         if config.train.sequence_parallel > 1:

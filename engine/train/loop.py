@@ -15,15 +15,15 @@ import torch
 from engine.config import Config
 from engine.data.order import Order, hash_hex, ids_hash
 from engine.errors import UserError
-from engine.objectives.contract import Batch, Objective, Samples, join_scores
+from engine.objectives.contract import Batch, Objective, Samples, concat_scores
 from engine.train.checkpoint import CheckpointWriter, latest_whole, remove, restore, step_folders
-from engine.train.group import Group
-from engine.train.guards import GiveUp, RollBack, Skip, decide, loss_fault, norm_fault, remember
+from engine.train.process_group import Group
+from engine.train.guards import StopRun, RollBack, SkipStep, decide, check_loss, check_grad_norm, append_recent_loss
 from engine.train.meter import Meter
 from engine.train.run_folder import RunFolder
 from engine.train.schedule import learning_rate
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import ZeroModel
 
@@ -126,7 +126,7 @@ def validate_and_track_best(run: Run) -> Metrics:
             f"use a lower optim.lr than {run.config.optim.lr:g}"
         )
     if run.objective.metric in found:
-        run.state = run.state.judged(found[run.objective.metric], run.objective.mode)
+        run.state = run.state.after_validation(found[run.objective.metric], run.objective.mode)
     return {f"validation_{name}": value for name, value in found.items()}
 
 
@@ -161,17 +161,17 @@ def train_step(run: Run) -> Metrics | None:
     run.meter.enter("communication")
     loss_value = float(run.group.sum(loss_sum)) / count
 
-    rate, grad_norm, fault = update(run, loss_value)
+    rate, grad_norm, fault = optimizer_step(run, loss_value)
     decision = decide(fault, state, run.config.train)
-    if isinstance(decision, GiveUp):
-        give_up(run, decision.reason)
+    if isinstance(decision, StopRun):
+        stop_run(run, decision.reason)
     if isinstance(decision, RollBack):
         roll_back(run, decision.reason)
         return None
 
-    skipped = isinstance(decision, Skip)
-    recent = remember(state.recent, loss_value, run.config.train)
-    run.state = state.after(len(ids), tokens, new_hash, skipped, recent)
+    skipped = isinstance(decision, SkipStep)
+    recent = append_recent_loss(state.recent, loss_value, run.config.train)
+    run.state = state.after_step(len(ids), tokens, new_hash, skipped, recent)
     run.meter.count(tokens)
     notes, run.notes = run.notes, {}
     return {
@@ -190,18 +190,18 @@ def train_step(run: Run) -> Metrics | None:
     }
 
 
-def update(run: Run, loss: float) -> tuple[float, float, str]:
+def optimizer_step(run: Run, loss: float) -> tuple[float, float, str]:
     """Update the weights unless the loss forbids it; return the rate, the gradient norm, and what is wrong, if anything."""
     if run.writer.copying:
         run.meter.enter("checkpoint")
         run.writer.hold()
     run.meter.enter("optimizer")
     rate = learning_rate(run.config, run.state.step)
-    if fault := loss_fault(loss, run.state.recent, run.config.train):
+    if fault := check_loss(loss, run.state.recent, run.config.train):
         run.model.discard()
         return rate, math.nan, fault
     grad_norm = run.model.step(rate)
-    return rate, grad_norm, norm_fault(grad_norm)
+    return rate, grad_norm, check_grad_norm(grad_norm)
 
 
 def roll_back(run: Run, reason: str) -> None:
@@ -209,7 +209,7 @@ def roll_back(run: Run, reason: str) -> None:
     run.wait_for_save()
     good = latest_whole(RunFolder(run.config.run_dir), run.group, good=True)
     if good is None:
-        give_up(run, f"{reason}, and there is no good checkpoint to go back to")
+        stop_run(run, f"{reason}, and there is no good checkpoint to go back to")
     restore(run.model, good, run.group.rank)
     if run.group.rank == 0:
         for folder in step_folders(run.writer.folder):
@@ -217,10 +217,10 @@ def roll_back(run: Run, reason: str) -> None:
                 remove(folder)
     run.group.barrier()
     run.log_event("rolled_back", f"from step {run.state.step + 1} back to step {good.state.step}: {reason}")
-    run.state, run.saved_step = run.state.rolled_back(good.state), good.state.step
+    run.state, run.saved_step = run.state.after_rollback(good.state), good.state.step
 
 
-def give_up(run: Run, reason: str) -> NoReturn:
+def stop_run(run: Run, reason: str) -> NoReturn:
     """Raise UserError with the reason and what might help."""
     raise UserError(
         f"step {run.state.step + 1}: {reason}: use a lower optim.lr than {run.config.optim.lr:g}, "
@@ -267,5 +267,5 @@ def validate(run: Run) -> dict[str, float]:
             parts.append(scores)
     run.model.train()
     # A rank without a single sample of its own (more ranks than samples) has nothing to add.
-    gathered = run.group.gather(join_scores(parts) if parts else {})
-    return run.objective.summarize(run.objective.complete(join_scores(scores for scores in gathered if scores)))
+    gathered = run.group.gather(concat_scores(parts) if parts else {})
+    return run.objective.summarize(run.objective.finalize_scores(concat_scores(scores for scores in gathered if scores)))

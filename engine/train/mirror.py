@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.data.stores import open_address, put_file, store_errors
+from engine.data.filesystems import open_address, put_file, store_errors
 from engine.errors import UserError
 from engine.train.run_folder import RunFolder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.meter import PHASES, Meter
 
 PAGE = "summary.html"

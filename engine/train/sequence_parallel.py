@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.models.cross_entropy import IGNORED
+from engine.models.cross_entropy import IGNORE_INDEX
 from engine.objectives.contract import Batch, Objective, Scores
-from engine.train.group import Group
+from engine.train.process_group import Group
 
 ATTENTION = "ulysses"  # its name among transformers' implementations of attention
 
@@ -81,9 +81,9 @@ class SequenceParallel:
         parts = {name: self._own(F.pad(tensor, (0, missing))) for name, tensor in inputs.items()}
         if mask is not None:  # of four dimensions: transformers hands such a one to the attention as it is
             parts["attention_mask"] = mask
-        targets = self._own(F.pad(batch.targets, (0, missing), value=IGNORED))
+        targets = self._own(F.pad(batch.targets, (0, missing), value=IGNORE_INDEX))
         tokens = batch.tokens if self.rank == 0 else 0
-        return replace(batch, inputs=parts, targets=targets, count=int((targets != IGNORED).sum()), tokens=tokens)
+        return replace(batch, inputs=parts, targets=targets, count=int((targets != IGNORE_INDEX).sum()), tokens=tokens)
 
     def _own(self, full: Tensor) -> Tensor:
         return full.chunk(self.size, dim=1)[self.rank].contiguous()
@@ -158,7 +158,7 @@ def check_divisible(config: Any, objective: type[Objective], size: int, length: 
     """
     import transformers
 
-    if not objective.divisible:
+    if not objective.supports_sequence_parallel:
         raise UserError("train.sequence_parallel is for objective=causal_lm and masked_lm: leave it out")
     heads = getattr(config, "num_attention_heads", size)
     if heads % size:

@@ -153,7 +153,7 @@ def join() -> Any:
     import ray.train
     import torch
 
-    from engine.train.group import Group
+    from engine.train.process_group import Group
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -22,7 +22,7 @@ from engine.objectives.contract import Objective
 from engine.train import hardware
 from engine.train.checkpoint import Checkpoint, CheckpointWriter, latest_whole, step_folder
 from engine.train.energy import EnergyMeter, total
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.init_model import Make, equip, load_weights, make_model, start_model
 from engine.train.job import Job
 from engine.train.loop import Metrics, Run, fit
@@ -32,7 +32,7 @@ from engine.train.profile import Profile
 from engine.train.requirements import check_machine
 from engine.train.run_folder import MetricsLog, RunFolder, adapter_of
 from engine.train.sequence_parallel import SequenceParallel
-from engine.train.state import FIRST_LOSS_SCALE, TrainState
+from engine.train.train_state import INITIAL_LOSS_SCALE, TrainState
 from engine.train.watchdog import Heartbeat
 from engine.train.zero import AVERAGE, DTYPES, ZeroModel
 
@@ -63,7 +63,7 @@ def work(
     model, checkpoint, flops_per_token = begin(job, objective, group, precision, sequence, make)
     state = checkpoint.state if checkpoint else TrainState()
     if precision == "fp16" and state.loss_scale is None:  # a checkpoint that was converted has none either
-        state = dataclasses.replace(state, loss_scale=FIRST_LOSS_SCALE)
+        state = dataclasses.replace(state, loss_scale=INITIAL_LOSS_SCALE)
     meter = measure(group, DTYPES[precision], flops_per_token)
     model.time_collectives(meter)
     waste = {"padding": samples.padding} if config.data.packing != "end_to_end" else {}  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def begin(
     checkpoint = latest_whole(RunFolder(config.run_dir), group)
     model = start_model(job, objective, group, checkpoint, make)
     objective.bind_model(model.config)
-    flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.stacks(model.config))
+    flops_per_token = objective.flops(model) / sum(stack.tokens for stack in objective.transformer_stacks(model.config))
     if sequence.size > 1:
         sequence.attach(model)
     equip(model, config.train, group.device, precision)

@@ -50,16 +50,16 @@ def swept(folder: Path, name: str) -> dict[str, Any]:
 
 def plain(folder: Path, words: Sequence[str]) -> None:
     """Be the plain pattern: the same 16 draws, each a Tune driver with a TorchTrainer; print the last losses."""
-    from cluster.environment import quiet_environment
+    from cluster.environment import set_default_environment
 
-    quiet_environment()
+    set_default_environment()
     import ray
     from ray import train, tune
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from engine.config import with_values
-    from engine.sweep.space import check_space, samples
+    from engine.sweep.search_space import check_space, samples
     from engine.train.job import Job
     from engine.train.launch import make_job
     from jobs.entry import compose
@@ -71,7 +71,7 @@ def plain(folder: Path, words: Sequence[str]) -> None:
     def worker(spec: dict[str, Any]) -> None:
         import torch
 
-        from engine.train.group import Group
+        from engine.train.process_group import Group
         from engine.train.worker import work
 
         last = work(Job.from_dict(spec), Group(0, 1, torch.device("cpu")))

@@ -27,7 +27,7 @@ def _rank(_rank: int, world: int, spec: str) -> None:
     import torch
 
     from engine.train import loop
-    from engine.train.group import Group
+    from engine.train.process_group import Group
     from engine.train.init_model import make_model
     from engine.train.worker import work
     from engine.train.zero import import_deepspeed

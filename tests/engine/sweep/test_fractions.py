@@ -22,8 +22,8 @@ from tests.engine.sweep.test_sweep import ROOT, of
 
 DRIVER = """
 import functools, sys, yaml
-from cluster.environment import quiet_environment
-quiet_environment()
+from cluster.environment import set_default_environment
+set_default_environment()
 import ray
 ray.init = functools.partial(ray.init, num_gpus=1)
 from engine.config import from_dict

@@ -12,9 +12,9 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.sweep.bandit import Process, bandit, improvements
+from engine.sweep.gaussian_process import Process, bandit, improvements
 from engine.sweep.population import STATE, Population, Round, pairs, perturb, perturbed
-from engine.sweep.space import Domain, check_space
+from engine.sweep.search_space import Domain, check_space
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-4, 1.0]},

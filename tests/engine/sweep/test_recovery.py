@@ -23,7 +23,7 @@ from engine.config import Config, to_dict, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.sweep.launch import SweepResult, read_result, sweep
-from engine.sweep.record import Trial
+from engine.sweep.trial_record import Trial
 from engine.sweep.recovery import Lost, Recovery, clear, note
 from engine.train.run_folder import RunFolder
 from tests.engine.train.test_elastic import ROOT, slow_nodes, wait
@@ -137,8 +137,8 @@ def test_a_trial_that_is_lost_again_and_again_gives_up_and_others_are_unharmed(
 
 DRIVER = """
 import sys, yaml
-from cluster.environment import quiet_environment
-quiet_environment()
+from cluster.environment import set_default_environment
+set_default_environment()
 from engine.config import from_dict
 from jobs.sweep import sweep
 sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
@@ -146,14 +146,14 @@ sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[state.State]:
+def nodes(tmp_path: Path) -> Iterator[state.ClusterState]:
     with slow_nodes(tmp_path, 3) as found:
         yield found
 
 
 @pytest.mark.slow
 def test_a_trial_whose_node_goes_is_begun_again_on_those_that_are_left(
-    tiny_functions: Config, nodes: state.State, tmp_path: Path
+    tiny_functions: Config, nodes: state.ClusterState, tmp_path: Path
 ) -> None:
     prepare(tiny_functions)
     config = of(tiny_functions, "moved", sweep__trials=2, train__cpus_per_worker=1.0, train__max_steps=20,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from engine.config import Config, with_values
-from engine.sweep.record import Trial, front
+from engine.sweep.trial_record import Trial, front
 from engine.sweep.searchers import Bohb, Listed, Tpe, importances, make_searcher, results_at
-from engine.sweep.space import Space, check_space
+from engine.sweep.search_space import Space, check_space
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-5, 1.0]},

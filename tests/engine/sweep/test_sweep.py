@@ -25,9 +25,9 @@ from engine.evaluate.sweep_page import write_page
 from engine.sweep import launch
 from engine.sweep.launch import SweepResult, base_job, make_course, run_trials, sweep, trial_share
 from engine.sweep.population import Population
-from engine.sweep.record import read
+from engine.sweep.trial_record import read
 from engine.sweep.recovery import Recovery
-from engine.sweep.space import check_space
+from engine.sweep.search_space import check_space
 from engine.sweep.trial import job_of
 from engine.train.checkpoint import Checkpoint, step_folder
 from engine.train.run_folder import RunFolder
@@ -236,7 +236,7 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     file = Path(config.runs_dir) / "killed.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)))
     code = (
-        "import sys, yaml; from cluster.environment import quiet_environment; quiet_environment();"
+        "import sys, yaml; from cluster.environment import set_default_environment; set_default_environment();"
         "from engine.config import from_dict; from jobs.sweep import sweep;"
         "sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))"
     )

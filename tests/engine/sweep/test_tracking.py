@@ -6,7 +6,7 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.sweep.launch import SweepResult, track
-from engine.sweep.record import Trial
+from engine.sweep.trial_record import Trial
 from tests.engine.bundles.test_promotion import database, server, uri  # noqa: F401
 
 TRIALS = [

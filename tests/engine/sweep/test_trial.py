@@ -13,7 +13,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.sweep.trial import before, clean, figures
-from engine.sweep.weights import copier, start_state
+from engine.sweep.start_weights import copier, start_state
 from engine.train.job import Job
 from engine.train.run_folder import RunFolder
 from engine.train.worker import local_group, work

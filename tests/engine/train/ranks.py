@@ -76,7 +76,7 @@ def _rank(
 
 def work_on(rank: int, world: int, specs: str) -> None:
     """Run one rank of each job in `specs`, the jobs as JSON."""
-    from engine.train.group import Group
+    from engine.train.process_group import Group
     from engine.train.worker import work
 
     for spec in json.loads(specs):

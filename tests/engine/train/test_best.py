@@ -13,7 +13,7 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folder, step_folders
 from engine.train.job import Job
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from tests.engine.train.ranks import run_ranks
 
 WILD = {  # a rate at which the validation loss soon goes up
@@ -41,12 +41,12 @@ def test_the_bundle_is_the_best_steps_and_the_run_ends_early(tiny: Config) -> No
 
 
 def test_judging() -> None:
-    state = TrainState(step=4).judged(2.0, "min")
+    state = TrainState(step=4).after_validation(2.0, "min")
     assert (state.best, state.best_step, state.evals_since_best) == (2.0, 4, 0)
-    state = state.after(1, 1, 1).judged(2.0, "min")
+    state = state.after_step(1, 1, 1).after_validation(2.0, "min")
     assert (state.best_step, state.evals_since_best) == (4, 1)
-    assert state.judged(1.0, "min").evals_since_best == 0
-    assert TrainState().judged(0.5, "max").judged(0.4, "max").evals_since_best == 1
+    assert state.after_validation(1.0, "min").evals_since_best == 0
+    assert TrainState().after_validation(0.5, "max").after_validation(0.4, "max").evals_since_best == 1
 
 
 def test_patience_needs_validations(tiny: Config) -> None:

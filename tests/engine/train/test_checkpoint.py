@@ -19,10 +19,10 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.job import Job
 from engine.train.run_folder import RunFolder
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from engine.train.worker import local_group, work
 from engine.train.zero import Fragment
 
@@ -140,7 +140,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) ->
     write(tmp_path, 1)
     code = (
         "import sys, torch; from pathlib import Path; from engine.train.checkpoint import CheckpointWriter;"
-        "from engine.train.state import TrainState; from engine.train.zero import Fragment;"
+        "from engine.train.train_state import TrainState; from engine.train.zero import Fragment;"
         "big = torch.zeros(50_000_000); w = CheckpointWriter(Path(sys.argv[1]), 0, 2, 2);"
         "w.save([Fragment('a', (50_000_000,), 0, {'weight': big})], TrainState(step=2), {}); print('saving', flush=True); w.wait()"
     )

@@ -114,7 +114,7 @@ def test_a_group_grows_once_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch
 
 
 @contextlib.contextmanager
-def slow_nodes(folder: Path, nodes: int) -> Iterator[state.State]:
+def slow_nodes(folder: Path, nodes: int) -> Iterator[state.ClusterState]:
     """Have some nodes of one core, where each step takes a fifth of a second longer."""
     with pytest.MonkeyPatch.context() as patch:
         (folder / "sitecustomize.py").write_text(SLOWLY)
@@ -129,7 +129,7 @@ def slow_nodes(folder: Path, nodes: int) -> Iterator[state.State]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[state.State]:
+def cluster(tmp_path: Path) -> Iterator[state.ClusterState]:
     with slow_nodes(tmp_path, 2) as found:
         yield found
 
@@ -166,7 +166,7 @@ def wanted(command: list[str]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_lost_node_and_its_return_change_nothing(
-    tiny: Config, command: list[str], wanted: list[dict[str, Any]], cluster: state.State, tmp_path: Path
+    tiny: Config, command: list[str], wanted: list[dict[str, Any]], cluster: state.ClusterState, tmp_path: Path
 ) -> None:
     environment = os.environ | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster.token_path, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
@@ -202,7 +202,7 @@ def test_a_lost_node_and_its_return_change_nothing(
             wait(lambda: told("goes on with 1 workers instead of 2"), process)
             before = steps()
             wait(lambda: steps() > before + 5, process)
-            local.finish([local.start(cluster, 1, 2, [f"--address={cluster.address}"])])
+            local.wait_until_started([local.start_node(cluster, 1, 2, [f"--address={cluster.address}"])])
             wait(lambda: told("goes on with 2 workers instead of 1"), process)
             assert process.wait(300) == 0, (tmp_path / "said.txt").read_text()
         finally:
@@ -214,7 +214,7 @@ def test_a_lost_node_and_its_return_change_nothing(
     assert re.search(r"warning: the run goes on with 1 workers instead of 2", (tmp_path / "said.txt").read_text())
 
 
-def other_node(cluster: state.State) -> list[psutil.Process]:
+def other_node(cluster: state.ClusterState) -> list[psutil.Process]:
     """Return the processes of the node that is not the head."""
-    raylets = [p for p in state.processes(cluster) if p.name() == "raylet" and "--head" not in p.cmdline()]
+    raylets = [p for p in state.find_processes(cluster) if p.name() == "raylet" and "--head" not in p.cmdline()]
     return [kin for raylet in raylets for kin in (raylet, *raylet.children(recursive=True))]

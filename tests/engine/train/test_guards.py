@@ -22,7 +22,7 @@ from engine.train import guards
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
 from engine.train.run_folder import RunFolder
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from tests.engine.train.ranks import losses, on_ranks, work_on
 
 BAD = 2  # the step, from 0, with the bad sample
@@ -127,7 +127,7 @@ CALM = [2.0 + 0.1 * (i % 2) for i in range(8)]  # mean 2.05, standard deviation 
 )
 def test_what_is_wrong_with_a_loss(loss: float, recent: list[float], sigma: float | None, fault: str) -> None:
     train = TrainConfig(spike_sigma=sigma, spike_window=8)
-    found = guards.loss_fault(loss, recent, train)
+    found = guards.check_loss(loss, recent, train)
     assert fault in found
     assert bool(fault) == bool(found)
 
@@ -135,12 +135,12 @@ def test_what_is_wrong_with_a_loss(loss: float, recent: list[float], sigma: floa
 @pytest.mark.parametrize(
     ("fault", "in_a_row", "rollbacks", "decision"),
     [
-        ("", 0, 0, guards.Go()),
-        ("", 3, 2, guards.Go()),
-        ("f", 0, 0, guards.Skip("f")),
-        ("f", 1, 2, guards.Skip("f")),
+        ("", 0, 0, guards.AcceptStep()),
+        ("", 3, 2, guards.AcceptStep()),
+        ("f", 0, 0, guards.SkipStep("f")),
+        ("f", 1, 2, guards.SkipStep("f")),
         ("f", 2, 0, guards.RollBack("f, after 2 in a row were skipped")),
-        ("f", 2, 1, guards.GiveUp("f, after 2 in a row were skipped and 1 roll-backs")),
+        ("f", 2, 1, guards.StopRun("f, after 2 in a row were skipped and 1 roll-backs")),
     ],
 )
 def test_decisions(fault: str, in_a_row: int, rollbacks: int, decision: guards.Decision) -> None:
@@ -150,14 +150,14 @@ def test_decisions(fault: str, in_a_row: int, rollbacks: int, decision: guards.D
 
 def test_in_fp16_the_scale_may_fall_all_the_way() -> None:
     train = TrainConfig(max_skipped=2, max_rollbacks=0)
-    assert guards.decide("f", TrainState(skipped_in_a_row=17, loss_scale=2.0**16), train) == guards.Skip("f")
-    assert isinstance(guards.decide("f", TrainState(skipped_in_a_row=18, loss_scale=2.0**16), train), guards.GiveUp)
+    assert guards.decide("f", TrainState(skipped_in_a_row=17, loss_scale=2.0**16), train) == guards.SkipStep("f")
+    assert isinstance(guards.decide("f", TrainState(skipped_in_a_row=18, loss_scale=2.0**16), train), guards.StopRun)
 
 
 def test_what_is_remembered() -> None:
     train = TrainConfig(spike_sigma=6.0, spike_window=3)
-    assert guards.remember((1.0, 2.0, 3.0), 4.0, train) == (2.0, 3.0, 4.0)
-    assert guards.remember((1.0,), 4.0, TrainConfig()) == ()
+    assert guards.append_recent_loss((1.0, 2.0, 3.0), 4.0, train) == (2.0, 3.0, 4.0)
+    assert guards.append_recent_loss((1.0,), 4.0, TrainConfig()) == ()
 
 
 LEAP = (12, 13, 14)  # places in the data order whose batches are bad

@@ -15,7 +15,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.serve.llm.lora import pinned, read
-from engine.sweep.weights import copier, start_state
+from engine.sweep.start_weights import copier, start_state
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.init_model import make_model
 from engine.train.job import Job

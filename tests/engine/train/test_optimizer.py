@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from engine.config import Config, OptimConfig, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.models.build import build
+from engine.models.build import build_model
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
 from engine.train.optimizer import Muon, make_optimizer, orthogonalized, parameter_groups
@@ -27,7 +27,7 @@ class Vocabulary:
 
 
 def model(tiny: Config) -> Any:
-    return build(tiny.model, Vocabulary(), "AutoModelForCausalLM", {}, 0)
+    return build_model(tiny.model, Vocabulary(), "AutoModelForCausalLM", {}, 0)
 
 
 def names_of(built: Any, groups: list[dict[str, Any]]) -> list[set[str]]:

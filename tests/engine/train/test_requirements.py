@@ -16,7 +16,7 @@ from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import Job
 from engine.train.requirements import check_machine
 from engine.train.run_folder import RunFolder
-from engine.train.state import RESCALE_AFTER, TrainState
+from engine.train.train_state import LOSS_SCALE_WINDOW, TrainState
 from jobs import pretrain
 from tests.engine.train.ranks import losses, on_ranks, work_on
 
@@ -49,14 +49,14 @@ def test_torchs_own_attentions_run_anywhere() -> None:
 
 def test_the_loss_scale_falls_with_an_overflow_and_rises_after_many_updates() -> None:
     state = TrainState(loss_scale=1024.0)
-    state = state.after(1, 1, 0, skipped=True)
+    state = state.after_step(1, 1, 0, skipped=True)
     assert (state.loss_scale, state.steady) == (512.0, 0)
-    for _ in range(RESCALE_AFTER - 1):
-        state = state.after(1, 1, 0)
-    assert (state.loss_scale, state.steady) == (512.0, RESCALE_AFTER - 1)
-    assert state.after(1, 1, 0).loss_scale == 1024.0
-    assert TrainState(loss_scale=1.0).after(1, 1, 0, skipped=True).loss_scale == 1.0
-    assert TrainState().after(1, 1, 0, skipped=True).loss_scale is None
+    for _ in range(LOSS_SCALE_WINDOW - 1):
+        state = state.after_step(1, 1, 0)
+    assert (state.loss_scale, state.steady) == (512.0, LOSS_SCALE_WINDOW - 1)
+    assert state.after_step(1, 1, 0).loss_scale == 1024.0
+    assert TrainState(loss_scale=1.0).after_step(1, 1, 0, skipped=True).loss_scale == 1.0
+    assert TrainState().after_step(1, 1, 0, skipped=True).loss_scale is None
 
 
 def in_fp16(rank: int, world: int, specs: str, first_scale: float) -> None:
@@ -67,7 +67,7 @@ def in_fp16(rank: int, world: int, specs: str, first_scale: float) -> None:
 
     requirements.has_fp16 = lambda: True
     CPU_Accelerator.is_fp16_supported = lambda self: True
-    worker.FIRST_LOSS_SCALE = first_scale
+    worker.INITIAL_LOSS_SCALE = first_scale
     worker.hardware.matmul_peak = lambda device, dtype: 1e9  # emulated, a large product takes minutes
     work_on(rank, world, specs)
 

@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from engine.train import checkpoint
 from engine.train.checkpoint import CheckpointWriter, latest_whole
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.run_folder import MetricsLog, RunFolder
-from engine.train.state import TrainState
+from engine.train.train_state import TrainState
 from engine.train.zero import Fragment
 
 def save(run, step):

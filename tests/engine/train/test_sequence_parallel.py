@@ -11,7 +11,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.objectives.contract import Batch
-from engine.train.group import Group
+from engine.train.process_group import Group
 from engine.train.job import Job
 from engine.train.launch import check_job
 from engine.train.sequence_parallel import Exchange, SequenceParallel

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
-from engine.models.attention import ATTENTION
-from engine.train.group import Group
+from engine.models.attention import ATTENTION_NAME
+from engine.train.process_group import Group
 from engine.train.init_model import attach_mmap, empty_model, equip, held, make_model, start_model, write_mmap
 from engine.train.job import Job
 from tests.engine.objectives.conftest import FAMILIES
@@ -55,7 +55,7 @@ def test_only_bf16_on_a_processor_gets_the_attention_by_blocks(tiny: Config) -> 
         model = make_model(job, job.objective())
         equip(model, tiny.train, torch.device(device), precision)
         found[device, precision] = model.config._attn_implementation
-    assert found == {("cpu", "bf16"): ATTENTION, ("cpu", "fp32"): "sdpa", ("cuda", "bf16"): "sdpa"}
+    assert found == {("cpu", "bf16"): ATTENTION_NAME, ("cpu", "fp32"): "sdpa", ("cuda", "bf16"): "sdpa"}
 
 
 def private_bytes() -> int:

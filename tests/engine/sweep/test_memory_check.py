@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.config import Config, with_values
-from engine.sweep.room import MemoryCheck
+from engine.sweep.memory_check import MemoryCheck
 
 
 def test_a_micro_batch_is_halved_until_it_fits(tiny: Config) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from engine.data.order import add_hashes
 
-FIRST_LOSS_SCALE = 2.0**16
-RESCALE_AFTER = 1000  # updates
+INITIAL_LOSS_SCALE = 2.0**16
+LOSS_SCALE_WINDOW = 1000  # updates
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainState:
         """How often the optimizer has changed the weights."""
         return self.step - self.skipped
 
-    def after(
+    def after_step(
         self, samples: int, tokens: int, ids_hash: int, skipped: bool = False, recent: tuple[float, ...] = ()
     ) -> TrainState:
         """Return the state one step on; `recent` as it is after a good step."""
@@ -52,9 +52,9 @@ class TrainState:
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
             recent=self.recent if skipped else recent,
             samples_hash=add_hashes([self.samples_hash, ids_hash]),
-        ).rescaled(skipped)
+        ).with_next_loss_scale(skipped)
 
-    def rescaled(self, skipped: bool) -> TrainState:
+    def with_next_loss_scale(self, skipped: bool) -> TrainState:
         """Return the state with the loss scale of the next step: half after an overflow, twice after RESCALE_AFTER updates.
 
         Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2.
@@ -63,15 +63,15 @@ class TrainState:
             return self
         if skipped:
             return replace(self, loss_scale=max(1.0, self.loss_scale / 2), steady=0)
-        if self.steady + 1 == RESCALE_AFTER:
+        if self.steady + 1 == LOSS_SCALE_WINDOW:
             return replace(self, loss_scale=self.loss_scale * 2, steady=0)
         return replace(self, steady=self.steady + 1)
 
-    def rolled_back(self, good: TrainState) -> TrainState:
+    def after_rollback(self, good: TrainState) -> TrainState:
         """Return the state of the good checkpoint, past the data of all steps up to the one that comes next here."""
         return replace(good, skipped_data_steps=self.data_step + 1 - good.step, rollbacks=self.rollbacks + 1)
 
-    def judged(self, value: float, mode: str) -> TrainState:
+    def after_validation(self, value: float, mode: str) -> TrainState:
         """Return the state after a validation that gave `value`, of which the `mode` ("min" or "max") is best."""
         if self.best is None or (value < self.best if mode == "min" else value > self.best):
             return replace(self, best=value, best_step=self.step, evals_since_best=0)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from engine.config import Config
 from engine.errors import UserError
-from engine.sweep import record
-from engine.sweep.record import PAUSED, Trial
+from engine.sweep import trial_record
+from engine.sweep.trial_record import PAUSED, Trial
 from engine.sweep.searchers import Searcher
 from engine.sweep.stopping import Rule
 
@@ -58,7 +58,7 @@ class Search:
         """Read what an earlier command has left, and tell the rule of it."""
         found = {}
         for index in range(self.total):
-            trial = record.read(self._folder / trial_name(self._config, index))
+            trial = trial_record.read(self._folder / trial_name(self._config, index))
             kept = trial and (trial.over or (self.in_parts and trial.state == PAUSED))
             if trial and kept and trial.budget == self._config.train.max_steps:
                 found[index] = trial
@@ -83,7 +83,7 @@ class Search:
                     fitting, data = self._place(params)
                 except UserError as error:
                     trial.state, trial.reason = "refused", str(error)
-                    record.write(self._folder / name, trial)
+                    trial_record.write(self._folder / name, trial)
                     continue
                 return self._task(trial, fitting, data)
         return None
@@ -116,7 +116,7 @@ class Search:
         if self._config.train.keep_best and trial.state == "finished":
             pick = min if self._rule.mode == "min" else max
             trial.value = pick(value for _, value in trial.curve)
-        record.write(self._folder / trial.name, trial)
+        trial_record.write(self._folder / trial.name, trial)
 
     def _ended(self, trial: Trial) -> str:
         """Return the state of a trial whose task has ended."""

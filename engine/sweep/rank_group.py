@@ -21,8 +21,8 @@ import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.sweep.recovery import Lost, note
-from engine.sweep.weights import copier
-from engine.train.group import Group
+from engine.sweep.start_weights import copier
+from engine.train.process_group import Group
 from engine.train.job import Job
 from engine.train.loop import Metrics
 from engine.train.rendezvous import meet, open_port

@@ -9,7 +9,7 @@ import torch
 
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.sweep.weights import copier, deciding, start_state
+from engine.sweep.start_weights import copier, deciding, start_state
 from engine.train.init_model import fresh
 from engine.train.job import Job
 from tests.lives import Lives

@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.sweep.space import check_space, combinations, count, draw, samples
+from engine.sweep.search_space import check_space, combinations, count, draw, samples
 
 SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-2]}, "train.global_batch": {"choice": [8, 16]}}
 MOMENTUM = {

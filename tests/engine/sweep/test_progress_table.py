@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from engine.sweep import board as module
-from engine.sweep.board import Board
-from engine.sweep.record import Trial
+from engine.sweep import progress_table as module
+from engine.sweep.progress_table import Board
+from engine.sweep.trial_record import Trial
 
 TRIALS = [
     Trial(0, "s-000", {"optim.lr": 1e-3}, 6, 6, 0.5, state="finished"),

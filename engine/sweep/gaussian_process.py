@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.sweep.population import Explore, Round, perturbed
-from engine.sweep.space import Space
+from engine.sweep.search_space import Space
 
 CANDIDATES = 1000
 LENGTHS, FORGETTING, NOISES = (0.1, 0.3, 1.0), (0.0, 0.1, 0.4), (0.01, 0.1)  # of which the likeliest are taken

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.config import Config, with_values
-from engine.sweep.halving import Halving
-from engine.sweep.record import PAUSED
+from engine.sweep.successive_halving import Halving
+from engine.sweep.trial_record import PAUSED
 from engine.sweep.searchers import Listed
 from engine.sweep.stopping import rungs
 

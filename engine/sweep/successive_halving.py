@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.sweep import record
-from engine.sweep.record import PAUSED, Trial
-from engine.sweep.search import Place, Search
+from engine.sweep import trial_record
+from engine.sweep.trial_record import PAUSED, Trial
+from engine.sweep.search_algorithm import Place, Search
 from engine.sweep.searchers import Searcher
 from engine.sweep.stopping import Rule
 from engine.train.run_folder import RunFolder
@@ -63,7 +63,7 @@ class Halving(Search):
         for bracket in range(len(self._rungs)):
             for trial in self._hopeless(bracket):
                 trial.state = "stopped early"
-                record.write(self._folder / trial.name, trial)
+                trial_record.write(self._folder / trial.name, trial)
                 shutil.rmtree(RunFolder(self._folder / trial.name).checkpoints, ignore_errors=True)
 
     def _until(self, trial: Trial) -> int:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from engine.progress import console
-from engine.sweep.record import PAUSED, Trial, best_first, standing_best
+from engine.sweep.trial_record import PAUSED, Trial, best_first, standing_best
 
 ROWS = 12  # of the table, at most
 FRESH_S = 0.25  # between two pictures of it
