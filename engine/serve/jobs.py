@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+MAX_LOGPROBS = 20  # likeliest tokens returned with each token, at most
+
 Prompt = str | list[int]  # a text, or token ids
 
 

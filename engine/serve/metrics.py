@@ -1,8 +1,8 @@
-"""What /metrics tells, for Prometheus: of requests as the ingress sees them, and of replicas as they say themselves.
+"""Prometheus metrics of /metrics: of requests, counted by the ingress, and of replicas, from the stats that they return.
 
-Replicas are other processes, and come and go. The ingress asks all of them when it is asked itself, so that there is one
-address to scrape; a counter of a replica begins anew with it, as Prometheus expects of a series. So it is with other
-ingresses, where there are some: each one's series bear its number.
+Replicas are other processes, and come and go. The ingress polls all of them when it is scraped, so that there is one
+address to scrape; a replica's counters start at 0 with it, as Prometheus expects of a series. Where there are several
+ingresses, whichever is scraped collects the metrics of all, labeled with the ingress' number.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-WHO = ["model", "version", "key"]
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-# Figure of a replica -> its metric, and what it is. A name in _total is a counter, and ends so when it is told.
-REPLICA = {
+from engine.serve.jobs import Timings
+
+LABELS = ["model", "version", "key"]
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TOKEN_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+# Key of a replica's stats -> name and help of its metric; names in _total are counters.
+REPLICA_METRICS = {
     "waiting": ("manta_replica_waiting", "completions that wait for a place"),
     "running": ("manta_replica_running", "completions that share the forwards"),
     "cached_tokens": ("manta_replica_cached_tokens", "tokens of running completions in the key/value cache"),
@@ -49,78 +51,104 @@ class Metrics:
         self.requests = Counter(
             "manta_requests",
             "requests answered; 499: the client left",
-            ["path", *WHO, "status"],
+            ["path", *LABELS, "status"],
             registry=self.registry,
         )
         self.in_flight = Gauge("manta_requests_in_flight", "requests being answered", registry=self.registry)
-        self.seconds = self._histogram("manta_request_seconds", "time to the whole answer", ["path", *WHO], SECONDS)
-        self.times = {  # of a completion
-            "queued": self._histogram("manta_queue_seconds", "time that a completion waited for a place", WHO, SECONDS),
-            "first": self._histogram("manta_first_token_seconds", "time from queue to first token", WHO, SECONDS),
-            "between": self._histogram(
-                "manta_between_tokens_seconds", "time between two tokens, a completion's mean", WHO, TOKEN_SECONDS
-            ),
-        }
+        self.latency = self._histogram(
+            "manta_request_seconds", "time to the whole answer", ["path", *LABELS], LATENCY_BUCKETS_S
+        )
+        self.queue_time = self._histogram(
+            "manta_queue_seconds", "time that a completion waited for a place", LABELS, LATENCY_BUCKETS_S
+        )
+        self.first_token_time = self._histogram(
+            "manta_first_token_seconds", "time from queue to first token", LABELS, LATENCY_BUCKETS_S
+        )
+        self.inter_token_time = self._histogram(
+            "manta_between_tokens_seconds",
+            "time between two tokens, a completion's mean",
+            LABELS,
+            TOKEN_LATENCY_BUCKETS_S,
+        )
         self.tokens = Counter(
             "manta_tokens", "tokens by kind: prompt (read), cached (of these, not read again), completion (written)",
-            [*WHO, "kind"], registry=self.registry,
+            [*LABELS, "kind"], registry=self.registry,
         )  # fmt: skip
         self.feedback = Counter(
             "manta_feedback", "answers rated", ["model", "version", "rating"], registry=self.registry
         )
         self.records = Counter("manta_records_failed", "records that could not be written", ["kind"], registry=self.registry)  # fmt: skip
-        self.replicas: dict[str, list[dict[str, Any]]] = {}  # model -> what its replicas said last
+        self.replica_stats: dict[str, list[dict[str, Any]]] = {}  # model -> the latest stats of its replicas
 
-    def _histogram(self, name: str, told: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, told, labels, buckets=buckets, registry=self.registry)
+    def count_tokens(self, labels: tuple[str, str, str], *, prompt: int, cached: int, completion: int) -> None:
+        """Count the tokens of a request."""
+        for kind, count in (("prompt", prompt), ("cached", cached), ("completion", completion)):
+            self.tokens.labels(*labels, kind).inc(count)
+
+    def observe_timings(self, labels: tuple[str, str, str], timings: Timings) -> None:
+        """Observe the latencies of a finished sequence."""
+        self.queue_time.labels(*labels).observe(timings.queue_s)
+        if timings.first_token_s is not None:
+            self.first_token_time.labels(*labels).observe(timings.first_token_s)
+        if timings.inter_token_s is not None:
+            self.inter_token_time.labels(*labels).observe(timings.inter_token_s)
+
+    def _histogram(self, name: str, description: str, labels: list[str], buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, description, labels, buckets=buckets, registry=self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the replicas' figures."""
-        up = GaugeMetricFamily("manta_replicas", "replicas that answer", labels=["model", "version"])
+        """Yield the metrics of replicas."""
+        num_replicas = GaugeMetricFamily("manta_replicas", "replicas that answer", labels=["model", "version"])
         counts: dict[tuple[str, str], int] = {}
-        for model, said in self.replicas.items():
-            for figures in said:
-                place = (model, figures["version"])
-                counts[place] = counts.get(place, 0) + 1
-        for place, count in counts.items():
-            up.add_metric(place, count)
-        yield up
-        for figure, (name, told) in REPLICA.items():
+        for model, replicas in self.replica_stats.items():
+            for stats in replicas:
+                labels = (model, stats["version"])
+                counts[labels] = counts.get(labels, 0) + 1
+        for labels, count in counts.items():
+            num_replicas.add_metric(labels, count)
+        yield num_replicas
+        for key, (name, description) in REPLICA_METRICS.items():
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            metric = family(name, told, labels=["model", "version", "replica"])
-            for model, said in self.replicas.items():
-                for figures in said:
-                    if figure in figures:
-                        metric.add_metric([model, figures["version"], figures["replica"]], figures[figure])
+            metric = family(name, description, labels=["model", "version", "replica"])
+            for model, replicas in self.replica_stats.items():
+                for stats in replicas:
+                    if key in stats:
+                        metric.add_metric([model, stats["version"], stats["replica"]], stats[key])
             yield metric
 
-    def own(self) -> list[Metric]:
-        """Return what this ingress has counted itself."""
+    def local_metrics(self) -> list[Metric]:
+        """Return the metrics that this ingress has counted."""
         return list(self.registry.collect())
 
-    def page(self, ingresses: Mapping[int, Sequence[Metric]] | None = None) -> str:
-        """Return Prometheus's text: of the replicas, and of this ingress or of these, by their numbers."""
-        counted = self.own() if ingresses is None else beside(ingresses)
-        return generate_latest(Collected([*counted, *self.collect()])).decode()
+    def exposition(self, ingresses: Mapping[int, Sequence[Metric]] | None = None) -> str:
+        """Return Prometheus' text format: of the replicas, and of this ingress or of several by their numbers."""
+        requests = self.local_metrics() if ingresses is None else merge_ingresses(ingresses)
+        return generate_latest(MetricList([*requests, *self.collect()])).decode()
 
 
 @dataclass(frozen=True)
-class Collected:
-    """Metrics as prometheus_client takes them."""
+class MetricList:
+    """A collector of given metrics, as prometheus_client takes it."""
 
     metrics: list[Metric]
 
     def collect(self) -> list[Metric]:
-        """Return them."""
+        """Return the metrics."""
         return self.metrics
 
 
-def beside(ingresses: Mapping[int, Sequence[Metric]]) -> list[Metric]:
-    """Return the metrics of several ingresses, each sample with the number of its own as a label."""
-    found: dict[str, Metric] = {}
+def merge_ingresses(ingresses: Mapping[int, Sequence[Metric]]) -> list[Metric]:
+    """Return the metrics of several ingresses, each sample labeled with its ingress' number."""
+    merged: dict[str, Metric] = {}
     for number, metrics in sorted(ingresses.items()):
         for metric in metrics:
-            whole = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
-            for it in metric.samples:
-                whole.add_sample(it.name, it.labels | {"ingress": str(number)}, it.value, it.timestamp, it.exemplar)
-    return list(found.values())
+            family = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            for sample in metric.samples:
+                family.add_sample(
+                    sample.name,
+                    sample.labels | {"ingress": str(number)},
+                    sample.value,
+                    sample.timestamp,
+                    sample.exemplar,
+                )
+    return list(merged.values())

@@ -1,9 +1,9 @@
 """Spans of requests for OpenTelemetry, sent to a collector by OTLP over HTTP.
 
-A trace has the ingress' span of a request, within the client's own trace where the client tells one
-(https://www.w3.org/TR/trace-context); below it that of the replica; and below that when each completion waited, read its
-prompt and wrote. Spans hold names, counts and times, called as OpenTelemetry calls them where it has a name
-(https://opentelemetry.io/docs/specs/semconv), and no text of a prompt, an answer or an error. A thread sends them; what a
+A trace has the ingress' span of a request, within the client's own trace where the client sends one
+(https://www.w3.org/TR/trace-context); below it the replica's span; and below that the queue, prefill and generation of
+each sequence. Spans hold names, counts and times, named after OpenTelemetry's conventions
+(https://opentelemetry.io/docs/specs/semconv), and no text of a prompt, a response or an error. A thread sends them; what a
 collector doesn't take in time is dropped.
 """
 
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,49 +26,53 @@ from engine.errors import UserError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from engine.serve.llm.engine import Completion  # with torch, which the ingress needs not
+    from engine.serve.llm.engine import Sequence  # imports torch, which the ingress does not need
 
 NO_SPAN = INVALID_SPAN
-SEND_EVERY_MS = 1000  # less than Serve lets a replica live after its last request
+EXPORT_INTERVAL_MS = 1000  # shorter than a replica lives after its last request
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
 FIRST_TOKEN = "first token"
 
-Trace = dict[str, str]  # the headers that hand a trace on: traceparent, and tracestate if there is one
-_HEADERS = TraceContextTextMapPropagator()
+TraceHeaders = dict[str, str]  # traceparent, and tracestate if there is one
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 @dataclass
-class Work:
-    """A replica's part of a request."""
+class ReplicaSpan:
+    """The span of a replica's part of a request."""
 
     span: Span
-    completions: Sequence[Completion] = ()  # that it writes
+    sequences: Iterable[Sequence] = ()  # that it generates
 
 
 class Tracing:
-    """Makes the spans of one process; without an address there are none."""
+    """Makes the spans of one process; none without a collector's address."""
 
-    def __init__(self, address: str | None, about: Mapping[str, str] | None = None) -> None:
-        """Send to a collector's address; `about` the process is told with each span. Raises UserError without the exporter."""
-        self._tracer = make_tracer(address, about or {}) if address else None
+    def __init__(self, address: str | None, resource: Mapping[str, str] | None = None) -> None:
+        """Send to a collector's address, with `resource` attributes of the process. Raises UserError without the exporter."""
+        self._tracer = make_tracer(address, resource or {}) if address else None
 
-    def request(self, method: str, route: str, headers: Mapping[bytes, bytes]) -> Span:
-        """Begin the span of a request, in the client's trace if its headers tell one; `route`: none of an unknown path."""
+    def request_span(self, method: str, route: str, headers: Mapping[bytes, bytes]) -> Span:
+        """Start the span of a request, in the client's trace if its headers name one; `route`: empty for an unknown path."""
         if self._tracer is None:
             return NO_SPAN
-        told = {key: headers[key.encode()].decode("latin-1") for key in _HEADERS.fields if key.encode() in headers}
-        about = {"http.request.method": method, "http.route": route, "gen_ai.operation.name": OPERATIONS.get(route, "")}
-        within = _HEADERS.extract(told, Context())
-        known = {key: value for key, value in about.items() if value}
-        return self._tracer.start_span(f"{method} {route}".rstrip(), within, SpanKind.SERVER, known)
+        parent = {key: headers[key.encode()].decode("latin-1") for key in _PROPAGATOR.fields if key.encode() in headers}
+        attributes = {
+            "http.request.method": method,
+            "http.route": route,
+            "gen_ai.operation.name": OPERATIONS.get(route, ""),
+        }
+        known = {key: value for key, value in attributes.items() if value}
+        context = _PROPAGATOR.extract(parent, Context())
+        return self._tracer.start_span(f"{method} {route}".rstrip(), context, SpanKind.SERVER, known)
 
     @contextlib.contextmanager
-    def work(self, name: str, trace: Trace | None) -> Iterator[Work]:
-        """Have a span for what a replica does, within the trace that the ingress handed on."""
+    def replica_span(self, name: str, headers: TraceHeaders | None) -> Iterator[ReplicaSpan]:
+        """Open a span for a replica's work, within the trace whose headers the ingress sent."""
         if self._tracer is None:
-            yield Work(NO_SPAN)
+            yield ReplicaSpan(NO_SPAN)
             return
-        work = Work(self._tracer.start_span(f"replica {name}", _HEADERS.extract(trace or {}, Context())))
+        work = ReplicaSpan(self._tracer.start_span(f"replica {name}", _PROPAGATOR.extract(headers or {}, Context())))
         try:
             yield work
         except (asyncio.CancelledError, GeneratorExit):  # the client has hung up
@@ -76,50 +80,50 @@ class Tracing:
             raise
         except Exception as error:
             status = getattr(error, "status", None)
-            if status is None or status >= 500:  # else the request is at fault
-                fail(work.span, str(status or type(error).__name__))
+            if status is None or status >= 500:  # below 500 the request is at fault
+                set_error(work.span, str(status or type(error).__name__))
             raise
         finally:
             if work.span.is_recording():
-                self._tell_phases(self._tracer, work)
+                self._add_phases(self._tracer, work)
             work.span.end()
 
     @staticmethod
-    def _tell_phases(tracer: Tracer, work: Work) -> None:
-        """Add a span each for the wait, the reading and the writing of completions, as far as they came."""
-        now, within = time.monotonic(), set_span_in_context(work.span, Context())
-        ahead = time.time() - now
+    def _add_phases(tracer: Tracer, work: ReplicaSpan) -> None:
+        """Add a span each for the queue, prefill and generation of the sequences, as far as they came."""
+        now, context = time.monotonic(), set_span_in_context(work.span, Context())
+        offset = time.time() - now
 
         def epoch_ns(moment: float) -> int:
-            return int((moment + ahead) * 1e9)
+            return int((moment + offset) * 1e9)
 
-        for index, it in enumerate(work.completions):
-            over = it.ended_at or now  # its reader may have ended it
+        for index, it in enumerate(work.sequences):
+            over = it.ended_at or now  # 0 where it was aborted
             phases = [
-                ("queue", it.queued_at, it.placed_at, {}),
-                ("prefill", it.placed_at, it.first_at, {"gen_ai.usage.input_tokens": len(it.prompt), "manta.cached_tokens": it.reused}),
-                ("generation", it.first_at, over, {"gen_ai.usage.output_tokens": len(it.tokens)}),
+                ("queue", it.queued_at, it.scheduled_at, {}),
+                ("prefill", it.scheduled_at, it.first_token_at, {"gen_ai.usage.input_tokens": len(it.prompt), "manta.cached_tokens": it.num_cached_tokens}),
+                ("generation", it.first_token_at, over, {"gen_ai.usage.output_tokens": len(it.tokens)}),
             ]  # fmt: skip
-            for name, began, ended, about in phases:
+            for name, began, ended, attributes in phases:
                 if began:
-                    span = tracer.start_span(name, within, attributes=about | {"manta.choice": index}, start_time=epoch_ns(began))  # fmt: skip
+                    span = tracer.start_span(name, context, attributes=attributes | {"manta.choice": index}, start_time=epoch_ns(began))  # fmt: skip
                     span.end(epoch_ns(ended or over))
-        if first := min((it.first_at for it in work.completions if it.first_at), default=0.0):
+        if first := min((it.first_token_at for it in work.sequences if it.first_token_at), default=0.0):
             work.span.add_event(FIRST_TOKEN, timestamp=epoch_ns(first))
 
 
-def fail(span: Span, kind: str) -> None:
-    """Mark a span as failed by an error of a kind; its message may quote a text, so it isn't told."""
-    span.set_attribute("error.type", kind)
+def set_error(span: Span, error_type: str) -> None:
+    """Mark a span as failed; the error's message may quote a text, so it is left out."""
+    span.set_attribute("error.type", error_type)
     span.set_status(StatusCode.ERROR)
 
 
-def handed_on(span: Span) -> Trace | None:
-    """Return what another process needs to go on with a span's trace; None where there is no trace."""
+def trace_headers(span: Span) -> TraceHeaders | None:
+    """Return the headers by which another process continues a span's trace; None where there is no trace."""
     if not span.get_span_context().is_valid:
         return None
-    headers: Trace = {}
-    _HEADERS.inject(headers, set_span_in_context(span, Context()))
+    headers: TraceHeaders = {}
+    _PROPAGATOR.inject(headers, set_span_in_context(span, Context()))
     return headers
 
 
@@ -129,25 +133,25 @@ def trace_id(span: Span) -> str:
     return f"{context.trace_id:032x}" if context.is_valid else ""
 
 
-def make_tracer(address: str, about: Mapping[str, str]) -> Tracer:
-    """Return what makes spans and sends them to a collector's address. Raises UserError without the exporter.
+def make_tracer(address: str, resource: Mapping[str, str]) -> Tracer:
+    """Return a tracer that sends its spans to a collector's address. Raises UserError without the exporter.
 
-    The variables OTEL_* say the rest: headers, certificates, sampling, the service's name.
+    The variables OTEL_* set the rest: headers, certificates, sampling, the service's name.
     """
-    sender = exporter(address)
+    exporter = make_exporter(address)
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     name = os.environ.get("OTEL_SERVICE_NAME", "manta")
-    # A process that ends doesn't wait for a collector that is away.
-    provider = TracerProvider(resource=Resource.create({"service.name": name, **about}), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(sender, schedule_delay_millis=SEND_EVERY_MS))
+    # Do not wait at exit for a collector that is away.
+    provider = TracerProvider(resource=Resource.create({"service.name": name, **resource}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_INTERVAL_MS))
     return provider.get_tracer("manta")
 
 
-def exporter(address: str) -> SpanExporter:
-    """Return what sends to a collector's address. Raises UserError where its package is missing."""
+def make_exporter(address: str) -> SpanExporter:
+    """Return an exporter to a collector's address. Raises UserError where its package is missing."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The file of requests: lines of several processes, put aside when it has grown, by whichever of them comes to it first."""
+"""The access log: a file that several processes append to, rotated by whichever of them finds it too large first."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import fcntl
 import os
 from logging.handlers import RotatingFileHandler
 
-LOG_BYTES, LOG_FILES = 64 * 2**20, 4
+MAX_LOG_BYTES, MAX_LOG_FILES = 64 * 2**20, 4
 
 
 class AccessLog(RotatingFileHandler):
-    """Appends lines to a file. One that another process has put aside is left for the new one, and not put aside again."""
+    """Appends lines to a file. When another process has rotated it, the new file is opened instead of rotating again."""
 
-    def __init__(self, file: str, most_bytes: int = LOG_BYTES) -> None:
-        super().__init__(file, maxBytes=most_bytes, backupCount=LOG_FILES)
+    def __init__(self, file: str, max_bytes: int = MAX_LOG_BYTES) -> None:
+        super().__init__(file, maxBytes=max_bytes, backupCount=MAX_LOG_FILES)
 
     def doRollover(self) -> None:
-        """Begin a new file, or go on with the one that another process has begun."""
+        """Rotate the file, or open the one that another process has started."""
         folder, name = os.path.split(self.baseFilename)
         with open(os.path.join(folder, f".{name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Every request passes here: it gets a name, shows its key, and leaves a line in the log and a count."""
+"""Every request passes here: it gets an id, is authenticated, and is logged and counted when it ends."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ import re
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from starlette.middleware.cors import CORSMiddleware
 
 from engine.config import Config
-from engine.data.masking import masking
+from engine.data.pii_masking import make_masker
 from engine.errors import UserError
 from engine.serve.http.access_log import AccessLog
-from engine.serve.http.api_keys import Key, Keys
+from engine.serve.http.api_keys import ApiKey, ApiKeys
 from engine.serve.http.errors import ApiError
-from engine.serve.http.rate_limits import Limits
+from engine.serve.http.rate_limits import RateLimiter
 from engine.serve.http.transcriptions import PATH as TRANSCRIPTIONS
 from engine.serve.metrics import Metrics
-from engine.serve.tracing import NO_SPAN, Span, Tracing, fail, trace_id
+from engine.serve.tracing import NO_SPAN, Span, Tracing, set_error, trace_id
 
-OPEN = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # without a key
-OPEN_FOLDER = "/page/"
+PUBLIC_PATHS = {"/", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/favicon.ico"}  # need no key
+PUBLIC_PREFIX = "/page/"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-PROMPT_CHARACTERS = 2000  # of a prompt in the log
+MAX_LOGGED_CHARACTERS = 2000  # of a prompt
 
 Scope = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Access:
-    """Who may ask, and where it is written down."""
+class AccessOptions:
+    """Who may send requests, within which bounds, and where they are logged."""
 
     keys_file: str | None = None
-    keys_text: str = ""  # of the variable MANTA_KEYS
+    keys_text: str = ""  # content of the variable MANTA_KEYS
     origins: tuple[str, ...] = ()
     log_file: str | None = None
     log_prompts: bool = False
@@ -48,115 +49,118 @@ class Access:
     body_bytes: int = 2**20
     audio_bytes: int = 25 * 2**20
     body_timeout_s: float = 30.0
-    tracing: str | None = None  # address of a collector
+    tracing: str | None = None  # address of an OpenTelemetry collector
 
 
-def access_for(config: Config, keys_text: str) -> Access:
-    """Return who may ask the endpoint of a config; `keys_text` is that of the variable MANTA_KEYS.
+def access_options(config: Config, keys_text: str) -> AccessOptions:
+    """Return the access options of a config's endpoint; `keys_text` is the content of the variable MANTA_KEYS.
 
     Raises UserError where it would listen beyond loopback without keys, and for keys that cannot be read.
     """
     options = config.serve
-    keys = Keys(config.keys_file, keys_text)
+    keys = ApiKeys(config.keys_file, keys_text)
     if not (keys.required or options.open or is_loopback(options.host)):
         raise UserError(
             f"serve.host={options.host} is open to the network and there are no keys: make one with `manta key new name=ALICE`, "
             "or say serve.open=true if whoever reaches the address may ask"
         )
-    run = config.run_dir.absolute()
-    return Access(
-        str(config.keys_file), keys_text, tuple(options.origins), str(run / "logs" / "access.jsonl"), options.log_prompts,
-        str(Path(options.records_dir or run / "feedback").absolute()), options.max_body_bytes, options.max_audio_bytes, options.body_timeout_s, options.tracing,
+    run_folder = config.run_dir.absolute()
+    return AccessOptions(
+        str(config.keys_file), keys_text, tuple(options.origins), str(run_folder / "logs" / "access.jsonl"), options.log_prompts,
+        str(Path(options.records_dir or run_folder / "feedback").absolute()), options.max_body_bytes, options.max_audio_bytes, options.body_timeout_s, options.tracing,
     )  # fmt: skip
 
 
-def access_from(plain: dict[str, Any]) -> Access:
-    """Return it from what `asdict` and JSON have made of it."""
-    return Access(**plain | {"origins": tuple(plain["origins"])})
+def access_options_from(plain: dict[str, Any]) -> AccessOptions:
+    """Return access options from what `dataclasses.asdict` and JSON have made of them."""
+    return AccessOptions(**plain | {"origins": tuple(plain["origins"])})
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name may lead anywhere
+    except ValueError:  # a name may resolve to any address
         return False
 
 
 @dataclass
 class RequestContext:
-    """One request, and what became of it."""
+    """One request, from its head to the end of its response."""
 
     id: str
     method: str
     path: str
-    began: float  # on time.perf_counter
-    key: Key | None = None
+    started_at: float  # on time.perf_counter
+    key: ApiKey | None = None
     model: str = ""
     adapter: str = ""  # of the model
     version: str = ""
-    read: int = 0  # tokens
-    written: int = 0
-    failed: bool = False  # after the answer had begun
-    reserved: int = 0  # tokens of the key's minute
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failed: bool = False  # after the response had begun
+    reserved_tokens: int = 0  # charged to the key's rate limit in advance
     body: bytes = b""
-    prompts: list[str] = field(default_factory=list)  # kept for the log alone
+    prompts: list[str] = field(default_factory=list)  # kept only where prompts are logged
     span: Span = NO_SPAN
 
     @property
-    def asked(self) -> str:
-        """The model as the client asks for it."""
+    def requested_model(self) -> str:
+        """The model's id in the request: with its adapter."""
         return f"{self.model}:{self.adapter}" if self.adapter else self.model
 
     @property
-    def who(self) -> tuple[str, str, str]:
-        """Labels of its metrics."""
+    def metric_labels(self) -> tuple[str, str, str]:
+        """Model, version and key."""
         return self.model, self.version, self.key_name
 
     @property
     def key_name(self) -> str:
-        """Name of the key, if it has one."""
+        """Name of the API key; empty without one."""
         return self.key.name if self.key else ""
 
     @property
-    def seconds(self) -> float:
-        """Time since it came."""
-        return time.perf_counter() - self.began
+    def elapsed_s(self) -> float:
+        """Time since the request came."""
+        return time.perf_counter() - self.started_at
 
 
 class AccessControl:
-    """Lets visits in and out."""
+    """Authenticates requests and applies rate limits; logs, counts and traces them when they end."""
 
-    def __init__(self, access: Access, metrics: Metrics, paths: set[str], limits: Limits | None = None) -> None:
-        """Read the keys; `paths` are told in metrics and traces by their names, all others together.
+    def __init__(
+        self, options: AccessOptions, metrics: Metrics, paths: set[str], rate_limiter: RateLimiter | None = None
+    ) -> None:
+        """Read the keys; metrics and traces name `paths`, and count all others together.
 
-        `limits`: what keys have left, where another door stood here before. Raises UserError.
+        `rate_limiter`: of the access control that this one replaces, so that keys' limits go on. Raises UserError.
         """
-        self.access, self.metrics, self.paths = access, metrics, paths
-        self.keys = Keys(Path(access.keys_file) if access.keys_file else None, access.keys_text)
-        self.limits, self.tracing = limits or Limits(), Tracing(access.tracing)
-        self.mask = masking(["emails", "secrets"])
+        self.options, self.metrics, self.paths = options, metrics, paths
+        self.keys = ApiKeys(Path(options.keys_file) if options.keys_file else None, options.keys_text)
+        self.rate_limiter, self.tracing = rate_limiter or RateLimiter(), Tracing(options.tracing)
+        self.mask = make_masker(["emails", "secrets"])
         self.log = logging.Logger("manta.access")
-        if access.log_file:
-            Path(access.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.log.addHandler(AccessLog(access.log_file))
+        if options.log_file:
+            Path(options.log_file).parent.mkdir(parents=True, exist_ok=True)
+            self.log.addHandler(AccessLog(options.log_file))
 
-    def visit(self, scope: Scope) -> RequestContext:
-        """Begin a visit. Its id is the client's X-Request-Id if that can be one, else what Serve's proxy gave it."""
+    def begin_request(self, scope: Scope) -> RequestContext:
+        """Return a new request's context. Its id is the client's X-Request-Id if that is valid, else a new one."""
         headers = dict(scope["headers"])
-        asked = headers.get(b"x-request-id", b"").decode("latin-1")
-        name = asked if REQUEST_ID.fullmatch(asked) else str(uuid.uuid4())
+        header = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = header if REQUEST_ID.fullmatch(header) else str(uuid.uuid4())
         self.metrics.in_flight.inc()
-        visit = RequestContext(name, scope["method"], scope["path"], time.perf_counter())
-        if visit.method == "POST":  # the page at / looks at the rest all the time
-            visit.span = self.tracing.request(visit.method, visit.path if visit.path in self.paths else "", headers)
-        return visit
+        context = RequestContext(request_id, scope["method"], scope["path"], time.perf_counter())
+        if context.method == "POST":  # the page at / polls the other routes
+            route = context.path if context.path in self.paths else ""
+            context.span = self.tracing.request_span(context.method, route, headers)
+        return context
 
-    def admit(self, visit: RequestContext, scope: Scope) -> None:
-        """Find the visit's key. Raises ApiError where it needs one and shows none that holds, or asks too often."""
-        if visit.path in OPEN or visit.path.startswith(OPEN_FOLDER) or not self.keys.required:
+    def authenticate(self, context: RequestContext, scope: Scope) -> None:
+        """Find the request's key, and charge it a request. Raises ApiError without a valid key, and over its rate limit."""
+        if context.path in PUBLIC_PATHS or context.path.startswith(PUBLIC_PREFIX) or not self.keys.required:
             return
         kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         if kind.lower() != "bearer" or not secret.strip():
@@ -165,145 +169,151 @@ class AccessControl:
         key = self.keys.find(secret.strip(), now)
         if key is None:
             raise ApiError(401, "this key is not known here: check it, or ask for a new one", code="invalid_api_key")
-        visit.key = key
+        context.key = key
         if (state := key.state(now)) != "active":
             raise ApiError(401, f"the key '{key.name}' is {state}: ask for a new one", code="invalid_api_key")
-        if visit.method == "POST":  # lists are for free: the page at / looks at them all the time
-            self._wait(self.limits.request(key, time.monotonic()), f"{key.requests_per_minute} requests")
+        if context.method == "POST":  # other routes are not limited: the page at / polls them
+            check_rate(self.rate_limiter.charge_request(key, time.monotonic()), f"{key.requests_per_minute} requests")
 
-    def reserve(self, visit: RequestContext, tokens: int) -> None:
-        """Charge a visit's key the most tokens that it may use. Raises ApiError where they are not there yet."""
-        if visit.key:
-            wait_s = self.limits.reserve(visit.key, tokens, time.monotonic())
-            self._wait(wait_s, f"{visit.key.tokens_per_minute} tokens")
-            visit.reserved = tokens
+    def reserve_tokens(self, context: RequestContext, tokens: int) -> None:
+        """Charge a request's key the most tokens that it may use. Raises ApiError over the key's rate limit."""
+        if context.key:
+            wait_s = self.rate_limiter.reserve_tokens(context.key, tokens, time.monotonic())
+            check_rate(wait_s, f"{context.key.tokens_per_minute} tokens")
+            context.reserved_tokens = tokens
 
-    def leave(self, visit: RequestContext, status: int) -> None:
-        """Settle the tokens, count, end the span, and write the line."""
-        if visit.key:
-            used = visit.read + visit.written
-            if status == 499 and not used:  # who leaves before it is known what was used pays what was asked
-                used = visit.reserved
-            self.limits.settle(visit.key, visit.reserved, used)
-        path = visit.path if visit.path in self.paths else "other"
+    def end_request(self, context: RequestContext, status: int) -> None:
+        """Settle the reserved tokens, count the request, end its span, and log it."""
+        if context.key:
+            used = context.prompt_tokens + context.completion_tokens
+            if status == 499 and not used:  # aborted before its usage is known: it is charged what was reserved
+                used = context.reserved_tokens
+            self.rate_limiter.settle_tokens(context.key, context.reserved_tokens, used)
+        path = context.path if context.path in self.paths else "other"
         self.metrics.in_flight.dec()
-        self.metrics.requests.labels(path, *visit.who, status).inc()
-        self.metrics.seconds.labels(path, *visit.who).observe(visit.seconds)
-        if visit.span.is_recording():
-            self._end(visit, status)
-        if self.access.log_file:
-            self.log.info(self._line(visit, status))
+        self.metrics.requests.labels(path, *context.metric_labels, status).inc()
+        self.metrics.latency.labels(path, *context.metric_labels).observe(context.elapsed_s)
+        if context.span.is_recording():
+            self._end_span(context, status)
+        if self.options.log_file:
+            self.log.info(self._log_line(context, status))
 
-    def _end(self, visit: RequestContext, status: int) -> None:
-        visit.span.set_attributes({"manta.request": visit.id, "http.response.status_code": status})
-        if visit.model:
-            visit.span.set_attributes({
-                "gen_ai.request.model": visit.asked, "manta.version": visit.version,
-                "gen_ai.usage.input_tokens": visit.read, "gen_ai.usage.output_tokens": visit.written,
+    def _end_span(self, context: RequestContext, status: int) -> None:
+        context.span.set_attributes({"manta.request": context.id, "http.response.status_code": status})
+        if context.model:
+            context.span.set_attributes({
+                "gen_ai.request.model": context.requested_model, "manta.version": context.version,
+                "gen_ai.usage.input_tokens": context.prompt_tokens, "gen_ai.usage.output_tokens": context.completion_tokens,
             })  # fmt: skip
         if status >= 500:
-            fail(visit.span, str(status))
-        visit.span.end()
+            set_error(context.span, str(status))
+        context.span.end()
 
-    def _wait(self, wait_s: float, limit: str) -> None:
-        if wait_s:
-            told = f"over this key's {limit} a minute: try again in {wait_s:.1f} s"
-            raise ApiError(429, told, code="rate_limit_exceeded", retry_after_s=wait_s)
-
-    def _line(self, visit: RequestContext, status: int) -> str:
+    def _log_line(self, context: RequestContext, status: int) -> str:
         line: dict[str, Any] = {
-            "time": round(time.time(), 3), "request": visit.id, "method": visit.method, "path": visit.path[:256],
-            "status": status, "milliseconds": round(1000 * visit.seconds, 2), "key": visit.key_name,
-            "model": visit.model, "version": visit.version, "read": visit.read, "written": visit.written,
+            "time": round(time.time(), 3), "request": context.id, "method": context.method, "path": context.path[:256],
+            "status": status, "milliseconds": round(1000 * context.elapsed_s, 2), "key": context.key_name,
+            "model": context.model, "version": context.version,
+            "read": context.prompt_tokens, "written": context.completion_tokens,
         }  # fmt: skip
-        if trace := trace_id(visit.span):
+        if trace := trace_id(context.span):
             line["trace"] = trace
-        if self.access.log_prompts and visit.prompts:
+        if self.options.log_prompts and context.prompts:
             assert self.mask
-            line["prompts"] = [self.mask(text, Counter())[:PROMPT_CHARACTERS] for text in visit.prompts]
+            line["prompts"] = [self.mask(text, Counter())[:MAX_LOGGED_CHARACTERS] for text in context.prompts]
         return json.dumps(line)
 
 
-class Gate:
-    """ASGI middleware: a visit through the door, its body read within bounds, CORS where it is asked for."""
+def check_rate(wait_s: float, limit: str) -> None:
+    """Raise ApiError where a request has to wait for its key's rate limit."""
+    if wait_s:
+        message = f"over this key's {limit} a minute: try again in {wait_s:.1f} s"
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
 
-    door: ClassVar[AccessControl]  # the ingress sets it before the first request, and with its settings
 
-    def __init__(self, app: Any) -> None:
-        self.inner = app
+class AccessMiddleware:
+    """ASGI middleware: access control around every request, its body read within bounds, CORS where there are origins."""
+
+    def __init__(self, app: Any, access_control: Callable[[], AccessControl]) -> None:
+        """Wrap an application; `access_control` returns the one that is in force, which settings may replace."""
+        self.app, self.access_control = app, access_control
         self.cors: tuple[AccessControl, Any] | None = None
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Let a request in, or answer why not; count it when it leaves."""
+        """Let a request in, or refuse it; count it when it ends."""
         if scope["type"] != "http":
-            await self.inner(scope, receive, send)
-        elif not self.door.access.origins:
-            await self._pass(scope, receive, send)
+            await self.app(scope, receive, send)
+        elif not self.access_control().options.origins:
+            await self._process(scope, receive, send)
         else:
-            await self._cross_origin()(scope, receive, send)
+            await self._with_cors()(scope, receive, send)
 
-    def _cross_origin(self) -> Any:
-        """Return the door with CORS around it."""
-        if not self.cors or self.cors[0] is not self.door:
-            around = CORSMiddleware(
-                cast(Any, self._pass), allow_origins=self.door.access.origins, allow_methods=["GET", "POST"],
+    def _with_cors(self) -> Any:
+        """Return the middleware with CORS around it."""
+        control = self.access_control()
+        if not self.cors or self.cors[0] is not control:
+            middleware = CORSMiddleware(
+                cast(Any, self._process), allow_origins=control.options.origins, allow_methods=["GET", "POST"],
                 allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"],
             )  # fmt: skip
-            self.cors = (self.door, around)
+            self.cors = (control, middleware)
         return self.cors[1]
 
-    async def _pass(self, scope: Scope, receive: Any, send: Any) -> None:
-        visit = self.door.visit(scope)
-        scope.setdefault("state", {})["visit"] = visit
-        status, whole = 0, False
+    async def _process(self, scope: Scope, receive: Any, send: Any) -> None:
+        control = self.access_control()
+        context = control.begin_request(scope)
+        scope.setdefault("state", {})["context"] = context
+        status, is_complete = 0, False
 
-        async def tell(message: dict[str, Any]) -> None:
-            nonlocal status, whole
+        async def send_observed(message: dict[str, Any]) -> None:
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
-            whole = message["type"] == "http.response.body" and not message.get("more_body")
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body")
 
-        broken = False
+        raised = False
         try:
             try:
-                self.door.admit(visit, scope)
-                body = await self._body(scope, receive)
+                control.authenticate(context, scope)
+                body = await self._read_body(scope, receive)
             except ApiError as error:
-                await error.response()(scope, receive, cast(Any, tell))
+                await error.response()(scope, receive, cast(Any, send_observed))
                 return
             if body is None:
                 return
-            visit.body = body
+            context.body = body
             pending = [{"type": "http.request", "body": body, "more_body": False}]
 
-            async def again() -> Any:
+            async def receive_read_body() -> Any:
                 return pending.pop() if pending else await receive()
 
-            await self.inner(scope, again, tell)
+            await self.app(scope, receive_read_body, send_observed)
         except Exception:
-            broken = True
+            raised = True
             raise
         finally:
-            self.door.leave(visit, 500 if broken or visit.failed else status if whole else 499)
+            self.access_control().end_request(
+                context, 500 if raised or context.failed else status if is_complete else 499
+            )
 
-    async def _body(self, scope: Scope, receive: Any) -> bytes | None:
-        """Return a request's whole body; None if the client left. Raises ApiError for one that is too large or slow."""
-        access = self.door.access
-        most = access.audio_bytes if scope["path"] == TRANSCRIPTIONS else access.body_bytes
-        within_s = access.body_timeout_s
-        declared = int(dict(scope["headers"]).get(b"content-length", b"0"))
-        body, more = bytearray(), declared <= most
+    async def _read_body(self, scope: Scope, receive: Any) -> bytes | None:
+        """Return a request's whole body; None if the client hung up. Raises ApiError for one that is too large or slow."""
+        options = self.access_control().options
+        max_bytes = options.audio_bytes if scope["path"] == TRANSCRIPTIONS else options.body_bytes
+        timeout_s = options.body_timeout_s
+        content_length = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        body, more = bytearray(), content_length <= max_bytes
         try:
-            async with asyncio.timeout(within_s):
-                while more and len(body) <= most:
+            async with asyncio.timeout(timeout_s):
+                while more and len(body) <= max_bytes:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
         except TimeoutError as error:
-            raise ApiError(408, f"the request's body did not come within {within_s:g} s: send it again") from error
-        if max(declared, len(body)) > most:
-            raise ApiError(413, f"the request is over {most:,} bytes: send less")
+            raise ApiError(408, f"the request's body did not come within {timeout_s:g} s: send it again") from error
+        if max(content_length, len(body)) > max_bytes:
+            raise ApiError(413, f"the request is over {max_bytes:,} bytes: send less")
         return bytes(body)

@@ -1,9 +1,9 @@
-"""How much a key may ask: requests and tokens a minute. Decisions only, so that tables can test them.
+"""Rate limits of API keys, in requests and tokens per minute. Pure decisions, with the time as an argument.
 
-A bucket holds a minute's worth and fills evenly (the token bucket, https://en.wikipedia.org/wiki/Token_bucket). What a
-request will write is not known before it has ended: it is charged the most that it may come to, and given back the rest.
+A bucket holds a minute's worth and refills evenly (token bucket, https://en.wikipedia.org/wiki/Token_bucket). The tokens
+that a request will generate are not known before it has ended: it is charged the maximum, and refunded the rest.
 
-Several ingresses of one node share what is left, in a file for each bucket under a lock that is held for microseconds.
+Several ingresses of one node share the buckets: a file each, under a lock that is held for microseconds.
 """
 
 from __future__ import annotations
@@ -16,57 +16,57 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.serve.http.api_keys import Key
+from engine.serve.http.api_keys import ApiKey
 
 MINUTE_S = 60.0
-KEPT = struct.Struct("<dd")  # of a bucket in a file: `left` and `filled`
+BUCKET_FORMAT = struct.Struct("<dd")  # of a bucket in a file: `level` and `updated_at`
 
 
 @dataclass
-class Bucket:
-    """What is left of a minute's worth. Times are of one clock, in seconds."""
+class TokenBucket:
+    """A bucket of a minute's worth. Times are seconds on one clock."""
 
-    size: float
-    left: float
-    filled: float  # when
+    capacity: float
+    level: float  # what may still be used; below 0: debt
+    updated_at: float
 
-    def fill(self, now: float) -> None:
-        """Add what has come since the last time."""
-        self.left = min(self.left + (now - self.filled) * self.size / MINUTE_S, self.size)
-        self.filled = now
+    def refill(self, now: float) -> None:
+        """Add what has accrued since the last update."""
+        self.level = min(self.level + (now - self.updated_at) * self.capacity / MINUTE_S, self.capacity)
+        self.updated_at = now
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Return in how many seconds so much is there; 0: now. What is over the size needs a full bucket."""
-        self.fill(now)
-        return max(min(amount, self.size) - self.left, 0.0) * MINUTE_S / self.size
+        """Return the seconds until an amount is available; 0: now. An amount over the capacity needs a full bucket."""
+        self.refill(now)
+        return max(min(amount, self.capacity) - self.level, 0.0) * MINUTE_S / self.capacity
 
     def take(self, amount: float) -> None:
-        """Take so much, into debt if need be; a negative amount is given back."""
-        self.left = min(self.left - amount, self.size)
+        """Take an amount, into debt if need be; a negative amount is a refund."""
+        self.level = min(self.level - amount, self.capacity)
 
 
-class Limits:
-    """The buckets of all keys that have asked; with a folder, those of all processes that have it."""
+class RateLimiter:
+    """The buckets of all keys that have sent requests; with a folder, shared by all processes that use it."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._buckets: dict[tuple[str, str], TokenBucket] = {}
 
-    def request(self, key: Key, now: float) -> float:
-        """Charge a request, or return in how many seconds the key may ask again. `now`: of time.monotonic."""
+    def charge_request(self, key: ApiKey, now: float) -> float:
+        """Charge a request and return 0, or return the seconds until the key may send one. `now`: of time.monotonic."""
         return self._charge(key, "requests", key.requests_per_minute, 1, now)
 
-    def reserve(self, key: Key, tokens: int, now: float) -> float:
-        """Charge tokens, or return in how many seconds there are as many."""
+    def reserve_tokens(self, key: ApiKey, tokens: int, now: float) -> float:
+        """Charge tokens and return 0, or return the seconds until they are available."""
         return self._charge(key, "tokens", key.tokens_per_minute, tokens, now)
 
-    def settle(self, key: Key, reserved: int, used: int) -> None:
-        """Give back what of the reserved tokens was not used, or charge what was used beyond."""
+    def settle_tokens(self, key: ApiKey, reserved: int, used: int) -> None:
+        """Refund reserved tokens that were not used, or charge the tokens used beyond them."""
         if key.tokens_per_minute is not None and used != reserved:
             with self._bucket(key, "tokens", key.tokens_per_minute) as bucket:
                 bucket.take(used - reserved)
 
-    def _charge(self, key: Key, kind: str, per_minute: int | None, amount: float, now: float) -> float:
+    def _charge(self, key: ApiKey, kind: str, per_minute: int | None, amount: float, now: float) -> float:
         if per_minute is None:
             return 0.0
         with self._bucket(key, kind, per_minute) as bucket:
@@ -76,28 +76,28 @@ class Limits:
             return wait_s
 
     @contextlib.contextmanager
-    def _bucket(self, key: Key, kind: str, size: float) -> Iterator[Bucket]:
-        """Give a key's bucket, a full one where there is none yet, to be changed within the block."""
+    def _bucket(self, key: ApiKey, kind: str, capacity: float) -> Iterator[TokenBucket]:
+        """Yield a key's bucket, to be changed within the block; a full one if there is none yet."""
         if self.folder:
-            with shared(self.folder / f"{key.sha256}.{kind}", size) as bucket:
+            with shared_bucket(self.folder / f"{key.sha256}.{kind}", capacity) as bucket:
                 yield bucket
         else:
-            yield self._buckets.setdefault((key.sha256, kind), Bucket(size, size, 0.0))
+            yield self._buckets.setdefault((key.sha256, kind), TokenBucket(capacity, capacity, 0.0))
 
 
 @contextlib.contextmanager
-def shared(file: Path, size: float) -> Iterator[Bucket]:
-    """Give the bucket that a file keeps, which no other process changes meanwhile.
+def shared_bucket(file: Path, capacity: float) -> Iterator[TokenBucket]:
+    """Yield the bucket stored in a file, locked against other processes within the block.
 
-    It is written in one call: a process that is killed leaves it as it was or as it shall be.
+    It is written in one call: a process that is killed leaves the old or the new state.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        kept = os.pread(descriptor, KEPT.size, 0)
-        left, filled = KEPT.unpack(kept) if kept else (size, 0.0)
-        bucket = Bucket(size, min(left, size), filled)
+        stored = os.pread(descriptor, BUCKET_FORMAT.size, 0)
+        level, updated_at = BUCKET_FORMAT.unpack(stored) if stored else (capacity, 0.0)
+        bucket = TokenBucket(capacity, min(level, capacity), updated_at)
         yield bucket
-        os.pwrite(descriptor, KEPT.pack(bucket.left, bucket.filled), 0)
+        os.pwrite(descriptor, BUCKET_FORMAT.pack(bucket.level, bucket.updated_at), 0)
     finally:
         os.close(descriptor)

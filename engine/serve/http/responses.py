@@ -1,64 +1,72 @@
-"""OpenAI's forms of what a replica wrote. An event is {"index", "text", "reason", "logprobs", "tokens"}."""
+"""OpenAI's response bodies for what a replica has generated."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-Choice = dict[str, Any]
+from engine.serve.jobs import Choice, PromptInfo
 
 
-class Form(Protocol):
-    """The form of one path's answers."""
+class ResponseFormatter(Protocol):
+    """The response bodies of one path."""
 
-    prefix: str  # of an answer's id
-    whole: str  # names the object
-    part: str  # names the object of a stream
+    id_prefix: str  # of the response's id
+    object_type: str  # `object` of a whole response
+    chunk_object_type: str  # `object` of a stream's events
 
-    def choice(self, event: dict[str, Any], prompt: str) -> Choice:
-        """Return a whole choice; `prompt` is what is echoed."""
+    def choice(self, choice: Choice, prompt: str) -> dict[str, Any]:
+        """Return a whole choice; `prompt` is the echoed one, or empty."""
 
-    def delta(self, event: dict[str, Any], prompt: str, first: bool) -> Choice:
-        """Return a part of a choice; `prompt` is empty but in its first."""
+    def delta(self, choice: Choice, prompt: str, is_first: bool) -> dict[str, Any]:
+        """Return what is new of a choice; `prompt` is the echoed one in its first message, else empty."""
 
 
-class CompletionForm:
+class CompletionFormatter:
     """/v1/completions."""
 
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, event: dict[str, Any], prompt: str) -> Choice:
+    def choice(self, choice: Choice, prompt: str) -> dict[str, Any]:
         """Return a whole choice."""
-        text = prompt + event["text"]
-        return {"index": event["index"], "text": text, "logprobs": event["logprobs"], "finish_reason": event["reason"]}
+        return {
+            "index": choice.index, "text": prompt + choice.text, "logprobs": choice.logprobs,
+            "finish_reason": choice.finish_reason,
+        }  # fmt: skip
 
-    def delta(self, event: dict[str, Any], prompt: str, first: bool) -> Choice:
-        """Return a part of a choice, which looks like the whole."""
-        return self.choice(event, prompt)
+    def delta(self, choice: Choice, prompt: str, is_first: bool) -> dict[str, Any]:
+        """Return what is new of a choice, in the form of a whole one."""
+        return self.choice(choice, prompt)
 
 
-class ChatForm:
+class ChatFormatter:
     """/v1/chat/completions."""
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, object_type, chunk_object_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, event: dict[str, Any], prompt: str) -> Choice:
+    def choice(self, choice: Choice, prompt: str) -> dict[str, Any]:
         """Return a whole choice."""
-        message = {"role": "assistant", "content": event["text"], "refusal": None}
-        return self._around(event) | {"message": message}
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return self._common_fields(choice) | {"message": message}
 
-    def delta(self, event: dict[str, Any], prompt: str, first: bool) -> Choice:
-        """Return a part of a choice; the first names the role."""
-        role = {"role": "assistant"} if first else {}
-        return self._around(event) | {"delta": role | ({"content": event["text"]} if event["text"] or first else {})}
+    def delta(self, choice: Choice, prompt: str, is_first: bool) -> dict[str, Any]:
+        """Return what is new of a choice; its first message names the role."""
+        role = {"role": "assistant"} if is_first else {}
+        content = {"content": choice.text} if choice.text or is_first else {}
+        return self._common_fields(choice) | {"delta": role | content}
 
-    def _around(self, event: dict[str, Any]) -> Choice:
-        return {"index": event["index"], "logprobs": event["logprobs"], "finish_reason": event["reason"]}
+    def _common_fields(self, choice: Choice) -> dict[str, Any]:
+        return {"index": choice.index, "logprobs": choice.logprobs, "finish_reason": choice.finish_reason}
 
 
-def usage(head: dict[str, Any], written: int) -> dict[str, Any]:
-    """Return OpenAI's usage: tokens read (of these, found in the cache) and written."""
-    read = head["prompt_tokens"]
+def usage(prompt: PromptInfo, completion_tokens: int) -> dict[str, Any]:
+    """Return OpenAI's usage of a generation: the prompts' tokens (of these, those found in the cache), and the generated ones."""
     return {
-        "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": head["cached_tokens"]},
+        "prompt_tokens": prompt.prompt_tokens, "completion_tokens": completion_tokens,
+        "total_tokens": prompt.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": prompt.cached_tokens},
     }  # fmt: skip
+
+
+def input_usage(prompt_tokens: int) -> dict[str, int]:
+    """Return OpenAI's usage of a task that generates no tokens."""
+    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}

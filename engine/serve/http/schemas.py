@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's fields, checked. A field that would change nothing here is refused, not ignored."""
+"""Request bodies: OpenAI's fields, validated. A field that would have no effect is refused, not ignored."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
+from engine.serve.jobs import MAX_LOGPROBS, GenerationJob, SamplingParams
+
 Token = Annotated[StrictInt, Field(ge=0)]
 Prompt = str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]  # fmt: skip
 Texts = str | Annotated[list[str], Field(min_length=1, max_length=1024)]
 Bias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]]
-MOST_LOGPROBS = 20  # likeliest tokens told with each
 
 
-def _listed(texts: str | list[str]) -> list[str]:
+def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
 class Strict(BaseModel):
-    """A request that has no other fields than these."""
+    """A body that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Body(Strict):
-    """A whole request."""
+    """The body of a request."""
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_characters(cls, body: Any) -> Any:
-        """Refuse half characters, which JSON can write (\\ud800) and no tokenizer takes."""
+    def _check_characters(cls, body: Any) -> Any:
+        """Refuse lone surrogates, which JSON can encode (\\ud800) and no tokenizer takes."""
         if isinstance(body, bytes):
-            return body  # that wasn't sent as JSON: pydantic says what is wanted
+            return body  # not JSON: pydantic says what is expected
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -79,8 +80,8 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class Generation(Body):
-    """What completions and chats have in common."""
+class GenerationRequest(Body):
+    """Fields that completions and chats have in common."""
 
     model: str | None = None
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
@@ -94,46 +95,50 @@ class Generation(Body):
     presence_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(0, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: Bias | None = Field(None, max_length=300)
-    user: str | None = Field(None, max_length=256)  # whom the client asks for; users take turns
+    user: str | None = Field(None, max_length=256)  # end user of the client; users take turns in the queue
     response_format: ResponseFormat | None = None
-    store: bool | None = None  # whether the request and its answer may be kept to learn from
+    store: bool | None = None  # whether the request and its output may be stored for training
 
     def stops(self) -> list[str]:
         """Return the stop texts."""
-        return [word for word in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if word]
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
-    def schema_text(self) -> str | None:
-        """Return the schema, in JSON, that the texts are to have; None: any text."""
+    def schema_json(self) -> str | None:
+        """Return the JSON Schema that the texts have to follow; None: any text."""
         if isinstance(self.response_format, SchemaFormat):
             return json.dumps(self.response_format.json_schema.schema_)
         return '{"type": "object"}' if isinstance(self.response_format, JsonFormat) else None
 
-    def job(self) -> dict[str, Any]:
-        """Return what a replica needs to know of all its completions."""
-        return {
-            "n": self.n, "stop": self.stops(), "seed": self.seed, "client": self.user or "", "stream": self.stream,
-            "schema": self.schema_text(), "adapter": "",
-            "sampling": {
-                "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
-                "presence_penalty": self.presence_penalty, "frequency_penalty": self.frequency_penalty,
-                "bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            },
-        }  # fmt: skip
+    def sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters."""
+        return SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+        )  # fmt: skip
+
+    def client(self, key_name: str) -> str:
+        """Return the client that takes turns with others in a replica's queue: the end user, within an API key if there is one."""
+        return f"{key_name} {self.user or ''}" if key_name else self.user or ""
+
+    def job(self, adapter: str = "", key_name: str = "") -> GenerationJob:
+        """Return the job for a replica."""
+        raise NotImplementedError
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Prompt
     max_tokens: int = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
-    # Not served: clients that send the neutral value are understood.
+    # Not supported: only the neutral value is accepted.
     suffix: None = None
     best_of: int | None = Field(None, ge=1, le=1)
 
     @model_validator(mode="after")
-    def _something_to_do(self) -> CompletionRequest:
+    def _check_has_output(self) -> CompletionRequest:
         if not self.max_tokens and not self.echo:
             raise ValueError("max_tokens 0 leaves nothing to answer: use 1 or more, or echo")
         return self
@@ -146,10 +151,13 @@ class CompletionRequest(Generation):
             return [list(self.prompt)]  # type: ignore[arg-type]
         return list(self.prompt)  # type: ignore[arg-type]
 
-    def job(self) -> dict[str, Any]:
-        """Return what a replica needs."""
-        own = {"prompts": self.prompts(), "max_tokens": self.max_tokens, "logprobs": self.logprobs, "echo": self.echo}
-        return super().job() | own
+    def job(self, adapter: str = "", key_name: str = "") -> GenerationJob:
+        """Return the job for a replica."""
+        return GenerationJob(
+            prompts=self.prompts(), messages=None, max_tokens=self.max_tokens, sampling=self.sampling_params(), n=self.n,
+            stop=self.stops(), seed=self.seed, logprobs=self.logprobs, echo=self.echo, json_schema=self.schema_json(),
+            stream=self.stream, client=self.client(key_name), adapter=adapter,
+        )  # fmt: skip
 
 
 class ContentPart(Strict):
@@ -166,42 +174,40 @@ class Message(Strict):
     content: str | list[ContentPart]
     name: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Return it as chat templates take it."""
+    def as_dict(self) -> dict[str, str]:
+        """Return the message as chat templates take it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text} | ({"name": self.name} if self.name else {})
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
-    def _told_once(self) -> ChatRequest:
+    def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         return self
 
     @property
-    def most_tokens(self) -> int | None:
-        """Return how many tokens are asked for; None: as many as there is room for."""
+    def requested_tokens(self) -> int | None:
+        """Maximum number of tokens of a choice; None: as many as there is room for."""
         return self.max_completion_tokens or self.max_tokens
 
-    def job(self) -> dict[str, Any]:
-        """Return what a replica needs."""
-        messages = [message.plain() for message in self.messages]
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return super().job() | {
-            "messages": messages,
-            "max_tokens": self.most_tokens,
-            "logprobs": logprobs,
-            "echo": False,
-        }
+    def job(self, adapter: str = "", key_name: str = "") -> GenerationJob:
+        """Return the job for a replica."""
+        return GenerationJob(
+            prompts=[], messages=[message.as_dict() for message in self.messages], max_tokens=self.requested_tokens,
+            sampling=self.sampling_params(), n=self.n, stop=self.stops(), seed=self.seed,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None, json_schema=self.schema_json(),
+            stream=self.stream, client=self.client(key_name), adapter=adapter,
+        )  # fmt: skip
 
 
 class ClassifyRequest(Body):
@@ -213,7 +219,7 @@ class ClassifyRequest(Body):
 
     def texts(self) -> list[str]:
         """Return the texts one by one."""
-        return _listed(self.input)
+        return _as_list(self.input)
 
 
 class TranscriptionRequest(Body):
@@ -235,7 +241,7 @@ class ImageRequest(Body):
     seed: int | None = Field(None, ge=0, lt=2**62)
     response_format: Literal["b64_json", "url"] | None = None
     user: str | None = Field(None, max_length=256)
-    # Not served: clients that send the neutral value are understood.
+    # Not supported: only the neutral value is accepted.
     output_format: Literal["png"] | None = None
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto"] | None = None
@@ -243,10 +249,10 @@ class ImageRequest(Body):
 
     @field_validator("response_format")
     @classmethod
-    def _within_the_answer(cls, asked: str | None) -> str | None:
-        if asked == "url":
+    def _check_response_format(cls, response_format: str | None) -> str | None:
+        if response_format == "url":
             raise ValueError("images come within the answer, and no address has them: use b64_json")
-        return asked
+        return response_format
 
 
 class Feedback(Body):
@@ -259,7 +265,7 @@ class Feedback(Body):
     comment: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
-    def _something_said(self) -> Feedback:
+    def _check_not_empty(self) -> Feedback:
         if not (self.rating or self.label or self.text or self.comment):
             raise ValueError("nothing is said: give a rating, a label, a text or a comment")
         return self
@@ -271,18 +277,18 @@ class ScoreRequest(Body):
     model: str | None = None
     text_1: Texts
     text_2: Texts
-    user: str | None = None  # used for nothing here
+    user: str | None = None  # accepted and ignored
 
     @model_validator(mode="after")
-    def _in_pairs(self) -> ScoreRequest:
-        first, second = _listed(self.text_1), _listed(self.text_2)
+    def _check_pairs(self) -> ScoreRequest:
+        first, second = _as_list(self.text_1), _as_list(self.text_2)
         if len(first) not in (1, len(second)):
             raise ValueError(f"text_1 holds {len(first)} texts and text_2 {len(second)}: give as many, or one text_1")
         return self
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return the pairs one by one."""
-        first, second = _listed(self.text_1), _listed(self.text_2)
+        first, second = _as_list(self.text_1), _as_list(self.text_2)
         return list(zip(first * len(second) if len(first) == 1 else first, second, strict=True))
 
 
@@ -292,7 +298,7 @@ class EmbeddingRequest(Body):
     model: str | None = None
     input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
-    user: str | None = None  # used for nothing here
+    user: str | None = None  # accepted and ignored
 
     def inputs(self) -> list[str | list[int]]:
         """Return the inputs one by one."""

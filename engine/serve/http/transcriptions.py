@@ -1,4 +1,4 @@
-"""/v1/audio/transcriptions: the form that clients upload, and OpenAI's forms of what was heard."""
+"""/v1/audio/transcriptions: the form that clients upload, and OpenAI's responses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from starlette.datastructures import UploadFile
 
 from engine.serve.http.errors import ApiError
 from engine.serve.http.schemas import TranscriptionRequest
+from engine.serve.jobs import TranscriptionResult
 
 PATH = "/v1/audio/transcriptions"
-MOST_FIELDS = 16
+MAX_FIELDS = 16
 
 
-def form_schema() -> dict[str, Any]:
-    """Return what OpenAPI is told of the request's body."""
+def transcription_schema() -> dict[str, Any]:
+    """Return the OpenAPI description of the request's body."""
     schema = TranscriptionRequest.model_json_schema()
     file = {"type": "string", "format": "binary", "description": "WAV, FLAC, OGG or MP3"}
     schema["properties"] = {"file": file, **schema["properties"]}
@@ -27,11 +28,11 @@ def form_schema() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-async def uploaded(request: Request) -> tuple[TranscriptionRequest, bytes]:
-    """Return a form's fields, and the bytes of its file. Raises ApiError, RequestValidationError."""
+async def read_form(request: Request) -> tuple[TranscriptionRequest, bytes]:
+    """Return a form's fields and the content of its file. Raises ApiError, RequestValidationError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "send the audio file and its fields as multipart/form-data", "file")
-    async with request.form(max_files=1, max_fields=MOST_FIELDS) as form:
+    async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise ApiError(400, "file: there is none in this form: send an audio file", "file")
@@ -42,30 +43,33 @@ async def uploaded(request: Request) -> tuple[TranscriptionRequest, bytes]:
     try:
         return TranscriptionRequest(**fields), content
     except ValidationError as error:
-        told = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_context=False)]
-        raise RequestValidationError(told) from error
+        errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors(include_context=False)]
+        raise RequestValidationError(errors) from error
 
 
-def response(body: TranscriptionRequest, found: dict[str, Any]) -> Response:
-    """Return what a replica heard in the form that is asked for."""
+def transcription_response(body: TranscriptionRequest, result: TranscriptionResult) -> Response:
+    """Return a transcript in the format that the client asks for."""
     if body.response_format == "text":
-        return PlainTextResponse(found["text"])
+        return PlainTextResponse(result.text)
     if body.response_format == "json":
-        read, written = found["read"], found["written"]
-        spent = {"type": "tokens", "input_tokens": read, "output_tokens": written, "total_tokens": read + written}
-        return JSONResponse({"text": found["text"], "usage": spent})
-    whole: dict[str, Any] = {"task": "transcribe", "duration": found["seconds"], "text": found["text"]}
+        prompt_tokens, completion_tokens = result.prompt_tokens, result.completion_tokens
+        tokens = {
+            "type": "tokens", "input_tokens": prompt_tokens, "output_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }  # fmt: skip
+        return JSONResponse({"text": result.text, "usage": tokens})
+    content: dict[str, Any] = {"task": "transcribe", "duration": result.duration_s, "text": result.text}
     if body.language:
-        whole["language"] = body.language
-    usage = {"type": "duration", "seconds": found["seconds"]}
-    return JSONResponse(whole | {"segments": [segment(body, found)], "usage": usage})
+        content["language"] = body.language
+    usage = {"type": "duration", "seconds": result.duration_s}
+    return JSONResponse(content | {"segments": [transcript_segment(body, result)], "usage": usage})
 
 
-def segment(body: TranscriptionRequest, found: dict[str, Any]) -> dict[str, Any]:
-    """Return the one segment that a window of sound is, as OpenAI tells it."""
-    text = found["text"].encode()
+def transcript_segment(body: TranscriptionRequest, result: TranscriptionResult) -> dict[str, Any]:
+    """Return the only segment of a transcript, the whole window of audio, in OpenAI's form."""
+    text = result.text.encode()
     return {
-        "id": 0, "seek": 0, "start": 0.0, "end": found["seconds"], "text": found["text"], "tokens": found["tokens"],
-        "temperature": body.temperature, "avg_logprob": found["avg_logprob"],
+        "id": 0, "seek": 0, "start": 0.0, "end": result.duration_s, "text": result.text, "tokens": result.tokens,
+        "temperature": body.temperature, "avg_logprob": result.avg_logprob,
         "compression_ratio": len(text) / len(zlib.compress(text)),
     }  # fmt: skip

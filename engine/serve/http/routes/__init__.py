@@ -1,0 +1,1 @@
+"""The endpoint's routes, a function each, by what they are for."""
