@@ -1,8 +1,8 @@
-"""The endpoint's own HTTP server, in the ingress' process, so that a request is passed on but once: to a replica.
+"""The endpoint's own HTTP server, in the ingress' process, so that a request crosses one process boundary: to a replica.
 
-Ray Serve's proxy takes a request in another process and hands it over by an actor's call, message by message, which costs
-more than a small model's whole answer. It goes where Serve's own config deploys the endpoint (`engine.serve.export`), for
-which each node has one.
+Ray Serve's proxy is another process, which forwards a request to the ingress by actor calls, message by message; that
+costs more than the whole response of a small model. The proxy is used where Serve's own config deploys the endpoint
+(`engine.serve.export`), with one on each node.
 """
 
 from __future__ import annotations
@@ -17,82 +17,83 @@ import uvicorn
 
 from engine.errors import UserError
 
-KEEP_ALIVE_S = 90  # of a connection without a request, as Serve's proxy has it
-BACKLOG = 2048  # connections that wait to be taken
+KEEP_ALIVE_S = 90  # of an idle connection, as in Serve's proxy
+BACKLOG = 2048  # connections that wait to be accepted
 
 Scope = dict[str, Any]
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address. Raises UserError where it cannot be."""
+    """Return a socket that is bound to an address. Raises UserError if it cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # one that replaces a hanging ingress needs not wait
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # a replacement need not wait for a hanging ingress
     try:
-        taken.bind((host, port))
+        listening.bind((host, port))
     except OSError as error:
-        taken.close()
+        listening.close()
         raise UserError(f"serve.host={host}, serve.port={port} cannot be listened on: {error.strerror}") from error
-    return taken
+    return listening
 
 
 class Server:
-    """Serves an ASGI application on a socket: names each request, and ends the work of one whose client has left."""
+    """Serves an ASGI application on a socket: gives each request an id, and cancels the handling of one whose client hung up."""
 
-    def __init__(self, app: Any, taken: socket.socket) -> None:
+    def __init__(self, app: Any, listening: socket.socket) -> None:
+        """Start to serve; `listening` is a bound socket."""
         self.app = app
         config = uvicorn.Config(
-            self.answer, interface="asgi3", proxy_headers=False, lifespan="off", ws="none", access_log=False, log_level="error", log_config=None,
+            self.handle, interface="asgi3", proxy_headers=False, lifespan="off", ws="none", access_log=False, log_level="error", log_config=None,
             timeout_keep_alive=KEEP_ALIVE_S, backlog=BACKLOG,
         )  # fmt: skip
         self.server = uvicorn.Server(config)
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]  # they are Ray's
-        self.running = asyncio.get_running_loop().create_task(self.server.serve([taken]))
+        self.serving = asyncio.get_running_loop().create_task(self.server.serve([listening]))
 
     async def close(self) -> None:
-        """Take no more connections, and return once what was begun is answered."""
+        """Accept no more connections, and return once all requests in flight are finished."""
         self.server.should_exit = True
-        await self.running
+        await self.serving
 
-    async def answer(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Answer one request."""
-        name = next((value for key, value in scope["headers"] if key == b"x-request-id"), None)
-        if name is None:
-            name = str(uuid.uuid4()).encode()
-            scope["headers"] = [*scope["headers"], (b"x-request-id", name)]
+    async def handle(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Handle one request."""
+        request_id = next((value for key, value in scope["headers"] if key == b"x-request-id"), None)
+        if request_id is None:
+            request_id = str(uuid.uuid4()).encode()
+            scope["headers"] = [*scope["headers"], (b"x-request-id", request_id)]
         task = asyncio.current_task()
         assert task
-        watch: asyncio.Future[Any] | None = None
-        whole = False
+        after_body: asyncio.Future[Any] | None = None  # the message after the body: the client has hung up
+        is_complete = False
 
-        def heard(watched: asyncio.Future[Any]) -> None:
-            if not whole and not watched.cancelled():
+        def abort(future: asyncio.Future[Any]) -> None:
+            if not is_complete and not future.cancelled():
                 task.cancel()
 
-        async def hear() -> Any:
-            nonlocal watch
-            if watch:
-                return await asyncio.shield(watch)
+        async def receive_watched() -> Any:
+            nonlocal after_body
+            if after_body:
+                return await asyncio.shield(after_body)
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body"):
-                watch = asyncio.ensure_future(receive())  # what comes after the body: that the client has left
-                watch.add_done_callback(heard)
+                after_body = asyncio.ensure_future(receive())
+                after_body.add_done_callback(abort)
             return message
 
-        async def tell(message: dict[str, Any]) -> None:
-            nonlocal whole
+        async def send_with_id(message: dict[str, Any]) -> None:
+            nonlocal is_complete
             if message["type"] == "http.response.start":
-                message = message | {"headers": [*message["headers"], (b"x-request-id", name)]}
+                message = message | {"headers": [*message["headers"], (b"x-request-id", request_id)]}
             else:
-                whole = not message.get("more_body")
+                is_complete = not message.get("more_body")
             await send(message)
 
         try:
-            await self.app(scope, hear, tell)
+            await self.app(scope, receive_watched, send_with_id)
         except asyncio.CancelledError:
-            if not (watch and watch.done()):
+            if not (after_body and after_body.done()):
                 raise
         finally:
-            if watch:
-                watch.cancel()
+            if after_body:
+                after_body.cancel()
