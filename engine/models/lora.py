@@ -1,7 +1,7 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685), by peft: what it adds, merges and leaves as files.
+"""Low-rank adaptation (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685), with peft: adding, merging, writing an adapter.
 
-Of a model the linear layers of the blocks, W [O, I], get two small matrices beside them, B [O, R] and A [R, I], and give
-(W + alpha / R x B A) x. Only these are trained, and what stands behind the blocks where the task has a head of its own.
+Each linear layer of the transformer blocks, W [O, I], gets two low-rank matrices, B [O, R] and A [R, I], and computes
+(W + alpha / R x B A) x. Only these are trained, and the task's own head if it has one.
 """
 
 from __future__ import annotations
@@ -18,81 +18,85 @@ from engine.config import LoraConfig
 from engine.errors import UserError
 from engine.models.build import embedding_modules, transformer_blocks
 
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # peft's name for the only adapter
 
 
 def add_lora(model: nn.Module, lora: LoraConfig, seed: int, train_head: bool) -> None:
-    """Add the matrices, A from the seed and B zero, so that the model gives what it gave; and freeze what isn't trained.
+    """Add the matrices, A from the seed and B zero, so that the outputs do not change, and freeze all other parameters.
 
-    `head`: what is neither a block nor an embedding is trained too. Raises UserError where no layer is one of lora.targets,
-    or peft is missing.
+    `train_head`: parameters outside blocks and embeddings are trained too. Raises UserError if no layer matches lora.targets,
+    or if peft is missing.
     """
     if lora.rank == 0:
         return
-    peft = _peft()
+    peft = _import_peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(_peft_config(lora, find_target_layers(model, lora.targets)), model, ADAPTER)
-    kept = {id(p) for part in (*embedding_modules(model), *transformer_blocks(model)) for p in part.parameters()}
+    modules = (*embedding_modules(model), *transformer_blocks(model))
+    base_parameters = {id(p) for module in modules for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name or (train_head and id(parameter) not in kept))
+        parameter.requires_grad_(".lora_" in name or (train_head and id(parameter) not in base_parameters))
 
 
-def find_target_layers(model: nn.Module, asked: list[str]) -> list[str]:
-    """Return the paths of the linear layers of the blocks whose names end as is asked (nothing: all of them)."""
+def find_target_layers(model: nn.Module, suffixes: list[str]) -> list[str]:
+    """Return the paths of the blocks' linear layers whose names end in one of `suffixes` (all if there are none)."""
     from transformers.pytorch_utils import Conv1D
 
-    blocks = {id(layer) for block in transformer_blocks(model) for layer in block.modules()}
+    in_blocks = {id(layer) for block in transformer_blocks(model) for layer in block.modules()}
     linear = [
-        name for name, layer in model.named_modules() if id(layer) in blocks and isinstance(layer, (nn.Linear, Conv1D))
+        name
+        for name, layer in model.named_modules()
+        if id(layer) in in_blocks and isinstance(layer, (nn.Linear, Conv1D))
     ]
-    for end in asked:
-        if not any(_ends(name, end) for name in linear):
-            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-            raise UserError(f"objective.lora.targets: no block has a linear layer '{end}'; this model has {there}")
-    return [name for name in linear if not asked or any(_ends(name, end) for end in asked)]
+    for suffix in suffixes:
+        if not any(_has_suffix(name, suffix) for name in linear):
+            available = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise UserError(
+                f"objective.lora.targets: no block has a linear layer '{suffix}'; this model has {available}"
+            )
+    return [name for name in linear if not suffixes or any(_has_suffix(name, suffix) for suffix in suffixes)]
 
 
-def _ends(path: str, end: str) -> bool:
-    return path == end or path.endswith(f".{end}")
+def _has_suffix(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith(f".{suffix}")
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the matrices' product to the weights, and leave the model as it was without them."""
-    for parent, name, layer in list(_adapted(model)):
+    """Add the product of the matrices to the weights, and remove the adapter layers."""
+    for parent, name, layer in list(_lora_layers(model)):
         layer.merge(adapter_names=[ADAPTER])
         setattr(parent, name, layer.get_base_layer())
     model.requires_grad_(True)
 
 
-def write_adapter(model: Any, lora: LoraConfig, base: str | None, folder: Path) -> None:
-    """Write the trained part as peft reads it (adapter_config.json, adapter_model.safetensors), renamed into place last.
+def write_adapter(model: Any, lora: LoraConfig, base: str | None, folder: Path, task_type: str | None = None) -> None:
+    """Write the trained parameters as peft loads them (adapter_config.json, adapter_model.safetensors), atomically.
 
-    A model with a trained parameter that is no module's (CLIP's temperature) gets none: peft keeps whole modules only.
+    `task_type` is peft's. Nothing is written if a trained parameter belongs to the model itself, not to one of its modules
+    (CLIP's temperature): peft only saves whole modules.
     """
     from safetensors.torch import save_file
 
-    peft = _peft()
+    peft = _import_peft()
     paths = {id(module): path for path, module in model.named_modules()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    whole = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
-    if "" in whole:
+    modules_to_save = sorted({name.rpartition(".")[0] for name in trained if ".lora_" not in name})
+    if "" in modules_to_save:
         return
-    adapted = [paths[id(layer)] for _, _, layer in _adapted(model)]
-    config = _peft_config(lora, adapted)
+    target_modules = [paths[id(layer)] for _, _, layer in _lora_layers(model)]
+    config = _peft_config(lora, target_modules)
     config.base_model_name_or_path, config.inference_mode = base, True
-    config.modules_to_save, config.target_modules = whole or None, sorted(adapted)
-    config.task_type = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}.get(
-        next((end for end in ("ForCausalLM", "ForSequenceClassification") if type(model).__name__.endswith(end)), "")
-    )
+    config.modules_to_save, config.target_modules = modules_to_save or None, sorted(target_modules)
+    config.task_type = task_type
     tensors = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": p.detach().contiguous() for name, p in trained.items()}  # fmt: skip
     with atomic_folder(folder) as part:
         save_file(tensors, part / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(part)
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield (parent, name, layer) of each layer that has matrices beside its weight."""
+def _lora_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield (parent, name, layer) of each layer with LoRA matrices."""
     from peft.tuners.lora import LoraLayer
 
     for parent in model.modules():
@@ -102,15 +106,15 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _peft_config(lora: LoraConfig, paths: list[str]) -> Any:
-    return _peft().LoraConfig(
+    return _import_peft().LoraConfig(
         r=lora.rank, lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha, lora_dropout=lora.dropout,
         target_modules=paths,
     )  # fmt: skip
 
 
-def _peft() -> Any:
+def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("objective.lora needs a package that isn't here: pip install 'manta-train[lora]'") from error
+        raise UserError("objective.lora needs the package peft: pip install 'manta-train[lora]'") from error
     return peft

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, from its config alone."""
+"""Parameter counts and floating-point operations of a model, on the meta device as well."""
 
 from __future__ import annotations
 
@@ -10,60 +10,62 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A stack of transformer blocks."""
+class TransformerStack:
+    """A stack of transformer blocks: an encoder, a decoder, or a tower."""
 
-    config: Any  # the transformers config, or the part of one, that says its layers and widths
+    config: Any  # the transformers config, or the nested config, that holds its layers and widths
     tokens: int  # of a full sample that pass through it
 
 
-def elements(parameter: Any) -> int:
-    """Return the elements of a parameter; of one that ZeRO-3 sharded, its full size."""
+def num_elements(parameter: Any) -> int:
+    """Return the elements of a parameter; if ZeRO-3 sharded it, those of the full parameter."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Count the parameters, shared ones once (those sharded by ZeRO-3 at their full size)."""
-    return sum(elements(p) for p in model.parameters())
+    """Count the parameters, shared ones once, and those sharded by ZeRO-3 at their full size."""
+    return sum(num_elements(p) for p in model.parameters())
 
 
 def matmul_parameter_count(model: nn.Module) -> int:
-    """Count the parameters that take part in a matrix product: all but embeddings, unless these are an output's weights too."""
-    return sum(elements(p) for p, _ in _multiplied(model))
+    """Count the parameters used in matrix products: all but embeddings that are not tied to an output layer."""
+    return sum(num_elements(p) for p, _ in _matmul_parameters(model))
 
 
 def matmul_flops(model: nn.Module) -> int:
-    """Return the operations a token, forward and backward, of a model's products: 6 for each weight that is trained.
+    """Return the FLOPs per token, forward and backward, of a model's matrix products: 6 per trained weight.
 
-    Two are the forward's, two the gradient's of the weight, which a frozen one has not, and two that of its inputs, which
-    those before the first that is trained have not either.
+    Two are for the forward pass, two for the weight's gradient, which a frozen weight does not need, and two for the gradient
+    of its inputs, which the weights before the first trained one do not need.
     """
-    weights = list(_multiplied(model))
+    weights = list(_matmul_parameters(model))
     trained = [p.requires_grad for p, _ in weights]
     first = trained.index(True) if any(trained) else len(weights)
     return sum(
-        elements(p) * (2 + 2 * p.requires_grad + 2 * (i >= first or (tied and first < len(weights))))
-        for i, (p, tied) in enumerate(weights)
+        num_elements(p) * (2 + 2 * p.requires_grad + 2 * (i >= first or (is_tied and first < len(weights))))
+        for i, (p, is_tied) in enumerate(weights)
     )
 
 
-def _multiplied(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Yield each parameter of a matrix product once, in the model's order, and whether it is an embedding's as well."""
-    products = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+def _matmul_parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Yield each parameter used in a matrix product once, in the model's order, and whether it is tied to an embedding."""
+    multiplied = {
+        id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
+    embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     for name, p in model.named_parameters():
-        if not (id(p) in looked_up - products or "position" in name or "wpe" in name):
-            yield p, id(p) in looked_up
+        if not (id(p) in embedded - multiplied or "position" in name or "wpe" in name):
+            yield p, id(p) in embedded
 
 
 def flops_per_token(model: nn.Module, config: Any, length: int) -> float:
-    """Return forward + backward floating-point operations a token: 6 N + 12 layers x width x length, where all is trained.
+    """Return the FLOPs per token, forward and backward: 6 N + 12 layers x width x length if all parameters are trained.
 
-    Chowdhery et al. 2022 (PaLM), appendix B: attention counted in full, as is the custom for MFU.
+    Chowdhery et al. 2022 (PaLM), appendix B: causal attention is counted in full, as is usual for MFU.
     """
     return matmul_flops(model) + attention_flops(config.num_hidden_layers, config.hidden_size, length)
 
 
 def attention_flops(layers: int, width: int, keys: int) -> float:
-    """Return the operations of a token that attends to `keys` others in each layer, forward and backward."""
+    """Return the FLOPs, forward and backward, of a token that attends to `keys` tokens in each layer."""
     return 12 * layers * width * keys

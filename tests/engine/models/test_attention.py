@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.models import attention
-from engine.models.attention import ATTENTION, blockwise_attention, use_blockwise
+from engine.models.attention import ATTENTION_NAME, blockwise_attention, enable_blockwise_attention
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -32,8 +32,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("queries", "block"), [(256, 2**20), (16, 2**20), (16, 4 * 16 * 50)])
 def test_it_is_attention(kind: str, queries: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "QUERIES", queries)
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "QUERIES_PER_BLOCK", queries)
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", block)
     torch.manual_seed(0)
     parts = [torch.randn(3, 50, 4, 16).bfloat16().transpose(1, 2).requires_grad_() for _ in range(3)]
     shape = KINDS[kind]
@@ -80,8 +80,8 @@ def test_a_model_has_the_loss_and_gradients_that_it_had(kind: str, monkeypatch: 
             inputs["position_ids"] = torch.cat([torch.arange(25), torch.arange(15)]).expand(4, 40)
     model = model.bfloat16().eval()  # without dropout, which it leaves to sdpa
     other = copy.deepcopy(model)
-    use_blockwise(other)
-    assert other.config._attn_implementation == ATTENTION
+    enable_blockwise_attention(other)
+    assert other.config._attn_implementation == ATTENTION_NAME
     calls: list[int] = []
     monkeypatch.setattr(attention, "blockwise_attention", lambda *a: calls.append(1) or blockwise_attention(*a))
     (loss, slopes), (ours, found) = losses_and_slopes(model, inputs), losses_and_slopes(other, inputs)
@@ -96,12 +96,12 @@ def test_dropout_and_fp32_are_left_to_sdpa() -> None:
     torch.manual_seed(0)
     module = torch.nn.Module()
     parts = [torch.randn(2, 4, 8, 16) for _ in range(3)]
-    ours, _ = attention.attend(module, *parts, None, is_causal=True)
+    ours, _ = attention.blockwise_attention_forward(module, *parts, None, is_causal=True)
     theirs, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *parts, None, is_causal=True)
     assert torch.equal(ours, theirs)
     halves = [part.bfloat16() for part in parts]
     torch.manual_seed(1)
-    ours, _ = attention.attend(module, *halves, None, dropout=0.5)
+    ours, _ = attention.blockwise_attention_forward(module, *halves, None, dropout=0.5)
     torch.manual_seed(1)
     theirs, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *halves, None, dropout=0.5)
     assert torch.equal(ours, theirs)
@@ -112,7 +112,7 @@ def test_it_goes_through_the_compiler_whole() -> None:
     parts = [torch.randn(2, 4, 32, 16).bfloat16().requires_grad_() for _ in range(3)]
 
     def squared(*parts: Tensor) -> Tensor:
-        return attention.attend(torch.nn.Module(), *parts, None, is_causal=True)[0].float().square().sum()
+        return attention.blockwise_attention_forward(torch.nn.Module(), *parts, None, is_causal=True)[0].float().square().sum()
 
     compiled = torch.compile(squared, fullgraph=True, backend="aot_eager")
     for one, other in zip(*(torch.autograd.grad(f(*parts), parts) for f in (squared, compiled)), strict=True):

@@ -9,7 +9,7 @@ from engine.config import Config, ModelConfig, with_values
 from engine.data.prepare import prepare
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
-from engine.models.build import build
+from engine.models.build import build_model
 from engine.models.size import flops_per_token, matmul_parameter_count, parameter_count
 from jobs.entry import compose
 
@@ -20,14 +20,14 @@ def tokenizer(tiny: Config) -> object:
 
 
 def test_the_seed_decides_the_weights(tiny: Config, tokenizer: object) -> None:
-    a, b, c = (build(tiny.model, tokenizer, "AutoModelForCausalLM", {}, seed) for seed in (3, 3, 4))
+    a, b, c = (build_model(tiny.model, tokenizer, "AutoModelForCausalLM", {}, seed) for seed in (3, 3, 4))
     for (name, x), y, z in zip(a.named_parameters(), b.parameters(), c.parameters(), strict=True):
         assert torch.equal(x, y), name
         assert torch.equal(x, z) == ("norm" in name), name
 
 
 def test_counts_by_hand(tiny: Config, tokenizer: object) -> None:
-    model = build(tiny.model, tokenizer, "AutoModelForCausalLM", {}, 0)
+    model = build_model(tiny.model, tokenizer, "AutoModelForCausalLM", {}, 0)
     vocabulary, width, inner, kv = 512, 32, 64, 16
     block = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
     assert parameter_count(model) == vocabulary * width + 2 * block + width
@@ -45,7 +45,7 @@ def test_counts_by_hand(tiny: Config, tokenizer: object) -> None:
 )
 def test_a_wrong_model_is_one_sentence(model: ModelConfig, said: str, tokenizer: object) -> None:
     with pytest.raises(UserError, match=said.replace("?", r"\?")):
-        build(model, tokenizer, "AutoModelForCausalLM", {}, 0)
+        build_model(model, tokenizer, "AutoModelForCausalLM", {}, 0)
 
 
 def test_the_five_million_parameter_model_has_five_million() -> None:
@@ -83,7 +83,7 @@ def test_nothing_is_dropped_unless_asked_for(tiny: Config, tokenizer: object, ki
     def rates(**changes: object) -> set[float]:
         values = {"model.type": kind, "model.num_key_value_heads": None, "model.intermediate_size": None}
         config = with_values(tiny, values | {f"model.{name}": value for name, value in changes.items()})
-        model = build(config.model, tokenizer, auto_class, {}, 0)
+        model = build_model(config.model, tokenizer, auto_class, {}, 0)
         return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
 
     assert rates() == {0.0}

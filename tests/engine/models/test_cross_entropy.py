@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
-from engine.train.job import Job
+from engine.models.cross_entropy import IGNORE_INDEX, summed_cross_entropy, token_scores
+from engine.train.job import TrainJob
 from tests.engine.train.ranks import losses, run_ranks
 
 V, B, L = 97, 3, 16
@@ -35,14 +35,14 @@ def batch(ignored: bool) -> tuple[dict[str, Tensor], Tensor, int]:
     torch.manual_seed(1)
     ids, targets = torch.randint(0, V, (2, B, L))
     if ignored:
-        targets[torch.rand(B, L) < 0.8] = IGNORED
-    return {"input_ids": ids}, targets, int((targets != IGNORED).sum())
+        targets[torch.rand(B, L) < 0.8] = IGNORE_INDEX
+    return {"input_ids": ids}, targets, int((targets != IGNORE_INDEX).sum())
 
 
 def whole(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor, z_loss: float = 0.0) -> Tensor:
     logits = model(**inputs).logits.flatten(0, 1).float()
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss + z_loss * (logits.logsumexp(1) ** 2)[targets.flatten() != IGNORED].sum()
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss + z_loss * (logits.logsumexp(1) ** 2)[targets.flatten() != IGNORE_INDEX].sum()
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def test_a_head_with_a_bias() -> None:
     model = language_model(False, "bert")
     nn.init.normal_(model.get_output_embeddings().bias)  # type: ignore[operator]
     inputs, targets, count = batch(ignored=True)
-    ours = summed_cross_entropy(model, inputs, targets, count, chunk=4)
+    ours = summed_cross_entropy(model, inputs, targets, count, chunk_tokens=4)
     found = gradients(model, ours)
     theirs = whole(model, inputs, targets)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
@@ -81,9 +81,9 @@ def test_a_head_with_a_bias() -> None:
 def test_scores_are_those_of_the_logits() -> None:
     model = language_model(True)
     inputs, targets, _ = batch(ignored=True)
-    nll, found = token_scores(model, inputs, targets, chunk=5)
+    nll, found = token_scores(model, inputs, targets, chunk_tokens=5)
     logits = model(**inputs).logits
-    wanted = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    wanted = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
     torch.testing.assert_close(nll, wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(found, (logits.argmax(2) == targets))
     assert torch.equal(model(**inputs).logits, logits)  # the head gives logits again
@@ -114,10 +114,10 @@ def test_only_a_chunk_of_logits_is_held() -> None:
     model = language_model(False)
     inputs, targets, count = batch(ignored=False)
     with Watch():
-        summed_cross_entropy(model, inputs, targets, count, chunk=8).backward()
+        summed_cross_entropy(model, inputs, targets, count, chunk_tokens=8).backward()
     assert largest == 8 * V
     with Watch():
-        summed_cross_entropy(model, inputs, targets, count, chunk=0).backward()
+        summed_cross_entropy(model, inputs, targets, count, chunk_tokens=0).backward()
     assert largest == B * L * V
 
 
@@ -137,7 +137,7 @@ def test_every_stage_gives_the_curve_of_whole_logits(tiny: Config, tied: bool) -
     values = [("whole", {"zero.stage": 0, "objective.logits_chunk": 0})]
     values += [(f"chunked-{stage}", {"zero.stage": stage, "objective.logits_chunk": 24}) for stage in range(4)]
     jobs = [
-        Job(with_values(tiny, {**base, **change, "name": f"{name}-{tied}", "train.workers": 2}), data)
+        TrainJob(with_values(tiny, {**base, **change, "name": f"{name}-{tied}", "train.workers": 2}), data)
         for name, change in values
     ]
     first, *others = run_ranks(jobs, 2)

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from engine.models.int8 import FEW_ROWS, Int8Embedding, Int8Linear, is_quantized, quantize, rounded, weight_bytes
+from engine.models.int8 import KERNEL_MAX_ROWS, Int8Embedding, Int8Linear, is_quantized, quantize, quantize_weight, weight_bytes
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, transformers.PreTrainedConfig] = {
@@ -42,7 +42,7 @@ def in_8_bits(model: nn.Module) -> nn.Module:
 def test_no_weight_is_off_by_more_than_half_a_step(dtype: torch.dtype) -> None:
     weight = torch.randn(7, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     weight[3] = 0
-    matrix, scale = rounded(weight)
+    matrix, scale = quantize_weight(weight)
     assert (matrix.dtype, scale.dtype) == (torch.int8, dtype)
     off = (matrix.float() * scale.float()[:, None] - weight.float()).abs().amax(1)
     # In bf16 the scale is itself off by up to 2^-9, so that the largest weight may be over 127 steps.
@@ -54,9 +54,9 @@ def test_no_weight_is_off_by_more_than_half_a_step(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("inputs", [64, 52, 7])
 def test_a_layer_is_the_product_with_its_rounded_weights_however_many_rows(dtype: torch.dtype, inputs: int) -> None:
     torch.manual_seed(0)
-    layer = Int8Linear(*rounded(torch.randn(37, inputs).to(dtype)), torch.randn(37).to(dtype))
+    layer = Int8Linear(*quantize_weight(torch.randn(37, inputs).to(dtype)), torch.randn(37).to(dtype))
     weights = layer.weight.double() * layer.scale.double()[:, None]
-    for rows in (1, 3, FEW_ROWS, FEW_ROWS + 1, 100):
+    for rows in (1, 3, KERNEL_MAX_ROWS, KERNEL_MAX_ROWS + 1, 100):
         given = torch.randn(1, rows, inputs).to(dtype)
         right = given.double() @ weights.T + layer.bias.double()  # type: ignore[operator]
         found = layer(given)
@@ -66,8 +66,8 @@ def test_a_layer_is_the_product_with_its_rounded_weights_however_many_rows(dtype
 
 def test_a_row_gives_the_same_bits_in_any_company_of_a_few() -> None:
     torch.manual_seed(0)
-    layer = Int8Linear(*rounded(torch.randn(70, 96).bfloat16()), None)
-    given = torch.randn(FEW_ROWS, 96).bfloat16()
+    layer = Int8Linear(*quantize_weight(torch.randn(70, 96).bfloat16()), None)
+    given = torch.randn(KERNEL_MAX_ROWS, 96).bfloat16()
     together = layer(given)
     for rows in (1, 2, 5):
         assert torch.equal(torch.cat([layer(part) for part in given.split(rows)]), together)

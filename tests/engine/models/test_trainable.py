@@ -16,10 +16,10 @@ from engine.config import Config, LoraConfig, ModelConfig, ObjectiveConfig
 from engine.data.prepare import prepare
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
-from engine.models.build import build
+from engine.models.build import build_model
 from engine.models.lora import add_lora, merge_lora, write_adapter
 from engine.models.size import flops_per_token, matmul_parameter_count
-from engine.models.trained import choose_trained, freeze_layers
+from engine.models.trainable import select_trainable, freeze_layers
 
 LORA = LoraConfig(rank=4)
 BERT = ModelConfig(type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -32,7 +32,7 @@ def tokenizer(tiny: Config) -> Any:
 
 
 def causal(model: ModelConfig, tokenizer: object) -> Any:
-    return build(model, tokenizer, "AutoModelForCausalLM", {}, 0).eval()
+    return build_model(model, tokenizer, "AutoModelForCausalLM", {}, 0).eval()
 
 
 def ids() -> torch.Tensor:
@@ -40,7 +40,7 @@ def ids() -> torch.Tensor:
 
 
 def test_frozen_layers_are_the_embedding_and_the_first_blocks(tiny: Config, tokenizer: Any) -> None:
-    model = build(tiny.model, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0)
+    model = build_model(tiny.model, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0)
     freeze_layers(model, 1)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert {name for name in frozen if "layers" not in name} == {"model.embed_tokens.weight"}
@@ -56,7 +56,7 @@ def test_lora_changes_nothing_at_first_and_depends_on_the_seed_alone(tiny: Confi
     for seed in (3, 3, 4):
         model = copy.deepcopy(plain)
         torch.rand(len(models))  # what was drawn before does not matter
-        add_lora(model, LORA, seed, head=False)
+        add_lora(model, LORA, seed, train_head=False)
         assert torch.equal(model(input_ids=ids()).logits, before)
         models.append(dict(model.named_parameters()))
     torch.set_rng_state(state)
@@ -74,7 +74,7 @@ def test_a_merged_model_and_its_adapter_read_by_peft_are_the_adapted_one(
     base = causal(tiny.model if kind == "llama" else GPT2, tokenizer)
     base.save_pretrained(tmp_path / "base")
     model, lora = copy.deepcopy(base), LoraConfig(rank=4, alpha=12.0)
-    add_lora(model, lora, 0, head=False)
+    add_lora(model, lora, 0, train_head=False)
     shake(model)
     adapted = model(input_ids=ids()).logits
     assert not torch.allclose(adapted, base(input_ids=ids()).logits, atol=1e-2)
@@ -89,9 +89,9 @@ def test_a_merged_model_and_its_adapter_read_by_peft_are_the_adapted_one(
 
 
 def test_a_head_of_its_own_is_trained_whole_and_is_in_the_adapter(tokenizer: Any, tmp_path: Path) -> None:
-    base = build(BERT, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0).eval()
+    base = build_model(BERT, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0).eval()
     base.save_pretrained(tmp_path / "base")
-    model = choose_trained(copy.deepcopy(base), ObjectiveConfig("classification", lora=LORA), 0, head=True)
+    model = select_trainable(copy.deepcopy(base), ObjectiveConfig("classification", lora=LORA), 0, train_head=True)
     whole = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert whole == {f"{layer}.{part}" for layer in ("bert.pooler.dense", "classifier") for part in ("weight", "bias")}
     shake(model)
@@ -114,7 +114,7 @@ def test_flops_leave_out_the_gradients_that_nobody_takes(tiny: Config, tokenizer
     assert (
         flops_per_token(frozen, model.config, 32) - attended == 2 * block + 6 * (block + width) + 4 * vocabulary * width
     )
-    add_lora(model, LORA, 0, head=False)
+    add_lora(model, LORA, 0, train_head=False)
     added = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = matmul_parameter_count(model) - added
     before = model.model.layers[0].self_attn.q_proj.base_layer.weight.numel()  # nobody asks for its inputs' gradient
@@ -123,11 +123,11 @@ def test_flops_leave_out_the_gradients_that_nobody_takes(tiny: Config, tokenizer
 
 def test_targets_are_ends_of_names_and_a_wrong_one_is_one_sentence(tiny: Config, tokenizer: Any) -> None:
     model = causal(tiny.model, tokenizer)
-    add_lora(model, LoraConfig(rank=2, targets=["q_proj", "mlp.up_proj"]), 0, head=False)
+    add_lora(model, LoraConfig(rank=2, targets=["q_proj", "mlp.up_proj"]), 0, train_head=False)
     adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert adapted == {f"model.layers.{i}.{end}" for i in (0, 1) for end in ("self_attn.q_proj", "mlp.up_proj")}
     with pytest.raises(UserError, match="no block has a linear layer 'query'; this model has down_proj, gate_proj"):
-        add_lora(causal(tiny.model, tokenizer), LoraConfig(rank=2, targets=["query"]), 0, head=False)
+        add_lora(causal(tiny.model, tokenizer), LoraConfig(rank=2, targets=["query"]), 0, train_head=False)
 
 
 @torch.no_grad()
