@@ -1,4 +1,4 @@
-"""An endpoint as files: a Serve config for any Ray cluster, and a RayService for KubeRay. Nothing is started."""
+"""Exports an endpoint as files: a Serve config for any Ray cluster, and a RayService for KubeRay. Starts nothing."""
 
 from __future__ import annotations
 
@@ -14,79 +14,83 @@ from ray.serve.schema import LoggingConfig, ServeDeploySchema
 from engine.bundles.bundle import Bundle
 from engine.config import Config
 from engine.progress import console
-from engine.serve.application import ENDPOINT, STEWARD, versions_of
-from engine.serve.deploy import bundles_of, of_ingress, refuse_what_cannot_serve, url_of, with_draft
+from engine.serve.application import CONTROLLER, ENDPOINT, make_versions
+from engine.serve.deploy import endpoint_url, ingress_arguments, resolve_bundles, resolve_draft_model
+from engine.serve.preflight import check_servable
 
-SERVE, KUBERAY = "serve.yaml", "rayservice.yaml"
+SERVE_FILE, KUBERAY_FILE = "serve.yaml", "rayservice.yaml"
 
 
 def export(config: Config) -> int:
-    """Write both into config.serve.export. Raises UserError for a bundle that was changed, or has no endpoint."""
-    config = with_draft(config)
+    """Write both files into config.serve.export. Raises UserError for a bundle that was changed or cannot be served."""
+    config = resolve_draft_model(config)
     assert config.serve.export
     folder = Path(config.serve.export)
     folder.mkdir(parents=True, exist_ok=True)
-    bundles = bundles_of(config)
-    for place in bundles.values():
-        refuse_what_cannot_serve(Bundle.open(place), config.serve)
-    wanted = serve_config(config, bundles)
-    ServeDeploySchema.model_validate(wanted)
-    (folder / SERVE).write_text(yaml.safe_dump(wanted, sort_keys=False))
-    (folder / KUBERAY).write_text(yaml.dump(ray_service(config, wanted, len(bundles)), Dumper=Readable, sort_keys=False))  # fmt: skip
-    console.print(f"wrote {folder / SERVE}: `serve deploy` takes it, on a cluster where {', '.join(bundles)} lie in the same folders")  # fmt: skip
-    console.print(f"wrote {folder / KUBERAY}: `kubectl apply -f` takes it, once the secret and the bundles' volume are there")  # fmt: skip
+    bundles = resolve_bundles(config)
+    for bundle_folder in bundles.values():
+        check_servable(Bundle.open(bundle_folder), config.serve)
+    exported = serve_config(config, bundles)
+    ServeDeploySchema.model_validate(exported)
+    (folder / SERVE_FILE).write_text(yaml.safe_dump(exported, sort_keys=False))
+    service = ray_service(config, exported, len(bundles))
+    (folder / KUBERAY_FILE).write_text(yaml.dump(service, Dumper=BlockStyleDumper, sort_keys=False))
+    console.print(f"wrote {folder / SERVE_FILE}: for `serve deploy`, on a cluster where {', '.join(bundles)} are in the same folders")  # fmt: skip
+    console.print(f"wrote {folder / KUBERAY_FILE}: for `kubectl apply -f`, once the secret and the bundles' volume exist")  # fmt: skip
     return 0
 
 
 def serve_config(config: Config, bundles: dict[str, Path]) -> dict[str, Any]:
-    """Return the endpoint as Ray Serve's own config: an application each for the ingress, the steward and each version."""
+    """Return the endpoint as a Ray Serve config: an application each for the controller, the ingress and each version."""
     options, builders = config.serve, "engine.serve.application"
-    versions = versions_of(bundles, options)
-    beginning = {"url": url_of(options), "folder": str(config.run_dir.absolute()), "versions": {name: asdict(it) for name, it in versions.items()}}  # fmt: skip
+    versions = make_versions(bundles, options)
+    initial = {
+        "url": endpoint_url(options), "folder": str(config.run_dir.absolute()),
+        "versions": {name: asdict(version) for name, version in versions.items()},
+    }  # fmt: skip
     applications = [
-        {"name": STEWARD, "route_prefix": None, "import_path": f"{builders}:steward_application", "args": beginning},
-        {"name": ENDPOINT, "route_prefix": "/", "import_path": f"{builders}:endpoint_application", "args": of_ingress(config)},
+        {"name": CONTROLLER, "route_prefix": None, "import_path": f"{builders}:controller_application", "args": initial},
+        {"name": ENDPOINT, "route_prefix": "/", "import_path": f"{builders}:endpoint_application", "args": ingress_arguments(config)},
         *(
-            {"name": it.app, "route_prefix": None, "import_path": f"{builders}:version_application",
-             "args": {"name": name, "folder": it.folder, "options": it.options}}
-            for name, it in versions.items()
+            {"name": version.app, "route_prefix": None, "import_path": f"{builders}:version_application",
+             "args": {"name": name, "folder": version.folder, "options": version.options}}
+            for name, version in versions.items()
         ),
     ]  # fmt: skip
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    patience = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}  # a lost proxy is replaced after three looks
+    logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    environment = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}  # a lost proxy is replaced after three failed checks
     return {
-        "controller_options": {"runtime_env": {"env_vars": patience}},
+        "controller_options": {"runtime_env": {"env_vars": environment}},
         "http_options": {"host": options.host, "port": options.port},
-        "logging_config": quiet.model_dump(mode="json", include={"log_level", "enable_access_log"}),
+        "logging_config": logging_config.model_dump(mode="json", include={"log_level", "enable_access_log"}),
         "applications": applications,
     }
 
 
-def ray_service(config: Config, wanted: dict[str, Any], bundles: int) -> dict[str, Any]:
-    """Return a RayService (KubeRay 1.5 or later) whose workers have room for the replicas, and for a second version of each."""
+def ray_service(config: Config, exported: dict[str, Any], num_bundles: int) -> dict[str, Any]:
+    """Return a RayService (KubeRay 1.5 or later) whose workers fit the replicas, and a second version of each bundle."""
     options, runs_dir = config.serve, str(Path(config.runs_dir).absolute())
     cores = max(math.ceil(options.cpus_per_replica), 1)
     replica = {"cpu": str(cores), "memory": f"{4 * cores}Gi"}
     if options.gpus_per_replica:
         replica["nvidia.com/gpu"] = str(math.ceil(options.gpus_per_replica))
-    within = wanted | {
-        "http_options": wanted["http_options"] | {"host": "0.0.0.0"}
-    }  # of the pod; the Service is the way in
+    pod_host = {"host": "0.0.0.0"}  # in the pod's network; clients use the Kubernetes Service
+    serve_config_v2 = exported | {"http_options": exported["http_options"] | pod_host}
     workers = {
-        "groupName": "replicas", "replicas": bundles * max(options.min_replicas, 1), "minReplicas": 0,
-        "maxReplicas": 2 * bundles * options.max_replicas, "rayStartParams": {},
-        "template": pod(options.image, runs_dir, "ray-worker", replica),
+        "groupName": "replicas", "replicas": num_bundles * max(options.min_replicas, 1), "minReplicas": 0,
+        "maxReplicas": 2 * num_bundles * options.max_replicas, "rayStartParams": {},
+        "template": pod_template(options.image, runs_dir, "ray-worker", replica),
     }  # fmt: skip
     head = {
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-        "template": pod(options.image, runs_dir, "ray-head", {"cpu": "2", "memory": "8Gi"}),
+        "template": pod_template(options.image, runs_dir, "ray-head", {"cpu": "2", "memory": "8Gi"}),
     }
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
         "metadata": {"name": "manta"},
         "spec": {
-            "serveConfigV2": yaml.safe_dump(within, sort_keys=False),
+            "serveConfigV2": yaml.safe_dump(serve_config_v2, sort_keys=False),
             "rayClusterConfig": {
                 "rayVersion": ray.__version__,
                 "enableInTreeAutoscaling": True,
@@ -97,8 +101,8 @@ def ray_service(config: Config, wanted: dict[str, Any], bundles: int) -> dict[st
     }
 
 
-def pod(image: str, runs_dir: str, name: str, resources: dict[str, str]) -> dict[str, Any]:
-    """Return a pod's template: the cluster's token is in the secret manta-token, the runs' folder in the claim manta-runs."""
+def pod_template(image: str, runs_dir: str, name: str, resources: dict[str, str]) -> dict[str, Any]:
+    """Return a pod template; Ray's token is in the secret manta-token, the runs' folder in the volume claim manta-runs."""
     secret = {"secretKeyRef": {"name": "manta-token", "key": "auth_token"}}
     container = {
         "name": name,
@@ -116,8 +120,8 @@ def pod(image: str, runs_dir: str, name: str, resources: dict[str, str]) -> dict
     return {"spec": {"containers": [container], "volumes": volumes}}
 
 
-class Readable(yaml.SafeDumper):
-    """Writes a text of several lines as such."""
+class BlockStyleDumper(yaml.SafeDumper):
+    """Writes a string of several lines as a literal block."""
 
 
-Readable.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))  # fmt: skip
+BlockStyleDumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))  # fmt: skip

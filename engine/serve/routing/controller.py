@@ -1,7 +1,7 @@
-"""Keeps what an endpoint's versions are and how their trials stand; there is one of it, and routers go on without it.
+"""The rollout controller: keeps an endpoint's versions and rollouts. There is one, and routers go on while it is away.
 
-Its state is written to the cluster's own store (Ray's GCS, where Serve keeps its own) before anybody is told of it, so that
-a steward that was killed goes on where it was. What happens is also appended to a file in the run's folder.
+Its state is written to the cluster's key-value store (Ray's GCS, where Serve keeps its own) before routers see a change, so
+that a controller that was killed resumes where it was. Events are also appended to a file in the run's folder.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import contextlib
 import json
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,204 +21,202 @@ from ray.experimental import internal_kv
 from ray.serve.schema import ReplicaState
 
 from engine.serve.routing.loopback import bind_to_loopback
-from engine.serve.routing.rollout import Model, Version, from_plain, plan_from, to_plain
-from engine.serve.routing.sequential_test import Answer
+from engine.serve.routing.messages import EndpointState, Report, RolloutEvent, RoutingTable, Version
+from engine.serve.routing.rollout import RolloutPlan, ServedModel, from_json, to_json, version_from
+from engine.serve.routing.sequential_test import Outcome
 
-KEY = b"manta-endpoint"
-LOOK_EVERY_S = 0.2
-COUNT_EVERY_S = 2.0  # the replicas of what is tried
-WITHOUT_S = 6.0  # that it may be without any
-STORE_EVERY_S = 2.0  # evidence; changes at once
-EVENTS = "rollout.jsonl"
+STATE_KEY = b"manta-endpoint"
+UPDATE_PERIOD_S = 0.2
+REPLICA_CHECK_PERIOD_S = 2.0  # of a candidate
+MAX_WITHOUT_REPLICAS_S = 6.0  # before a candidate is withdrawn
+STORE_PERIOD_S = 2.0  # for test statistics; changes are stored at once
+EVENTS_FILE = "rollout.jsonl"
+
+
+@dataclass
+class ControllerState:
+    """Everything that a controller keeps."""
+
+    endpoint: EndpointState
+    revision: int = 0  # number of changes: a router that has this revision is up to date
+    models: dict[str, ServedModel] = field(default_factory=dict)
+
+    def table(self) -> RoutingTable:
+        """Return what routers follow."""
+        models = {name: model.route() for name, model in self.models.items()}
+        return RoutingTable(self.revision, models, self.endpoint.settings)
 
 
 class Controller:
-    """Serve runs one of it. Times are seconds since 1970."""
+    """Runs as a Serve deployment with one replica. Times are seconds since 1970."""
 
     def __init__(self, url: str, folder: str, versions: dict[str, dict[str, Any]]) -> None:
-        """Take the endpoint's URL, the run's folder, and the versions to begin with by name, where nothing is stored yet."""
+        """Take the endpoint's URL, the run's folder, and the initial versions by model, used where no state is stored."""
         bind_to_loopback()
-        self.models: dict[str, Model] = {}
-        self.number = 0  # of changes: a router that knows it knows all
-        self.news = asyncio.Event()  # of the next change
-        self._stored = 0.0
         declared = {name: version["id"] for name, version in versions.items()}
-        self.endpoint: dict[str, Any] = {"url": url, "folder": folder, "options": {}, "declared": {}}
-        if stored := load():
-            self.models, self.number = from_plain(stored["models"]), stored["number"]
-            self.endpoint = stored["endpoint"]
-        self.file = Path(self.endpoint["folder"]) / EVENTS
-        if self.endpoint["declared"] != declared:  # by a Serve config, which may name other versions than it did
-            self.endpoint["declared"] = declared
-            for name, version in versions.items():
-                self._declare(name, Version(**version))
-        self._told: dict[str, list[Any]] = defaultdict(list)  # version -> answers since the last look
-        self._rated: dict[str, list[bool]] = defaultdict(list)
-        self._seen: dict[str, float] = {}  # application on trial -> when it last had a replica
-        self._counted = 0.0
-        self._watch = asyncio.get_running_loop().create_task(self._look_again_and_again())
+        self.state = load_state() or ControllerState(EndpointState(url, folder))
+        self.changed = asyncio.Event()  # set by the next change
+        self._stored_at = 0.0
+        if (
+            self.state.endpoint.declared != declared
+        ):  # by a Serve config file, which may name other versions than before
+            self.state.endpoint = replace(self.state.endpoint, declared=declared)
+            for name, fields in versions.items():
+                self._declare(name, version_from(fields))
+        self._outcomes: dict[str, list[Outcome]] = defaultdict(list)  # version -> since the last update
+        self._ratings: dict[str, list[bool]] = defaultdict(list)
+        self._last_alive: dict[str, float] = {}  # app of a candidate -> when it last had a replica
+        self._checked_at = 0.0
+        self._updating = asyncio.get_running_loop().create_task(self._update_forever())
 
     def check_health(self) -> None:
-        """Raise if trials would not be looked at any more; Serve then begins anew."""
-        if self._watch.done():
-            raise RuntimeError("the watch has ended")
+        """Raise RuntimeError if rollouts are no longer updated; Serve then restarts the controller."""
+        if self._updating.done():
+            raise RuntimeError("the controller's update loop has ended")
 
-    async def about(self) -> dict[str, Any]:
-        """Return the endpoint's {"url", "folder", "options"}."""
-        return self.endpoint
+    async def get_state(self) -> ControllerState:
+        """Return the whole state."""
+        return self.state
 
-    async def opened(self, url: str, folder: str, options: dict[str, Any]) -> None:
-        """Note where the endpoint listens, which run changed it last, and the settings of its ingress, which goes by them."""
-        changed = options != self.endpoint["options"]
-        self.endpoint |= {"url": url, "folder": folder, "options": options}
+    async def set_endpoint(self, url: str, folder: str, settings: dict[str, Any]) -> None:
+        """Set where the endpoint listens, which run changed it last, and the ingress' settings, which routers then follow."""
+        changed = settings != self.state.endpoint.settings
+        self.state.endpoint = replace(self.state.endpoint, url=url, folder=folder, settings=settings)
         if changed:
-            self._count_up()
-        self.file = Path(folder) / EVENTS
+            self._next_revision()
         self._store()
 
-    async def take(self, versions: dict[str, dict[str, Any]], plan: dict[str, Any]) -> None:
-        """Bring in versions, by name, that are ready to answer, as the plan says."""
-        events = []
-        for name, told in versions.items():
-            model, version = self.models.get(name), Version(**told)
+    async def deploy(self, versions: dict[str, Version], plan: RolloutPlan) -> None:
+        """Roll out versions, by model, whose replicas are ready."""
+        events: list[RolloutEvent] = []
+        for name, version in versions.items():
+            model = self.state.models.get(name)
             if model is None:
-                events.append(self._first(name, version))
+                model = self.state.models[name] = ServedModel(name, version)
+                events.append(model.log_event(time.time(), "promoted", version, "the first of this name"))
                 continue
-            before = model.told
-            model.begin(version, plan_from(plan), time.time())
-            events += model.since(before)
-        self._tell(*events)
+            num_events = model.num_events
+            model.deploy(version, plan, time.time())
+            events += model.events_after(num_events)
+        self._publish(events)
 
-    async def keep(self, apps: list[str], seconds: float) -> None:
-        """Let no replicas of these applications go for a while: somebody is about to bring them in again."""
-        for model in self.models.values():
-            model.keep(apps, time.time() + seconds)
+    async def keep_warm(self, apps: list[str], seconds: float) -> None:
+        """Stop no replicas of these applications for some time: they are about to be deployed again."""
+        for model in self.state.models.values():
+            model.keep_warm(apps, time.time() + seconds)
         self._store()
 
-    async def report(self, known: int, answers: dict[str, list[tuple[bool, float]]], shadows: dict[str, list[dict[str, Any]]], ratings: dict[str, list[bool]], wait_s: float) -> dict[str, Any] | None:  # fmt: skip
-        """Take what a router saw, by version: answers (failed, pace), comparisons, ratings (True: bad).
+    async def report(self, known_revision: int, report: Report, wait_s: float) -> RoutingTable | None:
+        """Take a router's report, and return the routing table.
 
-        Returns {"number", "models", "settings"}, or None where the router knows the newest and nothing has changed for `wait_s`.
+        Returns None where the router has the latest revision and nothing changes within `wait_s`.
         """
-        for version, found in answers.items():
-            self._told[version] += [Answer(failed, pace) for failed, pace in found]
-        for version, bad in ratings.items():
-            self._rated[version] += bad
-        for model in self.models.values():
-            if model.trial and (seen := shadows.get(model.trial.version.id)):
-                for it in seen:
-                    self._compare(model, it)
-        if known == self.number and wait_s:
+        for version, outcomes in report.outcomes.items():
+            self._outcomes[version] += outcomes
+        for version, ratings in report.ratings.items():
+            self._ratings[version] += ratings
+        for model in self.state.models.values():
+            if model.rollout:
+                for comparison in report.comparisons.get(model.rollout.version.id, ()):
+                    model.rollout.shadow_stats.add(comparison)
+        if known_revision == self.state.revision and wait_s:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.news.wait(), wait_s)
-        return None if known == self.number else self._table()
+                await asyncio.wait_for(self.changed.wait(), wait_s)
+        return None if known_revision == self.state.revision else self.state.table()
 
-    async def state(self) -> dict[str, Any]:
-        """Return everything, for those who ask how a trial goes."""
-        return {"number": self.number, "endpoint": self.endpoint, "models": to_plain(self.models)}
-
-    async def stop_trial(self, name: str, reason: str) -> bool:
-        """Withdraw what is tried under a name; False where nothing is."""
-        model = self.models.get(name)
-        if model is None or model.trial is None:
+    async def stop_rollout(self, name: str, reason: str) -> bool:
+        """Withdraw a model's candidate; return False where there is none."""
+        model = self.state.models.get(name)
+        if model is None or model.rollout is None:
             return False
         model.withdraw(time.time(), reason)
-        self._tell(model.events[-1])
+        self._publish(model.events[-1:])
         return True
 
     def _declare(self, name: str, version: Version) -> None:
-        """Let a version answer that a Serve config names; Serve has ended those that it doesn't name."""
-        model = self.models[name] = Model(name, version)
-        self._tell(model.tell(time.time(), "promoted", version, "declared"))
+        """Serve a version that a Serve config file names; Serve has stopped the ones that it doesn't name."""
+        model = self.state.models[name] = ServedModel(name, version)
+        self._publish([model.log_event(time.time(), "promoted", version, "declared")])
 
-    def _first(self, name: str, version: Version) -> dict[str, Any]:
-        self.models[name] = Model(name, version)
-        return self.models[name].tell(time.time(), "promoted", version, "the first of this name")
-
-    def _compare(self, model: Model, seen: dict[str, Any]) -> None:
-        assert model.trial
-        agreement = model.trial.agreement
-        agreement.copied += 1
-        agreement.failed += seen["failed"]
-        if seen["alike"] is not None:
-            agreement.compared += 1
-            agreement.alike += seen["alike"]
-        if seen["distance"] is not None:
-            agreement.distances.append(seen["distance"])
-        if not seen["failed"]:
-            agreement.paces.append((seen["old"], seen["new"]))
-
-    async def _look_again_and_again(self) -> None:
+    async def _update_forever(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            self._look()
-            if time.time() > self._counted + COUNT_EVERY_S:
-                self._counted = time.time()
-                await self._count()
+            await asyncio.sleep(UPDATE_PERIOD_S)
+            self._update()
+            if time.time() > self._checked_at + REPLICA_CHECK_PERIOD_S:
+                self._checked_at = time.time()
+                await self._check_replicas()
 
-    async def _count(self) -> None:
-        """Withdraw what is tried where its replicas end again and again."""
-        tried = {model.trial.version.app: model for model in self.models.values() if model.trial}
-        status = await asyncio.to_thread(serve.status) if tried else None
-        self._seen = {app: self._seen.get(app, time.time()) for app in tried}
-        for app, model in tried.items():
-            found = status.applications.get(app) if status else None
-            alive = found and any(it.replica_states.get(ReplicaState.RUNNING) for it in found.deployments.values())
-            idle = model.trial and not model.trial.version.options["min_replicas"]
-            if alive or idle:
-                self._seen[app] = time.time()
-            elif model.trial and model.trial.version.app == app and time.time() > self._seen[app] + WITHOUT_S:
-                model.withdraw(time.time(), f"no replica of it was left for {WITHOUT_S:.0f} s")
-                self._tell(model.events[-1])
-
-    def _look(self) -> None:
-        """Judge what is tried by what came in since the last look, and let go of what is kept no longer."""
-        now, told, rated = time.time(), self._told, self._rated
-        self._told, self._rated = defaultdict(list), defaultdict(list)
-        for model in self.models.values():
-            before = model.told
-            new = model.trial.version.id if model.trial else ""
-            old = model.stable.id
-            model.judge(told[old], told[new], rated[old], rated[new], now)
-            if events := model.since(before):
-                self._tell(*events)
-            if gone := model.expired(now):
+    def _update(self) -> None:
+        """Advance or withdraw candidates by the reports since the last update, and stop replicas that were kept warm."""
+        now, outcomes, ratings = time.time(), self._outcomes, self._ratings
+        self._outcomes, self._ratings = defaultdict(list), defaultdict(list)
+        for model in self.state.models.values():
+            num_events = model.num_events
+            new = model.rollout.version.id if model.rollout else ""
+            stable = model.stable.id
+            model.update(outcomes[stable], outcomes[new], ratings[stable], ratings[new], now)
+            if events := model.events_after(num_events):
+                self._publish(events)
+            if expired := model.pop_expired(now):
                 self._store()
-                for app in gone:
+                for app in expired:
                     serve.delete(app, _blocking=False)
-        if now > self._stored + STORE_EVERY_S and any(model.trial for model in self.models.values()):
+        if now > self._stored_at + STORE_PERIOD_S and any(model.rollout for model in self.state.models.values()):
             self._store()
 
-    def _tell(self, *events: dict[str, Any]) -> None:
-        """Write events down, and let the routers know."""
-        self._count_up()
-        self._store()
-        with contextlib.suppress(OSError):  # another node's disk, perhaps: the state has the events too
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                file.writelines(json.dumps(event) + "\n" for event in events)
+    async def _check_replicas(self) -> None:
+        """Withdraw candidates whose replicas fail again and again."""
+        candidates = {model.rollout.version.app: model for model in self.state.models.values() if model.rollout}
+        status = await asyncio.to_thread(serve.status) if candidates else None
+        self._last_alive = {app: self._last_alive.get(app, time.time()) for app in candidates}
+        for app, model in candidates.items():
+            application = status.applications.get(app) if status else None
+            is_alive = application and any(
+                deployment.replica_states.get(ReplicaState.RUNNING) for deployment in application.deployments.values()
+            )
+            may_be_scaled_to_zero = model.rollout and not model.rollout.version.options["min_replicas"]
+            if is_alive or may_be_scaled_to_zero:
+                self._last_alive[app] = time.time()
+            elif (
+                model.rollout
+                and model.rollout.version.app == app
+                and time.time() > self._last_alive[app] + MAX_WITHOUT_REPLICAS_S
+            ):
+                model.withdraw(time.time(), f"it had no replica for {MAX_WITHOUT_REPLICAS_S:.0f} s")
+                self._publish(model.events[-1:])
 
-    def _count_up(self) -> None:
-        self.number += 1
-        self.news.set()
-        self.news = asyncio.Event()
+    def _publish(self, events: Sequence[RolloutEvent]) -> None:
+        """Store a change, tell the routers, and append its events to the file."""
+        self._next_revision()
+        self._store()
+        file = Path(self.state.endpoint.folder) / EVENTS_FILE
+        with contextlib.suppress(OSError):  # the folder may be on another node's disk; the state holds the events, too
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as stream:
+                stream.writelines(json.dumps(asdict(event)) + "\n" for event in events)
+
+    def _next_revision(self) -> None:
+        self.state.revision += 1
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     def _store(self) -> None:
-        self._stored = time.time()
-        plain = {"number": self.number, "endpoint": self.endpoint, "models": to_plain(self.models)}
-        internal_kv._internal_kv_put(KEY, json.dumps(plain).encode(), overwrite=True)
-
-    def _table(self) -> dict[str, Any]:
-        models = {name: model.table() for name, model in self.models.items()}
-        return {"number": self.number, "models": models, "settings": self.endpoint["options"]}
+        self._stored_at = time.time()
+        fields = {
+            "revision": self.state.revision, "endpoint": asdict(self.state.endpoint), "models": to_json(self.state.models),
+        }  # fmt: skip
+        internal_kv._internal_kv_put(STATE_KEY, json.dumps(fields).encode(), overwrite=True)
 
 
-def load() -> dict[str, Any] | None:
+def load_state() -> ControllerState | None:
     """Return the stored state; None where there is none."""
-    stored = internal_kv._internal_kv_get(KEY)
-    return json.loads(stored) if stored else None
+    stored = internal_kv._internal_kv_get(STATE_KEY)
+    if not stored:
+        return None
+    fields = json.loads(stored)
+    return ControllerState(EndpointState(**fields["endpoint"]), fields["revision"], from_json(fields["models"]))
 
 
-def forget() -> None:
-    """Remove the stored state: the endpoint was taken down."""
-    internal_kv._internal_kv_del(KEY)
+def delete_state() -> None:
+    """Delete the stored state: the endpoint was taken down."""
+    internal_kv._internal_kv_del(STATE_KEY)

@@ -1,474 +1,400 @@
-"""The ingress' way to the replicas: which version answers a request, again where one was lost, and what became of it.
+"""Routes the requests of an ingress: which version of a model answers each, and what the controller learns of it.
 
-A `Router` stands for the handles of all models: `router[name].method.remote(...)` goes to the version that the present
-request's key falls to. A request that a lost replica had taken is asked again of another, as long as its client has got
-nothing of the answer; one that a version on trial fails is asked again of the version that it is tried against, so that a
-bad one harms nobody. The trial's version is charged with it all the same.
+A request that a lost replica had taken is retried on another one, as long as its client has got nothing of the answer; one
+that a candidate version fails is retried on the stable version, so that a bad candidate harms nobody. The failure counts
+against the candidate all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from engine.serve.routing.autoscaling import max_ongoing_requests
-from engine.serve.routing.controller import load
-from engine.serve.routing.ipc import IpcClientPool, IpcConnection
-from engine.serve.routing.rollout import chosen, from_plain, likeness, position
-from engine.serve.tracing import Trace
+from engine.serve.jobs import (
+    Choice,
+    Failure,
+    GenerationJob,
+    GenerationResult,
+    Job,
+    ModelInfo,
+    PromptInfo,
+    Result,
+    StreamChunk,
+    StreamMessage,
+)
+from engine.serve.routing.controller import load_state
+from engine.serve.routing.messages import ModelRoute, RoutingTable, ShadowComparison, Version
+from engine.serve.routing.replica_client import RETRY_DELAY_S, ReplicaClient
+from engine.serve.routing.reporting import Reporter
+from engine.serve.routing.rollout import choose_version, compare_answers, hash_fraction
+from engine.serve.routing.sequential_test import Outcome
+from engine.serve.tracing import TraceHeaders
 
-REPORT_EVERY_S = 0.2  # while something is tried
-WAIT_S = 2.0  # for news otherwise
-LOOK_EVERY_S = 2.0  # for replicas that came or went
-ASK_S = 5.0  # for what a replica says of itself
-MOST_TOLD = 20_000  # answers of a version that wait to be reported, while the steward is away
-SHADOWS = 16  # copies under way at once: more are left out, so that copying never slows what clients wait for
-PAUSE_S = 0.1  # before the second try; twice that before each further one
+REPORT_PERIOD_S = 0.2  # during a rollout
+TABLE_WAIT_S = 2.0  # for a new routing table, otherwise
+REPORT_TIMEOUT_S = 50.0
+DISCOVERY_PERIOD_S = 2.0  # between two looks for new and lost replicas
+MAX_SHADOW_REQUESTS = 16  # in flight; further ones are dropped, so that clients never wait for copies
 
-Version = dict[str, Any]
 T = TypeVar("T")
 
 
 @dataclass
-class Asked:
-    """One client's request: by its key it falls to a version of each model, and stays with it."""
+class RoutedRequest:
+    """A client's request. Its key assigns it to a version of each model, and it stays there."""
 
     key: str
-    trace: Trace | None = None  # that replicas go on with
-    fallen: dict[str, Version] = field(default_factory=dict)
+    trace: TraceHeaders | None = None  # that replicas continue
+    versions: dict[str, Version] = field(default_factory=dict)  # by model
 
 
-class Withdrawn(Exception):
-    """The version that was to answer is tried no longer."""
+class VersionWithdrawn(Exception):
+    """The candidate that a request waited for was withdrawn."""
 
 
-_asked: ContextVar[Asked | None] = ContextVar("asked", default=None)
+_current_request: ContextVar[RoutedRequest | None] = ContextVar("current_request", default=None)
 
 
 class Router:
-    """The models behind an ingress; it follows the steward's table, and goes on by the last one while it is away."""
+    """The models behind an ingress; follows the controller's routing table, and keeps the last one while it is away."""
 
-    def __init__(self, steward: str, settings: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> None:
-        """Take the steward's application, the ingress' settings, and what to call with new ones."""
-        self.steward, self.settings, self.change = serve.get_app_handle(steward), settings, change
-        self.number = -1
-        self.informed = asyncio.Event()  # once there is a table
-        self.models: dict[str, dict[str, Any]] = {}
-        self.handles: dict[str, Any] = {}
-        self.abouts: dict[str, dict[str, Any]] = {}
-        self._answers: dict[str, list[tuple[bool, float]]] = defaultdict(list)
-        self._shadows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        self._ratings: dict[str, list[bool]] = defaultdict(list)
-        self._gone: dict[str, asyncio.Event] = {}  # of versions that requests wait for
-        self._copies: set[asyncio.Task[None]] = set()
-        self.lanes, self.node = IpcClientPool(), ray.get_runtime_context().get_node_id()
-        self._following = [
-            asyncio.get_running_loop().create_task(it) for it in (self._follow(), self._follow_replicas())
-        ]
+    def __init__(
+        self,
+        controller: Any,
+        settings: dict[str, Any],
+        on_settings_change: Callable[[dict[str, Any]], None],
+        replicas: ReplicaClient,
+    ) -> None:
+        """Take the controller's handle, the ingress' {"options", "access"}, what to call with new ones, and the replicas."""
+        self.controller, self.replicas = controller, replicas
+        self.settings, self.on_settings_change = settings, on_settings_change
+        self.revision = -1
+        self.table_received = asyncio.Event()  # set by the first routing table
+        self.models: dict[str, ModelRoute] = {}
+        self.reporter = Reporter()
+        self._infos: dict[str, ModelInfo] = {}  # by version, where the controller does not know it
+        self._withdrawn: dict[str, asyncio.Event] = {}  # by version that requests wait for
+        self._background: set[asyncio.Task[None]] = set()  # asyncio keeps no strong references to tasks
+        self._shadow_requests: set[asyncio.Task[None]] = set()
 
-    @property
-    def tries(self) -> int:
-        """How often a request is given to replicas that are lost."""
-        return int(self.settings["options"]["tries"])
-
-    def begin(self, key: str, trace: Trace | None = None) -> None:
-        """Say whose request the present task answers, and which trace it belongs to."""
-        _asked.set(Asked(key, trace))
-
-    def version(self, name: str) -> Version:
-        """Return the version of a model that the present request falls to."""
-        asked = _asked.get()
-        if asked is None:
-            stable: Version = self.models[name]["stable"]
-            return stable
-        if name not in asked.fallen:
-            asked.fallen[name] = chosen(self.models[name], asked.key)
-        return asked.fallen[name]
-
-    def about(self, name: str) -> dict[str, Any] | None:
-        """Return what the version that the present request falls to says of itself; None while it hasn't been asked."""
-        version = self.version(name)
-        return version["about"] or self.abouts.get(version["id"])
-
-    async def ask(self, name: str) -> None:
-        """Ask a replica of the model what it is. Raises TimeoutError while none answers; one scaled to none isn't waked."""
-        version = self.models[name]["stable"]
-        if version["options"]["min_replicas"] or not (version["about"] or version["id"] in self.abouts):
-            found = await asyncio.wait_for(self.handles[version["app"]].describe.remote(), ASK_S)
-            self.abouts[version["id"]] = found
-
-    def standing(self, name: str) -> dict[str, Any]:
-        """Return {"version", "trial", "events"} of a model: what answers, what is tried, and what happened of late."""
-        model = self.models[name]
-        trial = model["trial"]
-        tried = trial and {"version": trial["version"]["id"], "hash": trial["version"]["hash"], "share": trial["share"], "copied": trial["copied"]}  # fmt: skip
-        return {"version": model["stable"]["id"], "trial": tried, "events": model["events"]}
-
-    def rated(self, name: str, bundle: str, bad: bool) -> None:
-        """Count a rating of an answer of the version whose bundle's hash begins with `bundle`."""
-        if model := self.models.get(name):
-            for version in (model["stable"], *([model["trial"]["version"]] if model["trial"] else [])):
-                if bundle and version["hash"].startswith(bundle.partition(":")[0]):  # after it comes an adapter
-                    self._ratings[version["id"]].append(bad)
-
-    async def of_each_replica(self, name: str, method: str, timeout_s: float) -> list[Any]:
-        """Ask all replicas of all versions of a model; an error stands for the answer of one that has none."""
-        model = self.models[name]
-        versions = [model["stable"], *([model["trial"]["version"]] if model["trial"] else [])]
-        asked = [self.handles[it["app"]].broadcast(method) for it in versions]
-        found = await asyncio.gather(*(it.results_async(timeout_s=timeout_s, return_exceptions=True) for it in asked))
-        return [answer for answers in found for answer in answers]
+    @classmethod
+    def connect(
+        cls, controller_app: str, settings: dict[str, Any], on_settings_change: Callable[[dict[str, Any]], None]
+    ) -> Router:
+        """Return a router that follows the controller and the replicas of this Ray cluster."""
+        replicas = ReplicaClient(settings["options"]["tries"], settings["options"]["ingresses"])
+        router = cls(serve.get_app_handle(controller_app), settings, on_settings_change, replicas)
+        for work in (router.follow_controller(), router.follow_replicas()):
+            router._background.add(asyncio.get_running_loop().create_task(work))
+        return router
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the models."""
         return iter(self.models)
 
-    def __getitem__(self, name: str) -> Way:
-        return Way(self, name)
+    def begin_request(self, key: str, trace: TraceHeaders | None = None) -> None:
+        """Set the key and the trace of the request that the present asyncio task answers."""
+        _current_request.set(RoutedRequest(key, trace))
 
-    async def whole(self, name: str, method: str, args: tuple[Any, ...]) -> Any:
-        """Have a replica answer, another one where it is lost."""
-        version, began = self.version(name), time.perf_counter()
+    def version(self, name: str) -> Version:
+        """Return the version of a model that answers the present request."""
+        request = _current_request.get()
+        if request is None:
+            return self.models[name].stable
+        if name not in request.versions:
+            request.versions[name] = choose_version(self.models[name], request.key)
+        return request.versions[name]
+
+    def model_info(self, name: str) -> ModelInfo | None:
+        """Return what the version that answers the present request can do; None while no replica was asked."""
+        version = self.version(name)
+        return version.info or self._infos.get(version.id)
+
+    async def fetch_model_info(self, name: str) -> None:
+        """Ask a replica of the stable version what it can do. Raises TimeoutError while none answers.
+
+        A version that may be scaled to zero is asked only if its answer is unknown: a request would start a replica.
+        """
+        version = self.models[name].stable
+        if version.options["min_replicas"] or not (version.info or version.id in self._infos):
+            self._infos[version.id] = await self.replicas.describe(version)
+
+    def status(self, name: str) -> dict[str, Any]:
+        """Return a model's {"version", "trial", "events"} as /v1/models shows them: stable version, candidate, latest events."""
+        route = self.models[name]
+        candidate = route.candidate and {
+            "version": route.candidate.version.id, "hash": route.candidate.version.hash,
+            "share": route.candidate.traffic_share, "copied": route.candidate.shadow_share,
+        }  # fmt: skip
+        return {"version": route.stable.id, "trial": candidate, "events": [asdict(event) for event in route.events]}
+
+    def record_rating(self, name: str, version_hash: str, is_bad: bool) -> None:
+        """Count a rating of an answer by the version whose bundle's hash begins with `version_hash`, up to a colon."""
+        if route := self.models.get(name):
+            for version in route.versions:
+                if version_hash and version.hash.startswith(version_hash.partition(":")[0]):  # an adapter follows
+                    self.reporter.add_rating(version.id, is_bad)
+
+    async def broadcast(self, name: str, method: str, timeout_s: float) -> list[Any]:
+        """Call a method of all replicas of all versions of a model; errors are returned in place of results."""
+        versions = self.models[name].versions
+        results = await asyncio.gather(
+            *(self.replicas.broadcast(version.app, method, timeout_s) for version in versions)
+        )
+        return [result for of_version in results for result in of_version]
+
+    async def call(self, name: str, method: str, job: Job) -> Any:
+        """Have a replica do a job: its Result, or a Failure. A candidate that fails is covered for by the stable version."""
+        version, started = self.version(name), time.perf_counter()
         try:
-            answer = await self.unless_withdrawn(version, name, self._tried(version, method, args))
-            failed = is_failure(answer)
-        except BackPressureError:
-            other = self.fall_back(name, version)
-            if other is None:
+            result = await self.unless_withdrawn(
+                name, version, self.replicas.call(version, method, job, current_trace())
+            )
+        except BackPressureError:  # not the version's fault
+            fallback = self.fall_back(name, version)
+            if fallback is None:
                 raise
         except Exception:
-            self.saw(version, True, 0.0)
-            other = self.fall_back(name, version)
-            if other is None:
+            self.reporter.add_outcome(version.id, Outcome(True, 0.0))
+            fallback = self.fall_back(name, version)
+            if fallback is None:
                 raise
         else:
-            pace = (time.perf_counter() - began) / units(answer)
-            self.saw(version, failed, pace)
-            other = self.fall_back(name, version) if failed else None
-            if other is None:
-                self.copy(name, method, args, answer, pace)
-                return answer
-        return await self._tried(other, method, args)  # counted for nobody: it is no request of the other's own
+            failed, latency_s = is_server_error(result), (time.perf_counter() - started) / num_units(result)
+            self.reporter.add_outcome(version.id, Outcome(failed, latency_s))
+            fallback = self.fall_back(name, version) if failed else None
+            if fallback is None:
+                self.copy_to_shadow(name, method, job, result, latency_s)
+                return result
+        # Not counted for the stable version: it was not assigned this request.
+        return await self.replicas.call(fallback, method, job, current_trace())
 
-    async def _tried(self, version: Version, method: str, args: tuple[Any, ...]) -> Any:
-        tries = self.tries
-        for left in reversed(range(tries)):
-            try:
-                if lane := self.lane(version):
-                    return await lane.call(method, args, _trace())
-                answer = getattr(self.handles[version["app"]], method).remote(*args, **_trace())
-                try:
-                    return await answer
-                except asyncio.CancelledError:
-                    answer.cancel()
-                    raise
-            except RayActorError:
-                if not left:
-                    raise
-                await asyncio.sleep(PAUSE_S * 2 ** (tries - left - 1))
-        raise AssertionError
+    def stream(self, name: str, job: GenerationJob) -> RoutedStream:
+        """Have a replica generate text; iterate over its messages."""
+        return RoutedStream(self, name, job)
 
-    def lane(self, version: Version) -> IpcConnection | None:
-        """Return a lane to the version's replica with the least to do; None where Serve's handle is to find one."""
-        ingresses = self.settings["options"]["ingresses"]
-        return self.lanes.least_loaded(
-            version["app"], math.ceil(max_ongoing_requests(version["options"]["max_num_seqs"]) / ingresses)
-        )
-
-    async def unless_withdrawn(self, version: Version, name: str, answer: Awaitable[Any]) -> Any:
-        """Wait for an answer; of a version on trial, as long as it is. Raises Withdrawn: its replicas may be gone for good."""
-        if version["id"] == self.models[name]["stable"]["id"]:
-            return await answer
-        asked = asyncio.ensure_future(answer)
-        gone = asyncio.ensure_future(self._gone.setdefault(version["id"], asyncio.Event()).wait())
+    async def unless_withdrawn(self, name: str, version: Version, result: Awaitable[T]) -> T:
+        """Await a version's result. Raises VersionWithdrawn where a candidate is withdrawn first: its replicas may be gone."""
+        if version.id == self.models[name].stable.id:
+            return await result
+        pending = asyncio.ensure_future(result)
+        withdrawn = asyncio.ensure_future(self._withdrawn.setdefault(version.id, asyncio.Event()).wait())
         try:
-            await asyncio.wait({asked, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
-                raise Withdrawn
-            return asked.result()
+            await asyncio.wait({pending, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
+            if not pending.done():
+                raise VersionWithdrawn
+            return pending.result()
         finally:
-            asked.cancel()
-            gone.cancel()
+            pending.cancel()
+            withdrawn.cancel()
 
     def fall_back(self, name: str, version: Version) -> Version | None:
-        """Let the present request fall to the version that answers; None where it is that one already."""
-        stable: Version = self.models[name]["stable"]
-        if version["id"] == stable["id"]:
+        """Assign the present request to the stable version and return it; None where it is assigned to it already."""
+        stable = self.models[name].stable
+        if version.id == stable.id:
             return None
-        if asked := _asked.get():
-            asked.fallen[name] = stable
+        if request := _current_request.get():
+            request.versions[name] = stable
         return stable
 
-    def saw(self, version: Version, failed: bool, pace: float) -> None:
-        """Note what became of a request: `pace` in seconds a token written, or a text."""
-        seen = self._answers[version["id"]]
-        if len(seen) < MOST_TOLD:
-            seen.append((failed, pace))
-
-    def copy(self, name: str, method: str, args: tuple[Any, ...], answer: Any, pace: float) -> None:
-        """Ask a shadow the same, if there is one and this request is among those that it is to see."""
-        trial, asked = self.models[name]["trial"], _asked.get()
-        if not trial or not trial["copied"] or len(self._copies) >= SHADOWS or method == "describe":
+    def copy_to_shadow(self, name: str, method: str, job: Job, result: Result | Failure, latency_s: float) -> None:
+        """Give a job to the shadow version, if there is one and the present request is in its share, and compare the results."""
+        candidate, request = self.models[name].candidate, _current_request.get()
+        if not candidate or not candidate.shadow_share or len(self._shadow_requests) >= MAX_SHADOW_REQUESTS:
             return
-        if position(f"copy/{trial['version']['id']}", asked.key if asked else "") >= trial["copied"]:
+        if hash_fraction(f"copy/{candidate.version.id}", request.key if request else "") >= candidate.shadow_share:
             return
-        task = asyncio.get_running_loop().create_task(self._copied(trial["version"], method, args, answer, pace))
-        self._copies.add(task)
-        task.add_done_callback(self._copies.discard)
+        work = self._compare_with_shadow(candidate.version, method, job, result, latency_s)
+        task = asyncio.get_running_loop().create_task(work)
+        self._shadow_requests.add(task)
+        task.add_done_callback(self._shadow_requests.discard)
 
-    async def _copied(self, version: Version, method: str, args: tuple[Any, ...], answer: Any, pace: float) -> None:
-        began = time.perf_counter()
-        seen: dict[str, Any] = {"failed": True, "alike": None, "distance": None, "old": pace, "new": 0.0}
-        with contextlib.suppress(Exception):  # whatever it is, the shadow has failed
-            other = await self._tried(version, method, args)
-            if not is_failure(other):
-                seen |= {"failed": False, "new": (time.perf_counter() - began) / units(other)}
-                if is_repeatable(method, args):
-                    alike, distance = likeness(said(answer), said(other))
-                    seen |= {"alike": alike, "distance": distance if distance == distance else None}
-        self._shadows[version["id"]].append(seen)
+    async def _compare_with_shadow(
+        self, version: Version, method: str, job: Job, result: Result | Failure, latency_s: float
+    ) -> None:
+        started = time.perf_counter()
+        comparison = ShadowComparison(failed=True, stable_latency_s=latency_s)
+        with contextlib.suppress(Exception):  # whichever error: the shadow has failed
+            shadow_result = await self.replicas.call(version, method, job, current_trace())
+            if not is_server_error(shadow_result):
+                shadow_latency_s = (time.perf_counter() - started) / num_units(shadow_result)
+                comparison = replace(comparison, failed=False, shadow_latency_s=shadow_latency_s)
+                if job.is_deterministic:
+                    identical, difference = compare_answers(comparable(result), comparable(shadow_result))
+                    is_number = difference == difference
+                    comparison = replace(
+                        comparison, identical=identical, max_difference=difference if is_number else None
+                    )
+        self.reporter.add_comparison(version.id, comparison)
 
-    async def _follow(self) -> None:
-        """Tell the steward what was seen and take its table, for ever."""
-        if stored := load():
-            models = {name: model.table() for name, model in from_plain(stored["models"]).items()}
-            with contextlib.suppress(Exception):  # an application that is gone: the steward's table will tell
-                await self._adopt(
-                    {"number": stored["number"], "models": models, "settings": stored["endpoint"]["options"]}
-                )
+    async def follow_controller(self) -> None:
+        """Report to the controller and adopt its routing tables, for ever."""
+        if state := load_state():
+            with contextlib.suppress(Exception):  # an application is gone: the controller will send a newer table
+                await self.adopt(state.table())
         while True:
-            answers, shadows, ratings = self._answers, self._shadows, self._ratings
-            self._answers, self._shadows, self._ratings = defaultdict(list), defaultdict(list), defaultdict(list)
+            report = self.reporter.take()
             try:
-                wait_s = 0.0 if any(model["trial"] for model in self.models.values()) else WAIT_S
-                told = self.steward.report.remote(self.number, dict(answers), dict(shadows), dict(ratings), wait_s)
-                if table := await asyncio.wait_for(told, 10 * ASK_S):
-                    await self._adopt(table)
-            except Exception:  # the steward was lost and comes back: what was seen is told then
-                _put_back(answers, self._answers)
-                _put_back(shadows, self._shadows)
-                _put_back(ratings, self._ratings)
-            await asyncio.sleep(REPORT_EVERY_S)
+                wait_s = 0.0 if any(route.candidate for route in self.models.values()) else TABLE_WAIT_S
+                response = self.controller.report.remote(self.revision, report, wait_s)
+                if table := await asyncio.wait_for(response, REPORT_TIMEOUT_S):
+                    await self.adopt(table)
+            except Exception:  # the controller was lost and will be restarted: it gets this report then
+                self.reporter.put_back(report)
+            await asyncio.sleep(REPORT_PERIOD_S)
 
-    async def _follow_replicas(self) -> None:
-        """Keep lanes to the replicas that there are, for ever."""
+    async def follow_replicas(self) -> None:
+        """Keep connections to the present replicas, for ever."""
         while True:
-            self.lanes.remove(self.lanes.apps - self._apps())
-            await asyncio.gather(*(self._look(app) for app in self._apps() & self.handles.keys()))
-            await asyncio.sleep(LOOK_EVERY_S)
+            await self.replicas.discover({version.app for route in self.models.values() for version in route.versions})
+            await asyncio.sleep(DISCOVERY_PERIOD_S)
 
-    async def _look(self, app: str) -> None:
-        with contextlib.suppress(Exception):  # none is there, or Serve is away: lanes that there are go on
-            asked = self.handles[app].broadcast("ipc_address").results_async(timeout_s=ASK_S, return_exceptions=True)
-            await self.lanes.update(app, await asyncio.wait_for(asked, 2 * ASK_S), self.node)
-
-    def _apps(self) -> set[str]:
-        """Return the applications of all versions that may be asked."""
-        found = [version for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version"))]  # fmt: skip
-        return {version["app"] for version in found if version}
-
-    async def _adopt(self, table: dict[str, Any]) -> None:
-        """Go by a new table, once there is a handle for each version in it."""
-        apps = set()
-        for model in table["models"].values():
-            apps |= {model["stable"]["app"], *([model["trial"]["version"]["app"]] if model["trial"] else [])}
-        for app in apps - self.handles.keys():
-            self.handles[app] = await asyncio.to_thread(serve.get_app_handle, app)
-        if table["settings"] not in ({}, self.settings):
-            self.settings = table["settings"]
-            self.change(self.settings)
-        self.models, self.number = table["models"], table["number"]
-        self.informed.set()
-        there = {version["id"] for model in self.models.values() for version in (model["stable"], (model["trial"] or {}).get("version")) if version}  # fmt: skip
-        for version in self._gone.keys() - there:
-            self._gone.pop(version).set()
+    async def adopt(self, table: RoutingTable) -> None:
+        """Follow a new routing table, once there is a handle for each version in it."""
+        versions = [version for route in table.models.values() for version in route.versions]
+        await self.replicas.add_apps(version.app for version in versions)
+        if table.settings not in ({}, self.settings):
+            self.settings, options = table.settings, table.settings["options"]
+            self.replicas.max_tries, self.replicas.num_ingresses = options["tries"], options["ingresses"]
+            self.on_settings_change(self.settings)
+        self.models, self.revision = table.models, table.revision
+        self.table_received.set()
+        for version_id in self._withdrawn.keys() - {version.id for version in versions}:
+            self._withdrawn.pop(version_id).set()
 
 
-def _trace() -> dict[str, Trace]:
-    """Return the present request's trace as what a replica is told beside its job; nothing where there is none."""
-    asked = _asked.get()
-    return {"trace": asked.trace} if asked and asked.trace else {}
+class RoutedStream:
+    """The messages of a generation; another replica starts anew as long as the client has got no text."""
 
+    def __init__(self, router: Router, name: str, job: GenerationJob) -> None:
+        self.router, self.name, self.job = router, name, job
+        self.version, self._started = router.version(name), time.perf_counter()
+        self._retries = 0
+        self._prompt: PromptInfo | None = None  # sent to the client
+        self._choices: dict[int, Choice] = {}  # whole, of the chunks sent to the client
+        self._refusal: Failure | None = None
+        self._is_reported = False
+        self._messages = self._start()
 
-def _put_back(lost: dict[str, list[T]], kept: dict[str, list[T]]) -> None:
-    for version, found in lost.items():
-        kept[version] = [*found, *kept[version]][-MOST_TOLD:]
-
-
-@dataclass(frozen=True)
-class Way:
-    """A model as an ingress asks it, in the manner of Serve's handles."""
-
-    router: Router
-    name: str
-    streams: bool = False
-
-    def options(self, stream: bool) -> Way:
-        """Return the way to methods that stream."""
-        return Way(self.router, self.name, stream)
-
-    def __getattr__(self, method: str) -> Call:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return Call(self, method)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One method of a model."""
-
-    way: Way
-    method: str
-
-    def remote(self, *args: Any) -> Any:
-        """Ask it: an awaitable answer, or a `Stream`."""
-        if self.way.streams:
-            return Stream(self.way.router, self.way.name, self.method, args)
-        return answered(self.way.router.whole(self.way.name, self.method, args))
-
-
-def answered(answer: Awaitable[Any]) -> Awaitable[Any]:
-    """Begin to answer at once, as Serve's handles do, so that several are asked side by side."""
-    return asyncio.ensure_future(answer)
-
-
-class Stream:
-    """A replica's messages; until the client has got something of it, another replica can begin anew."""
-
-    def __init__(self, router: Router, name: str, method: str, args: tuple[Any, ...]) -> None:
-        self.router, self.name, self.method, self.args = router, name, method, args
-        self.version, self.began = router.version(name), time.perf_counter()
-        self.tries_left = router.tries - 1
-        self.headed = False
-        self.choices: dict[int, dict[str, Any]] = {}
-        self.over = False
-        self.inner = self._begin()
-
-    def __aiter__(self) -> Stream:
+    def __aiter__(self) -> RoutedStream:
         return self
 
-    async def __anext__(self) -> dict[str, Any]:
+    async def __anext__(self) -> StreamMessage:
         """Return the next message, of whichever replica."""
         while True:
             try:
-                coming = anext(self.inner)
-                message: dict[str, Any] = await (coming if self.choices else self.router.unless_withdrawn(self.version, self.name, coming))  # fmt: skip
+                coming: Awaitable[StreamMessage] = anext(self._messages)
+                if not self._choices:
+                    coming = self.router.unless_withdrawn(self.name, self.version, coming)
+                message = await coming
             except StopAsyncIteration:
-                self._end(False)
+                self._finish(failed=False)
                 raise
             except asyncio.CancelledError:
                 self.cancel()
                 raise
             except BackPressureError:
-                if self.headed or not self._other():
+                if self._prompt or not self._restart_on_stable():
                     raise
                 continue
             except Exception as error:
-                if not await self._again(error):
-                    self._end(True)
+                if not await self._retry(error):
+                    self._finish(failed=True)
                     raise
                 continue
-            if is_failure(message):
-                if not self.choices and self._failed_over():
+            if is_server_error(message):
+                if not self._choices and self._fall_back():
                     continue
-                self._end(True)
-            if "head" in message:
-                if self.headed:
-                    continue  # of a second try
-                self.headed = True
-            for event in message.get("events", ()):
-                self._gather(event)
+                self._finish(failed=True)
+            if isinstance(message, PromptInfo):
+                if self._prompt:
+                    continue  # repeated by a retry
+                self._prompt = message
+            elif isinstance(message, StreamChunk):
+                self._collect(message)
+            else:
+                self._refusal = message
             return message
 
     def cancel(self) -> None:
-        """The client has hung up."""
-        self.over = True
-        self.inner.cancel()
+        """Stop the generation: the client has disconnected."""
+        self._is_reported = True
+        self._messages.cancel()
 
-    def _begin(self) -> Any:
-        if lane := self.router.lane(self.version):
-            return lane.stream(self.method, self.args, _trace())
-        handle = self.router.handles[self.version["app"]]
-        return getattr(handle.options(stream=True), self.method).remote(*self.args, **_trace())
+    def _start(self) -> Any:
+        return self.router.replicas.stream(self.version, self.job, current_trace())
 
-    async def _again(self, error: Exception) -> bool:
-        """Begin anew where nothing was given out and it can help."""
-        if self.choices:
+    async def _retry(self, error: Exception) -> bool:
+        """Start anew, if the client has got no text and another replica or the stable version can help."""
+        if self._choices:
             return False
-        if isinstance(error, RayActorError) and self.tries_left > 0:
-            self.tries_left -= 1
-            await asyncio.sleep(PAUSE_S * 2 ** (self.router.tries - 2 - self.tries_left))
-            self.inner = self._begin()
+        if isinstance(error, RayActorError) and self._retries + 1 < self.router.replicas.max_tries:
+            await asyncio.sleep(RETRY_DELAY_S * 2**self._retries)
+            self._retries += 1
+            self._messages = self._start()
             return True
-        return self._failed_over()
+        return self._fall_back()
 
-    def _failed_over(self) -> bool:
-        """Charge a trial's version with a failure, and begin anew with the one that answers; False: it is that one."""
+    def _fall_back(self) -> bool:
+        """Count a failure of the candidate and start anew on the stable version; return False where that has failed."""
         version = self.version
-        if not self._other():
+        if not self._restart_on_stable():
             return False
-        self.router.saw(version, True, 0.0)
+        self.router.reporter.add_outcome(version.id, Outcome(True, 0.0))
         return True
 
-    def _other(self) -> bool:
+    def _restart_on_stable(self) -> bool:
         stable = self.router.fall_back(self.name, self.version)
         if stable is None:
             return False
-        self.version, self.began = stable, time.perf_counter()
-        self.inner = self._begin()
+        self.version, self._started = stable, time.perf_counter()
+        self._messages = self._start()
         return True
 
-    def _gather(self, event: dict[str, Any]) -> None:
-        choice = self.choices.setdefault(event["index"], {"index": event["index"], "text": "", "tokens": 0, "reason": None})  # fmt: skip
-        choice |= {"text": choice["text"] + event["text"], "tokens": event["tokens"], "reason": event["reason"]}
+    def _collect(self, chunk: StreamChunk) -> None:
+        for choice in chunk.choices:
+            earlier = self._choices.get(choice.index)
+            self._choices[choice.index] = replace(choice, text=earlier.text + choice.text) if earlier else choice
 
-    def _end(self, failed: bool) -> None:
-        if self.over:
+    def _finish(self, failed: bool) -> None:
+        """Report the outcome, once."""
+        if self._is_reported:
             return
-        self.over = True
-        answer = {"choices": [self.choices[index] for index in sorted(self.choices)]}
-        pace = (time.perf_counter() - self.began) / units(answer)
-        self.router.saw(self.version, failed, pace)
+        self._is_reported = True
+        choices = [choice for _, choice in sorted(self._choices.items())]
+        result = GenerationResult(self._prompt or PromptInfo(0, 0, []), choices)
+        latency_s = (time.perf_counter() - self._started) / num_units(result)
+        self.router.reporter.add_outcome(self.version.id, Outcome(failed, latency_s))
         if not failed:
-            job = self.args[0] | {"stream": False}
-            self.router.copy(self.name, "complete", (job,), answer, pace)
+            job = replace(self.job, stream=False)
+            self.router.copy_to_shadow(self.name, "complete", job, self._refusal or result, latency_s)
 
 
-def is_failure(answer: Any) -> bool:
-    """Tell whether a replica's answer says that it could not, for a reason of its own."""
-    return isinstance(answer, dict) and "error" in answer and answer["status"] >= 500
+def current_trace() -> TraceHeaders | None:
+    """Return the trace of the present request; None where there is none."""
+    request = _current_request.get()
+    return request.trace if request else None
 
 
-def units(answer: Any) -> int:
-    """Return what an answer's time is divided by: tokens written, or texts."""
-    if isinstance(answer, dict):
-        return max(sum(choice["tokens"] for choice in answer.get("choices", ())), 1)
-    return max(len(answer), 1) if isinstance(answer, list) else 1
+def is_server_error(message: object) -> bool:
+    """Tell whether a replica failed for a reason that is not the request's."""
+    return isinstance(message, Failure) and message.status >= 500
 
 
-def is_repeatable(method: str, args: tuple[Any, ...]) -> bool:
-    """Tell whether the same model would answer the same again: all but texts that are drawn without a seed."""
-    if method == "transcribe":
-        return bool(args[1]["temperature"] == 0)
-    if method != "complete":
-        return True
-    job = args[0]
-    return job["sampling"]["temperature"] == 0 or job["seed"] is not None
+def num_units(result: Result | Failure) -> int:
+    """Return the number of units by which a job's time is divided."""
+    return 1 if isinstance(result, Failure) else result.num_units
 
 
-def said(answer: Any) -> Any:
-    """Return of an answer what is compared: a completion's texts, everything of the others."""
-    if isinstance(answer, dict) and "choices" in answer:
-        return [{"text": choice["text"], "reason": choice["reason"]} for choice in answer["choices"]]
-    return answer
+def comparable(result: Result | Failure) -> Any:
+    """Return the part of a result that two versions are compared by."""
+    return asdict(result) if isinstance(result, Failure) else result.comparable

@@ -1,4 +1,4 @@
-"""How many replicas the work in flight asks for, by rule and for real."""
+"""How many replicas the work in flight needs: the policy alone, and an endpoint that scales."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
-from engine.serve.routing.autoscaling import REQUESTS, TOKENS, WorkInFlight, wanted
+from engine.serve.routing.autoscaling import IPC_REQUESTS, TOKENS_IN_FLIGHT, InFlightWorkPolicy, desired_replicas
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, wait_for
 from tests.ports import free_port
@@ -22,21 +22,21 @@ from tests.ports import free_port
     ("tokens", "requests", "queued", "replicas"),
     [
         (0, 0, 0, 0),
-        (2000, 4, 0, 2),  # few long ones: by tokens
-        (100, 40, 0, 5),  # many short ones: by requests
-        (2000, 8, 4, 4),  # half of them wait, and are as long
+        (2000, 4, 0, 2),  # few long requests: by tokens
+        (100, 40, 0, 5),  # many short requests: by requests
+        (2000, 8, 4, 4),  # half of them wait, assumed to be as long
         (0, 6, 6, 0.75),  # none is taken yet: by requests
     ],
 )
-def test_the_work_in_flight_decides(tokens: float, requests: float, queued: float, replicas: float) -> None:
-    assert wanted(tokens, requests, queued, target_tokens=1000, target_requests=8) == replicas
-    metrics = {TOKENS: {"replica 1": tokens / 4, "replica 2": 3 * tokens / 4}}
+def test_policy_scales_with_tokens_and_requests(tokens: float, requests: float, queued: float, replicas: float) -> None:
+    assert desired_replicas(tokens, requests, queued, target_tokens=1000, target_requests=8) == replicas
+    metrics = {TOKENS_IN_FLIGHT: {"replica 1": tokens / 4, "replica 2": 3 * tokens / 4}}
     context = SimpleNamespace(aggregated_metrics=metrics, total_num_requests=requests, total_queued_requests=queued)
-    assert WorkInFlight(1000, 8)(context) == (replicas, {})
-    # The same, where Serve knows but of those that wait: the others came by lanes.
-    metrics[REQUESTS] = {"replica 1": requests - queued}
+    assert InFlightWorkPolicy(1000, 8)(context) == (replicas, {})
+    # The same, where Serve sees only those that wait: the others came by sockets.
+    metrics[IPC_REQUESTS] = {"replica 1": requests - queued}
     context = SimpleNamespace(aggregated_metrics=metrics, total_num_requests=queued, total_queued_requests=queued)
-    assert WorkInFlight(1000, 8)(context) == (replicas, {})
+    assert InFlightWorkPolicy(1000, 8)(context) == (replicas, {})
 
 
 def replicas_of(app: str) -> int:
@@ -47,8 +47,8 @@ def replicas_of(app: str) -> int:
 
 
 @pytest.mark.slow
-def test_replicas_come_with_long_requests_and_go_to_none(ray: None, tiny: Config, tmp_path: Path) -> None:
-    """Two clients with long texts are more work than the 40 tokens that a replica is meant to have; then nobody asks."""
+def test_endpoint_scales_up_and_to_zero(ray: None, tiny: Config, tmp_path: Path) -> None:
+    """Clients with long texts are more work than the 40 tokens that a replica should have; then there are no requests."""
     bundle = fresh_bundle(tiny, tmp_path / "writer" / "bundle")
     values: dict[str, Any] = {
         "serve.port": free_port(), "serve.min_replicas": 0, "serve.max_replicas": 2, "serve.target_tokens": 40,
@@ -57,9 +57,9 @@ def test_replicas_come_with_long_requests_and_go_to_none(ray: None, tiny: Config
     }  # fmt: skip
     up = deploy(with_values(tiny, values), {"writer": bundle.folder})
     try:
-        from engine.serve.deploy import call_controller
+        from engine.serve.serve_client import controller_state
 
-        app = call_controller("state")["models"]["writer"]["stable"]["app"]
+        app = controller_state().models["writer"].stable.app
         body = {"prompt": "import os", "max_tokens": 110, "logit_bias": {"0": -100}}
         with load(up.url, body, clients=4) as noted:
             wait_for(lambda: replicas_of(app) == 2)
@@ -68,7 +68,7 @@ def test_replicas_come_with_long_requests_and_go_to_none(ray: None, tiny: Config
         assert replicas_of(app) == 0
         began = time.monotonic()
         answer = httpx.post(f"{up.url}/v1/completions", json=body, timeout=60)
-        print(f"from none to the first answer: {time.monotonic() - began:.1f} s")
+        print(f"from zero replicas to the first response: {time.monotonic() - began:.1f} s")
         assert answer.status_code == 200
         assert {it.status for it in noted} == {200}
     finally:

@@ -18,8 +18,9 @@ import torch
 from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
-from engine.serve.deploy import Endpoint, call_controller, deploy, follow, roll_back
-from engine.serve.routing.rollout import position
+from engine.serve.deploy import Endpoint, deploy, follow_rollouts, roll_back
+from engine.serve.routing.rollout import hash_fraction
+from engine.serve.serve_client import controller_state
 from tests.engine.bundles.making import fresh_bundle
 from tests.engine.serve.clients import load, processes, wait_for
 from tests.ports import free_port
@@ -142,13 +143,13 @@ def test_a_good_canary_takes_over_by_stages(
     new = trial["version"]
     said: list[str] = []
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(follow, ["writer"])
+        following = pool.submit(follow_rollouts, ["writer"])
         wait_for(lambda: said.append(capsys.readouterr().out) or "canary" in "".join(said))  # type: ignore[func-returns-value]
         with load(endpoint.url, ASK, clients=3) as noted:
             assert following.result(120) == 0
     assert {it.status for it in noted} == {200}
     assert (standing(endpoint)["hash"], standing(endpoint)["version"]) == (bundles["two"].hash, new)
-    first = {it.user for it in noted if position(new, it.user) < 0.3}
+    first = {it.user for it in noted if hash_fraction(new, it.user) < 0.3}
     assert {it.version for it in noted if it.user in first} == {new}
     later = [it for it in noted if it.user not in first]
     assert {it.version for it in later} <= {old, new}
@@ -169,7 +170,7 @@ def test_a_bad_canary_is_withdrawn_and_harms_nobody(
     canary = with_values(config, {"serve.strategy": "canary", "serve.canary_requests": 1000})
     with load(endpoint.url, ASK | {"prompt": f"x {POISON} y"}, clients=3) as noted:
         deploy(canary, {"writer": bundles["bad"].folder})
-        assert follow(["writer"]) == 3
+        assert follow_rollouts(["writer"]) == 3
         asked = len(noted)
         wait_for(lambda: len(noted) > asked + 5)
     assert {it.status for it in noted} == {200}
@@ -191,12 +192,12 @@ def test_a_shadow_is_compared_and_answers_nobody(
     same = with_values(shadow, {"serve.max_batched_tokens": 64})
     with load(endpoint.url, ASK | {"stream": False}, clients=2) as noted:
         deploy(same, {"writer": answering.folder})
-        assert follow(["writer"]) == 3
+        assert follow_rollouts(["writer"]) == 3
     assert {(it.status, it.version) for it in noted} == {(200, old)}
     told_of = standing(endpoint)["events"][-2]
     assert told_of["event"] == "compared"
     assert ", 0 failed, " in told_of["reason"]
-    assert "answers alike (100.0%)" in told_of["reason"]
+    assert "answers identical (100.0%)" in told_of["reason"]
 
 
 def test_users_stay_with_their_version(endpoint: Endpoint, config: Config, bundles: dict[str, Bundle]) -> None:
@@ -245,11 +246,11 @@ def test_a_canary_that_users_rate_bad_is_withdrawn(
 def test_the_steward_is_killed_and_goes_on(endpoint: Endpoint, config: Config) -> None:
     before = standing(endpoint)
     with load(endpoint.url, ASK, clients=2) as noted:
-        (lost,) = processes("ServeReplica:manta-steward")
+        (lost,) = processes("ServeReplica:manta-controller")
         lost.kill()
 
-        assert call_controller("state")["number"]  # by another one
-        assert lost.pid not in {it.pid for it in processes("ServeReplica:manta-steward")}
+        assert controller_state().revision  # of its successor
+        assert lost.pid not in {it.pid for it in processes("ServeReplica:manta-controller")}
     assert {it.status for it in noted} == {200}
     assert standing(endpoint) == before
 
@@ -260,5 +261,5 @@ def test_one_port_is_one_endpoint(endpoint: Endpoint, config: Config, bundles: d
     with pytest.raises(UserError, match="serves writer, not other: nothing can be rolled back"):
         roll_back(config, "other")
     huge = replace(config, serve__cpus_per_replica=3.9)
-    with pytest.raises(UserError, match="left beside the version that answers until then"):
+    with pytest.raises(UserError, match="left beside the present versions"):
         deploy(huge, {"writer": bundles["one"].folder})

@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import with_values
 from engine.errors import UserError
-from engine.evaluate.harness import figures, installed, run_harness
+from engine.evaluate.harness import parse_results, is_installed, run_harness
 from engine.serve.deploy import Endpoint, deploy
 from tests.engine.evaluate.test_harness import TASK
 from tests.lives import Lives
@@ -23,7 +23,7 @@ from tests.ports import free_port
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (installed() and find_spec("tenacity")), reason="lm-eval[hf,api] is not installed: pip install 'manta-train[lm-eval]'"
+        not (is_installed() and find_spec("tenacity")), reason="lm-eval[hf,api] is not installed: pip install 'manta-train[lm-eval]'"
     ),
 ]  # fmt: skip
 STARTS = ["the film a", "an actor of some", "the plot", "a warm scene with", "music and", "some"]
@@ -76,7 +76,7 @@ def test_scores_through_the_endpoint_are_the_bundles_own(endpoint: Endpoint, liv
     manager = TaskManager(include_path=str(task.parent), include_defaults=False)
     found = lm_eval.simple_evaluate(model=through, tasks=["right_word"], task_manager=manager, bootstrap_iters=options.resamples, log_samples=False)  # fmt: skip
     assert found
-    assert figures(found["results"], ["right_word"]) == run_harness(bundle, options, 0)
+    assert parse_results(found["results"], ["right_word"]) == run_harness(bundle, options, 0)
     asking = with_values(lives.text, {"evaluate.suite": "lm_eval", "evaluate.tasks": [str(task)], "evaluate.endpoint": endpoint.url}).evaluate  # fmt: skip
     assert run_harness(bundle, asking, 0) == run_harness(bundle, options, 0)
     assert bundle.manifest
