@@ -22,10 +22,10 @@ def demo(config: Config) -> None:
     from engine.bundles.bundle import Bundle
     from engine.bundles.promotion import Alias
     from engine.bundles.registry import Registry
-    from engine.evaluate.bootstrap import compare
+    from engine.evaluate.bootstrap import compare_paired
     from engine.evaluate.evaluate import evaluate_bundle
-    from engine.evaluate.facts import machine_facts, version_facts
-    from engine.evaluate.metrics import details
+    from engine.evaluate.facts import machine_info, package_versions
+    from engine.evaluate.metrics import classification_details
     from engine.evaluate.report import write_report
     from engine.progress import console
     from engine.sweep.launch import sweep, trial_folder
@@ -65,7 +65,7 @@ def demo(config: Config) -> None:
         language = evaluate_bundle(
             pretrained.run.bundle, replace(pretraining, evaluate__resamples=measuring.evaluate.resamples)
         )
-        paid = compare(
+        paid = compare_paired(
             Bundle.open(winner).objective(), tuned.scores, plain.scores,
             confidence=measuring.evaluate.confidence, resamples=measuring.evaluate.resamples, seed=config.seed,
         )  # fmt: skip
@@ -79,7 +79,7 @@ def demo(config: Config) -> None:
         with stages("deploy"):
             for name, folder in bundles.items():
                 version = registry.register(Bundle.open(folder), name)
-                if name == config.name and (start := champion.present()) != version.number:
+                if name == config.name and (start := champion.current()) != version.number:
                     champion.move("promote", start, version.number, "the demo's winner")
             endpoint = deploy(config, bundles)
             requests = ask(endpoint.url, config.name)
@@ -91,7 +91,7 @@ def demo(config: Config) -> None:
                 "scratch": plain.metrics["accuracy"].to_dict(),
                 "majority": tuned.majority.to_dict() if tuned.majority else None,
             },
-            "details": details(tuned.objective, tuned.scores),
+            "details": classification_details(tuned.objective, tuned.scores),
             "perplexity": language.metrics["perplexity"].to_dict(),
             "pretraining_paid": {
                 "verdict": paid.verdict, "difference": paid.difference, "low": paid.low, "high": paid.high,
@@ -107,8 +107,8 @@ def demo(config: Config) -> None:
                 "data (text)": tree_hash(pretrained.run.bundle), "data (functions)": tree_hash(winner),
                 **{f"bundle {name}": Bundle.open(folder).hash for name, folder in bundles.items()},
             },
-            "versions": version_facts(),
-            "machine": machine_facts(),
+            "versions": package_versions(),
+            "machine": machine_info(),
         }  # fmt: skip
         home = sweeping.run_dir
         (home / "summary.json").write_text(json.dumps(facts, indent=1))

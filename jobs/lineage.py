@@ -26,19 +26,19 @@ def lineage(config: Config) -> int:
 
     from engine.bundles.bundle import Bundle
     from engine.bundles.find import find_bundle
-    from engine.bundles.lineage import life_of
+    from engine.bundles.lineage import trace_lineage
     from engine.bundles.registry import Registry
-    from engine.evaluate.lineage_page import tree_of, write_lineage
+    from engine.evaluate.lineage_page import lineage_tree, write_lineage_page
     from engine.progress import console
 
     runs_dir = Path(config.runs_dir)
     bundle = Bundle.open(find_bundle(config.bundle, runs_dir, config.tracking_uri))
-    life = life_of(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
-    Console(width=max(console.width, 160), soft_wrap=True, highlight=False).print(tree_of(life))  # a line a box
-    for fault in life.all_faults():
+    life = trace_lineage(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
+    Console(width=max(console.width, 160), soft_wrap=True, highlight=False).print(lineage_tree(life))  # a line a box
+    for fault in life.all_problems():
         console.print(f"not whole: {escape(fault)}")
-    console.print(f"page  {write_lineage(config.run_dir / 'lineage.html', life)}")
-    return NOT_WHOLE if life.all_faults() else 0
+    console.print(f"page  {write_lineage_page(config.run_dir / 'lineage.html', life)}")
+    return NOT_WHOLE if life.all_problems() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

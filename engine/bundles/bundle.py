@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from engine.atomic_write import atomic_folder
-from engine.bundles.card import CARD, base_of, check_card, write_card
+from engine.bundles.card import CARD, original_card, verify_card, write_card
 from engine.config import ObjectiveConfig, group
 from engine.data.packing import Packing
 from engine.data.processor import load_processor
@@ -91,7 +91,7 @@ class Bundle:
             raise UserError(f"{file} is damaged ({error}): restore it, or write the bundle again") from error
 
     @property
-    def managed(self) -> bool:
+    def has_manifest(self) -> bool:
         """Whether this is a bundle of ours, with a manifest."""
         return self.manifest is not None
 
@@ -110,7 +110,7 @@ class Bundle:
             raise UserError(f"{self.folder / MANIFEST} was changed since the bundle was written: refused")
         now = _file_hashes(self.folder)
         if CARD in self.manifest.files and CARD in now:  # the rest of it is a chain from the manifest's hash
-            now[CARD] = hashlib.sha256(base_of(self.folder / CARD)).hexdigest()
+            now[CARD] = hashlib.sha256(original_card(self.folder / CARD)).hexdigest()
         for name, expected in self.manifest.files.items():
             if name not in now:
                 raise UserError(f"{self.folder / name} is missing: the bundle is refused")
@@ -118,7 +118,7 @@ class Bundle:
                 raise UserError(f"{self.folder / name} was changed since the bundle was written: refused")
         if added := sorted(set(now) - set(self.manifest.files)):
             raise UserError(f"{self.folder / added[0]} was added since the bundle was written: refused")
-        check_card(self.folder, self.manifest.hash)
+        verify_card(self.folder, self.manifest.hash)
 
     def processor(self) -> Any:
         """Load the tokenizer, the image processor, or what holds both; a tokenizer without padding pads with its end of text."""
@@ -159,7 +159,7 @@ class Bundle:
         """Load the model for inference, in its own precision or in `dtype`."""
         return load_for_inference(self.folder, self.objective().auto_class, dtype)
 
-    def written_in(self) -> torch.dtype:
+    def saved_dtype(self) -> torch.dtype:
         """Return the precision of the weights in the files."""
         with safe_open(min(self.folder.glob("*.safetensors")), "pt") as opened:
             return WRITTEN[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
@@ -167,22 +167,22 @@ class Bundle:
     def replay(self, model: nn.Module) -> None:
         """Ask a model the golden requests again. Raises UserError for the first answer that is not the recorded one."""
         dtype = next(model.parameters()).dtype
-        self.replay_by(lambda requests: self.objective().predict(model, requests), dtype, is_quantized(model))
+        self.replay_with(lambda requests: self.objective().predict(model, requests), dtype, is_quantized(model))
 
-    def replay_by(self, predict: Predict, dtype: torch.dtype, in_8_bits: bool = False) -> None:
+    def replay_with(self, predict: Predict, dtype: torch.dtype, is_quantized: bool = False) -> None:
         """The same, of whatever answers as the objective's `predict` does, with a model in that precision."""
         if not self.manifest:
             return
         requests = [golden["request"] for golden in self.manifest.golden]
         outputs = predict(requests) if requests else []
-        tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self.written_in() else ROUGH
-        if in_8_bits:
+        tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self.saved_dtype() else ROUGH
+        if is_quantized:
             tolerance = IN_8_BITS if self.objective().has_lm_head else ROUGH
         for golden, output in zip(self.manifest.golden, outputs, strict=True):
             # Near numbers can be asked for; equal words can't, where rounding decides between two that are as likely.
             recorded, answer = _numbers(golden["output"]), _numbers(output)
             if len(recorded) != len(answer) or not all(abs(a - b) <= tolerance for a, b in zip(recorded, answer)):
-                how = " with 8-bit weights (leave serve.quantize out)" if in_8_bits else ""
+                how = " with 8-bit weights (leave serve.quantize out)" if is_quantized else ""
                 raise UserError(
                     f"{self.folder} does not answer as recorded{how}: {golden['request']} gives {output}, not {golden['output']}"
                 )

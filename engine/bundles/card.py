@@ -109,21 +109,21 @@ def add_evaluation(folder: Path, manifest_hash: str, facts: dict[str, Any], text
     write_atomically(folder / CARD, content + added, temporary=beside)
 
 
-def evaluations(folder: Path) -> list[dict[str, Any]]:
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """Return the facts of the evaluations that were added to a bundle's card, in their order."""
     if not (folder / CARD).is_file():
         return []
     return [record["facts"] for record, _ in _sections((folder / CARD).read_bytes())]
 
 
-def base_of(file: Path) -> bytes:
+def original_card(file: Path) -> bytes:
     """Return the card as the bundle was written with it."""
     content = file.read_bytes()
     first = MARKER.search(content)
     return content[: first.start() - 1] if first else content  # the line feed before a marker is the section's
 
 
-def check_card(folder: Path, manifest_hash: str) -> None:
+def verify_card(folder: Path, manifest_hash: str) -> None:
     """Check the evaluations that were added. Raises UserError where one was changed, or one between others taken out."""
     file, previous = folder / CARD, manifest_hash
     if not file.is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundles.bundle import Bundle
-from engine.bundles.card import evaluations
+from engine.bundles.card import read_evaluations
 from engine.bundles.registry import Registry, Version
 from engine.data.manifest import Manifest as DataManifest
 from engine.data.manifest import verify as verify_data
@@ -24,7 +24,7 @@ DEPLOYMENT = "deployment.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class PreparedData:
     """The prepared data of a training."""
 
     folder: Path
@@ -45,31 +45,31 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Life:
+class Lineage:
     """A bundle with what was before it and after it; `faults` are what cannot be known or was changed, in sentences."""
 
     bundle: Bundle
     name: str
-    source: Source | None
+    data: PreparedData | None
     training: Training | None
-    parent: Life | None
-    faults: tuple[str, ...]
-    evaluated: tuple[dict[str, Any], ...] = ()
+    parent: Lineage | None
+    problems: tuple[str, ...]
+    evaluations: tuple[dict[str, Any], ...] = ()
     versions: tuple[Version, ...] = ()
     deployments: tuple[dict[str, Any], ...] = ()
 
-    def all_faults(self) -> list[str]:
+    def all_problems(self) -> list[str]:
         """Return the faults of this bundle and of those before it."""
-        return [*(self.parent.all_faults() if self.parent else []), *self.faults]
+        return [*(self.parent.all_problems() if self.parent else []), *self.problems]
 
 
-def life_of(bundle: Bundle, name: str, runs_dir: Path, registry: Registry) -> Life:
+def trace_lineage(bundle: Bundle, name: str, runs_dir: Path, registry: Registry) -> Lineage:
     """Trace a bundle. Reads every file that it stands on once, to check the hashes."""
     known = registry.versions()
     return _trace(bundle, name, runs_dir, registry, known, last=True)
 
 
-def _trace(bundle: Bundle, name: str, runs_dir: Path, registry: Registry, known: list[Version], last: bool) -> Life:
+def _trace(bundle: Bundle, name: str, runs_dir: Path, registry: Registry, known: list[Version], last: bool) -> Lineage:
     faults: list[str] = []
     try:
         bundle.verify()
@@ -77,7 +77,7 @@ def _trace(bundle: Bundle, name: str, runs_dir: Path, registry: Registry, known:
         faults.append(str(error))
     manifest, source, training, parent = bundle.manifest, None, None, None
     if manifest is None:  # a plain Hugging Face folder: where it came from is written elsewhere
-        return Life(bundle, name, None, None, None, tuple(faults))
+        return Lineage(bundle, name, None, None, None, tuple(faults))
     source = _source(manifest.data, name, faults)
     training = _training(manifest, name, runs_dir, faults)
     if manifest.parent:
@@ -90,15 +90,15 @@ def _trace(bundle: Bundle, name: str, runs_dir: Path, registry: Registry, known:
             faults.append(f"the bundle that {name} was trained from ({manifest.parent[:12]}) is not to be found")
         else:
             parent = _trace(found[0], found[1], runs_dir, registry, known, last=False)
-    return Life(
+    return Lineage(
         bundle, name, source, training, parent, tuple(faults),
-        evaluated=tuple(_evaluations(bundle, runs_dir)) if last else (),
+        evaluations=tuple(_evaluations(bundle, runs_dir)) if last else (),
         versions=tuple(v for v in known if v.hash == bundle.hash),
         deployments=tuple(_deployments(bundle.hash, runs_dir)) if last else (),
     )  # fmt: skip
 
 
-def _source(place: dict[str, str] | None, name: str, faults: list[str]) -> Source | None:
+def _source(place: dict[str, str] | None, name: str, faults: list[str]) -> PreparedData | None:
     if place is None:
         faults.append(f"{name} does not say what data it was trained on")
         return None
@@ -107,12 +107,12 @@ def _source(place: dict[str, str] | None, name: str, faults: list[str]) -> Sourc
         manifest = verify_data(folder)
     except UserError as error:
         faults.append(str(error))
-        return Source(folder, place["hash"], None)
+        return PreparedData(folder, place["hash"], None)
     if manifest.hash != place["hash"]:
         faults.append(
             f"{folder} holds other data now ({manifest.hash[:12]}) than {name} was trained on ({place['hash'][:12]})"
         )
-    return Source(folder, place["hash"], manifest)
+    return PreparedData(folder, place["hash"], manifest)
 
 
 def _training(manifest: Any, name: str, runs_dir: Path, faults: list[str]) -> Training | None:
@@ -170,7 +170,7 @@ def _find_parent(
 
 def _evaluations(bundle: Bundle, runs_dir: Path) -> Iterator[dict[str, Any]]:
     """Yield the evaluations of a bundle, those of its card first; the others are found by its hash."""
-    told = evaluations(bundle.folder)
+    told = read_evaluations(bundle.folder)
     yield from told
     ids = {found.get("id") for found in told}
     for file in sorted(runs_dir.glob("*/evaluation.json")):

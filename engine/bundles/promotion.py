@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engine.bundles.registry import Registry, pages, patient
+from engine.bundles.registry import Registry, all_pages, retry_on_conflict
 from engine.errors import UserError
 
-UNFINISHED_S = 3.0  # seconds that a move which is written down may take to set the alias before another finishes it
+APPLY_TIMEOUT_S = 3.0  # seconds that a move which is written down may take to set the alias before another finishes it
 
 
 @dataclass(frozen=True)
@@ -28,39 +28,39 @@ class Move:
 
     number: int
     kind: str  # promote; rollback; found: somebody moved the alias outside of Manta
-    start: int | None  # version that the alias pointed at when this move was decided
-    to: int | None
+    from_version: int | None  # version that the alias pointed at when this move was decided
+    to_version: int | None
     id: str = ""
     reason: str = ""
     by: str = ""
     time_ms: int = 0
-    done: bool = False  # the alias was set
+    is_applied: bool = False  # the alias was set
 
 
-def history(moves: Sequence[Move]) -> list[Move]:
+def effective_moves(moves: Sequence[Move]) -> list[Move]:
     """Return the moves that made the champions in force, the present one last; a rollback takes the last one off.
 
     A move that starts from another version than the champion of its turn came too late and doesn't count.
     """
     held: list[Move] = []
     for move in sorted(moves, key=lambda m: m.number):
-        if counts(move, held):
+        if is_valid(move, held):
             held = held[:-1] if move.kind == "rollback" else [*held, move]
     return held
 
 
-def counts(move: Move, held: Sequence[Move]) -> bool:
+def is_valid(move: Move, held: Sequence[Move]) -> bool:
     """Tell whether a move counts after those that hold."""
-    if move.start != (held[-1].to if held else None):
+    if move.from_version != (held[-1].to_version if held else None):
         return False
-    return move.kind != "rollback" or (len(held) > 1 and held[-2].to == move.to)
+    return move.kind != "rollback" or (len(held) > 1 and held[-2].to_version == move.to_version)
 
 
-def last_counted(moves: Sequence[Move]) -> Move | None:
+def last_valid_move(moves: Sequence[Move]) -> Move | None:
     """Return the last move that counts, a rollback too."""
     found, held = None, list[Move]()
     for move in sorted(moves, key=lambda m: m.number):
-        if counts(move, held):
+        if is_valid(move, held):
             held = held[:-1] if move.kind == "rollback" else [*held, move]
             found = move
     return found
@@ -74,46 +74,46 @@ class Alias:
         self.registry, self.name, self.alias = registry, name, alias
         self.record = f"{name}.{alias}"
 
-    def present(self) -> int | None:
+    def current(self) -> int | None:
         """Return the version that the alias points at, after the record and MLflow were brought to agree."""
-        deadline = time.monotonic() + UNFINISHED_S
+        deadline = time.monotonic() + APPLY_TIMEOUT_S
         while True:
             moves = self.moves()
-            held, last, shown = history(moves), last_counted(moves), self._shown()
-            if shown == (held[-1].to if held else None):
+            held, last, shown = effective_moves(moves), last_valid_move(moves), self._mlflow_version()
+            if shown == (held[-1].to_version if held else None):
                 return shown
-            if last is None or last.done or shown != last.start:
+            if last is None or last.is_applied or shown != last.from_version:
                 break  # moved by hand, in MLflow's own pages for example
             if time.monotonic() > deadline:  # whoever wrote the move down has died before he set the alias
-                self._settle()
-                return self.present()
+                self._apply()
+                return self.current()
             time.sleep(0.1)
-        self._write("found", held[-1].to if held else None, shown, "the alias was moved outside of Manta")
-        self._settle()
-        return self.present()
+        self._record_move("found", held[-1].to_version if held else None, shown, "the alias was moved outside of Manta")
+        self._apply()
+        return self.current()
 
     def move(self, kind: str, start: int | None, to: int, reason: str) -> Move:
         """Move the alias from `start` to `to`. Raises UserError where another move came in between."""
-        made = self._write(kind, start, to, reason)
+        made = self._record_move(kind, start, to, reason)
         moves = self.moves()
         before = [move for move in moves if move.number < made.number]
-        if not counts(made, history(before)):
-            held = history(before)[-1:]
-            now = f"{self.name}/{held[0].to}" if held else "none"
+        if not is_valid(made, effective_moves(before)):
+            held = effective_moves(before)[-1:]
+            now = f"{self.name}/{held[0].to_version}" if held else "none"
             who = f" (moved by {held[0].by}: {held[0].reason})" if held else ""
             raise UserError(
                 f"another promotion came first: {self.alias} of {self.name} is {now} now{who}; nothing was changed, try again"
             )
-        self._settle()
+        self._apply()
         return made
 
     def roll_back(self, reason: str) -> tuple[int, int]:
         """Restore the version before; return (from, to). Raises UserError where there is none, or its bytes aren't whole."""
-        start = self.present()
-        held = history(self.moves())
-        if start is None or len(held) < 2 or held[-2].to is None:
+        start = self.current()
+        held = effective_moves(self.moves())
+        if start is None or len(held) < 2 or held[-2].to_version is None:
             raise UserError(f"there is nothing before the present {self.alias} of {self.name} to go back to")
-        to = held[-2].to
+        to = held[-2].to_version
         version = self.registry.lookup(f"{self.name}/{to}")
         if version is None:
             raise UserError(f"{self.name}/{to} was the {self.alias} before, and is gone from the registry")
@@ -124,7 +124,7 @@ class Alias:
     def moves(self) -> list[Move]:
         """Return all moves that were written down, in their order."""
         client = self.registry.client
-        found = pages(lambda token: client.search_model_versions(f"name = '{self.record}'", page_token=token))
+        found = all_pages(lambda token: client.search_model_versions(f"name = '{self.record}'", page_token=token))
         moves = [
             Move(
                 int(one.version), one.tags["manta.kind"], _number(one.tags["manta.from"]), _number(one.tags["manta.to"]),
@@ -135,7 +135,7 @@ class Alias:
         ]  # fmt: skip
         return sorted(moves, key=lambda move: move.number)
 
-    def _write(self, kind: str, start: int | None, to: int | None, reason: str) -> Move:
+    def _record_move(self, kind: str, start: int | None, to: int | None, reason: str) -> Move:
         """Write a move down; where an answer of the server was lost and asked for again, the first record is the move."""
         client = self.registry.client
         self.registry.create_name(self.record, {"manta.moves_of": self.name})
@@ -143,28 +143,28 @@ class Alias:
         tags = {"manta.kind": kind, "manta.from": str(start or ""), "manta.to": str(to or ""), "manta.id": made.id,
                 "manta.reason": reason or "none given", "manta.by": made.by}  # fmt: skip
         source = f"models:/{self.name}/{to or start}"
-        patient(lambda: client.create_model_version(self.record, source=source, tags=tags))
+        retry_on_conflict(lambda: client.create_model_version(self.record, source=source, tags=tags))
         return next(move for move in self.moves() if move.id == made.id)
 
-    def _settle(self) -> None:
+    def _apply(self) -> None:
         """Set the alias as the record says, until the record has not grown meanwhile: so the last move's word stays."""
         while True:
             moves = self.moves()
-            held, last = history(moves), last_counted(moves)
-            self._point_at(held[-1].to if held else None)
+            held, last = effective_moves(moves), last_valid_move(moves)
+            self._point_at(held[-1].to_version if held else None)
             if last and len(self.moves()) == len(moves):
                 done = partial(self.registry.client.set_model_version_tag, self.record, str(last.number), "manta.done")
-                patient(partial(done, "true"))
+                retry_on_conflict(partial(done, "true"))
                 return
 
     def _point_at(self, to: int | None) -> None:
         client = self.registry.client
         if to is None:
-            patient(partial(client.delete_registered_model_alias, self.name, self.alias))
+            retry_on_conflict(partial(client.delete_registered_model_alias, self.name, self.alias))
         else:
-            patient(partial(client.set_registered_model_alias, self.name, self.alias, str(to)))
+            retry_on_conflict(partial(client.set_registered_model_alias, self.name, self.alias, str(to)))
 
-    def _shown(self) -> int | None:
+    def _mlflow_version(self) -> int | None:
         from mlflow.exceptions import MlflowException
 
         try:

@@ -66,7 +66,7 @@ class Registry:
 
         Raises UserError if the bundle was changed, or has no manifest to know it again by.
         """
-        if not bundle.managed:
+        if not bundle.has_manifest:
             raise UserError(f"{bundle.folder} is no bundle of Manta's (no manta.json): fine-tune it first")
         bundle.verify()
         known = self.versions(name)
@@ -78,7 +78,7 @@ class Registry:
         self.client.log_artifacts(run.info.run_id, str(bundle.folder), INSIDE)
         self.client.set_terminated(run.info.run_id)
         source = f"{run.info.artifact_uri}/{INSIDE}"
-        made = patient(
+        made = retry_on_conflict(
             lambda: self.client.create_model_version(
                 name, source=source, run_id=run.info.run_id, tags={"manta.hash": bundle.hash}
             )
@@ -90,7 +90,7 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         try:
-            patient(lambda: self.client.create_registered_model(name, tags=tags))
+            retry_on_conflict(lambda: self.client.create_registered_model(name, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -113,18 +113,18 @@ class Registry:
                 f"{version} is registered in {version.folder}, which is gone: restore it, or register another"
             )
         bundle = Bundle.open(version.folder)
-        if not bundle.managed or bundle.hash != version.hash:
+        if not bundle.has_manifest or bundle.hash != version.hash:
             raise UserError(f"{version.folder / 'manta.json'} is not the one that was registered as {version}: refused")
         return bundle
 
     def versions(self, name: str | None = None) -> list[Version]:
         """Return the versions of one name, or of all, newest first."""
         aliases: dict[tuple[str, int], list[str]] = defaultdict(list)
-        for model in pages(lambda token: self.client.search_registered_models(page_token=token)):
+        for model in all_pages(lambda token: self.client.search_registered_models(page_token=token)):
             for alias, number in model.aliases.items():
                 aliases[model.name, int(number)].append(alias)
         chosen, order = f"name = '{name}'" if name else "", ["last_updated_timestamp DESC"]
-        found = pages(lambda token: self.client.search_model_versions(chosen, order_by=order, page_token=token))
+        found = all_pages(lambda token: self.client.search_model_versions(chosen, order_by=order, page_token=token))
         return [
             Version(
                 one.name, int(one.version), self._place(one.source, one.tags["manta.hash"]), one.tags["manta.hash"],
@@ -174,7 +174,7 @@ class Registry:
         return made
 
 
-def pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
+def all_pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
     """Yield what a search of MLflow finds, page after page."""
     token = None
     while True:
@@ -185,7 +185,7 @@ def pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
             return
 
 
-def patient(write: Callable[[], Any], tries: int = 20) -> Any:
+def retry_on_conflict(write: Callable[[], Any], tries: int = 20) -> Any:
     """Write to MLflow, again where another process has locked the database or took the same version number."""
     from mlflow.exceptions import MlflowException
 

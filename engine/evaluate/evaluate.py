@@ -21,21 +21,21 @@ from engine.bundles.bundle import Bundle
 from engine.bundles.card import CARD, add_evaluation
 from engine.bundles.find import find_bundle
 from engine.config import Config, with_values
-from engine.data.groups import groups_of
+from engine.data.slice_values import read_slice_values
 from engine.data.manifest import Manifest
 from engine.data.packing import Packing
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Comparison, Interval, compare, count, intervals
-from engine.evaluate.evaluation_page import write_page
-from engine.evaluate.generation import Generation, check_generation
+from engine.evaluate.bootstrap import Comparison, Interval, compare_paired, num_examples, bootstrap_intervals
+from engine.evaluate.evaluation_page import write_evaluation_page
+from engine.evaluate.generation import GenerationEvaluation, evaluate_generation
 from engine.evaluate.harness import run_harness
-from engine.evaluate.images import ImageCheck, about_images, check_images
-from engine.evaluate.metrics import ByteCounter, details, from_libraries, quick
-from engine.evaluate.pairs import PairCheck, check_pairs
-from engine.evaluate.slices import Slice, by_group
-from engine.objectives.contract import Objective, Scores, check_data, join_scores
+from engine.evaluate.images import ImageEvaluation, describe_images, evaluate_images
+from engine.evaluate.metrics import ByteCounter, classification_details, reference_values, compute_metrics
+from engine.evaluate.pairs import PairEvaluation, evaluate_pairs
+from engine.evaluate.slices import Slice, evaluate_slices
+from engine.objectives.contract import Objective, Scores, check_data, concat_scores
 from engine.progress import Bar, console
 
 
@@ -53,9 +53,9 @@ class Evaluation:
     scores: Scores
     seconds: float
     slices: list[Slice]
-    pairs: PairCheck | None
-    generation: Generation | None
-    images: ImageCheck | None
+    pairs: PairEvaluation | None
+    generation: GenerationEvaluation | None
+    images: ImageEvaluation | None
 
 
 def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
@@ -81,28 +81,28 @@ def evaluate_bundle(folder: Path, config: Config) -> Evaluation:
     if objective.labels:
         classes = known_classes(folder, manifest.labels, objective.labels)
     model = bundle.model().to("cuda" if torch.cuda.is_available() else "cpu")
-    scores = score(model, objective, split, classes, options.batch)
+    scores = score_split(model, objective, split, classes, options.batch)
     settings = options.confidence, options.resamples, config.seed
-    summarize = partial(quick, objective)
+    summarize = partial(compute_metrics, objective)
     majority = None
     if "label" in scores and len(classes):
         frequent = classes[int(np.argmax(np.bincount(Split.open(data, "train").labels)))]
         always = scores | {"predicted": np.full_like(scores["label"], frequent)}
-        majority = intervals(objective.summarize, always, *settings)["accuracy"]
-    metrics = intervals(summarize, scores, *settings)
-    for name, value in from_libraries(objective, scores).items():
+        majority = bootstrap_intervals(objective.summarize, always, *settings)["accuracy"]
+    metrics = bootstrap_intervals(summarize, scores, *settings)
+    for name, value in reference_values(objective, scores).items():
         metrics[name] = replace(metrics[name], value=value)
     slices = []
     if options.slice_column:
-        groups = groups_of(config.data, options.slice_column, split, objective.tokenizer)
-        slices = by_group(summarize, scores, groups, *settings)
-    pairs = check_pairs(bundle, model, Path(options.pairs), *settings) if options.pairs else None
-    generation = check_generation(bundle, model, options, config.seed) if options.generation else None
+        groups = read_slice_values(config.data, options.slice_column, split, objective.tokenizer)
+        slices = evaluate_slices(summarize, scores, groups, *settings)
+    pairs = evaluate_pairs(bundle, model, Path(options.pairs), *settings) if options.pairs else None
+    generation = evaluate_generation(bundle, model, options, config.seed) if options.generation else None
     images = None
-    if options.images and objective.image_facts(model.config):
-        images = check_images(bundle, model, split, Split.open(data, "train"), classes, options, config.seed)
+    if options.images and objective.image_output_size(model.config):
+        images = evaluate_images(bundle, model, split, Split.open(data, "train"), classes, options, config.seed)
     return Evaluation(
-        bundle, objective, data, manifest.hash, count(scores), metrics, majority, scores, time.perf_counter() - began,
+        bundle, objective, data, manifest.hash, num_examples(scores), metrics, majority, scores, time.perf_counter() - began,
         slices, pairs, generation, images,
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def known_classes(folder: Path, data_labels: Sequence[str], bundle_labels: Seque
     return np.array([bundle_labels.index(label) for label in data_labels], dtype=np.int64)
 
 
-def score(model: nn.Module, objective: Objective, split: Split, classes: np.ndarray, batch: int) -> Scores:
+def score_split(model: nn.Module, objective: Objective, split: Split, classes: np.ndarray, batch: int) -> Scores:
     """Score every sample of a split, in its order; those of like length go together, the longest first, to save padding."""
     device = next(model.parameters()).device
     objective.bind_model(model.config)
@@ -138,7 +138,7 @@ def score(model: nn.Module, objective: Objective, split: Split, classes: np.ndar
                 parts[-1]["bytes"] = count_bytes(collated.targets.numpy())
             bar.update(first + len(chosen))
     back = np.argsort(order)
-    return objective.complete({name: values[back] for name, values in join_scores(parts).items()})
+    return objective.finalize_scores({name: values[back] for name, values in concat_scores(parts).items()})
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, config: Config) -> Comparison:
@@ -154,7 +154,7 @@ def compare_evaluations(a: Evaluation, b: Evaluation, config: Config) -> Compari
             f"{a.bundle.folder} and {b.bundle.folder} differ in tokenizer or sequence length, so their losses a token don't "
             "compare: evaluate each alone"
         )
-    return compare(first, a.scores, b.scores, config.evaluate.confidence, config.evaluate.resamples, config.seed)
+    return compare_paired(first, a.scores, b.scores, config.evaluate.confidence, config.evaluate.resamples, config.seed)
 
 
 def check_comparable(a: Bundle, b: Bundle) -> None:
@@ -172,7 +172,7 @@ def check_comparable(a: Bundle, b: Bundle) -> None:
         )
 
 
-def on_its_own_data(config: Config, bundle: Bundle, name: str) -> Config:
+def with_training_data(config: Config, bundle: Bundle, name: str) -> Config:
     """Return the config with the data that a bundle was trained on. Raises UserError where they aren't known or are gone."""
     manifest = _trained_on(bundle, name)
     values = {f"data.{key}": value for key, value in manifest.config.items()}
@@ -209,7 +209,7 @@ def evaluate_and_show(config: Config) -> Comparison | None:
     references = [name for name in (config.bundle, config.evaluate.against) if name]
     folders = [find_bundle(name, Path(config.runs_dir), config.tracking_uri) for name in references]
     if config.evaluate.suite == "lm_eval":
-        show_harness(references, folders, config)
+        run_and_print_harness(references, folders, config)
         return None
     if config.evaluate.features:
         features = find_bundle(config.evaluate.features, Path(config.runs_dir), config.tracking_uri)
@@ -218,20 +218,20 @@ def evaluate_and_show(config: Config) -> Comparison | None:
         check_comparable(*(Bundle.open(folder) for folder in folders))
     found = [evaluate_bundle(folder, config) for folder in folders]
     verdict = compare_evaluations(found[0], found[1], config) if config.evaluate.against else None
-    show(references, found, config)
+    print_evaluations(references, found, config)
     if verdict:
-        console.print(in_words(verdict, references))
+        console.print(describe_comparison(verdict, references))
     facts = {
         "split": config.evaluate.split,
         "confidence": config.evaluate.confidence,
-        "bundles": [facts_of(name, evaluation, config) for name, evaluation in zip(references, found, strict=True)],
+        "bundles": [evaluation_record(name, evaluation, config) for name, evaluation in zip(references, found, strict=True)],
         "comparison": verdict and asdict(verdict),
     }
-    keep(found, facts, config)
+    save_evaluations(found, facts, config)
     return verdict
 
 
-def show_harness(references: Sequence[str], folders: Sequence[Path], config: Config) -> None:
+def run_and_print_harness(references: Sequence[str], folders: Sequence[Path], config: Config) -> None:
     """Run lm-eval's tasks on the bundles, show what was found, and keep it as lm_eval.json."""
     table, kept = Table("bundle", "metric", "value", "95 % interval"), []
     for name, folder in zip(references, folders, strict=True):
@@ -248,7 +248,7 @@ def show_harness(references: Sequence[str], folders: Sequence[Path], config: Con
     console.print(f"kept in {file}")
 
 
-def show(references: Sequence[str], found: Sequence[Evaluation], config: Config) -> None:
+def print_evaluations(references: Sequence[str], found: Sequence[Evaluation], config: Config) -> None:
     """Print what was measured."""
     table = Table("bundle", "metric", "value", f"{100 * config.evaluate.confidence:g} % interval", "examples")
     for name, evaluation in zip(references, found, strict=True):
@@ -286,7 +286,7 @@ def slice_table(name: str, slices: Sequence[Slice], config: Config) -> Table:
     return table
 
 
-def in_words(found: Comparison, names: Sequence[str]) -> str:
+def describe_comparison(found: Comparison, names: Sequence[str]) -> str:
     """Say a comparison in a sentence."""
     judged = found.verdict if found.verdict == "not told apart" else f"{found.verdict} than"
     return (
@@ -295,12 +295,12 @@ def in_words(found: Comparison, names: Sequence[str]) -> str:
     )
 
 
-def keep(found: Sequence[Evaluation], facts: dict[str, Any], config: Config) -> None:
+def save_evaluations(found: Sequence[Evaluation], facts: dict[str, Any], config: Config) -> None:
     """Write evaluation.json and the page, and add to the cards; what is registered stays as it was registered."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     file = config.run_dir / "evaluation.json"
     file.write_text(json.dumps(facts, indent=1) + "\n")
-    page = write_page(config.run_dir, facts)
+    page = write_evaluation_page(config.run_dir, facts)
     for evaluation, told in zip(found, facts["bundles"], strict=True):
         folder = evaluation.bundle.folder
         manifest = evaluation.bundle.manifest
@@ -319,7 +319,7 @@ def _in_short(value: Interval) -> str:
     return f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
-def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any]:
+def evaluation_record(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any]:
     """Return an evaluation as plain values, as evaluation.json and the card hold it."""
     return {
         "id": uuid.uuid4().hex,
@@ -340,7 +340,7 @@ def facts_of(name: str, evaluation: Evaluation, config: Config) -> dict[str, Any
         "pairs": evaluation.pairs and evaluation.pairs.to_dict(),
         "generation": evaluation.generation and evaluation.generation.to_dict(),
         "images": evaluation.images and evaluation.images.to_dict(),
-        "details": details(evaluation.objective, evaluation.scores),
+        "details": classification_details(evaluation.objective, evaluation.scores),
     }
 
 
@@ -365,5 +365,5 @@ def card_section(facts: dict[str, Any]) -> str:
             size = told.get("pairs", told.get("examples"))
             parts.append(f"### {title.format(size, told['file'])}\n\n{head}\n{rows(told['metrics'])}")
     if told := facts["images"]:
-        parts.append(f"### {about_images(told)}\n\n{head}\n{rows(told['metrics'])}")
+        parts.append(f"### {describe_images(told)}\n\n{head}\n{rows(told['metrics'])}")
     return "\n\n".join(parts)

@@ -7,13 +7,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from engine.evaluate.images import about_images
+from engine.evaluate.images import describe_images
 from engine.evaluate.report import ACCENT, MUTED, axes, classification, code, picture, table, text, write_html
 
 Metrics = dict[str, dict[str, float]]
 
 
-def write_page(folder: Path, facts: dict[str, Any]) -> Path:
+def write_evaluation_page(folder: Path, facts: dict[str, Any]) -> Path:
     """Write evaluation.html in `folder` from the facts of evaluation.json; return its path."""
     sections = []
     many = len(facts["bundles"]) > 1
@@ -92,7 +92,7 @@ def generation(told: dict[str, Any], confidence: float) -> str:
 def images(told: dict[str, Any], confidence: float) -> str:
     """List the distances, and say what they are of."""
     note = "Not to be compared with a published FID, which is of Inception's features."
-    return f"<p>{text(about_images(told))}. {note}</p>" + metrics_table(told["metrics"], confidence)
+    return f"<p>{text(describe_images(told))}. {note}</p>" + metrics_table(told["metrics"], confidence)
 
 
 def metrics_table(metrics: Metrics, confidence: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 PACKAGES = ("manta-train", "torch", "ray", "deepspeed", "transformers", "datasets", "pyarrow", "hydra-core", "mlflow")
 
 
-def machine_facts() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """Return processor, cores, memory in GiB, GPUs and system."""
     import torch
 
@@ -32,6 +32,6 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def version_facts() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a run stands on."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}

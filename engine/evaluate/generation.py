@@ -14,15 +14,15 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import EvaluateConfig
 from engine.errors import UserError, nearest
-from engine.evaluate.bootstrap import Interval, intervals
+from engine.evaluate.bootstrap import Interval, bootstrap_intervals
 from engine.objectives.contract import Scores
 from engine.progress import Bar
 
-SHOWN = 5
+NUM_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationEvaluation:
     """The figures over all examples, and the first few with what was written."""
 
     file: str
@@ -36,7 +36,7 @@ class Generation:
         return {"file": self.file, "examples": self.examples, "metrics": metrics, "shown": self.shown}
 
 
-def check_generation(bundle: Bundle, model: torch.nn.Module, options: EvaluateConfig, seed: int) -> Generation:
+def evaluate_generation(bundle: Bundle, model: torch.nn.Module, options: EvaluateConfig, seed: int) -> GenerationEvaluation:
     """Let the model write on from each source, greedily, and measure that against the target.
 
     Raises UserError for a model that writes no text, and a file without the two columns.
@@ -54,13 +54,13 @@ def check_generation(bundle: Bundle, model: torch.nn.Module, options: EvaluateCo
             request = {"prompt": source, "max_tokens": options.max_new_tokens}
             written.append(objective.predict(model, [request])[0]["text"].strip())
             bar.update(len(written))
-    scores = statistics(written, targets)
-    found = intervals(summarize, scores, options.confidence, options.resamples, seed)
+    scores = text_statistics(written, targets)
+    found = bootstrap_intervals(summarize_statistics, scores, options.confidence, options.resamples, seed)
     shown = [
         {"source": s, "target": t, "written": w}
-        for s, t, w in list(zip(sources, targets, written, strict=True))[:SHOWN]
+        for s, t, w in list(zip(sources, targets, written, strict=True))[:NUM_SHOWN]
     ]
-    return Generation(options.generation, len(sources), found, shown)
+    return GenerationEvaluation(options.generation, len(sources), found, shown)
 
 
 def read_examples(file: Path, options: EvaluateConfig) -> tuple[list[str], list[str]]:
@@ -84,7 +84,7 @@ def read_examples(file: Path, options: EvaluateConfig) -> tuple[list[str], list[
     return [row[options.source_column] for row in rows], [row[options.target_column] for row in rows]
 
 
-def statistics(written: Sequence[str], targets: Sequence[str]) -> Scores:
+def text_statistics(written: Sequence[str], targets: Sequence[str]) -> Scores:
     """Return what BLEU and chrF count in each example, of which both take sums, and each example's ROUGE-L F1."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU, CHRF
@@ -97,7 +97,7 @@ def statistics(written: Sequence[str], targets: Sequence[str]) -> Scores:
     }
 
 
-def summarize(scores: Scores) -> dict[str, float]:
+def summarize_statistics(scores: Scores) -> dict[str, float]:
     """Give corpus BLEU (Post 2018) and chrF (Popovic 2015), 0 to 100, and mean ROUGE-L F1 (Lin 2004), 0 to 1."""
     from sacrebleu.metrics import BLEU, CHRF
 

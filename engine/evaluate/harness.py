@@ -28,7 +28,7 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     A metric without a standard error has no interval: low and high are its value. Raises UserError where the package is
     not installed, a task isn't there, or the model writes no text.
     """
-    if not installed():
+    if not is_installed():
         raise UserError("evaluate.suite=lm_eval needs a package that isn't here: pip install 'manta-train[lm-eval]'")
     objective = bundle.objective()
     if objective.auto_class != "AutoModelForCausalLM":
@@ -47,18 +47,18 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(f"evaluate.tasks: lm_eval has no task {name}{nearest(name, manager.all_tasks)}")
-    with quietly():
+    with quiet_harness():
         found = lm_eval.simple_evaluate(
-            model=through(bundle, options) if options.endpoint else here(bundle, options), tasks=names,
+            model=endpoint_model(bundle, options) if options.endpoint else local_model(bundle, options), tasks=names,
             task_manager=manager, limit=options.max_examples, bootstrap_iters=options.resamples, log_samples=False,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     assert found is not None
-    return figures(found["results"], names)
+    return parse_results(found["results"], names)
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Keep the harness from asking git and pip about this place, which takes seconds, and its progress bars from a log."""
     from lm_eval import evaluator
 
@@ -68,7 +68,7 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def here(bundle: Bundle, options: EvaluateConfig) -> Any:
+def local_model(bundle: Bundle, options: EvaluateConfig) -> Any:
     """Return the bundle's model in this process, as the harness asks it."""
     from lm_eval.models.huggingface import HFLM
 
@@ -79,7 +79,7 @@ def here(bundle: Bundle, options: EvaluateConfig) -> Any:
     )  # fmt: skip
 
 
-def through(bundle: Bundle, options: EvaluateConfig) -> Any:
+def endpoint_model(bundle: Bundle, options: EvaluateConfig) -> Any:
     """Return the endpoint that serves the bundle, as the harness asks it. Raises UserError where it does not serve it."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -110,7 +110,7 @@ def served_name(url: str, bundle: Bundle) -> str:
     raise UserError(f"evaluate.endpoint={url} does not serve {bundle.folder} ({bundle.hash[:12]}); it serves {known}")
 
 
-def installed() -> bool:
+def is_installed() -> bool:
     """Tell whether lm-eval is here, with what it needs for transformers' models."""
     return all(find_spec(package) for package in ("lm_eval", "accelerate"))
 
@@ -130,7 +130,7 @@ def task_name(file: Path) -> str:
     return name
 
 
-def figures(results: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+def parse_results(results: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Turn the harness's results into values with intervals."""
     found = {}
     for name in names:

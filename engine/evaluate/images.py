@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from engine.bundles.bundle import Bundle
 from engine.config import EvaluateConfig
-from engine.data.images import normalized, pixels
+from engine.data.images import normalize, to_pixels
 from engine.data.order import splitmix64
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Interval, count, edges, picks, take
+from engine.evaluate.bootstrap import Interval, num_examples, quantile_levels, resample_indices, select
 from engine.objectives.contract import Scores
 from engine.progress import Bar
 
@@ -38,7 +38,7 @@ MADE, REAL, NOISE = "made", "real", "noise"  # what is compared with the held-ou
 
 
 @dataclass(frozen=True)
-class ImageCheck:
+class ImageEvaluation:
     """The distances from held-out images, and what they are distances of."""
 
     features: str  # whose they are
@@ -51,20 +51,20 @@ class ImageCheck:
         return {"features": self.features, "images": self.images, "metrics": metrics}
 
 
-def check_images(
+def evaluate_images(
     bundle: Bundle, model: nn.Module, held_out: Split, other: Split, classes: np.ndarray, options: EvaluateConfig, seed: int
-) -> ImageCheck:  # fmt: skip
+) -> ImageEvaluation:  # fmt: skip
     """Make an image of the label of each of the first held-out ones, and measure how far they are from those.
 
     `other` are real images to compare with, `classes` map the data's labels to the bundle's. Raises UserError for features
     of a bundle that has none, and for too few images.
     """
-    images = min(options.images, held_out.rows, other.rows)
+    images = min(options.images, held_out.num_rows, other.num_rows)
     if images < 2:
         raise UserError(
             f"a Fréchet distance needs two images or more, and there are {images}: use evaluate.images=0, or more data"
         )
-    features = features_of(options.features)
+    features = load_features(options.features)
     objective: Any = bundle.objective()
     labels = [int(classes[held_out.label(i)]) for i in range(images)]
     seeds = (splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.arange(images, dtype=np.uint64)).tolist()
@@ -72,34 +72,34 @@ def check_images(
     with Bar("images", total=images) as bar:
         for first in range(0, images, options.batch):
             chosen = slice(first, first + options.batch)
-            made.append(objective.make(model, labels[chosen], seeds[chosen]))
+            made.append(objective.generate(model, labels[chosen], seeds[chosen]))
             bar.update(min(first + options.batch, images))
-    spread = np.arange(images) * other.rows // images
+    spread = np.arange(images) * other.num_rows // images
     found = {
         "held_out": features(np.stack([held_out.image(i) for i in range(images)])),
         MADE: features(np.concatenate(made)),
         REAL: features(np.stack([other.image(int(i)) for i in spread])),
         NOISE: features(random_images(images, held_out.image(0).shape, seed)),
     }
-    metrics = with_intervals(found, options.confidence, min(options.resamples, RESAMPLES), seed)
-    return ImageCheck(options.features or RANDOM, images, metrics)
+    metrics = distance_intervals(found, options.confidence, min(options.resamples, RESAMPLES), seed)
+    return ImageEvaluation(options.features or RANDOM, images, metrics)
 
 
-def about_images(told: dict[str, Any]) -> str:
+def describe_images(told: dict[str, Any]) -> str:
     """Say what an `ImageCheck`, as plain values, measured."""
     return f"Distance of {told['images']:,} images from as many held-out ones, by features of {told['features']}"
 
 
-def with_intervals(features: Scores, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
+def distance_intervals(features: Scores, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
     """Return the distances with the spread of their resamples, around each value.
 
     A resample has fewer different images, so its distance is larger on average: that is taken off.
     """
-    drawn = [distances(take(features, pick)) for pick in picks(count(features), resamples, seed)]
+    drawn = [frechet_distances(select(features, pick)) for pick in resample_indices(num_examples(features), resamples, seed)]
     found = {}
-    for name, value in distances(features).items():
+    for name, value in frechet_distances(features).items():
         draws = np.array([draw[name] for draw in drawn])
-        low, high = np.quantile(draws - draws.mean() + value, edges(confidence)).clip(min=0)
+        low, high = np.quantile(draws - draws.mean() + value, quantile_levels(confidence)).clip(min=0)
         found[name] = Interval(value, float(low), float(high))
     return found
 
@@ -109,7 +109,7 @@ def random_images(images: int, shape: Sequence[int], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (images, *shape), dtype=np.uint8)
 
 
-def features_of(reference: str | None) -> Features:
+def load_features(reference: str | None) -> Features:
     """Return the features of the bundle in a folder; None: of the random convolution. Raises UserError."""
     if reference is None:
         return random_features
@@ -127,8 +127,8 @@ def features_of(reference: str | None) -> Features:
 
         found = []
         for first in range(0, len(images_NSSC), BATCH):
-            scaled = [pixels(Image.fromarray(image), processor) for image in images_NSSC[first : first + BATCH]]
-            seen = torch.from_numpy(normalized(np.stack(scaled), processor))
+            scaled = [to_pixels(Image.fromarray(image), processor) for image in images_NSSC[first : first + BATCH]]
+            seen = torch.from_numpy(normalize(np.stack(scaled), processor))
             states: Tensor = model.base_model(pixel_values=seen).last_hidden_state  # type: ignore[operator]
             found.append(states.flatten(2).mean(2) if states.ndim == 4 else states.mean(1))
         return torch.cat(found).double().numpy()
@@ -156,10 +156,10 @@ def random_features(images_NSSC: np.ndarray) -> np.ndarray:
     return torch.cat(found).double().numpy()
 
 
-def distances(features: Scores) -> dict[str, float]:
+def frechet_distances(features: Scores) -> dict[str, float]:
     """Give the Fréchet distance from the held-out images of those made, of other real ones and of noise."""
     mean, covariance = moments(features["held_out"])
-    root = root_of(covariance)
+    root = sqrt_covariance(covariance)
     found = {}
     for name, of in (("frechet_distance", MADE), ("frechet_distance_of_real", REAL), ("frechet_distance_of_noise", NOISE)):  # fmt: skip
         its_mean, its_covariance = moments(features[of])
@@ -174,7 +174,7 @@ def moments(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features_ND.mean(0), np.cov(features_ND, rowvar=False)
 
 
-def root_of(matrix: np.ndarray) -> np.ndarray:
+def sqrt_covariance(matrix: np.ndarray) -> np.ndarray:
     """Return the square root of a covariance."""
     values, vectors = np.linalg.eigh(matrix)
     found: np.ndarray = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.markup import escape
 from rich.tree import Tree
 
-from engine.bundles.lineage import Life
+from engine.bundles.lineage import Lineage
 from engine.evaluate.report import table, text, write_html
 
 WIDTH, HEIGHT, ACROSS, DOWN = 190, 62, 40, 18  # of a box and between boxes, in pixels
 
 
 @dataclass(frozen=True)
-class Box:
+class Node:
     """One thing in the picture, `column` steps from the left."""
 
     kind: str
@@ -26,9 +26,9 @@ class Box:
     before: tuple[int, ...] = ()  # numbers of the boxes that lead to it
 
 
-def tree_of(life: Life) -> Tree:
+def lineage_tree(life: Lineage) -> Tree:
     """Return the tree, from the first data to the endpoints."""
-    boxes = boxes_of(life)
+    boxes = lineage_nodes(life)
     trees: list[Tree] = []
     root: Tree | None = None
     for box in boxes:
@@ -40,72 +40,72 @@ def tree_of(life: Life) -> Tree:
     return root
 
 
-def boxes_of(life: Life) -> list[Box]:
+def lineage_nodes(life: Lineage) -> list[Node]:
     """Return the boxes in the order of time, each after those that lead to it."""
-    boxes: list[Box] = []
+    boxes: list[Node] = []
     end = _bundle_boxes(life, boxes)
     column = boxes[end].column
     first = end
-    for found in life.evaluated:
+    for found in life.evaluations:
         metric, value = next(iter(found["metrics"].items()))
         told = f"{metric} {value['value']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
         boxes.append(
-            Box("evaluation", f"{found.get('split', 'test')} of {Path(found['data']).name}", told, column + 1, (first,))
+            Node("evaluation", f"{found.get('split', 'test')} of {Path(found['data']).name}", told, column + 1, (first,))
         )
     for version in life.versions:
-        boxes.append(Box("version", str(version), ", ".join(version.aliases), column + 1, (first,)))
+        boxes.append(Node("version", str(version), ", ".join(version.aliases), column + 1, (first,)))
     for found in life.deployments:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(found["since"]))
         state = "up now" if found["up"] else "down"
         boxes.append(
-            Box("deployment", f"{found['name']} at {found['url']}", f"{state}, since {since}", column + 2, (first,))
+            Node("deployment", f"{found['name']} at {found['url']}", f"{state}, since {since}", column + 2, (first,))
         )
     return boxes
 
 
-def _bundle_boxes(life: Life, boxes: list[Box]) -> int:
+def _bundle_boxes(life: Lineage, boxes: list[Node]) -> int:
     """Add the boxes up to a bundle; return its number."""
     before: list[int] = []
     if life.parent:
         before.append(_bundle_boxes(life.parent, boxes))
     column = boxes[before[0]].column + 1 if before else 0
-    if life.source:
-        manifest = life.source.manifest
+    if life.data:
+        manifest = life.data.manifest
         about = (
             f"{manifest.splits['train']['documents']:,} documents, license {manifest.license}"
             if manifest
             else "not to be found"
         )
-        place = Box("data", life.source.folder.name, f"{life.source.hash[:12]}  {about}", max(column - 1, 0))
+        place = Node("data", life.data.folder.name, f"{life.data.hash[:12]}  {about}", max(column - 1, 0))
         boxes.append(place)
         before.insert(0, len(boxes) - 1)
         column = max(column, place.column + 1)
     if life.training:
         run = life.training
         if run.sweep:
-            boxes.append(Box("sweep", run.sweep, f"{run.trials} trials", column, tuple(before)))
+            boxes.append(Node("sweep", run.sweep, f"{run.trials} trials", column, tuple(before)))
             before, column = [len(boxes) - 1], column + 1
         kind = "trial" if run.sweep else run.job
-        boxes.append(Box(kind, run.name, f"step {run.step:,}", column, tuple(before)))
+        boxes.append(Node(kind, run.name, f"step {run.step:,}", column, tuple(before)))
         before, column = [len(boxes) - 1], column + 1
-    boxes.append(Box("bundle", life.name, life.bundle.hash[:12], column, tuple(before)))
+    boxes.append(Node("bundle", life.name, life.bundle.hash[:12], column, tuple(before)))
     return len(boxes) - 1
 
 
-def write_lineage(file: Path, life: Life) -> Path:
+def write_lineage_page(file: Path, life: Lineage) -> Path:
     """Write the page; return its path."""
-    faults = life.all_faults()
+    faults = life.all_problems()
     told = (
         f"<p class=verdict>Not whole: {text('; '.join(faults))}</p>"
         if faults
         else "<p class=verdict>Whole: each step was found, and each hash is right.</p>"
     )
-    rows = [(text(box.kind), text(box.title), text(box.about)) for box in boxes_of(life)]
-    sections = [("Picture", draw(boxes_of(life))), ("List", table(("", "what", "about"), rows))]
+    rows = [(text(box.kind), text(box.title), text(box.about)) for box in lineage_nodes(life)]
+    sections = [("Picture", draw(lineage_nodes(life))), ("List", table(("", "what", "about"), rows))]
     return write_html(file, life.name, f"{life.name}: where it came from", told, sections)
 
 
-def draw(boxes: list[Box]) -> str:
+def draw(boxes: list[Node]) -> str:
     """Return the boxes as inline SVG: time goes to the right, boxes of one column lie under each other."""
     places: list[tuple[float, float]] = []
     filled: dict[int, int] = {}

@@ -18,11 +18,11 @@ BINS = 15  # of equal width, as Guo et al. 2017 (https://arxiv.org/abs/1706.0459
 EDGES = torch.linspace(0, 1, BINS + 1).numpy()
 
 
-def quick(objective: Objective, scores: Scores) -> dict[str, float]:
+def compute_metrics(objective: Objective, scores: Scores) -> dict[str, float]:
     """Return the objective's own metrics and those here. Runs on each resample."""
     found = objective.summarize(scores)
     if "predicted" in scores:
-        found |= _from_counts(confusion(scores, len(objective.labels)))
+        found |= _from_counts(confusion_matrix(scores, len(objective.labels)))
         if "confidence" in scores:
             found["calibration_error"] = _calibration_error(scores)
     if "bytes" in scores:
@@ -30,7 +30,7 @@ def quick(objective: Objective, scores: Scores) -> dict[str, float]:
     return found
 
 
-def from_libraries(objective: Objective, scores: Scores) -> dict[str, float]:
+def reference_values(objective: Objective, scores: Scores) -> dict[str, float]:
     """Return those of `quick`'s figures that a library computes, from that library."""
     if "predicted" not in scores:
         return {}
@@ -51,7 +51,7 @@ def from_libraries(objective: Objective, scores: Scores) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def confusion(scores: Scores, classes: int) -> np.ndarray:
+def confusion_matrix(scores: Scores, classes: int) -> np.ndarray:
     """Count examples by label (rows) and by the class named (columns): int64 [classes, classes]."""
     cell = scores["label"].astype(np.int64) * classes + scores["predicted"]
     return np.bincount(cell, minlength=classes * classes).reshape(classes, classes)
@@ -86,7 +86,7 @@ def _bins(scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return sums[0], sums[1], sums[2]
 
 
-def details(objective: Objective, scores: Scores) -> dict[str, Any]:
+def classification_details(objective: Objective, scores: Scores) -> dict[str, Any]:
     """Return what a page draws of a classification: labels, confusion, reliability and the table of classes; else nothing."""
     if "predicted" not in scores:
         return {}
@@ -98,7 +98,7 @@ def details(objective: Objective, scores: Scores) -> dict[str, Any]:
     )
     found: dict[str, Any] = {
         "labels": objective.labels,
-        "confusion": confusion(scores, classes).tolist(),
+        "confusion": confusion_matrix(scores, classes).tolist(),
         "classes": [
             {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "examples": int(n)}
             for label, p, r, f, n in zip(objective.labels, *columns, strict=True)

@@ -12,12 +12,12 @@ import torch
 
 from engine.bundles.bundle import Bundle
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Interval, intervals
+from engine.evaluate.bootstrap import Interval, bootstrap_intervals
 from engine.objectives.contract import Scores
 
 
 @dataclass(frozen=True)
-class PairCheck:
+class PairEvaluation:
     """What was found over the pairs, and those that the model takes most differently."""
 
     file: str
@@ -31,9 +31,9 @@ class PairCheck:
         return {"file": self.file, "pairs": self.pairs, "metrics": metrics, "extremes": self.extremes}
 
 
-def check_pairs(
+def evaluate_pairs(
     bundle: Bundle, model: torch.nn.Module, file: Path, confidence: float, resamples: int, seed: int
-) -> PairCheck:
+) -> PairEvaluation:
     """Ask the model about both texts of each pair.
 
     A classifier: `flipped` is the share of pairs whose two texts get different labels, `shift LABEL` the mean difference,
@@ -52,7 +52,7 @@ def check_pairs(
         )
     size = sum(np.abs(values) for name, values in scores.items() if name.startswith("shift"))
     most = [{**pairs[i], **{name: float(values[i]) for name, values in scores.items()}} for i in np.argsort(-size)[:5]]
-    return PairCheck(str(file), len(pairs), intervals(summarize, scores, confidence, resamples, seed), most)
+    return PairEvaluation(str(file), len(pairs), bootstrap_intervals(summarize, scores, confidence, resamples, seed), most)
 
 
 def read_pairs(file: Path) -> list[dict[str, str]]:

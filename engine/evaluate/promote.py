@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
-from engine.bundles.lineage import life_of
+from engine.bundles.lineage import trace_lineage
 from engine.bundles.promotion import Alias
 from engine.bundles.registry import Registry, Version
 from engine.config import Config, with_values
@@ -18,8 +18,8 @@ from engine.evaluate.evaluate import (
     check_same_data,
     compare_evaluations,
     evaluate_bundle,
-    in_words,
-    on_its_own_data,
+    describe_comparison,
+    with_training_data,
 )
 from engine.progress import console
 
@@ -29,14 +29,14 @@ class Decision:
     """Whether a candidate becomes the champion, and why: the reason is kept with the promotion."""
 
     promote: bool
-    why: str
+    reason: str
 
 
-def decide(compared: Comparison | None, names: tuple[str, str], override: str | None) -> Decision:
+def decide_promotion(compared: Comparison | None, names: tuple[str, str], override: str | None) -> Decision:
     """Decide by the comparison with the champion (None: there is none yet) and by the override's reason."""
     if compared is None:
         return Decision(True, override or "the first champion of this name")
-    told = in_words(compared, names)
+    told = describe_comparison(compared, names)
     if compared.verdict == "better":
         return Decision(True, told)
     if override:
@@ -53,49 +53,49 @@ def promote(config: Config, data_given: bool) -> Version:
     assert config.bundle
     runs_dir, registry = Path(config.runs_dir), Registry(config.tracking_uri, config.registry_dir)
     folder = find_bundle(config.bundle, runs_dir, config.tracking_uri)
-    name = config.promote.model or name_of(config.bundle, folder, registry)
+    name = config.promote.model or registered_name(config.bundle, folder, registry)
     candidate = Bundle.open(folder)
     candidate.verify()
     candidate.replay(candidate.model())
     console.print("verified  the hashes of all files; the golden outputs are as recorded")
-    faults = life_of(candidate, config.bundle, runs_dir, registry).all_faults()
+    faults = trace_lineage(candidate, config.bundle, runs_dir, registry).all_problems()
     if faults:
         raise UserError(f"the lineage of {config.bundle} is not whole: {'; '.join(faults)}")
     console.print("traced    data, runs and the bundles before it, each by its hash")
 
     alias = Alias(registry, name, config.tracking.alias)
-    start = alias.present()
+    start = alias.current()
     champion = registry.lookup(f"{name}/{start}") if start else None
     if champion and champion.hash == candidate.hash:
         console.print(f"{champion} is the {config.tracking.alias} already")
         return champion
     compared = None
     if champion:
-        compared = against(candidate, registry.fetch(champion), (config.bundle, str(champion)), config, data_given)
-    decision = decide(compared, (config.bundle, str(champion)), config.promote.reason)
+        compared = compare_with_champion(candidate, registry.fetch(champion), (config.bundle, str(champion)), config, data_given)
+    decision = decide_promotion(compared, (config.bundle, str(champion)), config.promote.reason)
     if not decision.promote:
-        raise UserError(decision.why)
+        raise UserError(decision.reason)
     version = registry.register(candidate, name)
     registry.fetch(version).verify()  # the bytes that are kept, and not only those that were given
-    alias.move("promote", start, version.number, decision.why)
-    console.print(f"promoted  {version} is the {config.tracking.alias}: {decision.why}")
+    alias.move("promote", start, version.number, decision.reason)
+    console.print(f"promoted  {version} is the {config.tracking.alias}: {decision.reason}")
     return version
 
 
-def against(
+def compare_with_champion(
     candidate: Bundle, champion: Bundle, names: tuple[str, str], config: Config, data_given: bool
 ) -> Comparison:
     """Compare the two on the same examples. Raises UserError where they can't be."""
     check_comparable(candidate, champion)
     if not data_given:
         check_same_data(candidate, champion, names)
-        config = on_its_own_data(config, candidate, names[0])
+        config = with_training_data(config, candidate, names[0])
     config = with_values(config, {"evaluate.images": 0})  # the verdict is of the examples' scores
     first, second = (evaluate_bundle(bundle.folder, config) for bundle in (candidate, champion))
     return compare_evaluations(first, second, config)
 
 
-def name_of(reference: str, folder: Path, registry: Registry) -> str:
+def registered_name(reference: str, folder: Path, registry: Registry) -> str:
     """Return the registered name of a version, else the run's, else what the bundle is called."""
     if registry.folder in folder.absolute().parents and (version := registry.lookup(reference)):
         return version.name

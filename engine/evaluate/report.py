@@ -59,7 +59,7 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
     title = facts.get("name", folder.name)
     lead = (
         f"<p class=mute>{minutes(facts['seconds'])} in all, on {text(facts['machine'].get('processor', 'this machine'))}</p>"
-        f"<p class=verdict>{text(verdict(facts))}</p>"
+        f"<p class=verdict>{text(pretraining_conclusion(facts))}</p>"
     )
     return write_html(folder / "report.html", title, f"{title}: from raw text to an endpoint", lead, sections)
 
@@ -82,7 +82,7 @@ def minutes(seconds: dict[str, float]) -> str:
     return f"{whole / 60:.1f} minutes" if whole >= 120 else f"{whole:.0f} seconds"
 
 
-def verdict(facts: dict[str, Any]) -> str:
+def pretraining_conclusion(facts: dict[str, Any]) -> str:
     """Say plainly whether pre-training paid."""
     tuned, scratch, paid = facts["accuracy"]["finetuned"], facts["accuracy"]["scratch"], facts["pretraining_paid"]
     says = {

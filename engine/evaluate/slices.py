@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Interval, Summary, gap, intervals, take
+from engine.evaluate.bootstrap import Interval, Summarize, unpaired_differences, bootstrap_intervals, select
 from engine.objectives.contract import Scores
 
-MOST_GROUPS = 50
+MAX_GROUPS = 50
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ class Slice:
         }
 
 
-def by_group(
-    summarize: Summary, scores: Scores, groups: Sequence[str], confidence: float, resamples: int, seed: int
+def evaluate_slices(
+    summarize: Summarize, scores: Scores, groups: Sequence[str], confidence: float, resamples: int, seed: int
 ) -> list[Slice]:
     """Measure each group, the largest first. Raises UserError for a column that doesn't name groups."""
     names, sizes = np.unique(np.array(groups), return_counts=True)
-    if not 2 <= len(names) <= MOST_GROUPS:
+    if not 2 <= len(names) <= MAX_GROUPS:
         raise UserError(
-            f"evaluate.slice_column has {len(names):,} different values and groups need 2 to {MOST_GROUPS}: name another column"
+            f"evaluate.slice_column has {len(names):,} different values and groups need 2 to {MAX_GROUPS}: name another column"
         )
     found = []
     for name in names[np.argsort(-sizes, kind="stable")]:
         inside = np.array(groups) == name
-        own, others = take(scores, inside), take(scores, ~inside)
+        own, others = select(scores, inside), select(scores, ~inside)
         found.append(
             Slice(
-                str(name), int(inside.sum()), intervals(summarize, own, confidence, resamples, seed),
-                gap(summarize, own, others, confidence, resamples, seed),
+                str(name), int(inside.sum()), bootstrap_intervals(summarize, own, confidence, resamples, seed),
+                unpaired_differences(summarize, own, others, confidence, resamples, seed),
             )
         )  # fmt: skip
     return found

@@ -21,7 +21,7 @@ LEGEND = (
 )
 
 
-def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
+def write_sweep_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
     """Write sweep.html in `folder` from the facts of sweep.json; return its path."""
     trials = facts["trials"]
     bundle = facts["bundle"]
@@ -38,7 +38,7 @@ def write_page(folder: Path, name: str, facts: dict[str, Any]) -> Path:
         ("Every trial, axis by axis", picture(draw_parallel(trials, facts["metric"], facts["best"]["name"])) + LEGEND),
         ("Learning curves", picture(draw_curves(trials, facts["metric"], facts["best"]["name"]))),
         ("Which values mattered", importance(facts["importances"])),
-        ("What stopping early has saved", f"<p>{text(told_saved(saved(folder, trials), facts['seconds']))}</p>"),
+        ("What stopping early has saved", f"<p>{text(describe_saved(saved_steps(folder, trials), facts['seconds']))}</p>"),
         *([("Not beaten in all metrics", front(facts))] if facts["front"] else []),
         *([("Who went on from whom", exploits(facts))] if facts["exploits"] else []),
         ("The trials", listed(trials, facts["metric"], facts["mode"])),
@@ -51,7 +51,7 @@ def values(params: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
 
 
-def saved(folder: Path, trials: list[dict[str, Any]]) -> dict[str, float]:
+def saved_steps(folder: Path, trials: list[dict[str, Any]]) -> dict[str, float]:
     """Return the steps taken and not taken, and the seconds that the latter would have cost at each trial's own pace."""
     stopped = [trial for trial in trials if trial["state"] == "stopped early" and trial["steps"]]
     left = {trial["name"]: trial["budget"] - trial["steps"] for trial in stopped}
@@ -68,7 +68,7 @@ def pace(file: Path) -> float:
     return statistics.median([json.loads(line)["seconds"] for line in lines if line.endswith("}")] or [0.0])
 
 
-def told_saved(found: dict[str, float], seconds: float) -> str:
+def describe_saved(found: dict[str, float], seconds: float) -> str:
     """Say what was saved."""
     if not found["steps"]:
         return f"No trial was stopped early: {found['taken']:,} steps were taken, in {seconds:.0f} s."

@@ -17,11 +17,11 @@ import numpy as np
 from scipy import stats
 
 BINS = 10
-FEWEST = 5  # samples that a bin of both together must have, or it is joined to its neighbour
+MIN_BIN_COUNT = 5  # samples that a bin of both together must have, or it is joined to its neighbour
 
 
 @dataclass(frozen=True)
-class Sample:
+class RequestStats:
     """What is measured of some requests; a measure that doesn't apply is empty."""
 
     lengths: Sequence[float]  # tokens of each input
@@ -38,20 +38,20 @@ class Drift:
     measure: str
     before: float  # mean; of labels and tokens: the share of the class (bin) that changed most
     after: float
-    size: float  # PSI; of ratings: the difference of the shares of bad ones
-    p: float
-    real: bool
-    samples: tuple[int, int]
+    effect_size: float  # PSI; of ratings: the difference of the shares of bad ones
+    p_value: float
+    is_drift: bool
+    num_samples: tuple[int, int]
 
 
-def drifts(reference: Sample, recent: Sample, least_psi: float, least_bad: float, significance: float) -> list[Drift]:
+def measure_drift(reference: RequestStats, recent: RequestStats, least_psi: float, least_bad: float, significance: float) -> list[Drift]:
     """Compare each measure that both have enough of. A real drift is `least_psi` (ratings: `least_bad`) at least."""
     found = []
     names = [name for name in ("lengths", "tokens", "confidence", "labels", "bad") if len(getattr(reference, name)) and len(getattr(recent, name))]  # fmt: skip
     for name in names:
         old, new = getattr(reference, name), getattr(recent, name)
         if name == "bad":
-            size, p = worse(old, new)
+            size, p = bad_rating_increase(old, new)
             before, after, least = float(np.mean(old)), float(np.mean(new)), least_bad
         else:
             numeric = name in ("lengths", "confidence")
@@ -78,7 +78,7 @@ def numeric_bins(old: Sequence[float], new: Sequence[float]) -> tuple[np.ndarray
     """Count both in the deciles of the old ones."""
     edges = np.unique(np.quantile(np.asarray(old, dtype=float), np.arange(1, BINS) / BINS))
     counts = [np.bincount(np.searchsorted(edges, np.asarray(it, dtype=float), side="right"), minlength=len(edges) + 1) for it in (old, new)]  # fmt: skip
-    return joined(counts[0], counts[1])
+    return merge_small_bins(counts[0], counts[1])
 
 
 def class_bins(old: Sequence[object], new: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
@@ -90,14 +90,14 @@ def class_bins(old: Sequence[object], new: Sequence[object]) -> tuple[np.ndarray
         values = np.asarray(it)
         each = [int((values == name).sum()) for name in kept]
         counts.append(np.array([*each, len(values) - sum(each)]))
-    return joined(counts[0], counts[1])
+    return merge_small_bins(counts[0], counts[1])
 
 
-def joined(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_small_bins(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Join each bin that has too few samples to the one before it."""
     pairs: list[list[int]] = []
     for a, b in zip(old.tolist(), new.tolist(), strict=True):
-        if pairs and (a + b < FEWEST or sum(pairs[-1]) < FEWEST):
+        if pairs and (a + b < MIN_BIN_COUNT or sum(pairs[-1]) < MIN_BIN_COUNT):
             pairs[-1] = [pairs[-1][0] + a, pairs[-1][1] + b]
         else:
             pairs.append([a, b])
@@ -111,7 +111,7 @@ def largest_change(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
     return float(p[most]), float(q[most])
 
 
-def worse(old: Sequence[bool], new: Sequence[bool]) -> tuple[float, float]:
+def bad_rating_increase(old: Sequence[bool], new: Sequence[bool]) -> tuple[float, float]:
     """Return by how much the share of bad ratings has grown, and the p-value of Fisher's test that it has."""
     table = [[sum(new), len(new) - sum(new)], [sum(old), len(old) - sum(old)]]
     return float(np.mean(new) - np.mean(old)), float(stats.fisher_exact(table, alternative="greater").pvalue)

@@ -14,30 +14,30 @@ from torch import nn
 
 from engine.bundles.bundle import Bundle
 from engine.data.shards import Split
-from engine.improve.drift import Sample
+from engine.improve.drift import RequestStats
 from engine.objectives.contract import Objective
 from engine.serve.http.feedback_store import read_records
 
-MEASURED = 500  # texts whose confidence is measured anew, at most
-TEST_SHARE = 0.3  # of what clients said: kept for the gate
+MAX_SCORED_TEXTS = 500  # texts whose confidence is measured anew, at most
+TEST_FRACTION = 0.3  # of what clients said: kept for the gate
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecordedRequest:
     """One recorded request with one input."""
 
-    id: str
+    request_id: str
     text: str
     answer: str  # label, or text
     confidence: float | None  # of a classification
 
 
 @dataclass(frozen=True)
-class Told:
+class Feedback:
     """The last thing that was said of one request."""
 
-    request: str
-    bad: bool | None  # None: no rating
+    request_id: str
+    is_bad: bool | None  # None: no rating
     label: str | None
     text: str | None
 
@@ -50,14 +50,14 @@ class Example:
     label: str | None = None
 
     @property
-    def tests(self) -> bool:
+    def is_held_out(self) -> bool:
         """Whether it is kept for the gate: a pure function of the text, so that nothing is learnt that tests later."""
-        return hashlib.sha256(self.text.encode()).digest()[0] < 256 * TEST_SHARE
+        return hashlib.sha256(self.text.encode()).digest()[0] < 256 * TEST_FRACTION
 
 
-def records_of(folders: Sequence[Path], version: str) -> tuple[list[Asked], list[Told]]:
+def read_requests_and_feedback(folders: Sequence[Path], version: str) -> tuple[list[RecordedRequest], list[Feedback]]:
     """Read what was asked of the bundle whose hash begins with `version`, and what was said of it, the eldest first."""
-    asked, told = [], dict[str, Told]()
+    asked, told = [], dict[str, Feedback]()
     for folder in folders:
         for row in read_records(folder, "requests").to_pylist():
             if row["version"] and version.startswith(row["version"]):
@@ -66,11 +66,11 @@ def records_of(folders: Sequence[Path], version: str) -> tuple[list[Asked], list
             if row["version"] and version.startswith(row["version"]):
                 rated = None if row["rating"] is None else row["rating"] < 0
                 told.pop(row["request"], None)
-                told[row["request"]] = Told(row["request"], rated, row["label"], row["text"])
+                told[row["request"]] = Feedback(row["request"], rated, row["label"], row["text"])
     return asked, list(told.values())
 
 
-def _inputs(row: dict[str, Any]) -> list[Asked]:
+def _inputs(row: dict[str, Any]) -> list[RecordedRequest]:
     """Return the inputs of a recorded request, each with its answer; none where they aren't texts."""
     body, answers = json.loads(row["input"]), json.loads(row["output"])
     given = body["messages"][-1]["content"] if "messages" in body else body.get("input", body.get("prompt"))
@@ -82,39 +82,39 @@ def _inputs(row: dict[str, Any]) -> list[Asked]:
         scores = answer.get("scores")
         confidence = max(scores.values()) if scores else None
         one = row["request"] if len(texts) == 1 else f"{row['request']}/{i}"  # what is said of several is said of none
-        found.append(Asked(one, text, answer.get("label") or answer.get("text", ""), confidence))
+        found.append(RecordedRequest(one, text, answer.get("label") or answer.get("text", ""), confidence))
     return found
 
 
-def examples_from(asked: Sequence[Asked], told: Sequence[Told], labels: Sequence[str]) -> tuple[list[Example], int]:
+def examples_from_feedback(asked: Sequence[RecordedRequest], told: Sequence[Feedback], labels: Sequence[str]) -> tuple[list[Example], int]:
     """Return what can be learnt of what was said, and how many corrections name labels that the model doesn't know.
 
     A correction is taken as it is; an answer that was rated good is taken as right. Of a request that wasn't kept nothing is.
     """
-    by_id = {it.id: it for it in asked}
+    by_id = {it.request_id: it for it in asked}
     found: dict[str, Example] = {}
     unknown = 0
     for it in told:
-        of = by_id.get(it.request)
+        of = by_id.get(it.request_id)
         if of is None:
             continue
         if labels:
-            label = it.label or (of.answer if it.bad is False else None)
+            label = it.label or (of.answer if it.is_bad is False else None)
             if label is not None and label not in labels:
                 unknown += 1
             elif label is not None:
                 found[of.text] = Example(of.text, label)
-        elif text := it.text or (of.answer if it.bad is False else None):
+        elif text := it.text or (of.answer if it.is_bad is False else None):
             found[of.text] = Example(of.text + text)
     return list(found.values()), unknown
 
 
-def learnt(split: Split, objective: Objective, wanted: int) -> list[Example]:
+def training_examples(split: Split, objective: Objective, wanted: int) -> list[Example]:
     """Return up to `wanted` examples of a prepared split, evenly spaced, and one at least of each label."""
-    places = {i * split.rows // wanted for i in range(wanted)} if split.rows > wanted else set(range(split.rows))
+    places = {i * split.num_rows // wanted for i in range(wanted)} if split.num_rows > wanted else set(range(split.num_rows))
     if objective.labels:
         firsts: dict[int, int] = {}
-        for i in range(split.rows):
+        for i in range(split.num_rows):
             firsts.setdefault(split.label(i), i)
         places |= set(firsts.values())
     labels = split.manifest.labels
@@ -131,7 +131,7 @@ def write_examples(file: Path, examples: Sequence[Example]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def sample_of(bundle: Bundle, model: nn.Module, asked: Sequence[Asked], bad: Sequence[bool]) -> Sample:
+def measure_requests(bundle: Bundle, model: nn.Module, asked: Sequence[RecordedRequest], bad: Sequence[bool]) -> RequestStats:
     """Measure some requests."""
     objective = bundle.objective()
     rows = objective.tokenizer([it.text for it in asked])["input_ids"] if asked else []
@@ -139,21 +139,21 @@ def sample_of(bundle: Bundle, model: nn.Module, asked: Sequence[Asked], bad: Seq
         confidence = [it.confidence for it in asked if it.confidence is not None]
         labels = [it.answer for it in asked]
     else:
-        chosen = asked[:: max(len(asked) // MEASURED, 1)]
+        chosen = asked[:: max(len(asked) // MAX_SCORED_TEXTS, 1)]
         confidence, labels = text_confidence(objective, model, chosen), []
-    return Sample([len(row) for row in rows], [token for row in rows for token in row], confidence, labels, bad)
+    return RequestStats([len(row) for row in rows], [token for row in rows for token in row], confidence, labels, bad)
 
 
-def sample_of_learnt(bundle: Bundle, model: nn.Module, examples: Sequence[Example]) -> Sample:
+def measure_examples(bundle: Bundle, model: nn.Module, examples: Sequence[Example]) -> RequestStats:
     """Measure examples that the model was trained with, as if they were asked now. For classifications."""
     texts = [it.text for it in examples]
     answers = bundle.objective().predict(model, [{"text": text} for text in texts])
-    asked = [Asked("", text, it["label"], max(it["scores"].values())) for text, it in zip(texts, answers, strict=True)]
-    return sample_of(bundle, model, asked, [])
+    asked = [RecordedRequest("", text, it["label"], max(it["scores"].values())) for text, it in zip(texts, answers, strict=True)]
+    return measure_requests(bundle, model, asked, [])
 
 
 @torch.inference_mode()
-def text_confidence(objective: Objective, model: nn.Module, asked: Sequence[Asked]) -> list[float]:
+def text_confidence(objective: Objective, model: nn.Module, asked: Sequence[RecordedRequest]) -> list[float]:
     """Return the geometric mean of the probabilities that a model gives to the tokens of each answer to a text."""
     limit = objective.sequence_length
     requests = []

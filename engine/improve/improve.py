@@ -18,22 +18,22 @@ from engine.config import Config, with_values
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison
-from engine.evaluate.evaluate import in_words
-from engine.evaluate.promote import against, decide, name_of
-from engine.improve.drift import Drift, Sample, drifts
+from engine.evaluate.evaluate import describe_comparison
+from engine.evaluate.promote import compare_with_champion, decide_promotion, registered_name
+from engine.improve.drift import Drift, RequestStats, measure_drift
 from engine.improve.examples import (
     Example,
-    examples_from,
-    learnt,
-    records_of,
-    sample_of,
-    sample_of_learnt,
+    examples_from_feedback,
+    training_examples,
+    read_requests_and_feedback,
+    measure_requests,
+    measure_examples,
     write_examples,
 )
 from engine.progress import console
 from engine.train.launch import train
 
-CLEAR = {"lengths": "tokens of an input", "tokens": "words (share of the one that changed most)", "confidence": "confidence",
+MEASURE_LABELS = {"lengths": "tokens of an input", "tokens": "words (share of the one that changed most)", "confidence": "confidence",
          "labels": "answers (share of the label that changed most)", "bad": "bad ratings"}  # fmt: skip
 REFERENCE = 500  # held-out examples of the training data that stand for what was learnt, at most
 
@@ -41,7 +41,7 @@ Session = Callable[[Config], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Findings:
+class DriftReport:
     """What was found before anything is done."""
 
     bundle: Bundle
@@ -52,9 +52,9 @@ class Findings:
     feedback: int
 
     @property
-    def real(self) -> bool:
+    def has_drifted(self) -> bool:
         """Whether something has drifted."""
-        return any(it.real for it in self.measured)
+        return any(it.is_drift for it in self.measured)
 
 
 def improve(config: Config, session: Session) -> int:
@@ -78,13 +78,13 @@ def improve_once(config: Config, session: Session, used: dict[str, int]) -> int:
     """Look and act once. `used`: examples, by bundle, that were there when it was last learnt from; kept up to date."""
     assert config.bundle
     folder = find_bundle(config.bundle, Path(config.runs_dir), config.tracking_uri)
-    found = look(config, Bundle.open(folder))
+    found = measure(config, Bundle.open(folder))
     show(found)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     facts = {"bundle": found.bundle.hash, "requests": found.requests, "feedback": found.feedback, "examples": len(found.examples), "drift": [asdict(it) for it in found.measured]}  # fmt: skip
     (config.run_dir / "drift.json").write_text(json.dumps(facts, indent=1) + "\n")
     options = config.improve
-    if not found.real:
+    if not found.has_drifted:
         console.print("nothing has drifted: nothing to do")
         return 0
     new = len(found.examples) - used.get(found.bundle.hash, 0)
@@ -98,14 +98,14 @@ def improve_once(config: Config, session: Session, used: dict[str, int]) -> int:
         console.print(f"drifted, and {len(found.examples)} examples to learn from: improve.apply=true trains, tests and registers")  # fmt: skip
         return 0
     used[found.bundle.hash] = len(found.examples)
-    return act(config, found, folder, session)
+    return train_and_register(config, found, folder, session)
 
 
-def look(config: Config, bundle: Bundle) -> Findings:
+def measure(config: Config, bundle: Bundle) -> DriftReport:
     """Measure what was recorded of a bundle against what it was trained on. Raises UserError where too little was."""
     options = config.improve
     folders = [Path(options.records)] if options.records else sorted(Path(config.runs_dir).glob("*/feedback"))
-    asked, told = records_of(folders, bundle.hash)
+    asked, told = read_requests_and_feedback(folders, bundle.hash)
     if len(asked) < options.min_requests:
         where = ", ".join(map(str, folders)) or f"{config.runs_dir}/*/feedback"
         raise UserError(
@@ -113,64 +113,64 @@ def look(config: Config, bundle: Bundle) -> Findings:
             f"is {options.min_requests}: clients let a request be kept with store=true"
         )
     objective, model = bundle.objective(), bundle.model()
-    recent, ratings = asked[-options.recent :], [it.bad for it in told if it.bad is not None]
+    recent, ratings = asked[-options.recent :], [it.is_bad for it in told if it.is_bad is not None]
     half = len(ratings) // 2
-    now = sample_of(bundle, model, recent, ratings[half:])
+    now = measure_requests(bundle, model, recent, ratings[half:])
     if objective.labels:
-        reference = sample_of_learnt(bundle, model, learnt(_split(bundle, "validation"), objective, REFERENCE))
-        reference = Sample(reference.lengths, reference.tokens, reference.confidence, reference.labels, ratings[:half])
+        reference = measure_examples(bundle, model, training_examples(_split(bundle, "validation"), objective, REFERENCE))
+        reference = RequestStats(reference.lengths, reference.tokens, reference.confidence, reference.labels, ratings[:half])
     else:  # prompts are no documents: the earlier ones are what the later ones are compared with
         middle = len(asked) // 2
-        reference = sample_of(bundle, model, asked[:middle], ratings[:half])
-        now = sample_of(bundle, model, asked[middle:][-options.recent :], ratings[half:])
-    measured = drifts(reference, now, options.least_psi, options.least_bad, options.significance)
-    examples, unknown = examples_from(asked, told, objective.labels)
-    return Findings(bundle, measured, examples, unknown, len(asked), len(told))
+        reference = measure_requests(bundle, model, asked[:middle], ratings[:half])
+        now = measure_requests(bundle, model, asked[middle:][-options.recent :], ratings[half:])
+    measured = measure_drift(reference, now, options.least_psi, options.least_bad, options.significance)
+    examples, unknown = examples_from_feedback(asked, told, objective.labels)
+    return DriftReport(bundle, measured, examples, unknown, len(asked), len(told))
 
 
-def show(found: Findings) -> None:
+def show(found: DriftReport) -> None:
     """Print what was found."""
     console.print(f"{found.requests:,} requests and feedback on {found.feedback:,} of {found.bundle.folder}")
     table = Table("measure", "then", "now", "PSI or difference", "p", "samples", "drifted")
     for it in found.measured:
         table.add_row(
-            CLEAR[it.measure], f"{it.before:.3g}", f"{it.after:.3g}", f"{it.size:.3f}", f"{it.p:.2g}",
-            f"{it.samples[0]:,} / {it.samples[1]:,}", "yes" if it.real else "no",
+            MEASURE_LABELS[it.measure], f"{it.before:.3g}", f"{it.after:.3g}", f"{it.effect_size:.3f}", f"{it.p_value:.2g}",
+            f"{it.num_samples[0]:,} / {it.num_samples[1]:,}", "yes" if it.is_drift else "no",
         )  # fmt: skip
     console.print(table)
     if found.unknown:
         console.print(f"{found.unknown} corrections name labels that the model doesn't know: left out")
 
 
-def act(config: Config, found: Findings, folder: Path, session: Session) -> int:
+def train_and_register(config: Config, found: DriftReport, folder: Path, session: Session) -> int:
     """Train from the bundle on what was learnt before and what is new, compare the two on examples held back, register."""
     assert config.bundle
-    training = build(config, found, folder)
+    training = training_config(config, found, folder)
     with session(training):
         outcome = train(training)
     candidate = Bundle.open(outcome.run.bundle)
     names = (training.name, config.bundle)
-    compared: Comparison = against(candidate, found.bundle, names, training, data_given=True)
-    decision = decide(compared, names, None)
+    compared: Comparison = compare_with_champion(candidate, found.bundle, names, training, data_given=True)
+    decision = decide_promotion(compared, names, None)
     if not decision.promote:
-        console.print(f"not good enough: {in_words(compared, names)}")
+        console.print(f"not good enough: {describe_comparison(compared, names)}")
         return 3
     registry = Registry(config.tracking_uri, config.registry_dir)
-    name = config.promote.model or name_of(config.bundle, folder, registry)
+    name = config.promote.model or registered_name(config.bundle, folder, registry)
     version = registry.register(candidate, name)
-    console.print(f"registered {version}: {decision.why}")
+    console.print(f"registered {version}: {decision.reason}")
     console.print(f"try it:    manta deploy bundle={version} serve.names={name} serve.strategy=canary cluster=auto")
     console.print(f"then:      manta promote {version} promote.reason='its canary went well'")
     return 0
 
 
-def build(config: Config, found: Findings, folder: Path) -> Config:
+def training_config(config: Config, found: DriftReport, folder: Path) -> Config:
     """Write the examples to learn and those to test with, and return the config of the training."""
     options, home = config.improve, config.run_dir / "examples"
     objective = found.bundle.objective()
-    new = {tests: [it for it in found.examples if it.tests == tests] for tests in (True, False)}
-    old = learnt(_split(found.bundle, "train"), objective, round(options.replay * len(new[False])))
-    held = learnt(_split(found.bundle, "test"), objective, max(len(new[True]), 1))
+    new = {tests: [it for it in found.examples if it.is_held_out == tests] for tests in (True, False)}
+    old = training_examples(_split(found.bundle, "train"), objective, round(options.replay * len(new[False])))
+    held = training_examples(_split(found.bundle, "test"), objective, max(len(new[True]), 1))
     write_examples(home / "train.jsonl", new[False] + old)
     write_examples(home / "test.jsonl", new[True] + held)
     values = {

@@ -10,9 +10,9 @@ from engine.bundles.bundle import Bundle, write_bundle
 from engine.config import Config
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
-from engine.data.processor import prepared_processor
+from engine.data.processor import load_prepared_processor
 from engine.data.shards import Split
-from engine.models.build import build
+from engine.models.build import build_model
 from engine.objectives.contract import Objective, objective_class
 
 
@@ -46,9 +46,9 @@ def taught_bundle(config: Config, folder: Path, steps: int) -> Bundle:
 def objective_and_model(config: Config, seed: int) -> tuple[Objective, torch.nn.Module]:
     """Return the task on the config's data, and a model with fresh weights."""
     data = prepare(config)
-    processor, labels = prepared_processor(data), Manifest.load(data).labels
+    processor, labels = load_prepared_processor(data), Manifest.load(data).labels
     objective = objective_class(config.objective.name)(config.objective, processor, config.data.sequence_length, labels)
-    return objective, build(config.model, processor, objective.auto_class, objective.model_options(), seed)
+    return objective, build_model(config.model, processor, objective.auto_class, objective.model_options(), seed)
 
 
 def written(config: Config, objective: Objective, model: torch.nn.Module, folder: Path) -> Bundle:

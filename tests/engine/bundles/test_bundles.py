@@ -152,7 +152,7 @@ def test_a_plain_hugging_face_folder_is_a_bundle_too(written: Bundle, copy: Path
     (copy / "manta.json").unlink()
     plain = Bundle.open(copy)
     plain.verify()
-    assert not plain.managed
+    assert not plain.has_manifest
     request = [{"prompt": "def f", "max_tokens": 4}]
     assert plain.objective().predict(plain.model(), request) == written.objective().predict(written.model(), request)
     with pytest.raises(UserError, match="holds no model"):

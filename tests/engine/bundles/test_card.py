@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from engine.bundles.bundle import Bundle, Manifest
-from engine.bundles.card import add_evaluation, evaluations, write_card
+from engine.bundles.card import add_evaluation, read_evaluations, write_card
 from engine.errors import UserError
 from tests.lives import Lives
 
@@ -55,8 +55,8 @@ def test_an_evaluation_is_added_and_the_bundle_still_verifies(folder: Path) -> N
         add_evaluation(folder, bundle.hash, {"id": number, "note": "a --> b"}, f"accuracy of round {number} <!-- x")
         Bundle.open(folder).verify()
     assert Bundle.open(folder).hash == bundle.hash
-    assert [found["id"] for found in evaluations(folder)] == [0, 1]
-    assert evaluations(folder)[0]["note"] == "a --> b"
+    assert [found["id"] for found in read_evaluations(folder)] == [0, 1]
+    assert read_evaluations(folder)[0]["note"] == "a --> b"
     assert (folder / "README.md").read_text().index("round 0") < (folder / "README.md").read_text().index("round 1")
     ModelCard.load(folder / "README.md")
     assert [path for path in folder.parent.iterdir() if path.name.startswith(".")] == []
@@ -108,7 +108,7 @@ def test_a_bundle_from_before_there_were_cards_still_verifies(folder: Path) -> N
     (folder / "manta.json").write_text(json.dumps(tree))
     old = Bundle.open(folder)
     old.verify()
-    assert evaluations(folder) == []
+    assert read_evaluations(folder) == []
     assert Manifest(**tree).content_hash() == tree["hash"]
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
-from engine.bundles.promotion import Alias, Move, history
+from engine.bundles.promotion import Alias, Move, effective_moves
 from engine.bundles.registry import Registry
 from engine.config import Config, with_values
 from engine.errors import UserError
@@ -45,8 +45,8 @@ P, R = "promote", "rollback"
 )
 def test_what_holds_after_some_moves(moves: list[tuple[str, int | None, int]], held: list[int]) -> None:
     written = [Move(n, kind, start, to) for n, (kind, start, to) in enumerate(moves, start=1)]
-    assert [move.to for move in history(written)] == held
-    assert history(list(reversed(written))) == history(written)
+    assert [move.to_version for move in effective_moves(written)] == held
+    assert effective_moves(list(reversed(written))) == effective_moves(written)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def three(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> list[Bundle
 def promote_at_once(uri: str, folder: str, name: str, to: int, gate: Any, said: Any) -> None:
     """Move from version 1 when the others do too."""
     alias = Alias(Registry(uri, Path(folder)), name, "champion")
-    start = alias.present()
+    start = alias.current()
     gate.wait(240)
     try:
         alias.move("promote", start, to, f"because of {to}")
@@ -127,9 +127,9 @@ def test_of_two_at_once_one_wins_and_the_other_is_told(uri: str, three: list[Bun
     loser = results[5 - winner]
     assert f"another promotion came first: champion of race is race/{winner} now" in loser
     assert f"because of {winner}" in loser
-    assert alias.present() == winner
+    assert alias.current() == winner
     assert [v.number for v in registry.versions("race") if "champion" in v.aliases] == [winner]
-    assert [move.to for move in history(alias.moves())] == [1, winner]
+    assert [move.to_version for move in effective_moves(alias.moves())] == [1, winner]
 
 
 @pytest.mark.parametrize("uri", ["database", "server"], indirect=True)
@@ -159,7 +159,7 @@ def test_a_rollback_restores_the_bytes_whatever_became_of_the_run(
     with pytest.raises(UserError, match="nothing before"):
         alias.roll_back("once more")
     alias.move("promote", 1, 2, "again")
-    assert (alias.present(), [move.to for move in history(alias.moves())]) == (2, [1, 2])
+    assert (alias.current(), [move.to_version for move in effective_moves(alias.moves())]) == (2, [1, 2])
 
 
 def test_a_move_by_hand_is_found_and_a_half_done_one_is_finished(
@@ -172,16 +172,16 @@ def test_a_move_by_hand_is_found_and_a_half_done_one_is_finished(
     alias = Alias(registry, "hand", "champion")
     alias.move("promote", None, 1, "the first")
     registry.client.set_registered_model_alias("hand", "champion", "3")
-    assert alias.present() == 3
+    assert alias.current() == 3
     assert alias.roll_back("back to what it was") == (3, 1)
-    alias._write("promote", 1, 2, "written down, then its process died")
-    assert alias.present() == 2
+    alias._record_move("promote", 1, 2, "written down, then its process died")
+    assert alias.current() == 2
     registry.client.set_registered_model_alias("hand", "champion", "1")  # by hand, to the one before: not half done
-    assert alias.present() == 1
+    assert alias.current() == 1
     registry.client.delete_registered_model_alias("hand", "champion")
-    assert alias.present() is None
+    assert alias.current() is None
     alias.move("promote", None, 3, "anew")
-    assert alias.present() == 3
+    assert alias.current() == 3
 
 
 def test_an_altered_copy_is_refused_and_named(database: str, three: list[Bundle], tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_an_altered_copy_is_refused_and_named(database: str, three: list[Bundle]
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors was changed"):
         alias.roll_back("to a broken one")
-    assert alias.present() == 2
+    assert alias.current() == 2
     shutil.rmtree(second.folder)
     shutil.copytree(three[2].folder, second.folder)  # whole in itself, and another one
     with pytest.raises(UserError, match=r"manta\.json is not the one that was registered as altered/2"):

@@ -14,10 +14,10 @@ from engine.config import Config, ObjectiveConfig, with_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.evaluate.bootstrap import compare, intervals
+from engine.evaluate.bootstrap import compare_paired, bootstrap_intervals
 from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle, known_classes
-from engine.evaluate.facts import machine_facts, version_facts
-from engine.evaluate.report import verdict, write_report
+from engine.evaluate.facts import machine_info, package_versions
+from engine.evaluate.report import pretraining_conclusion, write_report
 from engine.objectives.classification import SequenceClassification
 from tests.engine.bundles.making import fresh_bundle
 
@@ -30,20 +30,20 @@ def scores(right: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_the_interval_of_a_share_is_near_the_normal_one() -> None:
     right = np.arange(500) < 300
-    found = intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"]
+    found = bootstrap_intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"]
     half = 1.96 * np.sqrt(0.6 * 0.4 / 500)
     assert found.value == 0.6
     assert (found.low, found.high) == pytest.approx((0.6 - half, 0.6 + half), abs=0.006)
-    assert intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"] == found
+    assert bootstrap_intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"] == found
 
 
 def test_a_paired_difference_is_told_where_separate_intervals_overlap() -> None:
     a, b = np.arange(400) < 250, np.arange(400) < 232
-    assert compare(OBJECTIVE, scores(a), scores(b), 0.95, 1000, 0).verdict == "better"
-    assert compare(OBJECTIVE, scores(b), scores(a), 0.95, 1000, 0).verdict == "worse"
-    assert compare(OBJECTIVE, scores(a), scores(np.roll(a, 200)), 0.95, 1000, 0).verdict == "not told apart"
+    assert compare_paired(OBJECTIVE, scores(a), scores(b), 0.95, 1000, 0).verdict == "better"
+    assert compare_paired(OBJECTIVE, scores(b), scores(a), 0.95, 1000, 0).verdict == "worse"
+    assert compare_paired(OBJECTIVE, scores(a), scores(np.roll(a, 200)), 0.95, 1000, 0).verdict == "not told apart"
     with pytest.raises(UserError, match="evaluate both on the same data"):
-        compare(OBJECTIVE, scores(a), scores(a[:5]), 0.95, 100, 0)
+        compare_paired(OBJECTIVE, scores(a), scores(a[:5]), 0.95, 100, 0)
 
 
 def test_an_evaluation_is_the_direct_computation(tiny_functions: Config, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_an_evaluation_is_the_direct_computation(tiny_functions: Config, tmp_pat
         for i in range(len(samples)):
             batch = objective.collate([samples[i]])
             right += int(model(**batch.inputs).logits.argmax()) == int(batch.targets)
-    assert found.examples == len(samples) == split.rows
+    assert found.examples == len(samples) == split.num_rows
     assert found.metrics["accuracy"].value == pytest.approx(right / len(samples))
     assert found.majority is not None
     frequent = np.bincount(Split.open(prepare(config, bundle.folder), "train").labels).argmax()
@@ -110,8 +110,8 @@ def facts() -> dict[str, Any]:
             ],
         },
         "hashes": {"bundle demo": "abc123"},
-        "versions": version_facts(),
-        "machine": machine_facts(),
+        "versions": package_versions(),
+        "machine": machine_info(),
         "curves": {"pretrain": [{"step": 1, "loss": 8.0}, {"step": 2, "loss": 7.0, "validation_loss": 7.5}]},
     }
 
@@ -142,7 +142,7 @@ def test_the_report_is_one_page_with_every_figure_and_nothing_from_elsewhere(tmp
 def test_the_verdict_is_plain_whatever_it_is(word: str, says: str) -> None:
     told = facts()
     told["pretraining_paid"]["verdict"] = word
-    assert says in verdict(told)
+    assert says in pretraining_conclusion(told)
 
 
 def test_data_of_another_task_are_refused_before_they_are_prepared(

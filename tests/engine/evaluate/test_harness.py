@@ -11,7 +11,7 @@ import torch
 from engine.config import with_values
 from engine.errors import UserError
 from engine.evaluate.evaluate import evaluate_and_show
-from engine.evaluate.harness import figures, installed, run_harness
+from engine.evaluate.harness import parse_results, is_installed, run_harness
 from tests.lives import Lives
 
 TASK = """
@@ -43,7 +43,7 @@ def test_results_become_figures() -> None:
     results = {
         "t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "em_stderr,strict": "N/A"}
     }
-    found = figures(results, ["t"])
+    found = parse_results(results, ["t"])
     assert found == {
         "t acc": {"value": 0.5, "low": pytest.approx(0.304), "high": pytest.approx(0.696)},
         "t em (strict)": {"value": 0.25, "low": 0.25, "high": 0.25},
@@ -65,7 +65,7 @@ def test_without_the_package_it_is_told_how_to_get_it(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not installed(), reason="lm-eval[hf] is not installed: pip install 'manta-train[lm-eval]'")
+@pytest.mark.skipif(not is_installed(), reason="lm-eval[hf] is not installed: pip install 'manta-train[lm-eval]'")
 def test_the_harness_and_the_direct_computation_agree(lives: Lives, task: Path, tmp_path: Path) -> None:
     bundle = lives.bundle("base")
     config = with_values(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from engine.evaluate.images import distances, random_features, with_intervals
+from engine.evaluate.images import frechet_distances, random_features, distance_intervals
 
 
 def by_definition(a: np.ndarray, b: np.ndarray) -> float:
@@ -20,11 +20,11 @@ def test_the_distance_is_that_of_its_definition() -> None:
     generator = np.random.default_rng(0)
     mixing = generator.normal(size=(12, 12))
     held_out, made = generator.normal(size=(200, 12)) @ mixing, generator.normal(size=(200, 12)) + 0.3
-    found = distances({"held_out": held_out, "made": made, "real": held_out[::-1], "noise": 5 * made})
+    found = frechet_distances({"held_out": held_out, "made": made, "real": held_out[::-1], "noise": 5 * made})
     assert found["frechet_distance"] == pytest.approx(by_definition(held_out, made), rel=1e-6)
     assert found["frechet_distance_of_noise"] == pytest.approx(by_definition(held_out, 5 * made), rel=1e-6)
     assert found["frechet_distance_of_real"] == pytest.approx(0, abs=1e-6)
-    fewer = distances(
+    fewer = frechet_distances(
         {name: it[:8] for name, it in {"held_out": held_out, "made": made, "real": made, "noise": made}.items()}
     )
     assert fewer["frechet_distance"] == pytest.approx(
@@ -39,7 +39,7 @@ def test_intervals_hold_the_value_and_narrow_with_more_images() -> None:
             name: generator.normal(shift, 1, (count, 6))
             for name, shift in (("held_out", 0), ("made", 1), ("real", 0), ("noise", 3))
         }
-        found = with_intervals(sets, 0.95, 200, seed=0)
+        found = distance_intervals(sets, 0.95, 200, seed=0)
         assert found["frechet_distance_of_real"].value < found["frechet_distance"].value
         assert found["frechet_distance"].value < found["frechet_distance_of_noise"].value
         it = found["frechet_distance"]

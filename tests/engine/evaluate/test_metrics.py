@@ -14,7 +14,7 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.evaluate.evaluate import evaluate_bundle
-from engine.evaluate.metrics import ByteCounter, confusion, details, from_libraries, quick
+from engine.evaluate.metrics import ByteCounter, confusion_matrix, classification_details, reference_values, compute_metrics
 from engine.objectives.classification import SequenceClassification
 from tests.lives import Lives
 
@@ -41,7 +41,7 @@ def drawn(seed: int, count: int = 300, classes: int = 4) -> dict[str, np.ndarray
     ],
 )
 def test_quick_figures_are_the_libraries(scores: dict[str, np.ndarray]) -> None:
-    mine, theirs = quick(OBJECTIVE, scores), from_libraries(OBJECTIVE, scores)
+    mine, theirs = compute_metrics(OBJECTIVE, scores), reference_values(OBJECTIVE, scores)
     assert set(theirs) == {"accuracy", "macro_f1", "weighted_f1", "matthews", "calibration_error"}
     for name, value in theirs.items():
         assert mine[name] == pytest.approx(value, abs=1e-6), name
@@ -54,14 +54,14 @@ def test_figures_by_hand() -> None:
         "predicted": np.array([0, 1, 1, 1]),
         "confidence": np.array([0.9, 0.5, 0.9, 0.9], np.float32),
     }
-    found = quick(SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b"]), scores)
-    assert confusion(scores, 2).tolist() == [[1, 1], [0, 2]]
+    found = compute_metrics(SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b"]), scores)
+    assert confusion_matrix(scores, 2).tolist() == [[1, 1], [0, 2]]
     assert found["accuracy"] == 0.75
     assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert found["matthews"] == pytest.approx(2 / math.sqrt(2 * 2 * 1 * 3))
     # three at 0.9, all right (0.1 off); one at 0.5, wrong (0.5 off)
     assert found["calibration_error"] == pytest.approx((3 * 0.1 + 0.5) / 4, abs=1e-6)
-    told = details(OBJECTIVE, scores)
+    told = classification_details(OBJECTIVE, scores)
     assert [bin["examples"] for bin in told["reliability"]] == [1, 3]
     assert told["classes"][1] == {
         "label": "b",
@@ -75,7 +75,7 @@ def test_figures_by_hand() -> None:
 def test_the_bytes_of_the_targets_are_those_of_the_text(lives: Lives, tmp_path: Path) -> None:
     folder = prepare(lives.text)
     split, tokenizer = Split.open(folder, "test"), load_tokenizer(folder / "tokenizer")
-    stream = split.stream(0, split.tokens).astype(np.int64)
+    stream = split.token_range(0, split.num_tokens).astype(np.int64)
     text = tokenizer.decode([t for t in stream.tolist() if t != tokenizer.eos_token_id])
     count = ByteCounter(tokenizer)
     blocks = np.full((len(stream) // 7 + 1, 7), -100)

@@ -11,16 +11,16 @@ import pytest
 from rich.console import Console
 
 from engine.bundles.bundle import Bundle
-from engine.bundles.card import base_of
+from engine.bundles.card import original_card
 from engine.bundles.find import find_bundle
-from engine.bundles.lineage import life_of, record_deployment
+from engine.bundles.lineage import trace_lineage, record_deployment
 from engine.bundles.registry import Registry
 from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison
 from engine.evaluate.evaluate import evaluate_and_show
-from engine.evaluate.lineage_page import tree_of, write_lineage
-from engine.evaluate.promote import decide, promote, roll_back
+from engine.evaluate.lineage_page import lineage_tree, write_lineage_page
+from engine.evaluate.promote import decide_promotion, promote, roll_back
 from engine.serve.deploy import deploy
 from jobs.compare import compare
 from tests.lives import Lives
@@ -40,10 +40,10 @@ BETTER = Comparison("accuracy", 0.2, 0.1, 0.3, "better")
     ],
 )  # fmt: skip
 def test_who_is_promoted(compared: Comparison | None, reason: str | None, promoted: bool, why: str) -> None:
-    decision = decide(compared, ("a", "b"), reason)
+    decision = decide_promotion(compared, ("a", "b"), reason)
     assert decision.promote is promoted
     with pytest.raises(UserError, match=why):
-        raise UserError(decision.why)
+        raise UserError(decision.reason)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def change_manifest(folder: Path, **changes: object) -> None:
     altered = dataclasses.replace(manifest, **changes)  # type: ignore[arg-type]
     altered = dataclasses.replace(altered, hash=altered.content_hash())
     (folder / "manta.json").write_text(json.dumps(dataclasses.asdict(altered)))
-    (folder / "README.md").write_bytes(base_of(folder / "README.md"))  # what was added to the card fits no more
+    (folder / "README.md").write_bytes(original_card(folder / "README.md"))  # what was added to the card fits no more
 
 
 def test_bundles_of_other_data_are_refused_until_the_data_are_named(home: Config, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_lineage_with_a_gap_is_refused(home: Config, tmp_path: Path) -> None:
 
     def faults() -> str:
         bundle = Bundle.open(runs / "good" / "bundle")
-        return "; ".join(life_of(bundle, "good", runs, registry).all_faults())
+        return "; ".join(trace_lineage(bundle, "good", runs, registry).all_problems())
 
     assert faults() == ""
     (runs / "base" / "bundle").rename(tmp_path / "aside")
@@ -206,7 +206,7 @@ def test_changed_data_break_the_lineage(lives: Lives, home: Config, tmp_path: Pa
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     registry = Registry(home.tracking_uri, home.registry_dir)
-    (fault,) = life_of(Bundle.open(folder), "b", Path(home.runs_dir), registry).all_faults()
+    (fault,) = trace_lineage(Bundle.open(folder), "b", Path(home.runs_dir), registry).all_problems()
     assert f"{shard} was changed" in fault
 
 
@@ -225,16 +225,16 @@ def test_the_lineage_is_drawn_from_data_to_deployment(home: Config, tmp_path: Pa
     promote(asking(home, "search"), False)
     record_deployment(runs / "live", "http://127.0.0.1:9", {"search": runs / "search" / "bundle"})
     registry = Registry(home.tracking_uri, home.registry_dir)
-    life = life_of(Bundle.open(find_bundle("search", runs, home.tracking_uri)), "search", runs, registry)
-    assert life.all_faults() == []
+    life = trace_lineage(Bundle.open(find_bundle("search", runs, home.tracking_uri)), "search", runs, registry)
+    assert life.all_problems() == []
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
-    console.print(tree_of(life))
+    console.print(lineage_tree(life))
     shown = console.export_text()
     order = ["data rows-", "pretrain base", "bundle base", "sweep search", "trial trial-7", "bundle search", "evaluation test of",
              "version search/1", "champion", "deployment search at http://127.0.0.1:9", "down"]  # fmt: skip
     places = [shown.index(word) for word in order]
     assert places == sorted(places)
-    page = write_lineage(tmp_path / "lineage.html", life).read_text()
+    page = write_lineage_page(tmp_path / "lineage.html", life).read_text()
     for word in ("trial-7", "search/1", "rows-", life.bundle.hash[:12], "Whole: each step was found"):
         assert word in page
     assert page.count("<svg") == 1

@@ -12,15 +12,15 @@ import pytest
 from huggingface_hub import ModelCard
 
 from engine.bundles.bundle import Bundle
-from engine.bundles.card import evaluations
+from engine.bundles.card import read_evaluations
 from engine.config import Config, with_values
-from engine.data.groups import groups_of
+from engine.data.slice_values import read_slice_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle
-from engine.evaluate.generation import check_generation, statistics, summarize
-from engine.evaluate.pairs import check_pairs
+from engine.evaluate.generation import evaluate_generation, text_statistics, summarize_statistics
+from engine.evaluate.pairs import evaluate_pairs
 from tests.engine.bundles.making import fresh_bundle
 from tests.lives import BAD, GOOD, Lives
 
@@ -34,15 +34,15 @@ def test_the_groups_are_those_of_the_rows(lives: Lives) -> None:
     folder = lives.bundle("good").folder
     split = Split.open(prepare(lives.labelled, folder), "test")
     tokenizer = lives.bundle("good").objective().tokenizer
-    found = groups_of(lives.labelled.data, "region", split, tokenizer)
+    found = read_slice_values(lives.labelled.data, "region", split, tokenizer)
     group = {row["text"]: row["region"] for row in lives.rows}
-    texts = [tokenizer.decode(split.document(i).tolist(), skip_special_tokens=True) for i in range(split.rows)]
+    texts = [tokenizer.decode(split.document(i).tolist(), skip_special_tokens=True) for i in range(split.num_rows)]
     assert found == [group[text] for text in texts]
     assert set(found) == {"north", "south"}
     with pytest.raises(UserError, match=r"no column 'regoin' .* did you mean 'region'"):
-        groups_of(lives.labelled.data, "regoin", split, tokenizer)
+        read_slice_values(lives.labelled.data, "regoin", split, tokenizer)
     with pytest.raises(UserError, match="has no columns"):
-        groups_of(with_values(lives.labelled, {"data.source": "python_stdlib"}).data, "region", split, tokenizer)
+        read_slice_values(with_values(lives.labelled, {"data.source": "python_stdlib"}).data, "region", split, tokenizer)
 
 
 def test_rows_without_a_group_are_told(lives: Lives, tmp_path: Path) -> None:
@@ -51,14 +51,14 @@ def test_rows_without_a_group_are_told(lives: Lives, tmp_path: Path) -> None:
     config = with_values(lives.labelled, {"data.path": str(tmp_path / "rows.jsonl")})
     split = Split.open(prepare(config, lives.bundle("good").folder), "test")
     with pytest.raises(UserError, match=r"of the \d+ test rows have nothing in column 'region'"):
-        groups_of(config.data, "region", split, lives.bundle("good").objective().tokenizer)
+        read_slice_values(config.data, "region", split, lives.bundle("good").objective().tokenizer)
 
 
 def test_slices_are_the_figures_of_their_rows_and_their_gaps(lives: Lives) -> None:
     config = with_values(lives.labelled, {"evaluate.slice_column": "region", "evaluate.resamples": 300})
     found = evaluate_bundle(lives.bundle("good").folder, config)
     right = found.scores["label"] == found.scores["predicted"]
-    groups = np.array(groups_of(config.data, "region", Split.open(found.data, "test"), found.objective.tokenizer))
+    groups = np.array(read_slice_values(config.data, "region", Split.open(found.data, "test"), found.objective.tokenizer))
     assert [one.group for one in found.slices] == ["north", "south"]
     for one in found.slices:
         inside = groups == one.group
@@ -82,14 +82,14 @@ def test_pairs_show_what_a_model_makes_of_a_word(lives: Lives, tmp_path: Path) -
     bundle = lives.bundle("good")
     model, objective = bundle.model(), bundle.objective()
     file = pairs_file(tmp_path, PAIRS)
-    found = check_pairs(bundle, model, file, 0.95, 200, 0)
+    found = evaluate_pairs(bundle, model, file, 0.95, 200, 0)
     answers = [[objective.predict(model, [{"text": pair[key]}])[0] for pair in PAIRS] for key in "ab"]
     shift = np.mean([a["scores"]["good"] - b["scores"]["good"] for a, b in zip(*answers)])
     assert found.metrics["shift good"].value == pytest.approx(shift)
     assert found.metrics["shift good"].value == pytest.approx(-found.metrics["shift bad"].value, abs=1e-6)
     assert found.metrics["flipped"].value == np.mean([a["label"] != b["label"] for a, b in zip(*answers)])
     assert found.metrics["shift good"].low > 0
-    same = check_pairs(bundle, model, pairs_file(tmp_path, [{"a": p["a"], "b": p["a"]} for p in PAIRS]), 0.95, 200, 0)
+    same = evaluate_pairs(bundle, model, pairs_file(tmp_path, [{"a": p["a"], "b": p["a"]} for p in PAIRS]), 0.95, 200, 0)
     assert {name: value.value for name, value in same.metrics.items()} == {
         "flipped": 0,
         "shift bad": 0,
@@ -100,13 +100,13 @@ def test_pairs_show_what_a_model_makes_of_a_word(lives: Lives, tmp_path: Path) -
 def test_pairs_of_a_language_model(lives: Lives, tmp_path: Path) -> None:
     bundle = lives.bundle("base")
     known = [{"a": "the film a plot with scenes", "b": "zq xx jj vv kk ww pp"}] * 4
-    found = check_pairs(bundle, bundle.model(), pairs_file(tmp_path, known), 0.95, 100, 0)
+    found = evaluate_pairs(bundle, bundle.model(), pairs_file(tmp_path, known), 0.95, 100, 0)
     assert found.metrics["preferred_a"].value == 1.0
     assert found.metrics["shift"].value > 0.5
-    same = check_pairs(bundle, bundle.model(), pairs_file(tmp_path, [{"a": "x y", "b": "x y"}]), 0.95, 100, 0)
+    same = evaluate_pairs(bundle, bundle.model(), pairs_file(tmp_path, [{"a": "x y", "b": "x y"}]), 0.95, 100, 0)
     assert same.metrics["preferred_a"].value == 0.5
     with pytest.raises(UserError, match=r'line 2 of .* is no pair: write \{"a"'):
-        check_pairs(bundle, bundle.model(), pairs_file(tmp_path, [{"a": "x", "b": "y"}, {"a": "x"}]), 0.95, 100, 0)
+        evaluate_pairs(bundle, bundle.model(), pairs_file(tmp_path, [{"a": "x", "b": "y"}, {"a": "x"}]), 0.95, 100, 0)
 
 
 def test_bleu_chrf_and_rouge_are_the_libraries() -> None:
@@ -115,13 +115,13 @@ def test_bleu_chrf_and_rouge_are_the_libraries() -> None:
 
     written = ["a man in a hat stares at it", "two dogs run over the green grass", "nothing"]
     targets = ["a man in an orange hat stares at something", "two dogs are running over green grass", "a child sleeps"]
-    found = summarize(statistics(written, targets))
+    found = summarize_statistics(text_statistics(written, targets))
     assert found["bleu"] == pytest.approx(BLEU().corpus_score(written, [targets]).score)
     assert found["chrf"] == pytest.approx(CHRF().corpus_score(written, [targets]).score)
     scorer = RougeScorer(["rougeL"])
     each = [scorer.score(t, w)["rougeL"].fmeasure for t, w in zip(targets, written)]
     assert found["rouge_l"] == pytest.approx(np.mean(each))
-    assert summarize(statistics(targets, targets)) == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 1})
+    assert summarize_statistics(text_statistics(targets, targets)) == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 1})
 
 
 def test_written_text_is_measured(lives: Lives, tmp_path: Path) -> None:
@@ -135,15 +135,15 @@ def test_written_text_is_measured(lives: Lives, tmp_path: Path) -> None:
         {"evaluate.generation": str(tmp_path / "e.jsonl"), "evaluate.source_column": "de", "evaluate.target_column": "en",
          "evaluate.max_new_tokens": 6, "evaluate.resamples": 100},
     ).evaluate  # fmt: skip
-    found = check_generation(bundle, model, options, 0)
+    found = evaluate_generation(bundle, model, options, 0)
     assert all(own)
     assert [one["written"] for one in found.shown] == own
     assert found.metrics["chrf"].value == pytest.approx(100)
     assert found.metrics["chrf"].low == pytest.approx(100)
     with pytest.raises(UserError, match=r"column 'english' \(evaluate.target_column\)"):
-        check_generation(bundle, model, with_values(Config(), {"evaluate.generation": str(tmp_path / "e.jsonl"), "evaluate.source_column": "de", "evaluate.target_column": "english"}).evaluate, 0)  # fmt: skip
+        evaluate_generation(bundle, model, with_values(Config(), {"evaluate.generation": str(tmp_path / "e.jsonl"), "evaluate.source_column": "de", "evaluate.target_column": "english"}).evaluate, 0)  # fmt: skip
     with pytest.raises(UserError, match="is for classification"):
-        check_generation(lives.bundle("good"), model, options, 0)
+        evaluate_generation(lives.bundle("good"), model, options, 0)
 
 
 def test_an_evaluation_is_on_the_page_in_the_file_and_on_the_card(lives: Lives, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_evaluation_is_on_the_page_in_the_file_and_on_the_card(lives: Lives, 
         assert figure in page, figure
     assert not [part for part in page.split("http")[1:] if not part.startswith("_")]
     Bundle.open(folder).verify()
-    (kept,) = evaluations(folder)
+    (kept,) = read_evaluations(folder)
     assert kept["metrics"] == told["metrics"]
     assert kept["slices"] == told["slices"]
     text = ModelCard.load(folder / "README.md").text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.evaluate.sweep_page import draw_curves, draw_parallel, saved, told_saved, write_page
+from engine.evaluate.sweep_page import draw_curves, draw_parallel, saved_steps, describe_saved, write_sweep_page
 
 
 def trial(index: int, value: float | None, steps: int, state: str, **params: Any) -> dict[str, Any]:
@@ -32,9 +32,9 @@ def test_what_stopping_saved_is_told_by_the_pace_of_the_steps(tmp_path: Path) ->
     file.write_text(
         "".join(json.dumps({"step": i + 1, "seconds": s}) + "\n" for i, s in enumerate(seconds)) + '{"step"'
     )
-    found = saved(tmp_path, TRIALS)
+    found = saved_steps(tmp_path, TRIALS)
     assert found == {"taken": 24, "steps": 6, "seconds": pytest.approx(6 * 0.625)}
-    assert told_saved(found, 30.0) == (
+    assert describe_saved(found, 30.0) == (
         "24 steps were taken, in 30 s, and 6 were not: 20% of all. At their trials' own pace these would have taken 4 s of a "
         "trial's time."
     )
@@ -61,7 +61,7 @@ def test_the_page_has_every_part(tmp_path: Path) -> None:
         "exploits": [{"step": 2, "member": 1, "donor": 0, "params": {"optim.lr": 2e-3}}],
         "bundle": {"name": "s-soup", "value": 0.4, "step": 10},
     }  # fmt: skip
-    page = write_page(tmp_path, "s", facts).read_text()
+    page = write_sweep_page(tmp_path, "s", facts).read_text()
     for told in (
         "s-000 is best of 4 trials: loss 0.5000", "the bundle is that of s-soup, loss 0.4000", "75%", "Learning curves",
         "finished, begun again 2 times", "failed: step 1: no &lt;number&gt;", "Who went on from whom", "optim.lr=0.002",

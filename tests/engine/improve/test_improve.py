@@ -18,9 +18,9 @@ from engine.bundles.registry import Registry
 from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.improve import improve as improving
-from engine.improve.examples import Asked, Example, Told, examples_from, records_of
+from engine.improve.examples import RecordedRequest, Example, Feedback, examples_from_feedback, read_requests_and_feedback
 from engine.serve.http.feedback_store import Recorder
-from engine.train.launch import Outcome
+from engine.train.launch import TrainResult
 from engine.train.run_folder import RunFolder
 from tests.lives import Lives, run
 
@@ -71,12 +71,12 @@ def config(lives: Lives, tmp_path: Path) -> Config:
     return with_values(lives.labelled, values)
 
 
-def trained_here(config: Config) -> Outcome:
+def trained_here(config: Config) -> TrainResult:
     """Train in this process, without Ray."""
     assert config.bundle
     run(config, Path(config.bundle))
     folder = RunFolder(config.run_dir)
-    return Outcome(folder, list(folder.metrics())[-1])
+    return TrainResult(folder, list(folder.metrics())[-1])
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_on_a_schedule_it_learns_once_from_what_is_new(
     right = dict(asked)
     trained, rounds = [], []
 
-    def train(config: Config) -> Outcome:
+    def train(config: Config) -> TrainResult:
         trained.append(config.name)
         raise UserError("no room")
 
@@ -161,16 +161,16 @@ def test_too_little_is_told(config: Config) -> None:
 
 def test_what_was_said_becomes_examples() -> None:
     asked = [
-        Asked("1", "one", "a", 0.9),
-        Asked("2", "two", "a", 0.9),
-        Asked("3", "three", "b", 0.9),
-        Asked("4", "four", "b", 0.9),
+        RecordedRequest("1", "one", "a", 0.9),
+        RecordedRequest("2", "two", "a", 0.9),
+        RecordedRequest("3", "three", "b", 0.9),
+        RecordedRequest("4", "four", "b", 0.9),
     ]
-    told = [Told("1", False, None, None), Told("2", True, "b", None), Told("3", True, None, None), Told("4", None, "z", None),
-            Told("9", False, "a", None)]  # fmt: skip
-    assert examples_from(asked, told, ["a", "b"]) == ([Example("one", "a"), Example("two", "b")], 1)
-    texts = [Told("1", True, None, " better"), Told("2", False, None, None)]
-    assert examples_from(asked, texts, []) == ([Example("one better"), Example("twoa")], 0)
+    told = [Feedback("1", False, None, None), Feedback("2", True, "b", None), Feedback("3", True, None, None), Feedback("4", None, "z", None),
+            Feedback("9", False, "a", None)]  # fmt: skip
+    assert examples_from_feedback(asked, told, ["a", "b"]) == ([Example("one", "a"), Example("two", "b")], 1)
+    texts = [Feedback("1", True, None, " better"), Feedback("2", False, None, None)]
+    assert examples_from_feedback(asked, texts, []) == ([Example("one better"), Example("twoa")], 0)
 
 
 def test_the_last_word_on_a_request_holds(tmp_path: Path) -> None:
@@ -187,4 +187,4 @@ def test_the_last_word_on_a_request_holds(tmp_path: Path) -> None:
             await recorder.write(who | {"request": request, "version": version, "rating": rating, "label": None})
 
     asyncio.run(write())
-    assert records_of([tmp_path], "abcdef") == ([], [Told("2", False, None, None), Told("1", True, None, None)])
+    assert read_requests_and_feedback([tmp_path], "abcdef") == ([], [Feedback("2", False, None, None), Feedback("1", True, None, None)])
