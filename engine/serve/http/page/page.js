@@ -1,111 +1,112 @@
-// The page at /: asks the endpoint as any client would, and shows what comes and how fast.
-const at = (id) => document.getElementById(id);
-const LOOK_MS = 2000;
-const LABELS = { chat: "Your message", completion: "Text to go on from", classification: "Text to name the class of", transcription: "Audio file to write down", images: "What to make images of" };
-const FIELDS = { writes: ["chat", "completion"], draws: ["images"], keeps: ["chat", "completion", "classification"] };
+// The page at /: sends requests as any client does, and shows the responses and their speed.
+const element = (id) => document.getElementById(id);
+const POLL_MS = 2000;
+const TEXT_LABELS = { chat: "Your message", completion: "Text to complete", classification: "Text to classify", transcription: "Audio file to transcribe", images: "Image prompt" };
+// Class of an option's label -> modes that have the option.
+const OPTION_MODES = { generation: ["chat", "completion"], "images-only": ["images"], storable: ["chat", "completion", "classification"] };
 let models = [];
-let talk = []; // of the chat
-let asking = null; // what the Stop button ends
+let conversation = []; // messages of the chat
+let inFlight = null; // AbortController of the request in flight
 
 function headers(form) {
-  const key = at("key").value.trim();
+  const key = element("key").value.trim();
   return { ...(!form && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
-async function ask(path, body, signal) {
+async function sendRequest(path, body, signal) {
   const form = body instanceof FormData;
   const response = await fetch(path, { method: body ? "POST" : "GET", headers: headers(form), body: form ? body : body && JSON.stringify(body), signal });
   if (!response.ok) {
-    const told = await response.json().catch(() => null);
-    throw new Error(told?.error?.message ?? `${response.status} ${response.statusText}`);
+    const errorBody = await response.json().catch(() => null);
+    throw new Error(errorBody?.error?.message ?? `${response.status} ${response.statusText}`);
   }
   return response;
 }
 
 const mode = () => document.querySelector('input[name="mode"]:checked').value;
 
-function showModes() {
-  const task = models.find((it) => it.id === at("model").value)?.task;
-  const fit = task === "completion" ? ["chat", "completion"] : [task];
+function updateModes() {
+  const modelTask = models.find((model) => model.id === element("model").value)?.task;
+  const modes = modelTask === "completion" ? ["chat", "completion"] : [modelTask];
   for (const input of document.querySelectorAll('input[name="mode"]')) {
-    input.disabled = !fit.includes(input.value);
+    input.disabled = !modes.includes(input.value);
     if (input.disabled && input.checked) input.checked = false;
   }
   if (!document.querySelector('input[name="mode"]:checked')) {
     const first = document.querySelector('input[name="mode"]:not(:disabled)');
     if (first) first.checked = true;
   }
-  const now = document.querySelector('input[name="mode"]:checked')?.value;
-  at("send").disabled = !now;
-  at("text-label").textContent = LABELS[now] ?? "This model cannot be tried here";
+  const selected = document.querySelector('input[name="mode"]:checked')?.value;
+  element("send").disabled = !selected;
+  element("text-label").textContent = TEXT_LABELS[selected] ?? "This model cannot be tried here";
   for (const label of document.querySelectorAll("label[class]")) {
-    label.hidden = ![...label.classList].some((it) => FIELDS[it]?.includes(now));
+    label.hidden = ![...label.classList].some((name) => OPTION_MODES[name]?.includes(selected));
   }
-  const hears = now === "transcription";
-  at("text").hidden = hears;
-  at("text").required = !hears;
-  at("file").hidden = !hears;
-  at("file").required = hears;
+  const needsFile = selected === "transcription";
+  element("text").hidden = needsFile;
+  element("text").required = !needsFile;
+  element("file").hidden = !needsFile;
+  element("file").required = needsFile;
 }
 
-async function look() {
+async function refresh() {
   if (document.hidden) return;
   try {
     if (!models.length) {
-      models = (await (await ask("v1/models")).json()).data;
-      at("model").replaceChildren(...models.map((it) => new Option(`${it.id} (${it.task})`, it.id)));
-      showModes();
+      models = (await (await sendRequest("v1/models")).json()).data;
+      element("model").replaceChildren(...models.map((model) => new Option(`${model.id} (${model.task})`, model.id)));
+      updateModes();
     }
-    const replicas = (await (await ask("v1/replicas")).json()).data;
-    at("replicas").replaceChildren(...replicas.map(replicaRow));
-    at("state").textContent = `${models.length} model${models.length > 1 ? "s" : ""}, ${replicas.length} replica${replicas.length === 1 ? "" : "s"}`;
+    const replicas = (await (await sendRequest("v1/replicas")).json()).data;
+    element("replicas").replaceChildren(...replicas.map(replicaRow));
+    element("state").textContent = `${models.length} model${models.length > 1 ? "s" : ""}, ${replicas.length} replica${replicas.length === 1 ? "" : "s"}`;
   } catch (error) {
-    at("state").textContent = error.message;
+    element("state").textContent = error.message;
   }
 }
 
-function replicaRow(it) {
+function replicaRow(replica) {
   const row = document.createElement("tr");
-  for (const text of [it.model, it.version, it.replica]) row.insertCell().textContent = text;
-  for (const count of [it.running, it.waiting]) {
+  for (const text of [replica.model, replica.version, replica.replica]) row.insertCell().textContent = text;
+  for (const count of [replica.running, replica.waiting]) {
     const cell = row.insertCell();
     cell.className = "number";
     cell.textContent = count ?? "";
   }
   const cell = row.insertCell();
-  if (it.cache_tokens) {
+  if (replica.cache_tokens) {
     const meter = document.createElement("meter");
-    Object.assign(meter, { max: it.cache_tokens, value: it.cached_tokens, title: `${it.cached_tokens} of ${it.cache_tokens} tokens` });
+    Object.assign(meter, { max: replica.cache_tokens, value: replica.cached_tokens, title: `${replica.cached_tokens} of ${replica.cache_tokens} tokens` });
     cell.append(meter);
   }
   return row;
 }
 
-function newAnswer(asked) {
-  const article = at("answer").content.firstElementChild.cloneNode(true);
-  article.querySelector(".asked").textContent = asked;
-  at("answers").prepend(article);
+function addResponse(input) {
+  const article = element("response").content.firstElementChild.cloneNode(true);
+  article.querySelector(".input").textContent = input;
+  element("responses").prepend(article);
   return article;
 }
 
-function rateable(article, request) {
+function enableRating(article, request) {
   article.dataset.request = request;
   for (const [name, other] of [["up", "down"], ["down", "up"]]) {
     const button = article.querySelector(`.${name}`);
     button.disabled = false;
     button.onclick = async () => {
       try {
-        await ask("v1/feedback", { request, rating: name });
+        await sendRequest("v1/feedback", { request, rating: name });
         button.setAttribute("aria-pressed", "true");
         article.querySelector(`.${other}`).setAttribute("aria-pressed", "false");
       } catch (error) {
-        article.querySelector(".times").textContent = error.message;
+        article.querySelector(".timing").textContent = error.message;
       }
     };
   }
 }
 
-async function* events(response) {
+async function* readEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let pending = "";
   for (;;) {
@@ -121,45 +122,45 @@ async function* events(response) {
   }
 }
 
-async function write(article, signal) {
+async function generate(article, signal) {
   const chat = mode() === "chat";
-  const text = at("text").value;
-  const began = performance.now();
+  const text = element("text").value;
+  const startedAt = performance.now();
   const body = {
-    model: at("model").value, max_tokens: Number(at("tokens").value), temperature: Number(at("temperature").value),
-    stream: true, stream_options: { include_usage: true }, store: at("store").checked,
-    ...(at("seed").value && { seed: Number(at("seed").value) }),
-    ...(chat ? { messages: [...talk, { role: "user", content: text }] } : { prompt: text }),
+    model: element("model").value, max_tokens: Number(element("tokens").value), temperature: Number(element("temperature").value),
+    stream: true, stream_options: { include_usage: true }, store: element("store").checked,
+    ...(element("seed").value && { seed: Number(element("seed").value) }),
+    ...(chat ? { messages: [...conversation, { role: "user", content: text }] } : { prompt: text }),
   };
-  const response = await ask(chat ? "v1/chat/completions" : "v1/completions", body, signal);
-  const said = article.querySelector(".said");
-  let first = 0;
+  const response = await sendRequest(chat ? "v1/chat/completions" : "v1/completions", body, signal);
+  const output = article.querySelector(".output");
+  let firstToken = 0;
   let usage = null;
-  for await (const event of events(response)) {
+  for await (const event of readEvents(response)) {
     if (event.error) throw new Error(event.error.message);
     usage = event.usage ?? usage;
-    if (!article.dataset.request && event.id) rateable(article, event.id);
+    if (!article.dataset.request && event.id) enableRating(article, event.id);
     const choice = event.choices[0];
     if (!choice) continue;
-    first ||= performance.now() - began;
-    said.textContent += (chat ? choice.delta.content : choice.text) ?? "";
+    firstToken ||= performance.now() - startedAt;
+    output.textContent += (chat ? choice.delta.content : choice.text) ?? "";
   }
-  const all = performance.now() - began;
+  const total = performance.now() - startedAt;
   const tokens = usage?.completion_tokens ?? 0;
-  const rate = tokens > 1 && all > first ? `, ${Math.round((1000 * (tokens - 1)) / (all - first))} tokens/s` : "";
-  article.querySelector(".times").textContent = `first token ${Math.round(first)} ms${rate}, ${tokens} tokens in ${Math.round(all)} ms`;
-  if (chat) talk.push({ role: "user", content: text }, { role: "assistant", content: said.textContent });
+  const rate = tokens > 1 && total > firstToken ? `, ${Math.round((1000 * (tokens - 1)) / (total - firstToken))} tokens/s` : "";
+  article.querySelector(".timing").textContent = `first token ${Math.round(firstToken)} ms${rate}, ${tokens} tokens in ${Math.round(total)} ms`;
+  if (chat) conversation.push({ role: "user", content: text }, { role: "assistant", content: output.textContent });
 }
 
 async function classify(article, signal) {
-  const began = performance.now();
-  const body = { model: at("model").value, input: at("text").value, store: at("store").checked };
-  const answer = await (await ask("v1/classify", body, signal)).json();
-  const [found] = answer.data;
-  article.querySelector(".said").textContent = found.label;
+  const startedAt = performance.now();
+  const body = { model: element("model").value, input: element("text").value, store: element("store").checked };
+  const response = await (await sendRequest("v1/classify", body, signal)).json();
+  const [prediction] = response.data;
+  article.querySelector(".output").textContent = prediction.label;
   const table = article.querySelector(".scores");
   table.hidden = false;
-  for (const [label, score] of Object.entries(found.scores).sort((a, b) => b[1] - a[1]).slice(0, 5)) {
+  for (const [label, score] of Object.entries(prediction.scores).sort((a, b) => b[1] - a[1]).slice(0, 5)) {
     const row = table.tBodies[0].insertRow();
     row.insertCell().textContent = label;
     row.insertCell().textContent = score.toFixed(3);
@@ -167,77 +168,77 @@ async function classify(article, signal) {
     meter.value = score;
     row.insertCell().append(meter);
   }
-  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.usage.total_tokens} tokens`;
-  rateable(article, answer.id);
+  article.querySelector(".timing").textContent = `${Math.round(performance.now() - startedAt)} ms, ${response.usage.total_tokens} tokens`;
+  enableRating(article, response.id);
 }
 
-async function draw(article, signal) {
-  const began = performance.now();
+async function generateImages(article, signal) {
+  const startedAt = performance.now();
   const body = {
-    model: at("model").value, prompt: at("text").value, n: Number(at("count").value),
-    ...(at("seed").value && { seed: Number(at("seed").value) }),
+    model: element("model").value, prompt: element("text").value, n: Number(element("count").value),
+    ...(element("seed").value && { seed: Number(element("seed").value) }),
   };
-  const answer = await (await ask("v1/images/generations", body, signal)).json();
-  article.querySelector(".images").append(...answer.data.map((it, i) => {
+  const response = await (await sendRequest("v1/images/generations", body, signal)).json();
+  article.querySelector(".images").append(...response.data.map((item, i) => {
     const image = new Image();
-    image.src = `data:image/png;base64,${it.b64_json}`;
-    image.alt = image.title = `${body.prompt}, seed ${answer.seed + i}`;
+    image.src = `data:image/png;base64,${item.b64_json}`;
+    image.alt = image.title = `${body.prompt}, seed ${response.seed + i}`;
     return image;
   }));
-  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.size}, seed ${answer.seed}`;
-  rateable(article, answer.id);
+  article.querySelector(".timing").textContent = `${Math.round(performance.now() - startedAt)} ms, ${response.size}, seed ${response.seed}`;
+  enableRating(article, response.id);
 }
 
 async function transcribe(article, signal) {
-  const began = performance.now();
+  const startedAt = performance.now();
   const form = new FormData();
-  form.append("model", at("model").value);
+  form.append("model", element("model").value);
   form.append("response_format", "verbose_json");
-  form.append("file", at("file").files[0]);
-  const response = await ask("v1/audio/transcriptions", form, signal);
-  const answer = await response.json();
-  article.querySelector(".said").textContent = answer.text;
-  article.querySelector(".times").textContent = `${Math.round(performance.now() - began)} ms, ${answer.duration.toFixed(1)} s of sound`;
-  rateable(article, response.headers.get("x-request-id"));
+  form.append("file", element("file").files[0]);
+  const response = await sendRequest("v1/audio/transcriptions", form, signal);
+  const transcript = await response.json();
+  article.querySelector(".output").textContent = transcript.text;
+  article.querySelector(".timing").textContent = `${Math.round(performance.now() - startedAt)} ms, ${transcript.duration.toFixed(1)} s of audio`;
+  enableRating(article, response.headers.get("x-request-id"));
 }
 
-const DOES = { classification: classify, images: draw, transcription: transcribe };
+const TASKS = { classification: classify, images: generateImages, transcription: transcribe };
 
-at("ask").onsubmit = async (submit) => {
-  submit.preventDefault();
-  if (asking) return;
-  const article = newAnswer(mode() === "transcription" ? at("file").files[0].name : at("text").value);
-  asking = new AbortController();
-  at("send").disabled = true;
-  at("stop").disabled = false;
+element("request").onsubmit = async (event) => {
+  event.preventDefault();
+  if (inFlight) return;
+  const article = addResponse(mode() === "transcription" ? element("file").files[0].name : element("text").value);
+  inFlight = new AbortController();
+  element("send").disabled = true;
+  element("stop").disabled = false;
   try {
-    await (DOES[mode()] ?? write)(article, asking.signal);
-    if (mode() === "chat") at("text").value = "";
+    await (TASKS[mode()] ?? generate)(article, inFlight.signal);
+    if (mode() === "chat") element("text").value = "";
   } catch (error) {
     const stopped = error.name === "AbortError";
-    article.querySelector(".times").textContent = stopped ? "stopped" : "";
+    article.querySelector(".timing").textContent = stopped ? "stopped" : "";
     if (!stopped) {
-      article.querySelector(".said").textContent += error.message;
-      article.querySelector(".said").classList.add("error");
+      article.querySelector(".output").textContent += error.message;
+      article.querySelector(".output").classList.add("error");
     }
   }
-  asking = null;
-  at("send").disabled = false;
-  at("stop").disabled = true;
+  inFlight = null;
+  element("send").disabled = false;
+  element("stop").disabled = true;
 };
-at("stop").onclick = () => asking?.abort();
-at("clear").onclick = () => {
-  talk = [];
-  at("answers").replaceChildren();
+element("stop").onclick = () => inFlight?.abort();
+element("clear").onclick = () => {
+  conversation = [];
+  element("responses").replaceChildren();
 };
-at("model").onchange = () => {
-  talk = [];
-  showModes();
+element("model").onchange = () => {
+  conversation = [];
+  updateModes();
 };
-at("modes").onchange = showModes;
-at("key").onchange = look;
-at("text").onkeydown = (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
+element("modes").onchange = updateModes;
+element("key").onchange = refresh;
+element("text").onkeydown = (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("request").requestSubmit();
 };
-look();
-setInterval(look, LOOK_MS);
+refresh();
+setInterval(refresh, POLL_MS);
