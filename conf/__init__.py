@@ -1,1 +1,1 @@
-"""Hydra groups; each YAML states only what differs from the defaults in engine/config/schema.py."""
+"""Hydra groups; each YAML states only what differs from the defaults in engine/config/."""

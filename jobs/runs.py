@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import Config, identity
+from engine.config import Config, flatten, read_tree
 from engine.errors import UserError, nearest
-from engine.train.run_folder import RunFolder, Status, flat, list_runs
+from engine.train.run_folder import RunFolder, RunStatus, flatten_config, list_runs
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 64  # of a curve, in characters
@@ -62,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(run: RunFolder, status: Status, verify: bool) -> dict[str, list[str]]:
+def page(run: RunFolder, status: RunStatus, verify: bool) -> dict[str, list[str]]:
     """Return what there is to say of one run, title -> lines."""
     metrics = list(run.metrics())
     told = f"{status.job}, {status.state}, step {status.step} of {status.max_steps}, {age(time.time() - status.updated)} ago"
     shown = {"run": [told, *([status.message] if status.message else [])]}
-    shown["options"] = changed_options(yaml.safe_load(run.config_file.read_text())) if run.config_file.is_file() else []
+    shown["options"] = changed_options(read_tree(run.config_file)) if run.config_file.is_file() else []
     for name in ("loss", "validation_loss"):
         values = [line[name] for line in metrics if line.get(name) is not None]
         if values:
@@ -84,8 +83,8 @@ def page(run: RunFolder, status: Status, verify: bool) -> dict[str, list[str]]:
 
 def changed_options(tree: dict[str, Any]) -> list[str]:
     """Return KEY=VALUE of each option of a run that isn't its declared default."""
-    before = identity(Config(), ignoring=())
-    return [f"{key}={value}" for key, value in flat(tree).items() if before.get(key, value) != value]
+    before = flatten(Config())
+    return [f"{key}={value}" for key, value in flatten_config(tree).items() if before.get(key, value) != value]
 
 
 def checkpoint_lines(run: RunFolder, verify: bool) -> list[str]:

@@ -1,62 +1,56 @@
-"""The config of a job: Hydra composes a raw one against the dataclasses of `schema.py` (`conf/` states only what
-differs from them), `resolve` turns it into frozen, typed, checked objects. Past `resolve` nobody sees a DictConfig or a
-string key.
+"""The config of a job: Hydra composes it from conf/ (which states only what differs from the defaults here), and `resolve`
+turns it into frozen, typed, checked dataclasses. Past `resolve` there is no DictConfig and no string key.
 
-    schema.py   every option
-    checks.py   what is refused, and with which words
-    values.py   configs from other configs, and their fingerprints
+    option.py        how an option is declared: default, help, bounds, flags (identity, per_source, ...)
+    data.py model.py optim.py train.py sweep.py evaluate.py serve.py jobs.py
+                     the options by group, each with the checks of its own group
+    config.py        Config: all groups, and the values that follow from them
+    checks.py        the checks across groups
+    former_names.py  options by the names of the previous version
+    values.py        configs from a command line, from other configs and from files; their hash
 
-Nothing here imports torch or Ray, so that a mistake is told within a second.
+Nothing here imports torch or Ray, so that a mistake is reported within a second.
 """
 
-from engine.config.checks import check, is_of
-from engine.config.schema import (
-    LAYOUT,
-    PER_SOURCE,
-    CardConfig,
-    ClusterConfig,
-    Config,
-    ConvertConfig,
+from engine.config.checks import check
+from engine.config.config import Config, declared, keys_with
+from engine.config.data import (
     DataConfig,
-    DemoConfig,
-    EvaluateConfig,
-    Frozen,
-    LoraConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PromoteConfig,
-    ScheduleConfig,
-    ServeConfig,
-    SweepConfig,
-    TrackingConfig,
-    TrainConfig,
-    ZeroConfig,
+    content_options,
     data_kind,
-    declared,
-    get,
-    option,
+    per_source_options,
     source_configs,
     source_options,
-    type_name,
 )
+from engine.config.evaluate import CardConfig, EvaluateConfig, PromoteConfig
+from engine.config.former_names import current_keys, current_override, current_tree
+from engine.config.jobs import ClusterConfig, ConvertConfig, DemoConfig, PlanConfig, TrackingConfig
+from engine.config.model import LoraConfig, ModelConfig, ObjectiveConfig
+from engine.config.optim import OptimConfig, ScheduleConfig
+from engine.config.option import DEPLOYMENT, INGRESS, REPLICA, Frozen, get, is_of, option, type_name
+from engine.config.serve import ImproveConfig, KeyConfig, ServeConfig, options_affecting
+from engine.config.sweep import SweepConfig
+from engine.config.train import TrainConfig, ZeroConfig
 from engine.config.values import (
     close,
     config_groups,
     fingerprint,
+    flatten,
     from_dict,
     group,
     identity,
+    read_tree,
     replace,
     resolve,
+    select,
     to_dict,
     with_values,
 )
 
 __all__ = [
-    "LAYOUT",
-    "PER_SOURCE",
+    "DEPLOYMENT",
+    "INGRESS",
+    "REPLICA",
     "CardConfig",
     "ClusterConfig",
     "Config",
@@ -65,6 +59,8 @@ __all__ = [
     "DemoConfig",
     "EvaluateConfig",
     "Frozen",
+    "ImproveConfig",
+    "KeyConfig",
     "LoraConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -80,17 +76,27 @@ __all__ = [
     "check",
     "close",
     "config_groups",
+    "content_options",
+    "current_keys",
+    "current_override",
+    "current_tree",
     "data_kind",
     "declared",
     "fingerprint",
+    "flatten",
     "from_dict",
     "get",
     "group",
     "identity",
     "is_of",
+    "keys_with",
     "option",
+    "options_affecting",
+    "per_source_options",
+    "read_tree",
     "replace",
     "resolve",
+    "select",
     "source_configs",
     "source_options",
     "to_dict",

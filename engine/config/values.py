@@ -1,14 +1,17 @@
-"""Configs made from what a person wrote, from other configs and from dicts; and what tells two of them apart."""
+"""Configs made from a command line, from other configs and from files; and the hash that tells two of them apart."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from engine.config.checks import check
-from engine.config.schema import LAYOUT, Config, Frozen, declared, get
+from engine.config.config import Config, declared, keys_with
+from engine.config.former_names import by_former_names, current_keys, current_tree, current_value, warn_of
+from engine.config.option import Frozen, get
 from engine.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -34,6 +37,9 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     tree = to_dict(config)
     known = [key for key, _, _ in declared()]
     for key, value in values.items():
+        if key in current_keys():
+            warn_of(key, current_keys()[key])
+            key = current_keys()[key]
         if key not in known:
             raise UserError(f"{key} is not an option{nearest(key, known)}")
         node = tree
@@ -49,15 +55,26 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(tree: dict[str, Any]) -> Config:
-    """Build, check and close a config from nested dicts (missing keys take their defaults)."""
-    config = close(group(Config, tree))
+def from_dict(tree: dict[str, Any], file: str | None = None) -> Config:
+    """Build, check and close a config from nested dicts (missing keys take their defaults), which may be of a file."""
+    config = close(group(Config, current_tree(tree, file)))
     check(config)
     return config
 
 
-def group(kind: type[T], tree: dict[str, Any]) -> T:
-    """Build a group of options, and those within it, from nested dicts."""
+def read_tree(file: Path) -> dict[str, Any]:
+    """Read a config.yaml as nested dicts, with all options by their current names."""
+    import yaml
+
+    return current_tree(yaml.safe_load(file.read_text()), str(file))
+
+
+def group(kind: type[T], tree: dict[str, Any], prefix: str = "") -> T:
+    """Build a group of options, and those within it, from nested dicts.
+
+    With the prefix of its keys ("serve."), options by their former names are understood too.
+    """
+    tree = current_tree(tree, prefix=prefix) if prefix else tree
     hints = get_type_hints(kind)
     return kind(
         **{
@@ -73,22 +90,30 @@ def resolve(raw: Any) -> Config:
 
     config = OmegaConf.to_object(raw)
     assert isinstance(config, Config)
+    config.data.sources = current_value("data.sources", config.data.sources)
+    config.sweep.space = current_value("sweep.space", config.sweep.space)
     check(config)
     return close(config)
 
 
-def identity(config: Config, ignoring: tuple[str, ...] = LAYOUT) -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
+    """Return {dotted key: value} of every option."""
+    return {key: get(config, key) for key, _, _ in declared()}
+
+
+def select(config: Config, flag: str) -> dict[str, Any]:
+    """Return {dotted key: value} of the options with a flag (identity, micro_batch, ...; see option.py)."""
+    return {key: get(config, key) for key in keys_with(flag)}
+
+
+def identity(config: Config) -> dict[str, Any]:
     """Return {dotted key: value} of all that decides what is computed."""
-    return {
-        key: get(config, key)
-        for key, _, _ in declared()
-        if not any(key == skip or key.startswith(skip + ".") for skip in ignoring)
-    }
+    return select(config, "identity")
 
 
-def fingerprint(config: Config, ignoring: tuple[str, ...] = LAYOUT) -> str:
-    """Return the SHA-256 (hex) of all that decides what is computed: the config without the LAYOUT keys."""
-    return hashlib.sha256(json.dumps(identity(config, ignoring), sort_keys=True).encode()).hexdigest()
+def fingerprint(config: Config) -> str:
+    """Return the SHA-256 (hex) of a run's identity."""
+    return hashlib.sha256(json.dumps(by_former_names(identity(config)), sort_keys=True).encode()).hexdigest()
 
 
 def config_groups() -> list[tuple[str, list[str]]]:
