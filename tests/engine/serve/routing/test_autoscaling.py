@@ -13,8 +13,8 @@ import pytest
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
 from engine.serve.routing.autoscaling import IPC_REQUESTS, TOKENS_IN_FLIGHT, InFlightWorkPolicy, desired_replicas
-from tests.engine.bundles.making import fresh_bundle
-from tests.engine.serve.clients import load, wait_for
+from tests.engine.bundles.small_bundles import fresh_bundle
+from tests.engine.serve.clients import background_load, wait_for
 from tests.ports import free_port
 
 
@@ -61,7 +61,7 @@ def test_endpoint_scales_up_and_to_zero(ray: None, tiny: Config, tmp_path: Path)
 
         app = controller_state().models["writer"].stable.app
         body = {"prompt": "import os", "max_tokens": 110, "logit_bias": {"0": -100}}
-        with load(up.url, body, clients=4) as noted:
+        with background_load(up.url, body, clients=4) as noted:
             wait_for(lambda: replicas_of(app) == 2)
         wait_for(lambda: replicas_of(app) == 0)
         assert httpx.get(f"{up.url}/readyz").status_code == 200
