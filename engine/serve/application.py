@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 
 from engine.bundles.bundle import Bundle
-from engine.config import ServeConfig
+from engine.config import INGRESS, REPLICA, ServeConfig, group, options_affecting
 from engine.serve.http.api import Api
 from engine.serve.http.haproxy import LoadBalancer
 from engine.serve.llm.lora import pin_adapters
@@ -29,26 +29,16 @@ from engine.serve.routing.messages import Version
 ENDPOINT, CONTROLLER, BALANCER = "manta", "manta-controller", "manta-balancer"  # names of applications
 HEAD_NODE = "node:__internal_head__"  # Ray's resource of the head node, where clients expect the endpoint
 HEALTH_CHECK_PERIOD_S = 1.0  # of ingresses: a lost one is replaced after the next check
-# Options that decide how one deployment goes; a change of them changes neither ingress nor replicas.
-OF_A_CHANGE = (
-    "names", "ready_timeout_s", "detach", "strategy", "canary_stages", "canary_requests", "canary_stage_s",
-    "canary_false_alarm", "canary_error_margin", "canary_latency_margin", "shadow_share", "shadow_requests",
-    "keep_warm_s", "export", "image",
-)  # fmt: skip
-OF_THE_INGRESS = (  # replicas have no part in them
-    "host", "port", "max_body_bytes", "max_audio_bytes", "tries", "body_timeout_s", "keys_file", "open", "origins", "log_prompts", "records_dir",
-    "haproxy", "ingresses",
-)  # fmt: skip
 
 
 def ingress_options(options: ServeConfig) -> dict[str, Any]:
     """Return the options that an ingress depends on."""
-    return {key: value for key, value in asdict(options).items() if key not in OF_A_CHANGE}
+    return options_affecting(options, (INGRESS, REPLICA))
 
 
 def make_version(name: str, bundle: Bundle, options: ServeConfig) -> Version:
     """Return the version of a bundle that is served under a name with these options; its id is a hash of all of them."""
-    own = {key: value for key, value in asdict(options).items() if key not in OF_A_CHANGE + OF_THE_INGRESS}
+    own = options_affecting(options, (REPLICA,))
     own["adapters"] = pin_adapters(options.adapters)
     folder = str(bundle.folder.absolute())
     identity = [name, bundle.hash, folder, own, Bundle.open(options.draft_model).hash if options.draft_model else None]
@@ -59,7 +49,7 @@ def make_version(name: str, bundle: Bundle, options: ServeConfig) -> Version:
 
 def version_application(args: dict[str, Any]) -> Any:
     """Build the replicas of a version; takes {"name", "folder", "options"}."""
-    options = ServeConfig(**args["options"])
+    options = group(ServeConfig, args["options"], "serve.")
     max_per_node = options.max_replicas_per_node
     placement: dict[str, Any] = {"max_replicas_per_node": max_per_node} if max_per_node else {}
     with warnings.catch_warnings():  # Serve plans to read metrics_interval_s from the environment instead
@@ -100,7 +90,7 @@ def autoscaling(options: ServeConfig) -> dict[str, Any]:
 
 def endpoint_application(args: dict[str, Any]) -> Any:
     """Build the ingress; takes {"options", "access"}, and "listens" where it is reached without Serve's proxies."""
-    options, listens = ServeConfig(**args["options"]), args.get("listens", False)
+    options, listens = group(ServeConfig, args["options"], "serve."), args.get("listens", False)
     placement: dict[str, Any] = {"resources": {HEAD_NODE: 0.001}} if listens else {}
     ingress = serve.deployment(
         name="api",
@@ -116,7 +106,7 @@ def endpoint_application(args: dict[str, Any]) -> Any:
 
 def balancer_application(args: dict[str, Any]) -> Any:
     """Build the deployment that runs HAProxy before the ingresses; takes {"options"}."""
-    options = ServeConfig(**args["options"])
+    options = group(ServeConfig, args["options"], "serve.")
     balancer = serve.deployment(
         name="balancer",
         graceful_shutdown_timeout_s=options.drain_s + 2,
