@@ -1,6 +1,6 @@
-"""Put a bundle behind Ray Serve, or change what an endpoint serves without losing a request.
+"""Serve a bundle with Ray Serve, or change what a running endpoint serves without losing a request.
 
-Where an endpoint is up on the cluster, the bundle becomes a new version of the name: serve.strategy says how.
+Where an endpoint is up on the cluster, the bundle becomes a new version of the name, rolled out by serve.strategy.
 The exit code is 3 where the new version was withdrawn.
 """
 

@@ -1,7 +1,7 @@
-"""Go back, byte for byte: manta rollback NAME.
+"""Roll back to the previous version, byte for byte: manta rollback NAME.
 
-The champion before the present one becomes the champion again. With cluster=auto the endpoint there goes back to the version
-of NAME before, or ends what it tries, within seconds; the champion then moves only if it is what was taken off.
+The previous champion becomes the champion again. With cluster=auto the endpoint there ends its rollout of NAME, or else
+returns to the previous version, within seconds; the champion then changes only if it is the version that was withdrawn.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from jobs.entry import ray_session, start
 
 
 def rollback(config: Config) -> None:
-    """Go back, and say to which version."""
+    """Roll back, and print the versions."""
     if not config.bundle:
-        raise UserError("rollback needs a registered name, or one that is served: manta rollback NAME")
+        raise UserError("rollback needs a registered or served name: manta rollback NAME")
     from engine.evaluate.promote import is_champion
-    from engine.evaluate.promote import roll_back as champion_back
+    from engine.evaluate.promote import roll_back as roll_back_champion
 
     if config.cluster.address == "local":
-        champion_back(config)
+        roll_back_champion(config)
         return
     from engine.progress import console
-    from engine.serve.deploy import roll_back as endpoint_back
+    from engine.serve.deploy import roll_back as roll_back_endpoint
 
     with ray_session(config):
-        gone, answers = endpoint_back(config, config.bundle)
-    console.print(f"the endpoint answers {config.bundle} with {answers[:12]} again, and no more with {gone[:12]}")
-    if is_champion(config, gone):
-        champion_back(config)
+        withdrawn, stable = roll_back_endpoint(config, config.bundle)
+    console.print(f"the endpoint serves {config.bundle} with {stable[:12]} again, no longer with {withdrawn[:12]}")
+    if is_champion(config, withdrawn):
+        roll_back_champion(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
