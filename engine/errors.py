@@ -10,11 +10,11 @@ class UserError(Exception):
     """One clear sentence that says what is wrong and what to do; a job ends with it and exit code 2."""
 
 
-class TryAgain(UserError):
+class TransientError(UserError):
     """A UserError that the same command may not meet again: a store that could not be reached, a process that was killed."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint like `; did you mean 'optim.lr'?` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Bar:
+class ProgressBar:
     """One piece of long work: `with Bar("pretrain", total=200) as bar: bar.update(3, "loss 7.10")`."""
 
     def __init__(self, title: str, total: int, every_s: float = 5.0) -> None:
@@ -21,7 +21,7 @@ class Bar:
         self._spoken = 0.0
         self._live: Progress | None = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         """Begin to show."""
         self._started = time.monotonic()
         if console.is_terminal:

@@ -12,10 +12,10 @@ from jobs.entry import start, training_session
 def pretrain(config: Config) -> None:
     """Train, and say where the bundle is."""
     with training_session(config):
-        from cluster.prestart import prestart
+        from cluster.prestart import prestart_workers
         from engine.train.launch import train
 
-        train(config, spare=prestart)
+        train(config, start_spares=prestart_workers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,18 +14,18 @@ def sweep(config: Config) -> None:
     """Run the trials, and say which is best and where its bundle and the report are."""
     from engine.data.corpus import check_input
     from engine.sweep.launch import sweep
-    from engine.sweep.search_space import check_space
+    from engine.sweep.search_space import parse_search_space
 
-    check_space(config)
+    parse_search_space(config)
     check_input(config.data)
     with ray_session(config):
         result = sweep(config)
-    from engine.evaluate.sweep_page import write_page
+    from engine.evaluate.sweep_page import write_sweep_page
     from engine.progress import console
-    from engine.train.run_folder import adapter_of
+    from engine.train.run_folder import adapter_folder
 
-    page = write_page(config.run_dir, config.name, asdict(result))
-    adapter = adapter_of(config.run_dir / "bundle")
+    page = write_sweep_page(config.run_dir, config.name, asdict(result))
+    adapter = adapter_folder(config.run_dir / "bundle")
     lines = [f"best      {result.best.name}", f"bundle    {config.run_dir / 'bundle'}", f"report    {page}"]
     console.print("\n".join(lines + [f"adapter   {adapter}"] * adapter.exists()), markup=False)
 

@@ -13,29 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from engine.sweep.population import Explore, Round, perturbed
-from engine.sweep.search_space import Space
+from engine.sweep.population import Explore, Round, perturb_value
+from engine.sweep.search_space import SearchSpace
 
-CANDIDATES = 1000
-LENGTHS, FORGETTING, NOISES = (0.1, 0.3, 1.0), (0.0, 0.1, 0.4), (0.01, 0.1)  # of which the likeliest are taken
+NUM_CANDIDATES = 1000
+LENGTH_SCALES, FORGETTING, NOISES = (0.1, 0.3, 1.0), (0.0, 0.1, 0.4), (0.01, 0.1)  # of which the likeliest are taken
 
 
-def bandit(space: Space, mode: str) -> Explore:
+def pb2_explore(space: SearchSpace, mode: str) -> Explore:
     """Return the exploration of PB2 over the numbers of a space."""
     numbers = {key: domain for key, domain in space.items() if not domain.listed}
 
     def explore(
         rounds: list[Round], params: dict[str, Any], chosen: list[dict[str, Any]], generator: np.random.Generator
     ) -> dict[str, Any]:
-        found = {key: perturbed(domain, params[key], generator) for key, domain in space.items()}
+        found = {key: perturb_value(domain, params[key], generator) for key, domain in space.items()}
         seen, gains = improvements(rounds, numbers, mode)
         if len(gains) < 2:
             return found
         now = float(len(rounds))
-        process = Process.likeliest(seen, (gains - gains.mean()) / (gains.std() or 1.0))
+        process = GaussianProcess.likeliest(seen, (gains - gains.mean()) / (gains.std() or 1.0))
         for other in chosen:
             process = process.with_point(np.array([now, *(numbers[key].place(other[key]) for key in numbers)]))
-        candidates = np.column_stack([np.full(CANDIDATES, now), generator.random((CANDIDATES, len(numbers)))])
+        candidates = np.column_stack([np.full(NUM_CANDIDATES, now), generator.random((NUM_CANDIDATES, len(numbers)))])
         mean, deviation = process.predict(candidates)
         confidence = np.sqrt(0.2 * len(numbers) * np.log(2 * max(2.0, len(gains))))
         best = candidates[int(np.argmax(mean + confidence * deviation)), 1:]
@@ -46,7 +46,7 @@ def bandit(space: Space, mode: str) -> Explore:
     return explore
 
 
-def improvements(rounds: list[Round], numbers: Space, mode: str) -> tuple[np.ndarray, np.ndarray]:
+def improvements(rounds: list[Round], numbers: SearchSpace, mode: str) -> tuple[np.ndarray, np.ndarray]:
     """Return, for each member and round with a figure before and after, (round, places of the values) and the gain."""
     sign = -1.0 if mode == "min" else 1.0
     seen, gains = [], []
@@ -58,7 +58,7 @@ def improvements(rounds: list[Round], numbers: Space, mode: str) -> tuple[np.nda
     return np.array(seen), np.array(gains)
 
 
-class Process:
+class GaussianProcess:
     """A Gaussian process over points (round, places of the values in [0, 1])."""
 
     def __init__(self, seen: np.ndarray, gains: np.ndarray, length: float, forgetting: float, noise: float) -> None:
@@ -68,10 +68,10 @@ class Process:
         self._weights = np.linalg.solve(self._root.T, np.linalg.solve(self._root, gains))
 
     @classmethod
-    def likeliest(cls, seen: np.ndarray, gains: np.ndarray) -> Process:
+    def likeliest(cls, seen: np.ndarray, gains: np.ndarray) -> GaussianProcess:
         """Return the process whose length, forgetting and noise make the gains likeliest."""
-        tried = [cls(seen, gains, *parts) for parts in itertools.product(LENGTHS, FORGETTING, NOISES)]
-        return max(tried, key=Process.log_likelihood)
+        tried = [cls(seen, gains, *parts) for parts in itertools.product(LENGTH_SCALES, FORGETTING, NOISES)]
+        return max(tried, key=GaussianProcess.log_likelihood)
 
     def _kernel(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         length, forgetting, _ = self._parts
@@ -84,10 +84,10 @@ class Process:
         """Return the logarithm of the gains' density, but for a constant."""
         return float(-0.5 * self._gains @ self._weights - np.log(np.diag(self._root)).sum())
 
-    def with_point(self, point: np.ndarray) -> Process:
+    def with_point(self, point: np.ndarray) -> GaussianProcess:
         """Return the process that has seen its own mean at one more point."""
         mean, _ = self.predict(point[None])
-        return Process(np.vstack([self._seen, point]), np.append(self._gains, mean), *self._parts)
+        return GaussianProcess(np.vstack([self._seen, point]), np.append(self._gains, mean), *self._parts)
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation at each of the points."""

@@ -13,30 +13,30 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Config, identity, with_values
+from engine.config import Config, flatten, with_values
 from engine.errors import UserError
 from engine.objectives.contract import objective_class
 from engine.progress import console
 from engine.sweep import winner as winners
-from engine.sweep.gaussian_process import bandit
-from engine.sweep.progress_table import Board
-from engine.sweep.successive_halving import Halving
-from engine.sweep.population import Population, interval, perturb
-from engine.sweep.trial_record import Trial, best_first, from_dict, front
-from engine.sweep.recovery import Recovery
+from engine.sweep.gaussian_process import pb2_explore
 from engine.sweep.memory_check import MemoryCheck
-from engine.sweep.search_algorithm import Place, Search, SearchAlgorithm
+from engine.sweep.population import PopulationBasedTraining, pbt_explore, perturbation_interval
+from engine.sweep.progress_table import ProgressTable
+from engine.sweep.recovery import Recovery
+from engine.sweep.search_algorithm import IndependentTrials, PlaceTrial, SearchAlgorithm
+from engine.sweep.search_space import SearchSpace, num_trials, parse_search_space
 from engine.sweep.searchers import importances, make_searcher
-from engine.sweep.search_space import Space, check_space, count
-from engine.sweep.stopping import grace_steps, make_rule, rungs
+from engine.sweep.start_weights import make_start_state
+from engine.sweep.stopping import grace_steps, make_stopping_rule, rungs
+from engine.sweep.successive_halving import SuccessiveHalving
 from engine.sweep.trial import FAILURE, run_trial
-from engine.sweep.start_weights import start_state
-from engine.train.job import Job
+from engine.sweep.trial_record import Trial, best_first, pareto_front, trial_from_dict
+from engine.train.job import TrainJob
 from engine.train.launch import make_job, worker_resources
-from engine.train.run_folder import RunFolder, Status, now
+from engine.train.run_folder import RunFolder, RunStatus, now
 
-NO_END = 10**9  # trials: the course says when it is over
-QUIET = {  # for Tune: no files of its own beside ours, and none of its state, which ours replaces
+UNLIMITED_TRIALS = 10**9  # trials: the course says when it is over
+TUNE_ENVIRONMENT = {  # for Tune: no files of its own beside ours, and none of its state, which ours replaces
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -66,39 +66,39 @@ def sweep(config: Config) -> SweepResult:
     (train.checkpoint_every), and starts over where it had none.
     """
     started = time.monotonic()
-    space = check_space(config)
-    run = RunFolder.claim(config)
+    space = parse_search_space(config)
+    run = RunFolder.create_or_resume(config)
     file = run.path / "sweep.json"
-    if file.exists() and run.bundle.exists() and enough(done := read_result(file), space, config):
+    if file.exists() and run.bundle.exists() and is_complete(done := read_result(file), space, config):
         console.print(f"sweep '{config.name}' is finished already: {run.bundle}")
         return done
     objective = objective_class(config.objective.name)
     metrics = (config.sweep.metric or objective.metric).split("+")
     modes = (config.sweep.mode or objective.mode).split("+")
     job = base_job(config, run)
-    status = Status("sweep", "running", max_steps=count(space, config), pid=os.getpid(), updated=now(),
-                    parent=str(job.start) if job.start else None, data=str(job.data))  # fmt: skip
+    status = RunStatus("sweep", "running", max_steps=num_trials(space, config), pid=os.getpid(), updated=now(),
+                    parent=str(job.start_bundle) if job.start_bundle else None, data=str(job.data_folder))  # fmt: skip
     run.write_status(status)
     try:
-        result = carry_out(config, job, space, run, metrics, modes)
+        result = run_and_select(config, job, space, run, metrics, modes)
     except BaseException as error:
         state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         run.write_status(replace(status, state=state, updated=now(), message=str(error)[:500]))
         raise
     result = replace(result, seconds=time.monotonic() - started)
     file.write_text(json.dumps(asdict(result)))
-    winners.clear(run, result.best.name)
+    winners.delete_trial_checkpoints(run, result.best.name)
     run.write_status(replace(status, state="finished", step=len(result.trials), loss=result.best.value, updated=now()))
-    track(config, result)
+    log_to_mlflow(config, result)
     return result
 
 
-def carry_out(
-    config: Config, job: Job, space: Space, run: RunFolder, metrics: list[str], modes: list[str]
+def run_and_select(
+    config: Config, job: TrainJob, space: SearchSpace, run: RunFolder, metrics: list[str], modes: list[str]
 ) -> SweepResult:
     """Run the trials that are left, and write the bundle of the best."""
-    course, place = make_course(config, job, space, metrics, modes)
-    with Board(course.total, config.train.max_steps, metrics[0], modes[0]) as board:
+    course, place = make_search_algorithm(config, job, space, metrics, modes)
+    with ProgressTable(course.total, config.train.max_steps, metrics[0], modes[0]) as board:
         board.show(course.trials.values())
         if not course.done:
             run_trials(config, job, run, course, metrics, lambda: board.show(course.trials.values()))
@@ -112,58 +112,58 @@ def carry_out(
         chosen = winners.retrain(job, best[0], place, config.sweep.retrain_steps)
     elif config.sweep.soup:
         chosen = winners.soup(job, trials, place, metrics[0], modes[0])
-    chosen = chosen or winners.of_trial(job, best[0], place)
-    winners.write_bundle(chosen, run)
+    chosen = chosen or winners.winner_of_trial(job, best[0], place)
+    winners.write_sweep_bundle(chosen, run)
     return SweepResult(
         metrics[0], modes[0], trials, best[0], 0.0, metrics,
-        front=[trial.name for trial in front(trials, metrics, modes)] if len(metrics) > 1 else [],
+        front=[trial.name for trial in pareto_front(trials, metrics, modes)] if len(metrics) > 1 else [],
         importances=importances(space, trials, modes[0]),
-        exploits=[asdict(e) for e in course.state.exploits] if isinstance(course, Population) else [],
-        bundle={"name": chosen.job.config.name, "value": winners.value_of(chosen, metrics[0]), "step": chosen.line["step"]},
+        exploits=[asdict(e) for e in course.state.exploits] if isinstance(course, PopulationBasedTraining) else [],
+        bundle={"name": chosen.job.config.name, "value": winners.winner_value(chosen, metrics[0]), "step": chosen.line["step"]},
     )  # fmt: skip
 
 
-def base_job(config: Config, run: RunFolder) -> Job:
+def base_job(config: Config, run: RunFolder) -> TrainJob:
     """Prepare the data, and return the job of which each trial changes some keys."""
     job = make_job(config)
-    every = interval(config) if config.sweep.scheduler in ("pbt", "pb2") else grace_steps(config)
+    every = perturbation_interval(config) if config.sweep.scheduler in ("pbt", "pb2") else grace_steps(config)
     values = {
         "runs_dir": str((run.path / "trials").absolute()),
         "train.evaluate_every": config.train.evaluate_every or every,
         "train.keep_checkpoints": 1,  # the latest, for a sweep that goes on after a kill
         "tracking.enabled": False,  # the sweep itself logs its trials, and after the last of them
     }
-    return Job(with_values(job.config, values), job.data, job.start, leaves_bundle=False)
+    return TrainJob(with_values(job.config, values), job.data_folder, job.start_bundle, exports_bundle=False)
 
 
-def make_course(
-    config: Config, job: Job, space: Space, metrics: Sequence[str], modes: Sequence[str]
-) -> tuple[SearchAlgorithm, Place]:
+def make_search_algorithm(
+    config: Config, job: TrainJob, space: SearchSpace, metrics: Sequence[str], modes: Sequence[str]
+) -> tuple[SearchAlgorithm, PlaceTrial]:
     """Return how the sweep goes, as far as it has come, and what places its trials."""
     slots, share = trial_share(config, resources_for(config))
     place = TrialPlacement(config, job, MemoryCheck(config, slots, share.get("GPU", 0.0)))
     folder = Path(job.config.runs_dir)
     if config.sweep.scheduler in ("pbt", "pb2"):
-        explore = perturb(space) if config.sweep.scheduler == "pbt" else bandit(space, modes[0])
-        return Population(config, folder, metrics, modes[0], space, place, explore), place
+        explore = pbt_explore(space) if config.sweep.scheduler == "pbt" else pb2_explore(space, modes[0])
+        return PopulationBasedTraining(config, folder, metrics, modes[0], space, place, explore), place
     searcher = make_searcher(space, config, metrics, modes, rungs(config))
     if config.sweep.scheduler in ("asha", "hyperband"):
-        return Halving(config, folder, metrics, searcher, modes[0], place, rungs(config)), place
-    return Search(config, folder, metrics, searcher, make_rule(config, modes[0]), place), place
+        return SuccessiveHalving(config, folder, metrics, searcher, modes[0], place, rungs(config)), place
+    return IndependentTrials(config, folder, metrics, searcher, make_stopping_rule(config, modes[0]), place), place
 
 
 class TrialPlacement:
     """Finds what a trial takes: a micro-batch that fits, and data that are prepared as its values ask."""
 
-    def __init__(self, config: Config, base: Job, room: MemoryCheck) -> None:
+    def __init__(self, config: Config, base: TrainJob, room: MemoryCheck) -> None:
         """Begin with the data of the base job."""
         self._config, self._base, self._room = config, base, room
-        self._data = {self._facts(config): base.data}
+        self._data = {self._facts(config): base.data_folder}
 
     def __call__(self, params: dict[str, Any]) -> tuple[dict[str, Any], Path]:
         """Return the values, with another micro-batch if need be, and the folder of the data. Raises UserError if none fits."""
         config = with_values(self._config, params)
-        start = {"bundle": str(self._base.start)} if self._base.start else {}
+        start = {"bundle": str(self._base.start_bundle)} if self._base.start_bundle else {}
         fitting, reason = self._room.fitted(with_values(config, start))
         if fitting is None:
             raise UserError(reason)
@@ -171,15 +171,20 @@ class TrialPlacement:
             params = params | {"train.micro_batch": fitting.train.micro_batch}
         facts = self._facts(config)
         if facts not in self._data:
-            self._data[facts] = make_job(config).data
+            self._data[facts] = make_job(config).data_folder
         return params, self._data[facts]
 
     def _facts(self, config: Config) -> str:
-        return json.dumps({k: v for k, v in identity(config, ()).items() if k.startswith(("data.", "objective.name"))})
+        return json.dumps({k: v for k, v in flatten(config).items() if k.startswith(("data.", "objective.name"))})
 
 
 def run_trials(
-    config: Config, job: Job, run: RunFolder, course: SearchAlgorithm, metrics: Sequence[str], show: Callable[[], None]
+    config: Config,
+    job: TrainJob,
+    run: RunFolder,
+    course: SearchAlgorithm,
+    metrics: Sequence[str],
+    show: Callable[[], None],
 ) -> None:
     """Run the trials of a course through Ray Tune, whose worker processes go on from trial to trial."""
     import ray
@@ -188,31 +193,33 @@ def run_trials(
 
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ |= QUIET
+    os.environ |= TUNE_ENVIRONMENT
     slots, share = trial_share(config, resources_for(config))
     if course.in_parts:
         job = replace(job, config=with_values(job.config, {"schedule.total_steps": config.total_steps}))
-    state = [ray.put(start_state(job))]  # once, for every process of every trial; the list keeps it a reference
+    state = [ray.put(make_start_state(job))]  # once, for every process of every trial; the list keeps it a reference
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, spec=job.to_dict(), metrics=list(metrics), resources=share, state=state),
         tune.PlacementGroupFactory([share] * config.train.workers),
     )
     folder = (run.path / "tune").absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    searcher, judge = adapters(course, Recovery(config.train.max_failures), run, slots, show)
+    searcher, judge = tune_adapters(course, Recovery(config.train.max_failures), run, slots, show)
     tuner = tune.Tuner(
         trainable,
         run_config=RunConfig(
             name=folder.name, storage_path=str(folder.parent), verbose=0, failure_config=FailureConfig(0)
         ),
-        tune_config=tune.TuneConfig(num_samples=NO_END, scheduler=judge, search_alg=searcher, reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            num_samples=UNLIMITED_TRIALS, scheduler=judge, search_alg=searcher, reuse_actors=True
+        ),
     )
     tuner.fit()
     if not all(trial.over for trial in course.trials.values()) or not course.done:
         raise KeyboardInterrupt  # which Tune has swallowed, with its trials
 
 
-def adapters(
+def tune_adapters(
     course: SearchAlgorithm, recovery: Recovery, run: RunFolder, slots: int, show: Callable[[], None]
 ) -> tuple[Any, Any]:
     """Return the searcher and the scheduler by which Tune asks the course for trials and tells it what becomes of them."""
@@ -247,7 +254,7 @@ def adapters(
                 again, reason = recovery.judge(trial, task, folder.logs)
                 if again:
                     told = f"trial {trial.name} is begun again: {reason} (restart {trial.losses})"
-                    folder.note(told)
+                    folder.log_event(told)
                     console.print(f"warning: {told}", markup=False)
                     return
             course.end(task["index"], reason)
@@ -310,7 +317,7 @@ def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[st
         most = min(fits.values())
         return min(concurrent or most, most), asked
     cpus = cluster.get("CPU", 1.0)
-    trials = count(check_space(config), config) if config.sweep.space else config.sweep.trials
+    trials = num_trials(parse_search_space(config), config) if config.sweep.space else config.sweep.trials
     if "GPU" in asked:  # and half a core a worker at least
         slots = max(1, min(concurrent or trials, fits["GPU"], int(2 * cpus / workers)))
     else:
@@ -322,20 +329,20 @@ def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[st
 def read_result(file: Path) -> SweepResult:
     """Read sweep.json."""
     tree = json.loads(file.read_text())
-    trials = [from_dict(trial) for trial in tree.pop("trials")]
-    return SweepResult(trials=trials, **{**tree, "best": from_dict(tree["best"])})
+    trials = [trial_from_dict(trial) for trial in tree.pop("trials")]
+    return SweepResult(trials=trials, **{**tree, "best": trial_from_dict(tree["best"])})
 
 
-def enough(done: SweepResult, space: Space, config: Config) -> bool:
+def is_complete(done: SweepResult, space: SearchSpace, config: Config) -> bool:
     """Tell whether a finished sweep is what is asked for now, and not more trials or longer ones."""
-    return done.best.budget == config.train.max_steps and len(done.trials) >= count(space, config)
+    return done.best.budget == config.train.max_steps and len(done.trials) >= num_trials(space, config)
 
 
-def track(config: Config, result: SweepResult) -> None:
+def log_to_mlflow(config: Config, result: SweepResult) -> None:
     """Log the sweep to MLflow: a run, and a child run for each trial."""
     if not config.tracking.enabled:
         return
-    from engine.train.launch import suppress_tracking_errors
+    from engine.train.run_monitor import suppress_tracking_errors
     from engine.train.tracking import TrackedRun
 
     moment = int(time.time() * 1000)

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from engine.config import Config, identity, with_values
+from engine.config import Config, select, with_values
 from engine.plan.plan import KEPT, meta_model
 
 
@@ -24,14 +24,14 @@ class MemoryCheck:
         """Return the bytes of a worker's device that a trial may use; None where that is not known here."""
         import torch
 
-        from engine.train.devices import DEVICES, RESERVED
+        from engine.train.devices import DEVICES, RESERVED_FRACTION
 
         share = min(1.0, self._gpus or 1.0)
         if config.plan.device != "here":
-            return DEVICES[config.plan.device].bytes * (1 - RESERVED) * share
+            return DEVICES[config.plan.device].bytes * (1 - RESERVED_FRACTION) * share
         if self._gpus:  # of another machine, perhaps
             here = torch.cuda.is_available()
-            return torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED) * share if here else None
+            return torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED_FRACTION) * share if here else None
         return psutil.virtual_memory().total * (1 - KEPT) / (config.train.workers * self._slots)
 
     def fitted(self, config: Config) -> tuple[Config | None, str]:
@@ -60,9 +60,7 @@ class MemoryCheck:
         """Count the parameters of a model, once for each shape, on the meta device."""
         from engine.plan.memory import Sizes
 
-        deciding = ("model.", "objective.", "optim.name", "bundle", "data.sequence_length", "data.vocab_size")
-        facts = {key: value for key, value in identity(config, ()).items() if key.startswith(deciding)}
-        key = json.dumps(facts, sort_keys=True)
+        key = json.dumps(select(config, "parameter_count"), sort_keys=True)
         if key not in self._sizes:
             self._sizes[key] = Sizes.of(meta_model(config), config)
         return self._sizes[key]

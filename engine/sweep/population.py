@@ -23,15 +23,17 @@ from engine.atomic_write import atomic_folder, write_atomically
 from engine.config import Config
 from engine.errors import UserError
 from engine.sweep import trial_record
+from engine.sweep.search_algorithm import PlaceTrial, trial_name
+from engine.sweep.search_space import Domain, SearchSpace, sample_params
 from engine.sweep.trial_record import Trial
-from engine.sweep.search_algorithm import Place, trial_name
-from engine.sweep.search_space import Domain, Space, draw
 from engine.train.checkpoint import step_folder
 from engine.train.run_folder import RunFolder
 
-STATE = "population.json"
-RESAMPLED = 0.25  # share of the values that are drawn anew where the others are perturbed (Jaderberg et al. 2017)
-FACTORS = (0.8, 1.2)  # by which a value is perturbed (ibid.)
+STATE_FILE = "population.json"
+RESAMPLE_PROBABILITY = (
+    0.25  # share of the values that are drawn anew where the others are perturbed (Jaderberg et al. 2017)
+)
+PERTURBATION_FACTORS = (0.8, 1.2)  # by which a value is perturbed (ibid.)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ Explore = Callable[[list[Round], dict[str, Any], list[dict[str, Any]], np.random
 
 
 @dataclass
-class State:
+class PopulationState:
     """All that a population's next round depends on."""
 
     interval: int  # steps of a round
@@ -71,7 +73,7 @@ class State:
     trials: list[Trial] = field(default_factory=list)
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> State:
+    def from_dict(cls, tree: dict[str, Any]) -> PopulationState:
         """Turn `asdict` of a state, read from JSON, into the state again."""
         return cls(
             interval=tree["interval"],
@@ -81,11 +83,11 @@ class State:
             ended={int(index): value for index, value in tree["ended"].items()},
             exploits=[Exploit(**one) for one in tree["exploits"]],
             copied=tree["copied"],
-            trials=[trial_record.from_dict(one) for one in tree["trials"]],
+            trials=[trial_record.trial_from_dict(one) for one in tree["trials"]],
         )
 
 
-class Population:
+class PopulationBasedTraining:
     """Members that train in rounds."""
 
     in_parts = True
@@ -96,27 +98,31 @@ class Population:
         folder: Path,
         metrics: Sequence[str],
         mode: str,
-        space: Space,
-        place: Place,
+        space: SearchSpace,
+        place: PlaceTrial,
         explore: Explore,
     ) -> None:
         """Begin, or go on with the round that was under way in `folder`."""
         self._config, self._folder, self._metrics, self._mode = config, folder, metrics, mode
         self._place, self._explore = place, explore
-        self.total, self._steps, self._interval = config.sweep.trials, config.train.max_steps, interval(config)
+        self.total, self._steps, self._interval = (
+            config.sweep.trials,
+            config.train.max_steps,
+            perturbation_interval(config),
+        )
         self.broken = False  # no member is left that could be copied
-        file = folder / STATE
+        file = folder / STATE_FILE
         if file.exists():
-            self.state = State.from_dict(json.loads(file.read_text()))
+            self.state = PopulationState.from_dict(json.loads(file.read_text()))
             if self.state.interval != self._interval or self.state.trials[0].budget != self._steps:
                 raise UserError(
                     f"the models of sweep '{config.name}' are trained for {self.state.trials[0].budget:,} steps in rounds of "
                     f"{self.state.interval:,}: use another name, or these train.max_steps and sweep.interval"
                 )
         else:
-            drawn = [draw(space, config, config.seed, index) for index in range(self.total)]
+            drawn = [sample_params(space, config, config.seed, index) for index in range(self.total)]
             named = [Trial(i, trial_name(config, i), params, self._steps) for i, params in enumerate(drawn)]
-            self.state = State(self._interval, drawn, [None] * self.total, trials=named)
+            self.state = PopulationState(self._interval, drawn, [None] * self.total, trials=named)
         self.trials = {trial.index: trial for trial in self.state.trials}
         self._under_way: dict[int, float] = {}  # member -> when it began
         if not self.state.copied:
@@ -183,7 +189,7 @@ class Population:
             return
         state.rounds.append(Round(state.params, state.before, after))
         params, before = list(state.params), list(after)
-        for member, donor in pairs(after, self._mode, self._config.sweep.quantile, self._seed(step)):
+        for member, donor in select_exploits(after, self._mode, self._config.sweep.quantile, self._seed(step)):
             generator = np.random.default_rng([*self._seed(step), member])
             fresh = [e.params for e in state.exploits if e.step == step]
             params[member] = self._explore(state.rounds, state.params[donor], fresh, generator)
@@ -199,7 +205,7 @@ class Population:
         for exploit in self.state.exploits:
             if exploit.step == step:
                 donor, clone = (RunFolder(self._folder / self.trials[i].name) for i in (exploit.donor, exploit.member))
-                take_over(donor, clone, step)
+                copy_checkpoint(donor, clone, step)
         self.state.copied = True
         self._save()
 
@@ -208,15 +214,17 @@ class Population:
 
     def _save(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / STATE, json.dumps(asdict(self.state)))
+        write_atomically(self._folder / STATE_FILE, json.dumps(asdict(self.state)))
 
 
-def interval(config: Config) -> int:
+def perturbation_interval(config: Config) -> int:
     """Return the steps of a round."""
     return config.sweep.interval or max(1, config.train.max_steps // 5)
 
 
-def pairs(after: Sequence[float | None], mode: str, quantile: float, seed: Sequence[int]) -> list[tuple[int, int]]:
+def select_exploits(
+    after: Sequence[float | None], mode: str, quantile: float, seed: Sequence[int]
+) -> list[tuple[int, int]]:
     """Return (member, donor) for the worst `quantile`, and all that failed: each copies one of the best, drawn at random."""
     sign = 1.0 if mode == "min" else -1.0
     costs = [math.inf if value is None else sign * value for value in after]
@@ -231,34 +239,34 @@ def pairs(after: Sequence[float | None], mode: str, quantile: float, seed: Seque
     return found
 
 
-def take_over(donor: RunFolder, clone: RunFolder, step: int) -> None:
+def copy_checkpoint(donor: RunFolder, clone: RunFolder, step: int) -> None:
     """Give a run another's checkpoint after `step` steps, and the lines that led to it, instead of its own."""
     with atomic_folder(clone.checkpoints) as part:
         shutil.copytree(step_folder(donor.checkpoints, step), step_folder(part, step))
     shutil.copyfile(donor.metrics_file, clone.metrics_file)
 
 
-def perturb(space: Space) -> Explore:
+def pbt_explore(space: SearchSpace) -> Explore:
     """Return the exploration of Jaderberg et al. 2017: each value is drawn anew, or multiplied by 0.8 or 1.2."""
 
     def explore(
         rounds: list[Round], params: dict[str, Any], chosen: list[dict[str, Any]], generator: np.random.Generator
     ) -> dict[str, Any]:
-        return {key: perturbed(domain, params[key], generator) for key, domain in space.items()}
+        return {key: perturb_value(domain, params[key], generator) for key, domain in space.items()}
 
     return explore
 
 
-def perturbed(domain: Domain, value: Any, generator: np.random.Generator) -> Any:
+def perturb_value(domain: Domain, value: Any, generator: np.random.Generator) -> Any:
     """Return another value near this one, within its domain; a listed one moves to a neighbour."""
-    if generator.random() < RESAMPLED:
+    if generator.random() < RESAMPLE_PROBABILITY:
         return domain.at(float(generator.random()))
     up = bool(generator.random() < 0.5)
     if domain.listed:
         place = domain.values.index(value) + (1 if up else -1)
         return domain.values[min(len(domain.values) - 1, max(0, place))]
     low, high = domain.values
-    moved = value * FACTORS[up]
+    moved = value * PERTURBATION_FACTORS[up]
     if domain.kind == "randint":
         moved = round(moved) if round(moved) != value else value + (1 if up else -1)
         high -= 1

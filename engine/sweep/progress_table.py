@@ -12,13 +12,13 @@ from rich.live import Live
 from rich.table import Table
 
 from engine.progress import console
-from engine.sweep.trial_record import PAUSED, Trial, best_first, standing_best
+from engine.sweep.trial_record import PAUSED, Trial, best_first, current_best
 
-ROWS = 12  # of the table, at most
-FRESH_S = 0.25  # between two pictures of it
+MAX_ROWS = 12  # of the table, at most
+REFRESH_S = 0.25  # between two pictures of it
 
 
-class Board:
+class ProgressTable:
     """Shows the trials: `with Board(16, 90, "accuracy", "max") as board: board.show(trials)`."""
 
     def __init__(self, total: int, steps: int, metric: str, mode: str) -> None:
@@ -28,7 +28,7 @@ class Board:
         self._told: set[tuple[int, str, int]] = set()
         self._shown = 0.0
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressTable:
         """Begin to show."""
         self._began, self._at_start = time.monotonic(), -1.0
         if console.is_terminal:
@@ -42,7 +42,7 @@ class Board:
         if self._at_start < 0:  # what an earlier command has done says nothing of this one's speed
             self._at_start = self._progress(known)
         if self._live:
-            if time.monotonic() - self._shown > FRESH_S or self._progress(known) >= 1:
+            if time.monotonic() - self._shown > REFRESH_S or self._progress(known) >= 1:
                 self._shown = time.monotonic()
                 self._live.update(self.table(known), refresh=True)
             return
@@ -60,25 +60,25 @@ class Board:
             found.add_column(column, no_wrap=column not in (*keys, "why"), overflow="ellipsis")
         best = best_first(trials, self._mode)
         order = [t for t in trials if not t.over] + best + [t for t in trials if t.over and not t.usable]
-        for trial in order[:ROWS]:
-            values = (shown(trial.params[key]) if key in trial.params else "" for key in keys)
+        for trial in order[:MAX_ROWS]:
+            values = (format_value(trial.params[key]) if key in trial.params else "" for key in keys)
             found.add_row(
-                trial.name, trial.state, f"{trial.steps}/{self._steps}", shown(trial.value), *values, trial.reason[:60],
+                trial.name, trial.state, f"{trial.steps}/{self._steps}", format_value(trial.value), *values, trial.reason[:60],
                 style="bold" if best and trial is best[0] else "",
             )  # fmt: skip
-        if len(order) > ROWS:
-            found.add_row(f"and {len(order) - ROWS} more")
+        if len(order) > MAX_ROWS:
+            found.add_row(f"and {len(order) - MAX_ROWS} more")
         return found
 
     def _line(self, trial: Trial) -> str:
-        params = " ".join(f"{key}={shown(value)}" for key, value in trial.params.items())
+        params = " ".join(f"{key}={format_value(value)}" for key, value in trial.params.items())
         why = f": {trial.reason[:200]}" if trial.reason else ""
-        return f"{trial.name} {trial.state} at step {trial.steps}, {self._metric} {shown(trial.value)}, {params}{why}"
+        return f"{trial.name} {trial.state} at step {trial.steps}, {self._metric} {format_value(trial.value)}, {params}{why}"
 
     def _standing(self, trials: list[Trial]) -> str:
-        best = standing_best(trials, self._mode)
+        best = current_best(trials, self._mode)
         over, done = sum(trial.over for trial in trials), self._progress(trials)
-        told = f"best {shown(best.value)} by {best.name}, " if best else ""
+        told = f"best {format_value(best.value)} by {best.name}, " if best else ""
         seconds = time.monotonic() - self._began
         left = seconds * (1 - done) / (done - self._at_start) if done > self._at_start >= 0 else math.nan
         return f"{told}{over} of {self._total} over, {seconds:.0f} s" + (f", {left:.0f} s left" if left == left else "")
@@ -94,6 +94,6 @@ class Board:
             self._live.stop()
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value in a few characters."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

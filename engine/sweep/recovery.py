@@ -13,19 +13,19 @@ from engine.sweep.trial_record import Trial
 
 # In a trial's logs: why it failed, or which of its workers was lost; with neither, its first process was.
 FAILED, LOST = "failed.txt", "lost.txt"
-MOST = 300  # characters of a reason
+MAX_REASON_CHARS = 300  # characters of a reason
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
     """A worker's process, or its node, is gone."""
 
 
-def note(logs: Path, fault: BaseException) -> None:
+def write_failure_reason(logs: Path, fault: BaseException) -> None:
     """Leave the reason for which a trial's process ends, for the sweep to find."""
-    (logs / (LOST if isinstance(fault, Lost) else FAILED)).write_text(str(fault).strip() or repr(fault))
+    (logs / (LOST if isinstance(fault, WorkerLost) else FAILED)).write_text(str(fault).strip() or repr(fault))
 
 
-def clear(logs: Path) -> None:
+def clear_failure_reason(logs: Path) -> None:
     """Take away what an earlier attempt has noted."""
     for name in (FAILED, LOST):
         (logs / name).unlink(missing_ok=True)
@@ -46,8 +46,8 @@ class Recovery:
     def judge(self, trial: Trial, task: dict[str, Any], logs: Path) -> tuple[bool, str]:
         """Return whether a trial that ended with an error is begun again with `task`, and what there is to say of it."""
         if (logs / FAILED).exists():
-            return False, (logs / FAILED).read_text()[:MOST]
-        reason = (logs / LOST).read_text()[:MOST] if (logs / LOST).exists() else "its worker 0 was lost"
+            return False, (logs / FAILED).read_text()[:MAX_REASON_CHARS]
+        reason = (logs / LOST).read_text()[:MAX_REASON_CHARS] if (logs / LOST).exists() else "its worker 0 was lost"
         if 0 <= self._most <= trial.losses:
             return False, f"{reason}, after {trial.losses} restarts (train.max_failures)"
         trial.losses += 1

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 from engine.config import Config
 from engine.errors import UserError
 from engine.sweep import trial_record
-from engine.sweep.trial_record import PAUSED, Trial
 from engine.sweep.searchers import Searcher
-from engine.sweep.stopping import Rule
+from engine.sweep.stopping import StoppingRule
+from engine.sweep.trial_record import PAUSED, Trial
 
-Place = Callable[[dict[str, Any]], tuple[dict[str, Any], Path]]  # params -> those that fit, the folder of their data
+PlaceTrial = Callable[
+    [dict[str, Any]], tuple[dict[str, Any], Path]
+]  # params -> those that fit, the folder of their data
 
 
 class SearchAlgorithm(Protocol):
@@ -38,13 +40,19 @@ class SearchAlgorithm(Protocol):
         """Hear that a trial has ended, with the reason where it failed."""
 
 
-class Search:
+class IndependentTrials:
     """Independent trials, of which a rule may stop some early."""
 
     in_parts = False
 
     def __init__(
-        self, config: Config, folder: Path, metrics: Sequence[str], searcher: Searcher, rule: Rule, place: Place
+        self,
+        config: Config,
+        folder: Path,
+        metrics: Sequence[str],
+        searcher: Searcher,
+        rule: StoppingRule,
+        place: PlaceTrial,
     ) -> None:
         """Begin, or go on with the trials whose records are in `folder`."""
         self._config, self._folder, self._metrics = config, folder, metrics
@@ -58,7 +66,7 @@ class Search:
         """Read what an earlier command has left, and tell the rule of it."""
         found = {}
         for index in range(self.total):
-            trial = trial_record.read(self._folder / trial_name(self._config, index))
+            trial = trial_record.read_trial(self._folder / trial_name(self._config, index))
             kept = trial and (trial.over or (self.in_parts and trial.state == PAUSED))
             if trial and kept and trial.budget == self._config.train.max_steps:
                 found[index] = trial
@@ -83,7 +91,7 @@ class Search:
                     fitting, data = self._place(params)
                 except UserError as error:
                     trial.state, trial.reason = "refused", str(error)
-                    trial_record.write(self._folder / name, trial)
+                    trial_record.write_trial(self._folder / name, trial)
                     continue
                 return self._task(trial, fitting, data)
         return None
@@ -116,7 +124,7 @@ class Search:
         if self._config.train.keep_best and trial.state == "finished":
             pick = min if self._rule.mode == "min" else max
             trial.value = pick(value for _, value in trial.curve)
-        trial_record.write(self._folder / trial.name, trial)
+        trial_record.write_trial(self._folder / trial.name, trial)
 
     def _ended(self, trial: Trial) -> str:
         """Return the state of a trial whose task has ended."""

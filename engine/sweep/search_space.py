@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import Config, declared, get, is_of, type_name, with_values
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 KINDS = {
     "choice": None,
@@ -26,13 +26,13 @@ KINDS = {
 }  # kind -> values it takes (None: any number)
 LISTED = ("choice", "grid")
 # Groups and keys that say where a sweep runs or what becomes of it, so that no trial can have its own.
-OF_THE_SWEEP = (
+FIXED_OPTIONS = (
     "job", "name", "runs_dir", "resume", "profile", "bundle", "sweep", "evaluate", "card", "promote", "plan", "convert",
     "serve", "cluster", "tracking", "demo", "train.max_steps", "train.workers", "train.min_workers",
     "train.gpus_per_worker", "train.cpus_per_worker",
 )  # fmt: skip
 # What a model that is trained already can go on with another value of: its shape, its data and its optimizer's kind stay.
-CHANGEABLE = (
+MUTABLE_OPTIONS = (
     "optim.lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps", "optim.momentum", "optim.clip", "schedule",
     "train.global_batch", "train.global_batch_tokens", "train.micro_batch", "model.dropout", "objective.mask_rate",
     "objective.noise_density", "objective.mean_span", "objective.z_loss",
@@ -77,10 +77,10 @@ class Domain:
         return (value - low + (0.5 if self.kind == "randint" else 0.0)) / (high - low)
 
 
-Space = dict[str, Domain]  # each key comes after those that its condition names
+SearchSpace = dict[str, Domain]  # each key comes after those that its condition names
 
 
-def check_space(config: Config) -> Space:
+def parse_search_space(config: Config) -> SearchSpace:
     """Return the domains of sweep.space. Raises UserError for a key, kind, value or condition that no trial could take."""
     if not config.sweep.space:
         raise UserError("sweep.space is empty: give it keys, such as sweep.space={optim.lr:{loguniform:[1e-5,1e-3]}}")
@@ -88,11 +88,11 @@ def check_space(config: Config) -> Space:
     space = {}
     for key, written in flatten(config.sweep.space).items():
         if key not in hints:
-            raise UserError(f"sweep.space: {key} is not an option{nearest(key, hints)}")
-        if any(key == part or key.startswith(part + ".") for part in OF_THE_SWEEP):
+            raise UserError(f"sweep.space: {key} is not an option{did_you_mean(key, hints)}")
+        if any(key == part or key.startswith(part + ".") for part in FIXED_OPTIONS):
             raise UserError(f"sweep.space.{key}: it is the same for all trials: say it with {key}=...")
         space[key] = _domain(key, written, hints[key])
-    space = in_order(space)
+    space = sort_by_conditions(space)
     for key, domain in space.items():
         _check_condition(key, domain, space, config)
         needed = {other: values[0] for other, values in domain.when.items()}
@@ -112,7 +112,7 @@ def _domain(key: str, written: Any, hint: Any) -> Domain:
         )
     (kind,) = kinds
     if kind not in KINDS:
-        raise UserError(f"sweep.space.{key}: {kind} is not one of {', '.join(known)}{nearest(kind, known)}")
+        raise UserError(f"sweep.space.{key}: {kind} is not one of {', '.join(known)}{did_you_mean(kind, known)}")
     values, count = written[kind], KINDS[kind]
     if not isinstance(values, list) or not values or len(values) != (count or len(values)):
         raise UserError(f"sweep.space.{key}: {kind} takes {'[low, high]' if count else 'a list'}, not {values}")
@@ -144,9 +144,9 @@ def flatten_condition(when: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def in_order(space: Space) -> Space:
+def sort_by_conditions(space: SearchSpace) -> SearchSpace:
     """Put each key after those that its condition names. Raises UserError for conditions that go in a circle."""
-    ordered: Space = {}
+    ordered: SearchSpace = {}
     while len(ordered) < len(space):
         ready = [
             key for key, domain in space.items()
@@ -159,11 +159,11 @@ def in_order(space: Space) -> Space:
     return ordered
 
 
-def _check_condition(key: str, domain: Domain, space: Space, config: Config) -> None:
+def _check_condition(key: str, domain: Domain, space: SearchSpace, config: Config) -> None:
     known = [name for name, _, _ in declared()]
     for other, values in domain.when.items():
         if other not in known:
-            raise UserError(f"sweep.space.{key}: when: {other} is not an option{nearest(other, known)}")
+            raise UserError(f"sweep.space.{key}: when: {other} is not an option{did_you_mean(other, known)}")
         for value in values:
             with_values(config, {other: value})
             if other not in space and get(config, other) not in values:
@@ -175,7 +175,7 @@ def _check_condition(key: str, domain: Domain, space: Space, config: Config) -> 
                 raise UserError(f"sweep.space.{key} never applies with {other}={value}: that is not in its own list")
 
 
-def _check_fits_search(space: Space, config: Config) -> None:
+def _check_fits_search(space: SearchSpace, config: Config) -> None:
     """Raise UserError for domains that the searcher or the scheduler cannot use."""
     sweep = config.sweep
     for key, domain in space.items():
@@ -187,7 +187,7 @@ def _check_fits_search(space: Space, config: Config) -> None:
             by = sweep.searcher if sweep.searcher != "random" else sweep.scheduler
             raise UserError(f"sweep.space.{key}: {by} chooses for itself and takes no grid: use choice")
         if sweep.scheduler in ("pbt", "pb2"):
-            if not any(key == part or key.startswith(part + ".") for part in CHANGEABLE):
+            if not any(key == part or key.startswith(part + ".") for part in MUTABLE_OPTIONS):
                 raise UserError(
                     f"sweep.space.{key}: sweep.scheduler={sweep.scheduler} changes values while a model trains, and this one "
                     "cannot be changed then: use another scheduler, or leave it out"
@@ -211,7 +211,7 @@ def flatten(space: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def draw(space: Space, config: Config, seed: int, index: int) -> dict[str, Any]:
+def sample_params(space: SearchSpace, config: Config, seed: int, index: int) -> dict[str, Any]:
     """Draw the trial `index`: each key by a generator of its own, so that one more key leaves the others as they were."""
     params: dict[str, Any] = {}
     for key, domain in space.items():
@@ -221,7 +221,7 @@ def draw(space: Space, config: Config, seed: int, index: int) -> dict[str, Any]:
     return params
 
 
-def combinations(space: Space, config: Config) -> list[dict[str, Any]]:
+def grid_params(space: SearchSpace, config: Config) -> list[dict[str, Any]]:
     """Return every combination of the listed values, once each; a key that doesn't apply is left out."""
     found: dict[str, dict[str, Any]] = {}
     for chosen in itertools.product(*(domain.values for domain in space.values())):
@@ -233,7 +233,7 @@ def combinations(space: Space, config: Config) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def samples(space: Space, config: Config, seed: int) -> list[dict[str, Any]]:
+def random_params(space: SearchSpace, config: Config, seed: int) -> list[dict[str, Any]]:
     """Return the values of each trial of a random search: draws, each under every combination of the grid's values."""
     grid = {key: domain.values for key, domain in space.items() if domain.kind == "grid"}
     points = list(itertools.product(*grid.values()))
@@ -241,12 +241,12 @@ def samples(space: Space, config: Config, seed: int) -> list[dict[str, Any]]:
     for index in range(config.sweep.trials * len(points)):
         point = dict(zip(grid, points[index % len(points)], strict=True))
         chosen = {key: Domain("choice", (value,), space[key].when) for key, value in point.items()}
-        found.append(draw(space | chosen, config, seed, index))
+        found.append(sample_params(space | chosen, config, seed, index))
     return found
 
 
-def count(space: Space, config: Config) -> int:
+def num_trials(space: SearchSpace, config: Config) -> int:
     """Return how many trials a sweep has."""
     if config.sweep.searcher == "grid":
-        return len(combinations(space, config))
+        return len(grid_params(space, config))
     return config.sweep.trials * math.prod(len(domain.values) for domain in space.values() if domain.kind == "grid")

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.config import Config
+from engine.sweep.search_space import SearchSpace, grid_params, random_params
 from engine.sweep.trial_record import PAUSED, Trial
-from engine.sweep.search_space import Space, combinations, samples
 
-STARTUP = 10  # trials drawn at random before TPE models anything: Optuna's own choice
-AT_RANDOM = 1 / 3  # bohb: share of the trials that are drawn at random (Falkner et al. 2018, section 4.1)
+STARTUP_TRIALS = 10  # trials drawn at random before TPE models anything: Optuna's own choice
+RANDOM_FRACTION = 1 / 3  # bohb: share of the trials that are drawn at random (Falkner et al. 2018, section 4.1)
 
 
-class Listed:
+class ListSearcher:
     """Values that are known beforehand: a random search's draws, or a grid's combinations."""
 
     def __init__(self, params: list[dict[str, Any]]) -> None:
@@ -37,14 +37,14 @@ class Listed:
         return self._params[index]
 
 
-class Tpe:
+class TpeSearcher:
     """Optuna's tree-structured Parzen estimator, told of all trials that there are each time that it is asked.
 
     Watanabe 2023, https://arxiv.org/abs/2304.11127; with several metrics by Ozaki et al. 2022. What it proposes depends on
     the space, the seed, the index and the records alone, so a searcher that starts again after a kill repeats no draw.
     """
 
-    def __init__(self, space: Space, config: Config, metrics: Sequence[str], modes: Sequence[str]) -> None:
+    def __init__(self, space: SearchSpace, config: Config, metrics: Sequence[str], modes: Sequence[str]) -> None:
         """Search the space for the best of the metrics."""
         self._space, self._config, self._metrics = space, config, list(metrics)
         self._directions = ["minimize" if mode == "min" else "maximize" for mode in modes]
@@ -55,7 +55,9 @@ class Tpe:
 
     def ask(self, index: int, trials: Sequence[Trial]) -> dict[str, Any]:
         """Propose the values of the trial `index`."""
-        return self._propose(index, [made for trial in trials if (made := self._told(trial)) is not None], STARTUP)
+        return self._propose(
+            index, [made for trial in trials if (made := self._told(trial)) is not None], STARTUP_TRIALS
+        )
 
     def _propose(self, index: int, told: list[Any], startup: int) -> dict[str, Any]:
         optuna = quiet_optuna()
@@ -88,14 +90,14 @@ class Tpe:
         )
 
 
-class Bohb(Tpe):
+class BohbSearcher(TpeSearcher):
     """TPE by the results at the largest number of steps that enough trials have come to (Falkner et al. 2018, BOHB).
 
     https://arxiv.org/abs/1807.01774, section 4.1: a model needs the space's dimensions + 2 results; a third of the trials
     are drawn at random whatever the model says. HyperBand, which decides on the steps, is the scheduler's part.
     """
 
-    def __init__(self, space: Space, config: Config, metric: str, mode: str, rungs: Sequence[int]) -> None:
+    def __init__(self, space: SearchSpace, config: Config, metric: str, mode: str, rungs: Sequence[int]) -> None:
         """Model the results at the `rungs` (steps) and at the end."""
         super().__init__(space, config, [metric], [mode])
         self._budgets = [*rungs, config.train.max_steps]
@@ -103,7 +105,7 @@ class Bohb(Tpe):
     def ask(self, index: int, trials: Sequence[Trial]) -> dict[str, Any]:
         """Propose the values of the trial `index`."""
         least = len(self._space) + 2
-        if random.Random(_seed(self._config.seed, index)).random() < AT_RANDOM:
+        if random.Random(_seed(self._config.seed, index)).random() < RANDOM_FRACTION:
             return self._propose(index, [], startup=1)
         results = results_at(trials, self._budgets)
         budget = max((b for b in self._budgets if len(results[b]) >= least), default=None)
@@ -122,21 +124,21 @@ def results_at(trials: Sequence[Trial], budgets: Sequence[int]) -> dict[int, lis
     return found
 
 
-Searcher = Listed | Tpe
+Searcher = ListSearcher | TpeSearcher
 
 
 def make_searcher(
-    space: Space, config: Config, metrics: Sequence[str], modes: Sequence[str], rungs: Sequence[int]
+    space: SearchSpace, config: Config, metrics: Sequence[str], modes: Sequence[str], rungs: Sequence[int]
 ) -> Searcher:
     """Return the searcher of sweep.searcher."""
     kind = config.sweep.searcher
     if kind == "grid":
-        return Listed(combinations(space, config))
+        return ListSearcher(grid_params(space, config))
     if kind == "tpe":
-        return Tpe(space, config, metrics, modes)
+        return TpeSearcher(space, config, metrics, modes)
     if kind == "bohb":
-        return Bohb(space, config, metrics[0], modes[0], rungs)
-    return Listed(samples(space, config, config.seed))
+        return BohbSearcher(space, config, metrics[0], modes[0], rungs)
+    return ListSearcher(random_params(space, config, config.seed))
 
 
 def suggest(asked: Any, key: str, domain: Any) -> Any:
@@ -173,7 +175,7 @@ def _seed(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**32
 
 
-def importances(space: Space, trials: Sequence[Trial], mode: str) -> dict[str, float]:
+def importances(space: SearchSpace, trials: Sequence[Trial], mode: str) -> dict[str, float]:
     """Return each key's share of the differences between trials, the greatest first; nothing where too few trials tell.
 
     By fANOVA (Hutter et al. 2014) over the keys that every trial has, or where some apply to a part of the trials only by

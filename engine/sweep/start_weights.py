@@ -8,39 +8,43 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import identity
+from engine.config import select
 from engine.objectives.contract import Objective
-from engine.train.init_model import Make, empty_model, fresh, held
-from engine.train.job import Job
+from engine.train.init_model import ModelFactory, empty_model, load_or_init, named_tensors
+from engine.train.job import TrainJob
 
 StartState = dict[
     str, Any
 ]  # "facts": what it depends on, "tensors": name -> array, "random": torch's state after its making
 
 
-def start_state(job: Job) -> StartState:
-    """Make the start state of a job; the arrays are what `fresh` made."""
+def make_start_state(job: TrainJob) -> StartState:
+    """Make the start state of a job; the arrays are what `load_or_init` made."""
     import torch
 
-    model = fresh(job, job.objective())
+    model = load_or_init(job, job.objective())
     return {
-        "facts": deciding(job),
-        "tensors": {name: tensor.detach().numpy() for name, tensor in held(model)},
+        "facts": start_state_key(job),
+        "tensors": {name: tensor.detach().numpy() for name, tensor in named_tensors(model)},
         "random": np.array(torch.get_rng_state()),
     }
 
 
-def copier(state: StartState) -> Make:
+def start_state_factory(state: StartState) -> ModelFactory:
     """Return what makes a trial's model from the start state, where that is the trial's, and else as any other job's is made."""
 
-    def make(job: Job, objective: Objective) -> Any:
-        return copied(state, job, objective) if state["facts"] == deciding(job) else fresh(job, objective)
+    def make(job: TrainJob, objective: Objective) -> Any:
+        return (
+            copy_start_state(state, job, objective)
+            if state["facts"] == start_state_key(job)
+            else load_or_init(job, objective)
+        )
 
     return make
 
 
-def copied(state: StartState, job: Job, objective: Objective) -> Any:
-    """Make the module without any weights, and copy the weights into it: bit for bit what `fresh` makes.
+def copy_start_state(state: StartState, job: TrainJob, objective: Objective) -> Any:
+    """Make the module without any weights, and copy the weights into it: bit for bit what `load_or_init` makes.
 
     The arrays may be read-only views of shared memory, which they stay.
     """
@@ -48,15 +52,15 @@ def copied(state: StartState, job: Job, objective: Objective) -> Any:
 
     torch.manual_seed(job.config.seed)
     model: Any = empty_model(job, objective)
-    for name, tensor in held(model):
+    for name, tensor in named_tensors(model):
         tensor.data = torch.from_numpy(np.array(state["tensors"][name]))
     torch.set_rng_state(torch.from_numpy(np.array(state["random"])))
-    return model.eval() if job.start else model
+    return model.eval() if job.start_bundle else model
 
 
-def deciding(job: Job) -> str:
-    """Return all that a start state depends on; dropout and the kind of attention are no part of the weights."""
-    keys = ("seed", "objective.name", "model.", "data.")
-    apart = ("model.dropout", "model.attention")
-    facts = {key: v for key, v in identity(job.config, apart).items() if key.startswith(keys)}
-    return json.dumps([facts, str(job.data), str(job.start and Path(job.start).resolve())], sort_keys=True)
+def start_state_key(job: TrainJob) -> str:
+    """Return all that a start state depends on; dropout and the attention implementation don't change the weights."""
+    facts = select(job.config, "start_weights")
+    return json.dumps(
+        [facts, str(job.data_folder), str(job.start_bundle and Path(job.start_bundle).resolve())], sort_keys=True
+    )

@@ -8,7 +8,7 @@ from collections import defaultdict
 from engine.config import Config
 
 
-class Rule:
+class StoppingRule:
     """Never stops one. The others are told every report, in the order in which they come."""
 
     def __init__(self, mode: str) -> None:
@@ -20,7 +20,7 @@ class Rule:
         return False
 
 
-class Median(Rule):
+class MedianStoppingRule(StoppingRule):
     """Stops a trial whose best is worse than the median of the others' means up to its step (Golovin et al. 2017, Vizier)."""
 
     def __init__(self, mode: str, grace: int, least: int = 3) -> None:
@@ -56,6 +56,6 @@ def rungs(config: Config) -> list[int]:
     return found
 
 
-def make_rule(config: Config, mode: str) -> Rule:
+def make_stopping_rule(config: Config, mode: str) -> StoppingRule:
     """Return the rule of sweep.scheduler."""
-    return Median(mode, grace_steps(config)) if config.sweep.scheduler == "median" else Rule(mode)
+    return MedianStoppingRule(mode, grace_steps(config)) if config.sweep.scheduler == "median" else StoppingRule(mode)

@@ -16,29 +16,29 @@ from typing import Any
 
 from engine.config import Config
 from engine.sweep import trial_record
-from engine.sweep.trial_record import PAUSED, Trial
-from engine.sweep.search_algorithm import Place, Search
+from engine.sweep.search_algorithm import IndependentTrials, PlaceTrial
 from engine.sweep.searchers import Searcher
-from engine.sweep.stopping import Rule
+from engine.sweep.stopping import StoppingRule
+from engine.sweep.trial_record import PAUSED, Trial
 from engine.train.run_folder import RunFolder
 
-MOST_BRACKETS = 4  # hyperband: more would leave most trials unstopped
+MAX_BRACKETS = 4  # hyperband: more would leave most trials unstopped
 
 
-class Halving(Search):
+class SuccessiveHalving(IndependentTrials):
     """Trials that train from rung to rung."""
 
     in_parts = True
 
     def __init__(
-        self, config: Config, folder: Path, metrics: Sequence[str], searcher: Searcher, mode: str, place: Place,
+        self, config: Config, folder: Path, metrics: Sequence[str], searcher: Searcher, mode: str, place: PlaceTrial,
         rungs: Sequence[int],
     ) -> None:  # fmt: skip
         """Begin, or go on with the trials whose records are in `folder`; `rungs`: steps, ascending, below the budget."""
         self._reduction, self._wanted = config.sweep.reduction, config.sweep.soup or 1
-        brackets = min(MOST_BRACKETS, len(rungs) + 1) if config.sweep.scheduler == "hyperband" else 1
+        brackets = min(MAX_BRACKETS, len(rungs) + 1) if config.sweep.scheduler == "hyperband" else 1
         self._rungs = [list(rungs[bracket:]) for bracket in range(brackets)]
-        super().__init__(config, folder, metrics, searcher, Rule(mode), place)
+        super().__init__(config, folder, metrics, searcher, StoppingRule(mode), place)
 
     @property
     def done(self) -> bool:
@@ -63,7 +63,7 @@ class Halving(Search):
         for bracket in range(len(self._rungs)):
             for trial in self._hopeless(bracket):
                 trial.state = "stopped early"
-                trial_record.write(self._folder / trial.name, trial)
+                trial_record.write_trial(self._folder / trial.name, trial)
                 shutil.rmtree(RunFolder(self._folder / trial.name).checkpoints, ignore_errors=True)
 
     def _until(self, trial: Trial) -> int:
@@ -91,7 +91,7 @@ class Halving(Search):
         found = []
         for rung in reversed(self._rungs[bracket]):
             come = self._come(bracket, rung)
-            found += [trial for trial in come[: len(come) // self._reduction] if waits(trial, rung)]
+            found += [trial for trial in come[: len(come) // self._reduction] if is_paused_at(trial, rung)]
         return found
 
     def _last_hope(self, bracket: int) -> Trial | None:
@@ -99,7 +99,7 @@ class Halving(Search):
         if self._moves(bracket) or self._enough(bracket):
             return None
         rungs = reversed(self._rungs[bracket])
-        return next((trial for rung in rungs for trial in self._come(bracket, rung) if waits(trial, rung)), None)
+        return next((trial for rung in rungs for trial in self._come(bracket, rung) if is_paused_at(trial, rung)), None)
 
     def _hopeless(self, bracket: int) -> list[Trial]:
         """Return those that wait in vain: the bracket is through, or too many are better, also should half of these fail."""
@@ -107,7 +107,7 @@ class Halving(Search):
         size, found = len(range(bracket, self.total, len(self._rungs))), []
         for place, rung in enumerate(self._rungs[bracket], 1):
             most = 0 if through else 2 * max(self._wanted, size // self._reduction**place)
-            found += [trial for trial in self._come(bracket, rung)[most:] if waits(trial, rung)]
+            found += [trial for trial in self._come(bracket, rung)[most:] if is_paused_at(trial, rung)]
         return found
 
     def _moves(self, bracket: int) -> bool:
@@ -118,6 +118,6 @@ class Halving(Search):
         return sum(trial.state == "finished" for trial in self._of(bracket)) >= self._wanted
 
 
-def waits(trial: Trial, rung: int) -> bool:
+def is_paused_at(trial: Trial, rung: int) -> bool:
     """Tell whether a trial waits at a rung."""
     return trial.state == PAUSED and trial.steps == rung

@@ -13,7 +13,7 @@ from engine.atomic_write import write_atomically
 
 RECORD = "trial.json"
 PAUSED = "paused"  # the state of a trial that waits for others to come as far
-OVER = ("finished", "stopped early", "failed", "refused")
+FINAL_STATES = ("finished", "stopped early", "failed", "refused")
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Trial:
     @property
     def over(self) -> bool:
         """Whether nothing more is to be done for it."""
-        return self.state in OVER
+        return self.state in FINAL_STATES
 
     @property
     def usable(self) -> bool:
@@ -50,19 +50,19 @@ class Trial:
         self.steps, self.value, self.others = step, value, others
 
 
-def write(folder: Path, trial: Trial) -> None:
+def write_trial(folder: Path, trial: Trial) -> None:
     """Keep a trial's record, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / RECORD, json.dumps(asdict(trial)))
 
 
-def read(folder: Path) -> Trial | None:
+def read_trial(folder: Path) -> Trial | None:
     """Return the record in a trial's folder; None where the trial is neither over nor paused."""
     file = folder / RECORD
-    return from_dict(json.loads(file.read_text())) if file.exists() else None
+    return trial_from_dict(json.loads(file.read_text())) if file.exists() else None
 
 
-def from_dict(tree: dict[str, Any]) -> Trial:
+def trial_from_dict(tree: dict[str, Any]) -> Trial:
     """Turn `asdict` of a trial into the trial again."""
     return Trial(**tree | {"curve": [(step, value) for step, value in tree["curve"]]})
 
@@ -75,7 +75,7 @@ def best_first(trials: Iterable[Trial], mode: str) -> list[Trial]:
     )
 
 
-def standing_best(trials: Iterable[Trial], mode: str) -> Trial | None:
+def current_best(trials: Iterable[Trial], mode: str) -> Trial | None:
     """Return the best of those that came to their end; where none has, of those that came farthest."""
     known = list(trials)
     if best := best_first(known, mode):
@@ -86,7 +86,7 @@ def standing_best(trials: Iterable[Trial], mode: str) -> Trial | None:
     return min(farthest, key=lambda trial: (sign * (trial.value or 0.0), trial.index), default=None)
 
 
-def front(trials: Iterable[Trial], metrics: list[str], modes: list[str]) -> list[Trial]:
+def pareto_front(trials: Iterable[Trial], metrics: list[str], modes: list[str]) -> list[Trial]:
     """Return the finished trials that no other one is better than, or equal to, in all metrics and better in one."""
     signs = [1 if mode == "min" else -1 for mode in modes]
     found = best_first(trials, modes[0])

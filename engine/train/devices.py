@@ -1,4 +1,4 @@
-"""Training devices by their datasheets: dense bf16 (fp16 where there is none) matrix products, and memory."""
+"""Datasheets of training devices: rate of dense bf16 matrix products (fp16 if there is no bf16), and memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One device as its maker describes it."""
+    """A device's datasheet."""
 
     flops: float  # FLOP/s, dense, without sparsity
     bytes: float  # memory
@@ -21,13 +21,13 @@ DEVICES = {
     "h100_80gb": Device(989e12, 80e9),
     "h200_141gb": Device(989e12, 141e9),
 }
-RESERVED = 0.08  # share of the memory that the driver, NCCL and fragments take: assumed
+RESERVED_FRACTION = 0.08  # of the memory, for the driver, NCCL and fragmentation: an assumption
 
 
 def known_device(name: str, memory_bytes: float) -> Device | None:
-    """Return the datasheet of the device that calls itself `name` ("NVIDIA A100-SXM4-80GB") and has so much memory."""
-    alike = [
+    """Return the datasheet of the device with this name ("NVIDIA A100-SXM4-80GB") and about this much memory."""
+    candidates = [
         device for key, device in DEVICES.items() if key.split("_")[0].upper() in name.upper().replace("-", " ").split()
     ]
-    near = [device for device in alike if abs(memory_bytes / device.bytes - 1) < 0.15]
-    return near[0] if near and "PCIE" not in name.upper() else None
+    matches = [device for device in candidates if abs(memory_bytes / device.bytes - 1) < 0.15]
+    return matches[0] if matches and "PCIE" not in name.upper() else None

@@ -1,7 +1,7 @@
-"""What to do with a step whose loss or gradient cannot be trusted: decided here, carried out in the loop.
+"""Guards against bad steps: decides what to do when a loss or a gradient norm is not finite or spikes. The loop acts on it.
 
-Pure functions of what all ranks know alike (the global loss, the global norm, the train state), so that all ranks decide
-the same without asking each other.
+Pure functions of values that are the same on all ranks (global loss, global gradient norm, train state), so that all ranks
+reach the same decision without communication.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from engine.train.train_state import TrainState
 
 @dataclass(frozen=True)
 class AcceptStep:
-    """Nothing is wrong with the step."""
+    """Keep the step."""
 
 
 @dataclass(frozen=True)
 class SkipStep:
-    """Leave the weights as they are and go on with the next batch."""
+    """Leave the weights unchanged and continue with the next batch."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class RollBack:
-    """Go back to the last good checkpoint and pass over the data since then."""
+    """Restore the last good checkpoint and skip the data since then."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class StopRun:
-    """End the run."""
+    """End the run with an error."""
 
     reason: str
 
@@ -45,10 +45,10 @@ Decision = AcceptStep | SkipStep | RollBack | StopRun
 
 
 def check_loss(loss: float, recent: Sequence[float], train: TrainConfig) -> str:
-    """Say what is wrong with a global loss before the weights change; empty for nothing.
+    """Return what is wrong with a global loss, before the weights change; empty if nothing is.
 
-    A spike lies more than train.spike_sigma standard deviations above the mean of the last train.spike_window losses
-    that were no spikes; with fewer losses nothing is one.
+    A spike is more than train.spike_sigma standard deviations above the mean of the last train.spike_window losses that
+    were not spikes. With fewer losses there is no spike detection.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -63,28 +63,28 @@ def check_loss(loss: float, recent: Sequence[float], train: TrainConfig) -> str:
     )
 
 
-def check_grad_norm(norm: float) -> str:
-    """Say what is wrong with a global gradient norm; empty for nothing."""
-    return "" if math.isfinite(norm) else f"the gradient norm is {norm}"
+def check_grad_norm(grad_norm: float) -> str:
+    """Return what is wrong with a global gradient norm; empty if nothing is."""
+    return "" if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
 
 
 def decide(fault: str, state: TrainState, train: TrainConfig) -> Decision:
-    """Decide on a step with that fault, which was taken from that state."""
+    """Decide about a step with this fault (empty: none) that started from this state."""
     if not fault:
         return AcceptStep()
-    allowed = train.max_skipped
+    max_skipped = train.max_skipped
     if state.loss_scale:
-        allowed += int(math.log2(state.loss_scale))  # fp16: so often the scale can fall before that is a sign
-    if state.skipped_in_a_row < allowed:
+        max_skipped += int(math.log2(state.loss_scale))  # fp16: overflows are normal until the scale has fallen
+    if state.skipped_in_a_row < max_skipped:
         return SkipStep(fault)
-    before = f", after {state.skipped_in_a_row} in a row were skipped" if state.skipped_in_a_row else ""
+    history = f", after {state.skipped_in_a_row} in a row were skipped" if state.skipped_in_a_row else ""
     if state.rollbacks < train.max_rollbacks:
-        return RollBack(fault + before)
-    return StopRun(fault + before + (f" and {state.rollbacks} roll-backs" if state.rollbacks else ""))
+        return RollBack(fault + history)
+    return StopRun(fault + history + (f" and {state.rollbacks} roll-backs" if state.rollbacks else ""))
 
 
 def append_recent_loss(recent: Sequence[float], loss: float, train: TrainConfig) -> tuple[float, ...]:
-    """Return the losses to judge the next one by, with that of a good step added."""
+    """Return the window of losses for spike detection, with the loss of a good step added."""
     if train.spike_sigma is None:
         return ()
     return (*recent, loss)[-train.spike_window :]

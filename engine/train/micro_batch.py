@@ -1,4 +1,4 @@
-"""The micro-batch that fits: tried once with a dry batch, then remembered for this kind of machine, model and layout."""
+"""Finds the largest micro-batch that fits in memory with a dry batch, and caches it per machine, model and layout."""
 
 from __future__ import annotations
 
@@ -13,57 +13,60 @@ import numpy as np
 import torch
 
 from engine.atomic_write import write_atomically
-from engine.config import Config, identity
+from engine.config import Config, select
 from engine.train import hardware
-from engine.train.process_group import Group
-from engine.train.loop import Run
+from engine.train.loop import TrainingRun
+from engine.train.process_group import ProcessGroup
 
-REMEMBERED = "micro_batches.json"  # in runs_dir
-MOST_ON_A_PROCESSOR = 16  # samples: more at a time made no step of a processor faster, and its caches are small
-MARGIN = 0.85  # share of the free memory to be used: fragments, and batches that are larger than the dry one
+CACHE_FILE = "micro_batches.json"  # in runs_dir
+MAX_ON_CPU = 16  # samples: a larger micro-batch is no faster on a CPU
+MEMORY_FRACTION = (
+    0.85  # of the free memory to use; the rest is for fragmentation and for batches larger than the dry one
+)
 
 
-def fitting_micro_batch(run: Run) -> int:
-    """Return how many samples at a time fit on every rank, at most a rank's share of a step; all ranks get the same."""
+def find_micro_batch(run: TrainingRun) -> int:
+    """Return the micro-batch that fits on every rank, at most a rank's share of the global batch; the same on all ranks."""
     config, group = run.config, run.group
-    most = config.share if group.device.type == "cuda" else min(config.share, MOST_ON_A_PROCESSOR)
-    if most == 1:
+    limit = config.samples_per_worker if group.device.type == "cuda" else min(config.samples_per_worker, MAX_ON_CPU)
+    if limit == 1:
         return 1
-    facts = deciding(config, group)
-    file = Path(config.runs_dir) / REMEMBERED
-    known = recall(file, facts) if group.rank == 0 else 0
-    (known,) = group.sum_integers(known)
-    if known == 0:
-        known = try_out(run)
+    facts = memory_facts(config, group)
+    file = Path(config.runs_dir) / CACHE_FILE
+    micro_batch = read_cached(file, facts) if group.rank == 0 else 0
+    (micro_batch,) = group.all_reduce_ints(micro_batch)
+    if micro_batch == 0:
+        micro_batch = measure_micro_batch(run)
         if group.rank == 0:
-            remember(file, facts, known)
-    return min(known, most)
+            write_cached(file, facts, micro_batch)
+    return min(micro_batch, limit)
 
 
-def try_out(run: Run) -> int:
-    """Return how many samples fit, by the memory that a dry batch of one and another of three samples take."""
+def measure_micro_batch(run: TrainingRun) -> int:
+    """Return how many samples fit, by the peak memory of dry batches of one and of three samples."""
     device = run.group.device
-    room = MARGIN * hardware.free_memory_bytes(device)
+    budget_bytes = MEMORY_FRACTION * hardware.free_memory_bytes(device)
     peaks = []
     for samples in (1, 3):
         hardware.reset_peak_memory(device)
-        before = hardware.held_memory_bytes(device)
-        dry_batch(run, samples)
-        peaks.append(hardware.peak_memory_bytes(device) - before)
+        used_bytes = hardware.used_memory_bytes(device)
+        run_dry_batch(run, samples)
+        peaks.append(hardware.peak_memory_bytes(device) - used_bytes)
     hardware.reset_peak_memory(device)
-    found = most_that_fit(peaks[0], peaks[1], room)
-    return int(min(part["found"][0] for part in run.group.gather({"found": np.array([found])})))
+    fitting = max_samples(peaks[0], peaks[1], budget_bytes)
+    gathered = run.group.all_gather_arrays({"fitting": np.array([fitting])})
+    return int(min(arrays["fitting"][0] for arrays in gathered))
 
 
-def most_that_fit(one: int, three: int, room: float) -> int:
-    """Return how many samples fit in `room` bytes if one takes `one` and three take `three`: memory grows by the sample."""
-    each = max(1.0, (three - one) / 2)
-    return max(1, int(1 + min(2**20, (room - one) / each)))
+def max_samples(one_bytes: int, three_bytes: int, budget_bytes: float) -> int:
+    """Return how many samples fit in the budget, given the memory of one and of three; it grows linearly with samples."""
+    per_sample = max(1.0, (three_bytes - one_bytes) / 2)
+    return max(1, int(1 + min(2**20, (budget_bytes - one_bytes) / per_sample)))
 
 
-def dry_batch(run: Run, samples: int) -> None:
-    """Take a forward and a backward pass whose gradients are all zero, and leave everything as it was."""
-    longest = max(range(min(64, len(run.samples))), key=lambda i: size_of(run.samples[i]))
+def run_dry_batch(run: TrainingRun, samples: int) -> None:
+    """Run a forward and a backward pass whose gradients are all zero, leaving weights and random state unchanged."""
+    longest = max(range(min(64, len(run.samples))), key=lambda i: num_elements(run.samples[i]))
     batch = run.collate([run.samples[longest] | {"draw": 0}] * samples)
     devices = [run.group.device] if run.group.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
@@ -72,37 +75,29 @@ def dry_batch(run: Run, samples: int) -> None:
         run.model.backward(loss.sum * 0.0)
 
 
-def size_of(sample: dict[str, Any]) -> int:
-    """Count the elements of a sample's arrays."""
+def num_elements(sample: dict[str, Any]) -> int:
+    """Return the number of elements in a sample's arrays."""
     return sum(int(np.size(value)) for value in sample.values())
 
 
-def deciding(config: Config, group: Group) -> dict[str, Any]:
-    """Return all that decides how much fits: the machine, the model, the task and the layout."""
+def memory_facts(config: Config, group: ProcessGroup) -> dict[str, Any]:
+    """Return everything that memory use depends on: the machine, the model, the objective and the layout."""
     on_gpu = group.device.type == "cuda"
-    chosen = {
-        key: value
-        for key, value in identity(config, ignoring=()).items()
-        if key.startswith(("model.", "objective.", "zero.")) or key in (
-            "data.sequence_length", "data.vocab_size", "data.tokenizer", "bundle", "optim.name", "train.ema",
-            "train.precision", "train.compile", "train.sequence_parallel", "train.activation_checkpointing",
-        )
-    }  # fmt: skip
     machine = torch.cuda.get_device_name(group.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     return {"machine": machine, "memory_gib": round(hardware.total_memory_bytes(group.device) / 2**30),
-            "workers": group.world, **chosen}  # fmt: skip
+            "workers": group.world_size, **select(config, "micro_batch")}  # fmt: skip
 
 
-def recall(file: Path, facts: dict[str, Any]) -> int:
-    """Return what is remembered for these facts, 0 for nothing."""
+def read_cached(file: Path, facts: dict[str, Any]) -> int:
+    """Return the cached micro-batch for these facts; 0 if there is none."""
     try:
         return int(json.loads(file.read_text())[_key(facts)]["micro_batch"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0  # never tried, or the file was lost: it is tried again
+        return 0  # never measured, or the file is damaged: it is measured again
 
 
-def remember(file: Path, facts: dict[str, Any], micro_batch: int) -> None:
-    """Add what was found to the file."""
+def write_cached(file: Path, facts: dict[str, Any], micro_batch: int) -> None:
+    """Add a measured micro-batch to the file."""
     try:
         entries = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A few steps under torch's profiler: traces for Chrome and Perfetto, and a page that sums them up."""
+"""Profiles a few steps with torch's profiler: traces for Chrome and Perfetto, and an HTML summary."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from engine.train.process_group import Group
-from engine.train.meter import PHASES, Meter
+from engine.train.meter import PHASES, StepMeter
+from engine.train.process_group import ProcessGroup
 
 PAGE = "summary.html"
-WARM_UP, STEPS = 3, 3  # steps passed over first (allocations, compilation), then steps recorded
-TRACES = 8  # so many ranks, the first, leave a trace: those of a large run are alike
-SHOWN = 20  # operators on the page
+WARM_UP_STEPS, RECORDED_STEPS = 3, 3  # steps before the profiler starts (allocations, compilation), steps recorded
+MAX_TRACES = 8  # only the first ranks write a trace: those of a large run look alike
+MAX_OPERATORS = 20  # on the page
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --paper: #fff; --line: #dde2ea; --mute: #667085; --bar: #2f6fde }
@@ -31,61 +31,61 @@ td.bar { width: 40% } td.bar div { height: .8rem; background: var(--bar) } td co
 
 @dataclass(frozen=True)
 class Operator:
-    """What one kind of operation took, over all recorded steps; what it calls is left out."""
+    """Self time and memory of one operator over all recorded steps, without the operators that it calls."""
 
     name: str
     calls: int
     seconds: float
-    allocated_bytes: int  # less what it freed
+    allocated_bytes: int  # minus what it freed
 
 
-class Profile:
-    """Hears of each step as a log does, and records a few of them."""
+class StepProfiler:
+    """Is called after each step, like the logger, and profiles a few of them."""
 
-    def __init__(self, folder: Path, title: str, group: Group, meter: Meter, steps_left: int) -> None:
-        """Record after a warm-up, of which a short run has less; write into `folder`."""
+    def __init__(self, folder: Path, title: str, group: ProcessGroup, meter: StepMeter, steps_left: int) -> None:
+        """Record after a warm-up, which is shorter in a short run; write to `folder`."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if group.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.folder, self.title, self.rank, self.meter = folder, title, group.rank, meter
         self._profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-        self._warm_up = max(0, min(WARM_UP, steps_left - STEPS))
+        self._warm_up = max(0, min(WARM_UP_STEPS, steps_left - RECORDED_STEPS))
         self._before: list[dict[str, Any]] = []
         self._recorded: list[dict[str, Any]] = []
-        self._begin_if_due()
+        self._start_if_due()
 
     def __call__(self, line: dict[str, Any]) -> None:
-        """Note a step that has just ended."""
-        if self.meter.labelled:
+        """Count a step that has just ended."""
+        if self.meter.is_profiling:
             self._recorded.append(line)
-            if len(self._recorded) == STEPS:
+            if len(self._recorded) == RECORDED_STEPS:
                 self.finish()
         elif not self._recorded:
             self._before.append(line)
-            self._begin_if_due()
+            self._start_if_due()
 
     def finish(self) -> None:
-        """Write what there is; nothing where no step was recorded, or all is written."""
-        if not self.meter.labelled:
+        """Write the traces and the summary, unless nothing was recorded or they are written already."""
+        if not self.meter.is_profiling:
             return
-        self.meter.labelled = False
+        self.meter.is_profiling = False
         self._profiler.stop()
-        if not self._recorded or self.rank >= TRACES:
+        if not self._recorded or self.rank >= MAX_TRACES:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self.folder / f"trace-rank-{self.rank}.json.gz"))
         if self.rank == 0:
-            page = summary(self.title, self._before, self._recorded, operators(self._profiler))
+            page = summary_page(self.title, self._before, self._recorded, operators(self._profiler))
             (self.folder / PAGE).write_text(page, encoding="utf-8")
 
-    def _begin_if_due(self) -> None:
+    def _start_if_due(self) -> None:
         if len(self._before) == self._warm_up:
-            self.meter.labelled = True
+            self.meter.is_profiling = True
             self._profiler.start()
 
 
 def operators(profiler: torch.profiler.profile) -> list[Operator]:
-    """Return the recorded operators, the longest first: by the device's time where it is another than the processor."""
+    """Return the recorded operators, the longest first: by GPU time if there is any, else by CPU time."""
     averages = [event for event in profiler.key_averages() if not event.key.startswith(("phase: ", "ProfilerStep"))]
     on_device = any(event.self_device_time_total > 0 for event in averages)
     found = [
@@ -100,7 +100,9 @@ def operators(profiler: torch.profiler.profile) -> list[Operator]:
     return sorted((operator for operator in found if operator.seconds > 0), key=lambda operator: -operator.seconds)
 
 
-def summary(title: str, before: list[dict[str, Any]], recorded: list[dict[str, Any]], found: list[Operator]) -> str:
+def summary_page(
+    title: str, before: list[dict[str, Any]], recorded: list[dict[str, Any]], found: list[Operator]
+) -> str:
     """Return the page: `before` and `recorded` are the metric lines of the steps before and while the profiler ran."""
     steps = len(recorded)
     seconds = statistics.mean(line["seconds"] for line in recorded)
@@ -120,9 +122,9 @@ def summary(title: str, before: list[dict[str, Any]], recorded: list[dict[str, A
     rows = "".join(
         f"<tr><td><code>{escape(operator.name)}</code><td>{operator.calls / steps:,.0f}<td>{1000 * operator.seconds / steps:,.2f} ms"
         f"<td>{operator.seconds / steps / seconds:.1%}<td>{operator.allocated_bytes / steps / 2**20:,.1f} MiB"
-        for operator in found[:SHOWN]
+        for operator in found[:MAX_OPERATORS]
     )
-    hidden = sum(operator.seconds for operator in found[SHOWN:]) / steps
+    hidden = sum(operator.seconds for operator in found[MAX_OPERATORS:]) / steps
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}: where a step's time goes</h1>"
@@ -132,7 +134,7 @@ def summary(title: str, before: list[dict[str, Any]], recorded: list[dict[str, A
         f"<h2>By phase</h2><table><tr><th>phase<th>a step<th>share<th></tr>{bars}</table>"
         "<p class=mute>A loss over a vocabulary finds its gradient for the output embedding in the forward phase."
         f"<h2>By operator</h2><table><tr><th>operator, without what it calls<th>calls<th>a step<th>share<th>memory kept</tr>{rows}"
-        f"<tr><td>{max(0, len(found) - SHOWN)} others<td><td>{1000 * hidden:,.2f} ms<td>{hidden / seconds:.1%}<td>"
+        f"<tr><td>{max(0, len(found) - MAX_OPERATORS)} others<td><td>{1000 * hidden:,.2f} ms<td>{hidden / seconds:.1%}<td>"
         f"<tr><td>outside of operators (Python, waiting)<td><td>{1000 * rest:,.2f} ms<td>{rest / seconds:.1%}<td></table>"
         "<p class=mute>The whole is in trace-rank-*.json.gz beside this page: open it at ui.perfetto.dev or chrome://tracing.</html>\n"
     )

@@ -1,4 +1,4 @@
-"""A run's folder: its config, its metrics, its state, and whether this command may go on in it.
+"""A run's folder: its config, metrics and status, and the check that a command may create or resume it.
 
 runs/<name>/config.yaml  metrics.jsonl  status.json  checkpoints/  bundle/  logs/  profile/
 """
@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from engine.atomic_write import write_atomically
-from engine.config import Config, declared, identity, to_dict
+from engine.config import Config, declared, identity, read_tree, to_dict
 from engine.errors import UserError
 
 
 @dataclass(frozen=True)
-class Status:
-    """What `manta runs` tells of a run."""
+class RunStatus:
+    """The status of a run, as `manta runs` shows it."""
 
     job: str
     state: str  # running, finished, failed, stopped
@@ -32,7 +32,7 @@ class Status:
     loss: float | None = None
     updated: float = 0.0  # seconds since 1970
     pid: int = 0
-    parent: str | None = None  # the bundle that it started from
+    parent: str | None = None  # the bundle that it was initialized from
     data: str | None = None
     message: str = ""
 
@@ -41,7 +41,7 @@ class RunFolder:
     """The files of one run."""
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; nothing is made."""
+        """Name the files; nothing is created."""
         self.path = path
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
@@ -49,68 +49,68 @@ class RunFolder:
         self.bundle = path / "bundle"
         self.logs = path / "logs"
         self.profile = path / "profile"
-        self.events = self.logs / "events.log"  # what befell the run: faults, restarts, roll-backs
+        self.events = self.logs / "events.log"  # faults, restarts, rollbacks
 
-    def tell(self, text: str) -> None:
-        """Say what befell the run, and note it."""
+    def report_event(self, text: str) -> None:
+        """Print an event of the run, and log it."""
         print(f"warning: {text}", flush=True)
-        self.note(text)
+        self.log_event(text)
 
-    def note(self, text: str) -> None:
-        """Note an event, for the person who follows the run."""
+    def log_event(self, text: str) -> None:
+        """Append an event to the log that the driver shows to the user."""
         with contextlib.suppress(OSError), self.events.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def heartbeat(self, rank: int) -> Path:
-        """Name the file by which a rank says that it moves."""
+        """Return the path of a rank's heartbeat file."""
         return self.logs / f"heartbeat-{rank}"
 
     def stacks(self, rank: int) -> Path:
-        """Name the file with the Python stacks of a rank that was found hung."""
+        """Return the path of the file for the Python stacks of a hung rank."""
         return self.logs / f"stacks-worker-{rank}.txt"
 
     @classmethod
-    def claim(cls, config: Config) -> RunFolder:
-        """Make or re-enter the folder of a run. Raises UserError, with the differences, if it holds another one."""
+    def create_or_resume(cls, config: Config) -> RunFolder:
+        """Create the folder of a run, or check that it may be resumed. Raises UserError, with the differences, if it may not."""
         run = cls(config.run_dir)
         try:
             run.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{run.path} cannot be made ({error.strerror}): use another runs_dir or name") from error
+            raise UserError(f"{run.path} cannot be created ({error.strerror}): use another runs_dir or name") from error
         if run.config_file.exists():
-            run._refuse_another(config)
+            run._check_same_config(config)
             status = run.status()
             if status and status.state == "running" and status.pid != os.getpid() and _is_alive(status.pid):
                 raise UserError(
-                    f"run '{config.name}' is under way (process {status.pid}): wait for it, or use another name"
+                    f"run '{config.name}' is running already (process {status.pid}): wait for it, or use another name"
                 )
         write_atomically(run.config_file, yaml.safe_dump(to_dict(config), sort_keys=False))
         return run
 
-    def _refuse_another(self, config: Config) -> None:
+    def _check_same_config(self, config: Config) -> None:
         if config.resume:
             return
-        before, now = flat(yaml.safe_load(self.config_file.read_text())), identity(config)
+        before, now = flatten_config(read_tree(self.config_file)), identity(config)
         differences = [
             f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
         ]
         if differences:
             raise UserError(
                 f"run '{config.name}' exists with another config ({'; '.join(differences)}): "
-                f"use another name=..., or resume=true to go on with the new one"
+                f"use another name=..., or resume=true to continue with the new one"
             )
 
-    def write_status(self, status: Status) -> None:
+    def write_status(self, status: RunStatus) -> None:
         """Write status.json whole."""
         write_atomically(self.path / "status.json", json.dumps(asdict(status)))
 
-    def status(self) -> Status | None:
-        """Return the last status, if there is one."""
+    def status(self) -> RunStatus | None:
+        """Return the last status; None if there is none."""
         file = self.path / "status.json"
-        return Status(**json.loads(file.read_text())) if file.exists() else None
+        return RunStatus(**json.loads(file.read_text())) if file.exists() else None
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the logged lines; one that a kill left half is passed over."""
+        """Yield the logged lines, without an incomplete one that a kill has left."""
         if not self.metrics_file.exists():
             return
         with self.metrics_file.open() as file:
@@ -120,11 +120,11 @@ class RunFolder:
 
 
 class MetricsLog:
-    """Appends a line a step to metrics.jsonl; on a full disk the lines wait for the next call."""
+    """Appends one line per step to metrics.jsonl; lines that a full disk refuses are kept for the next call."""
 
     def __init__(self, run: RunFolder, step: int) -> None:
-        """Open the file for the steps after `step`; lines of later steps, from before a kill, are taken out."""
-        self._run, self._step, self._waiting = run, step, b""
+        """Open the file for the steps after `step`; lines of later steps, written before a kill, are deleted."""
+        self._run, self._step, self._unwritten = run, step, b""
         self._open()
 
     def _open(self) -> None:
@@ -133,19 +133,19 @@ class MetricsLog:
         self._file = self._run.metrics_file.open("ab", buffering=0)
 
     def __call__(self, metrics: dict[str, Any]) -> None:
-        """Append one line; after a roll-back those of the steps that are taken again are taken out first."""
+        """Append one line; after a rollback the lines of the repeated steps are deleted first."""
         if metrics["step"] <= self._step:
             self.close()
             self._step = metrics["step"] - 1
             self._open()
         self._step = metrics["step"]
-        self._waiting += json.dumps(metrics).encode() + b"\n"
+        self._unwritten += json.dumps(metrics).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._write()
 
     def _write(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
 
     def close(self) -> None:
         """Write what waits and close the file."""
@@ -175,15 +175,15 @@ class MetricsTail:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def list_runs(runs_dir: Path) -> list[tuple[str, Status]]:
-    """Return (name, status) of each run, the latest first; one whose process is gone is `stopped`."""
-    found = []
+def list_runs(runs_dir: Path) -> list[tuple[str, RunStatus]]:
+    """Return (name, status) of each run, the latest first; a run whose process is gone is "stopped"."""
+    runs = []
     for file in runs_dir.glob("*/status.json"):
-        status = Status(**json.loads(file.read_text()))
+        status = RunStatus(**json.loads(file.read_text()))
         if status.state == "running" and not _is_alive(status.pid):
-            status = Status(**{**asdict(status), "state": "stopped"})
-        found.append((file.parent.name, status))
-    return sorted(found, key=lambda item: -item[1].updated)
+            status = RunStatus(**{**asdict(status), "state": "stopped"})
+        runs.append((file.parent.name, status))
+    return sorted(runs, key=lambda run: -run[1].updated)
 
 
 def now() -> float:
@@ -191,17 +191,17 @@ def now() -> float:
     return time.time()
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of a config as nested dicts."""
+def flatten_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of a config given as nested dicts."""
     known = {key for key, _, _ in declared()}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         full = prefix + key
         if full not in known and isinstance(value, dict):
-            found |= flat(value, f"{full}.")
+            flat |= flatten_config(value, f"{full}.")
         else:
-            found[full] = value
-    return found
+            flat[full] = value
+    return flat
 
 
 def _is_alive(pid: int) -> bool:
@@ -214,7 +214,7 @@ def _is_alive(pid: int) -> bool:
     return pid > 0
 
 
-def adapter_of(bundle: Path) -> Path:
-    """Name the folder of the adapter that a bundle has merged: adapter for bundle, adapter-00000100 for bundle-00000100."""
+def adapter_folder(bundle: Path) -> Path:
+    """Return the folder of the LoRA adapter that a bundle has merged: adapter for bundle, adapter-00000100 for bundle-00000100."""
     name = bundle.name
     return bundle.with_name(name.replace("bundle", "adapter", 1) if name.startswith("bundle") else f"{name}-adapter")

@@ -1,4 +1,4 @@
-"""Training runs in MLflow: the config as parameters, the curve as metrics. The driver logs, never a worker's step."""
+"""Logs runs to MLflow: the config as parameters, metrics by step. The driver logs, so that no training step waits for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class TrackedRun:
     """One MLflow run."""
 
     def __init__(self, config: Config, parent: str | None = None) -> None:
-        """Open a run in tracking.experiment; `parent` is the MLflow id of the run that it belongs to."""
-        from mlflow import MlflowClient  # takes 1-3 s, so only when there is something to log
+        """Create a run in tracking.experiment; `parent` is the MLflow run id of its parent run."""
+        from mlflow import MlflowClient  # importing takes 1-3 s
         from mlflow.entities import Metric, Param
 
         for name in ("alembic", "mlflow"):
@@ -36,24 +36,24 @@ class TrackedRun:
             tags["mlflow.parentRunId"] = parent
         self.id: str = self.client.create_run(experiment_id, run_name=config.name, tags=tags).info.run_id
         values = [Param(key, str(value)[:500]) for key, value in identity(config).items()]
-        for first in range(0, len(values), 100):  # MLflow's limit a batch
+        for first in range(0, len(values), 100):  # MLflow's limit per batch
             self.client.log_batch(self.id, params=values[first : first + 100])
 
     def log(self, lines: Sequence[dict[str, Any]], timestamp_ms: int) -> None:
-        """Log the numbers of some steps."""
+        """Log the numbers in lines of metrics.jsonl."""
         metrics = [
             self._metric(name, float(value), timestamp_ms, line["step"])
             for line in lines
             for name, value in line.items()
             if name != "step" and isinstance(value, (int, float))
         ]
-        for first in range(0, len(metrics), 1000):  # MLflow's limit a batch
+        for first in range(0, len(metrics), 1000):  # MLflow's limit per batch
             self.client.log_batch(self.id, metrics=metrics[first : first + 1000])
 
     def tag(self, key: str, value: str) -> None:
-        """Say something of the run in words."""
+        """Set a tag on the run."""
         self.client.set_tag(self.id, key, value)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
+        """End the run with status FINISHED, FAILED or KILLED."""
         self.client.set_terminated(self.id, status)

@@ -1,48 +1,56 @@
-"""All that resume needs beside the weights and the optimizer: what isn't here must not matter."""
+"""The train state: everything besides weights and optimizer state that affects the next step. Resuming needs no more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.data.order import add_hashes
 
 INITIAL_LOSS_SCALE = 2.0**16
-LOSS_SCALE_WINDOW = 1000  # updates
+LOSS_SCALE_WINDOW = 1000  # updates without an overflow after which the loss scale doubles
+OLD_NAMES = {"passed": "skipped_data_steps", "stale": "evals_since_best"}  # of fields, in checkpoints of older versions
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run has come."""
+    """The progress of a run after some number of steps."""
 
-    step: int = 0  # optimizer steps done
+    step: int = 0  # optimizer steps done, skipped ones included
     samples: int = 0  # samples seen
-    tokens: int = 0  # tokens seen, padding left out
-    skipped: int = 0  # of these steps, how many left the weights as they were (see guards.py)
-    skipped_in_a_row: int = 0  # of these, how many since the last good step
-    recent: tuple[float, ...] = ()  # losses of the last good steps, for the spike guard
-    skipped_data_steps: int = 0  # steps of the data order that roll-backs have passed over
+    tokens: int = 0  # tokens seen, without padding
+    skipped: int = 0  # steps that left the weights unchanged (see guards.py)
+    skipped_in_a_row: int = 0  # skipped steps since the last good step
+    recent: tuple[float, ...] = ()  # losses of the last good steps, for spike detection
+    skipped_data_steps: int = 0  # steps of the data order that rollbacks have skipped
     rollbacks: int = 0
-    best: float | None = None  # the best value so far of the objective's metric on the validation split
-    best_step: int = 0  # the step that had it
+    best: float | None = None  # best value so far of the objective's metric on the validation split
+    best_step: int = 0  # the step of that value
     evals_since_best: int = 0  # validations since then
-    loss_scale: float | None = None  # fp16: what the loss is multiplied by
-    steady: int = 0  # fp16: updates since it changed
-    samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, whatever rank saw them
+    loss_scale: float | None = None  # fp16: factor on the loss
+    steady: int = 0  # fp16: updates since the loss scale last changed
+    samples_hash: int = 0  # sum modulo 2**64 of the hashes of all sample ids seen, on any rank
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> TrainState:
+        """Read `asdict` of a state from JSON, also one that an older version wrote."""
+        fields = {OLD_NAMES.get(name, name): value for name, value in tree.items()}
+        return cls(**fields | {"recent": tuple(fields.get("recent", ()))})
 
     @property
     def data_step(self) -> int:
-        """Which step of the data order comes next."""
+        """The step of the data order that comes next."""
         return self.step + self.skipped_data_steps
 
     @property
     def updates(self) -> int:
-        """How often the optimizer has changed the weights."""
+        """The number of times that the optimizer has changed the weights."""
         return self.step - self.skipped
 
     def after_step(
         self, samples: int, tokens: int, ids_hash: int, skipped: bool = False, recent: tuple[float, ...] = ()
     ) -> TrainState:
-        """Return the state one step on; `recent` as it is after a good step."""
+        """Return the state after one more step; `recent` replaces the recent losses unless the step was skipped."""
         return replace(
             self,
             step=self.step + 1,
@@ -55,7 +63,7 @@ class TrainState:
         ).with_next_loss_scale(skipped)
 
     def with_next_loss_scale(self, skipped: bool) -> TrainState:
-        """Return the state with the loss scale of the next step: half after an overflow, twice after RESCALE_AFTER updates.
+        """Return the state with the next loss scale: halved after an overflow, doubled after LOSS_SCALE_WINDOW updates.
 
         Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2.
         """
@@ -68,11 +76,11 @@ class TrainState:
         return replace(self, steady=self.steady + 1)
 
     def after_rollback(self, good: TrainState) -> TrainState:
-        """Return the state of the good checkpoint, past the data of all steps up to the one that comes next here."""
+        """Return the checkpoint's state `good`, with the data of all steps up to the failed one skipped."""
         return replace(good, skipped_data_steps=self.data_step + 1 - good.step, rollbacks=self.rollbacks + 1)
 
     def after_validation(self, value: float, mode: str) -> TrainState:
-        """Return the state after a validation that gave `value`, of which the `mode` ("min" or "max") is best."""
+        """Return the state after a validation result; `mode` says whether "min" or "max" is best."""
         if self.best is None or (value < self.best if mode == "min" else value > self.best):
             return replace(self, best=value, best_step=self.step, evals_since_best=0)
         return replace(self, evals_since_best=self.evals_since_best + 1)

@@ -1,7 +1,7 @@
 """A model under DeepSpeed ZeRO: the only module that imports DeepSpeed.
 
-`Sharded` hides how a stage lays out fp32 master weights and AdamW moments: `fragments` yields each rank's own as flat
-pieces with their offsets in the parameter, which is all that a layout-free checkpoint needs.
+`ZeroModel` hides how a ZeRO stage lays out fp32 master weights and optimizer moments: `fragments` yields each rank's own
+as flat tensors with their offsets in the parameter, which is all that a layout-free checkpoint needs.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Config
-from engine.errors import UserError, nearest
-from engine.train.meter import Meter
-from engine.train.optimizer import MOMENTS, Muon, Part, make_optimizer
+from engine.errors import UserError, did_you_mean
+from engine.train.meter import StepMeter
+from engine.train.optimizer import MOMENTS, MatrixSlice, Muon, make_optimizer
 
-AVERAGE = "ema"  # the kind of tensor that holds the moving average of the weights
+EMA = "ema"  # kind of the fragments that hold the moving average of the weights
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced",
     "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "barrier",
 )  # fmt: skip
 ALL_MOMENTS = [moment for moments in MOMENTS.values() for moment in moments]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NO_CLIP = 1e30  # DeepSpeed reports a gradient norm only while it clips
+NO_CLIP = 1e30  # DeepSpeed reports a gradient norm only if it clips
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A flat piece of a parameter that this rank owns: `tensors` are views, kind -> [numel], into live storage."""
+    """This rank's flat part of a parameter: `tensors` are views, kind -> [numel], of the tensors in use."""
 
     name: str
     shape: tuple[int, ...]
-    start: int  # offset of the piece in the flattened parameter, in elements
-    tensors: dict[str, Tensor]  # "weight" always; the moments and "ema" where the parameter is trained
+    start: int  # offset in the flattened parameter, in elements
+    tensors: dict[str, Tensor]  # "weight" always; the moments and "ema" if the parameter is trained
 
 
 def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[str, Any]:
-    """Derive DeepSpeed's config. The loop owns accumulation and the mean over the global batch, so its own are off."""
+    """Derive DeepSpeed's config. Gradient accumulation and the mean over the global batch are off: the loop does them."""
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "overlap_comm": False,
-        "reduce_bucket_size": min(int(5e8), parameters),  # DeepSpeed allots the whole bucket, a gigabyte by default
+        "reduce_bucket_size": min(int(5e8), parameters),  # DeepSpeed allocates the full bucket, a gigabyte by default
         **config.zero.options,
     }
     if config.zero.offload_optimizer != "none":
@@ -63,7 +63,7 @@ def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[st
         "gradient_clipping": config.optim.clip or NO_CLIP,
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the run's state holds the scale
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the scale is in the train state
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -71,19 +71,21 @@ def deepspeed_config(config: Config, precision: str, parameters: int) -> dict[st
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Raise UserError for a name among zero.options that DeepSpeed doesn't know."""
+    """Raise UserError for a name in zero.options that DeepSpeed does not know."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = DeepSpeedZeroConfig.model_fields
     if unknown := [name for name in options if name not in known]:
-        raise UserError(f"zero.options.{unknown[0]} is no option of DeepSpeed's{nearest(unknown[0], known)}")
+        raise UserError(
+            f"zero.options.{unknown[0]} is not an option of DeepSpeed's ZeRO config{did_you_mean(unknown[0], known)}"
+        )
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed, quietly, and without the two thirds of its import that training never uses.
+    """Import DeepSpeed without log output, and without two thirds of its imports, which training does not use.
 
-    Those are MLflow, for its autotuner, and Inductor, which its Muon asks for by `@torch.compile` as soon as any
-    optimizer is checked.
+    Those are MLflow, for its autotuner, and Inductor, which the `@torch.compile` of its Muon imports when any optimizer
+    is checked.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     with without_mlflow(), mock.patch("torch.compile", lambda function: function):
@@ -91,16 +93,16 @@ def import_deepspeed() -> Any:
         import deepspeed.runtime.zero.muon.muon_optimizer
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Built by a compiler at start-up (20 s) and used in inference only: training's collectives are torch's.
+    # Compiled at startup (20 s) and used in inference only: training uses torch's collectives.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # All ranks have made equal weights, and sending them fails on one that is a single number (CLIP's temperature).
+    # All ranks have equal weights already, and broadcasting fails for a scalar parameter (CLIP's temperature).
     deepspeed.DeepSpeedEngine._broadcast_model = lambda engine: None
     deepspeed.zero.Init._zero_init_param = convert_and_partition
     return deepspeed
 
 
 def convert_and_partition(init: Any, parameter: nn.Parameter) -> None:
-    """Shard a weight for stage 3: what DeepSpeed does, but for sending it to all ranks before, and in the run's precision."""
+    """Shard a weight for stage 3 as DeepSpeed does, in the run's precision and without broadcasting it first."""
     parameter.data = parameter.data.to(init.dtype)
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()  # type: ignore[attr-defined]
@@ -108,10 +110,10 @@ def convert_and_partition(init: Any, parameter: nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def without_mlflow() -> Iterator[None]:
-    """Let `import mlflow` fail during a block, unless it was imported before."""
+    """Make `import mlflow` fail in the block, unless it was imported before."""
     absent = "mlflow" not in sys.modules
     if absent:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # Python's sign for "not to be found"
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes the import fail
     try:
         yield
     finally:
@@ -119,34 +121,34 @@ def without_mlflow() -> Iterator[None]:
             del sys.modules["mlflow"]
 
 
-def joined(full: Tensor) -> Tensor:
-    """Add up a tensor over the ranks."""
+def all_reduce_sum(full: Tensor) -> Tensor:
+    """Sum a tensor over the ranks, in place."""
     torch.distributed.all_reduce(full)
     return full
 
 
-def timed(collective: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
-    """Return the collective, which notes its time, and that of the wait for it where it is asynchronous."""
+def timed_collective(collective: Callable[..., Any], meter: StepMeter) -> Callable[..., Any]:
+    """Wrap a collective so that its time, and the wait for it if it is asynchronous, counts as communication."""
 
     @torch.compiler.disable
-    def noted(*args: Any, **options: Any) -> Any:
-        with meter.during("communication"):
+    def wrapper(*args: Any, **options: Any) -> Any:
+        with meter.phase("communication"):
             work = collective(*args, **options)
         return TimedWork(work, meter) if hasattr(work, "wait") else work
 
-    return noted
+    return wrapper
 
 
 class TimedWork:
-    """A collective under way, whose wait counts as communication."""
+    """A running asynchronous collective, whose wait counts as communication."""
 
-    def __init__(self, work: Any, meter: Meter) -> None:
-        """Stand for `work`, torch's handle."""
+    def __init__(self, work: Any, meter: StepMeter) -> None:
+        """Wrap torch's handle `work`."""
         self._work, self._meter = work, meter
 
     def wait(self, *args: Any) -> Any:
-        """Wait for the end."""
-        with self._meter.during("communication"):
+        """Wait until the collective has ended."""
+        with self._meter.phase("communication"):
             return self._work.wait(*args)
 
     def __getattr__(self, name: str) -> Any:
@@ -154,35 +156,33 @@ class TimedWork:
 
 
 class ZeroModel:
-    """A model, its gradients and its optimizer, spread over the workers by ZeRO."""
+    """A model, its gradients and its optimizer state, sharded over the ranks by ZeRO."""
 
-    def __init__(self, model: nn.Module, config: Config, world: int, precision: str) -> None:
-        """Shard `model` (fp32, with equal weights on all ranks). The process group must be up."""
+    def __init__(self, model: nn.Module, config: Config, world_size: int, precision: str) -> None:
+        """Shard `model` (fp32, with equal weights on all ranks). The process group must be initialized."""
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # read by the CPU accelerator
         deepspeed = import_deepspeed()
         check_options(config.zero.options)
         dtype = DTYPES[precision]
         optimizer = make_optimizer(model, config.optim, dtype)
         options = deepspeed_config(config, precision, sum(p.numel() for p in model.parameters()))
-        if (
-            config.zero.stage == 3
-        ):  # weight by weight: what `initialize` shards it has made whole in its precision before
+        if config.zero.stage == 3:  # one weight at a time: `initialize` would first convert the full model
             deepspeed.zero.Init(module=model, config_dict_or_path=options)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=options, dist_init_required=False
         )
-        self.base = optimizer
-        self.world = world
+        self.optimizer = optimizer
+        self.world_size = world_size
         self.stage = config.zero.stage
-        self.average = config.train.ema
+        self.ema_decay = config.train.ema
         self.updates = 0
         self._max_norm = config.optim.clip or NO_CLIP
-        self._discarding = False
+        self._skipping_step = False
         self._grad_norm = 0.0
         self._loss_scale: float | None = None
         self.engine.clip_fp32_gradients = self._clip_fp32_gradients
         if isinstance(optimizer, Muon) and self.stage > 0:
-            optimizer.parts, optimizer.join = self._parts, joined
+            optimizer.matrix_slices, optimizer.all_reduce = self._matrix_slices, all_reduce_sum
 
     @property
     def module(self) -> nn.Module:
@@ -195,18 +195,18 @@ class ZeroModel:
         return self.engine(**inputs)
 
     def train(self, mode: bool = True) -> None:
-        """Switch between training and evaluation."""
+        """Switch between training and evaluation mode."""
         self.engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, whose sum over all ranks and micro-batches is the global batch's mean loss."""
+        """Accumulate the gradients of `loss`; its sum over all ranks and micro-batches is the mean loss of the global batch."""
         if self._loss_scale and self.stage == 0:
-            loss = loss * self._loss_scale  # which DeepSpeed does at the other stages only
-        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # DeepSpeed divides by the world size
+            loss = loss * self._loss_scale  # DeepSpeed applies it at the other stages only
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed divides by the world size
 
     @property
     def loss_scale(self) -> float | None:
-        """What the loss is multiplied by in fp16, so that small gradients aren't lost; None in other precisions."""
+        """The factor on the loss in fp16, which keeps small gradients from underflow; None in other precisions."""
         return self._loss_scale
 
     @loss_scale.setter
@@ -216,93 +216,93 @@ class ZeroModel:
             self.engine.optimizer.loss_scale = scale
 
     def step(self, lr: float) -> float:
-        """Clip, update the weights with learning rate `lr`, clear the gradients; return the norm before clipping.
+        """Clip the gradients, update the weights with learning rate `lr`, clear the gradients; return the norm before clipping.
 
-        Where the norm is infinite or NaN, which it then is on all ranks, weights and moments stay as they are.
+        If the norm is infinite or NaN (it is the same on all ranks), weights and moments stay unchanged.
         """
-        for group in self.base.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.engine.step()
         unscale = self._loss_scale if self._loss_scale and self.stage == 0 else 1.0
-        norm = float(self.engine.get_global_grad_norm() or self._grad_norm) / unscale
-        if not self.engine.was_step_applied() or not math.isfinite(norm):
+        grad_norm = float(self.engine.get_global_grad_norm() or self._grad_norm) / unscale
+        if not self.engine.was_step_applied() or not math.isfinite(grad_norm):
             return math.inf
         self.updates += 1
-        self._follow()
-        return norm
+        self._update_ema()
+        return grad_norm
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Let the moving average follow the weights; faster at first, when it would else remember the fresh ones."""
-        if self.average:
-            decay = min(self.average, (1 + self.updates) / (10 + self.updates))
-            flats = [flat for flat, _ in self._masters()]
-            torch._foreach_lerp_([self.base.state[flat][AVERAGE] for flat in flats], flats, 1 - decay)
+    def _update_ema(self) -> None:
+        """Update the moving average of the weights, with a smaller decay at first, so that it forgets the initial weights."""
+        if self.ema_decay:
+            decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))
+            flats = [flat for flat, _ in self._master_weights()]
+            torch._foreach_lerp_([self.optimizer.state[flat][EMA] for flat in flats], flats, 1 - decay)
 
-    def discard(self) -> None:
-        """Clear the gradients and leave weights and moments as they are: DeepSpeed's way with a norm that is no number."""
+    def skip_step(self) -> None:
+        """Clear the gradients and keep weights and moments, as DeepSpeed does when the gradient norm is not finite."""
         from deepspeed.runtime import utils
         from deepspeed.runtime.zero import stage3, stage_1_and_2
 
         with contextlib.ExitStack() as stack:
             for module in (utils, stage_1_and_2, stage3):
                 stack.enter_context(mock.patch.object(module, "is_invalid_grad_norm", return_value=True))
-            self._discarding = True
+            self._skipping_step = True
             self.engine.step()
-            self._discarding = False
+            self._skipping_step = False
 
     def _clip_fp32_gradients(self) -> None:
-        """Clip, keep the norm, and skip: what DeepSpeed's wrapped optimizers do, and stage 0 in fp32 has none."""
+        """Clip the gradients, or drop them if the step is skipped. Stage 0 in fp32 only, where DeepSpeed does neither."""
         parameters = list(self.module.parameters())
         self._grad_norm = float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
-        if self._discarding or not math.isfinite(self._grad_norm):
+        if self._skipping_step or not math.isfinite(self._grad_norm):
             for p in parameters:
-                p.grad = None  # AdamW passes over it
+                p.grad = None  # AdamW skips it
 
-    def time_collectives(self, meter: Meter) -> None:
-        """Have the meter tell DeepSpeed's communication from the phase that waits for it."""
-        if self.world == 1:
+    def time_collectives(self, meter: StepMeter) -> None:
+        """Make the meter count the time of DeepSpeed's collectives as communication."""
+        if self.world_size == 1:
             return
         import deepspeed.comm.comm
 
         backend = deepspeed.comm.comm.cdb
         for name in COLLECTIVES:
-            setattr(backend, name, timed(getattr(type(backend), name).__get__(backend), meter))
+            setattr(backend, name, timed_collective(getattr(type(backend), name).__get__(backend), meter))
 
-    def ensure_moments(self, updates: int) -> None:
-        """Make the optimizer's state, which torch makes only in a first step, and the average; `updates` were made."""
+    def init_optimizer_state(self, updates: int) -> None:
+        """Create the optimizer state, which torch creates only in the first step, and the EMA; `updates`: the update count."""
         self.updates = updates
-        for flat, group in self._masters():
-            state = self.base.state[flat]
+        for flat, group in self._master_weights():
+            state = self.optimizer.state[flat]
             for moment in MOMENTS[group["muon"]]:
                 if moment not in state:
                     state[moment] = torch.zeros_like(flat)
-            if self.average:
-                state[AVERAGE] = flat.detach().clone()
+            if self.ema_decay:
+                state[EMA] = flat.detach().clone()
             if not group["muon"]:
                 state["step"] = torch.tensor(float(updates))
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Have the model work with the moving average of its weights for a while."""
-        self._exchange()
+    def ema_weights(self) -> Iterator[None]:
+        """Use the moving average of the weights in the block."""
+        self._swap_ema()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap_ema()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for flat, _ in self._masters():
-            average = self.base.state[flat][AVERAGE]
-            kept = flat.detach().clone()
-            flat.copy_(average)
-            average.copy_(kept)
-        self.adopt_masters()
+    def _swap_ema(self) -> None:
+        for flat, _ in self._master_weights():
+            ema = self.optimizer.state[flat][EMA]
+            weights = flat.detach().clone()
+            flat.copy_(ema)
+            ema.copy_(weights)
+        self.load_master_weights()
 
     @torch.no_grad()
-    def adopt_masters(self) -> None:
-        """Give the forward pass the weights that the optimizer holds, after these were overwritten."""
+    def load_master_weights(self) -> None:
+        """Copy the fp32 master weights to the model's weights, after the masters were overwritten."""
         wrapped = self.engine.optimizer
         if self.stage == 3:
             wrapped._partition_all_parameters()
@@ -311,35 +311,35 @@ class ZeroModel:
             wrapped._post_step(set())
         elif self.stage > 0:
             wrapped.update_lp_params()
-        elif wrapped is not self.base:
+        elif wrapped is not self.optimizer:
             for lows, highs in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
                 torch._foreach_copy_(lows, highs)
 
     def fragments(self, rank: int, owned: bool = True) -> Iterator[Fragment]:
-        """Yield the pieces that this rank holds.
+        """Yield the fragments that this rank holds.
 
-        With `owned`, over all ranks each element of each parameter occurs once, though several may hold it (stage 0).
+        With `owned`, each element of each parameter occurs on one rank only, even if several hold it (stage 0).
         """
-        masters = self._replicated_masters() if self.stage == 0 else {}
-        parameters: Iterable[tuple[str, Any]] = self.module.named_parameters()  # with attributes of DeepSpeed's
+        masters = self._replicated_master_weights() if self.stage == 0 else {}
+        parameters: Iterable[tuple[str, Any]] = self.module.named_parameters()  # with DeepSpeed's attributes
         for i, (name, p) in enumerate(parameters):
             shape = tuple(getattr(p, "ds_shape", p.shape))
             if not p.requires_grad:
-                start, weight = self._frozen(p, rank, skip=owned and i % self.world != rank)
+                start, weight = self._frozen(p, rank, skip=owned and i % self.world_size != rank)
                 if weight.numel():
                     yield Fragment(name, shape, start, {"weight": weight})
                 continue
             if self.stage == 0:
-                if not owned or i % self.world == rank:
+                if not owned or i % self.world_size == rank:
                     yield self._fragment(name, shape, 0, masters[id(p)], 0, p.numel())
-            elif (part := self._part_of(p)).numel:
-                yield self._fragment(name, shape, part.start, self._flat_of(p), part.offset, part.numel)
+            elif (piece := self._slice_of(p)).numel:
+                yield self._fragment(name, shape, piece.start, self._flat_of(p), piece.offset, piece.numel)
 
     def _fragment(
         self, name: str, shape: tuple[int, ...], start: int, flat: Tensor, offset: int, numel: int
     ) -> Fragment:
-        state = self.base.state[flat]
-        kinds = {"weight": flat.data} | {kind: state[kind] for kind in (*ALL_MOMENTS, AVERAGE) if kind in state}
+        state = self.optimizer.state[flat]
+        kinds = {"weight": flat.data} | {kind: state[kind] for kind in (*ALL_MOMENTS, EMA) if kind in state}
         return Fragment(
             name, shape, start, {kind: full.view(-1).narrow(0, offset, numel) for kind, full in kinds.items()}
         )
@@ -350,7 +350,7 @@ class ZeroModel:
         if self.stage == 3:
             flat = wrapped.fp32_partitioned_groups_flat[wrapped.grad_position[wrapped.get_param_id(p)][0]]
         else:
-            flat = self.base.param_groups[p._hp_mapping.param_group_index]["params"][0]
+            flat = self.optimizer.param_groups[p._hp_mapping.param_group_index]["params"][0]
         return flat
 
     def _frozen(self, p: Any, rank: int, skip: bool) -> tuple[int, Tensor]:
@@ -359,17 +359,17 @@ class ZeroModel:
         start = rank * p.ds_tensor.ds_numel
         return start, p.ds_tensor.data.view(-1)[: max(0, min(p.ds_tensor.ds_numel, p.ds_numel - start))]
 
-    def _replicated_masters(self) -> dict[int, Tensor]:
-        """Stage 0: map each parameter (by identity) to its fp32 master: itself, or bf16's copy."""
+    def _replicated_master_weights(self) -> dict[int, Tensor]:
+        """Stage 0: map each parameter (by id) to its fp32 master weights: itself in fp32, else a copy."""
         wrapped = self.engine.optimizer
-        if wrapped is self.base:
-            return {id(p): p for group in self.base.param_groups for p in group["params"]}
+        if wrapped is self.optimizer:
+            return {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
         pairs = zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True)
         return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
-    def _masters(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return the fp32 tensors that the optimizer steps, each with its group."""
-        groups = self.base.param_groups
+    def _master_weights(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return the fp32 tensors that the optimizer updates, each with its parameter group."""
+        groups = self.optimizer.param_groups
         if self.stage == 3:
             wrapped = self.engine.optimizer
             return [
@@ -378,23 +378,23 @@ class ZeroModel:
             ]
         return [(p, group) for group in groups for p in group["params"]]
 
-    def _parts(self, flat: Tensor) -> list[Part]:
-        """Return where the matrices of a group lie in this rank's flat piece of it, those of which it has nothing too."""
+    def _matrix_slices(self, flat: Tensor) -> list[MatrixSlice]:
+        """Return the slices of a group's matrices in this rank's flat tensor, including empty ones."""
         wrapped = self.engine.optimizer
         if self.stage == 3:
             at = next(i for i, other in enumerate(wrapped.fp32_partitioned_groups_flat) if other is flat)
-            return [self._part_of(p) for p in wrapped.fp16_groups[at]]
+            return [self._slice_of(p) for p in wrapped.fp16_groups[at]]
         at = next(i for i, other in enumerate(wrapped.single_partition_of_fp32_groups) if other is flat)
-        return [self._part_of(p) for p in wrapped.bit16_groups[at]]
+        return [self._slice_of(p) for p in wrapped.bit16_groups[at]]
 
-    def _part_of(self, p: Any) -> Part:
-        """Return where this rank holds a parameter, at stages 1 to 3."""
+    def _slice_of(self, p: Any) -> MatrixSlice:
+        """Return the slice of a parameter that this rank holds, at stages 1 to 3."""
         if self.stage == 3:
             _, offset, partition = self.engine.optimizer.grad_position[self.engine.optimizer.get_param_id(p)]
             start = torch.distributed.get_rank() * partition
             numel = max(0, min(partition, p.ds_numel - start))  # the last partition is padded
-            return Part(tuple(p.ds_shape), start if numel else 0, offset, numel)
+            return MatrixSlice(tuple(p.ds_shape), start if numel else 0, offset, numel)
         if (link := p._hp_mapping) is None:
-            return Part(tuple(p.shape), 0, 0, 0)
+            return MatrixSlice(tuple(p.shape), 0, 0, 0)
         address = link.hp_fragment_address
-        return Part(tuple(p.shape), link.lp_fragment_address.start, address.start, address.numel)
+        return MatrixSlice(tuple(p.shape), link.lp_fragment_address.start, address.start, address.numel)

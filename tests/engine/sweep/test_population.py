@@ -12,9 +12,9 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.sweep.gaussian_process import Process, bandit, improvements
-from engine.sweep.population import STATE, Population, Round, pairs, perturb, perturbed
-from engine.sweep.search_space import Domain, check_space
+from engine.sweep.gaussian_process import GaussianProcess, pb2_explore, improvements
+from engine.sweep.population import STATE_FILE, PopulationBasedTraining, Round, select_exploits, pbt_explore, perturb_value
+from engine.sweep.search_space import Domain, parse_search_space
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-4, 1.0]},
@@ -34,25 +34,25 @@ SPACE = {
     ],
 )
 def test_the_worst_copy_the_best(after: list[float | None], mode: str, members: list[int], donors: set[int]) -> None:
-    found = pairs(after, mode, 0.25, [0])
+    found = select_exploits(after, mode, 0.25, [0])
     assert sorted(member for member, _ in found) == members
     assert {donor for _, donor in found} <= donors
-    assert found == pairs(after, mode, 0.25, [0])
+    assert found == select_exploits(after, mode, 0.25, [0])
 
 
 def test_a_perturbed_value_stays_near_and_inside() -> None:
     generator = np.random.default_rng(0)
-    moved = [perturbed(Domain("loguniform", (1e-4, 1.0)), 0.01, generator) for _ in range(200)]
+    moved = [perturb_value(Domain("loguniform", (1e-4, 1.0)), 0.01, generator) for _ in range(200)]
     assert {0.008, 0.012} <= {round(value, 6) for value in moved}
     assert all(1e-4 <= value <= 1.0 for value in moved)
-    assert {perturbed(Domain("randint", (1, 4)), 3, generator) for _ in range(100)} == {1, 2, 3}
-    assert {perturbed(Domain("choice", (4, 8, 16)), 16, generator) for _ in range(100)} == {4, 8, 16}
+    assert {perturb_value(Domain("randint", (1, 4)), 3, generator) for _ in range(100)} == {1, 2, 3}
+    assert {perturb_value(Domain("choice", (4, 8, 16)), 16, generator) for _ in range(100)} == {4, 8, 16}
 
 
-def play(config: Config, folder: Path, rounds: int, explore: Any = None) -> Population:
+def play(config: Config, folder: Path, rounds: int, explore: Any = None) -> PopulationBasedTraining:
     """Play some rounds with made-up figures: a gain of lr in each, members that copied begin where the donor was."""
-    space = check_space(config)
-    course = Population(config, folder, ["loss"], "max", space, lambda p: (p, Path("data")), explore or perturb(space))
+    space = parse_search_space(config)
+    course = PopulationBasedTraining(config, folder, ["loss"], "max", space, lambda p: (p, Path("data")), explore or pbt_explore(space))
     while len(course.state.rounds) < rounds and not course.done:
         task = course.next()
         assert task is not None
@@ -100,8 +100,8 @@ def test_an_exploit_that_a_kill_cut_short_is_done_again(tiny: Config, tmp_path: 
     )
     assert (clone / "level").read_text() == (donor / "level").read_text()
     (clone / "level").write_text("half")
-    tree = json.loads((tmp_path / STATE).read_text())
-    (tmp_path / STATE).write_text(json.dumps(tree | {"copied": False}))
+    tree = json.loads((tmp_path / STATE_FILE).read_text())
+    (tmp_path / STATE_FILE).write_text(json.dumps(tree | {"copied": False}))
     play(config, tmp_path, 1)
     assert (clone / "level").read_text() == (donor / "level").read_text()
 
@@ -133,8 +133,8 @@ def test_a_member_that_failed_is_replaced_and_a_population_without_any_ends(tiny
 
 def test_the_bandit_finds_what_improves_most(tiny: Config, tmp_path: Path) -> None:
     config = configured(tiny, scheduler="pb2", trials=8, space={"optim.lr": SPACE["optim.lr"]}, interval=1)
-    space = check_space(config)
-    played = play(config, tmp_path, 11, bandit(space, "max"))
+    space = parse_search_space(config)
+    played = play(config, tmp_path, 11, pb2_explore(space, "max"))
     late = [abs(np.log10(e.params["optim.lr"]) + 2) for e in played.state.exploits if e.step > 5]
     assert float(np.median(late)) < 0.35  # at random it would be 1
     chosen = [e.params["optim.lr"] for e in played.state.exploits if e.step == 3]
@@ -142,7 +142,7 @@ def test_the_bandit_finds_what_improves_most(tiny: Config, tmp_path: Path) -> No
 
 
 def test_a_gain_counts_from_where_the_weights_were(tiny: Config) -> None:
-    space = check_space(configured(tiny, space={"optim.lr": SPACE["optim.lr"]}))
+    space = parse_search_space(configured(tiny, space={"optim.lr": SPACE["optim.lr"]}))
     params = [{"optim.lr": 1e-4}, {"optim.lr": 1.0}]
     rounds = [Round(params, [None, None], [3.0, 2.0]), Round(params, [2.0, 2.0], [1.5, None])]
     seen, gains = improvements(rounds, space, "min")
@@ -152,7 +152,7 @@ def test_a_gain_counts_from_where_the_weights_were(tiny: Config) -> None:
 
 def test_a_process_is_sure_where_it_has_seen() -> None:
     seen = np.array([[0.0, 0.1], [0.0, 0.9], [1.0, 0.5]])
-    process = Process.likeliest(seen, np.array([1.0, -1.0, 0.0]))
+    process = GaussianProcess.likeliest(seen, np.array([1.0, -1.0, 0.0]))
     mean, deviation = process.predict(np.array([[0.0, 0.1], [9.0, 0.1]]))
     assert mean[0] == pytest.approx(1.0, abs=0.2)
     assert deviation[0] < deviation[1] or deviation[0] < 0.4

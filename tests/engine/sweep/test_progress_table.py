@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from engine.sweep import progress_table as module
-from engine.sweep.progress_table import Board
+from engine.sweep.progress_table import ProgressTable
 from engine.sweep.trial_record import Trial
 
 TRIALS = [
@@ -22,7 +22,7 @@ TRIALS = [
 def test_off_a_terminal_each_trial_that_is_over_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     told = io.StringIO()
     monkeypatch.setattr(module, "console", Console(file=told, width=200))
-    with Board(5, 6, "accuracy", "max") as board:
+    with ProgressTable(5, 6, "accuracy", "max") as board:
         board.show(TRIALS[:1])
         board.show(TRIALS)
         board.show(TRIALS)
@@ -34,7 +34,7 @@ def test_off_a_terminal_each_trial_that_is_over_is_a_line(monkeypatch: pytest.Mo
 
 
 def test_a_terminal_shows_a_table_with_those_that_run_first() -> None:
-    board = Board(5, 6, "accuracy", "max")
+    board = ProgressTable(5, 6, "accuracy", "max")
     with board:
         board.show([])
         table = board.table(TRIALS)

@@ -24,7 +24,7 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.sweep.launch import SweepResult, read_result, sweep
 from engine.sweep.trial_record import Trial
-from engine.sweep.recovery import Lost, Recovery, clear, note
+from engine.sweep.recovery import WorkerLost, Recovery, clear_failure_reason, write_failure_reason
 from engine.train.run_folder import RunFolder
 from tests.engine.train.test_elastic import ROOT, slow_nodes, wait
 
@@ -35,7 +35,7 @@ def test_a_lost_trial_is_begun_again_so_many_times(tmp_path: Path) -> None:
     recovery, trial, task = Recovery(2), Trial(0, "s-000", {}), {"index": 0}
     assert recovery.next() is None
     assert recovery.judge(trial, task, tmp_path) == (True, "its worker 0 was lost")
-    note(tmp_path, Lost("its worker 1 was lost"))
+    write_failure_reason(tmp_path, WorkerLost("its worker 1 was lost"))
     assert recovery.judge(trial, task, tmp_path) == (True, "its worker 1 was lost")
     assert [recovery.next(), recovery.next(), recovery.next()] == [task, task, None]
     again, why = recovery.judge(trial, task, tmp_path)
@@ -48,10 +48,10 @@ def test_a_lost_trial_is_begun_again_so_many_times(tmp_path: Path) -> None:
 
 def test_one_that_failed_is_not_begun_again(tmp_path: Path) -> None:
     recovery, trial = Recovery(2), Trial(0, "s-000", {})
-    note(tmp_path, Lost("its worker 1 was lost"))
-    note(tmp_path, UserError("step 3: no number"))
+    write_failure_reason(tmp_path, WorkerLost("its worker 1 was lost"))
+    write_failure_reason(tmp_path, UserError("step 3: no number"))
     assert recovery.judge(trial, {"index": 0}, tmp_path) == (False, "step 3: no number")
-    clear(tmp_path)
+    clear_failure_reason(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

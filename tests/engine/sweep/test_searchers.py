@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from engine.config import Config, with_values
-from engine.sweep.trial_record import Trial, front
-from engine.sweep.searchers import Bohb, Listed, Tpe, importances, make_searcher, results_at
-from engine.sweep.search_space import Space, check_space
+from engine.sweep.trial_record import Trial, pareto_front
+from engine.sweep.searchers import BohbSearcher, ListSearcher, TpeSearcher, importances, make_searcher, results_at
+from engine.sweep.search_space import SearchSpace, parse_search_space
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-5, 1.0]},
@@ -31,15 +31,15 @@ def ended(index: int, params: dict[str, Any], state: str = "finished") -> Trial:
     return Trial(index, f"s-{index}", params, 18, curve[-1][0], curve[-1][1], state=state, curve=curve)
 
 
-def configured(tiny: Config, searcher: str) -> tuple[Config, Space]:
+def configured(tiny: Config, searcher: str) -> tuple[Config, SearchSpace]:
     scheduler = "hyperband" if searcher == "bohb" else "asha"
     values = {"sweep.space": SPACE, "sweep.trials": 40, "sweep.searcher": searcher, "sweep.scheduler": scheduler,
               "train.max_steps": 18}  # fmt: skip
     config = with_values(tiny, values)
-    return config, check_space(config)
+    return config, parse_search_space(config)
 
 
-@pytest.mark.parametrize(("kind", "made"), [("random", Listed), ("tpe", Tpe), ("bohb", Bohb)])
+@pytest.mark.parametrize(("kind", "made"), [("random", ListSearcher), ("tpe", TpeSearcher), ("bohb", BohbSearcher)])
 def test_a_searcher_learns_and_goes_on_after_a_kill(tiny: Config, kind: str, made: type) -> None:
     config, space = configured(tiny, kind)
 
@@ -65,12 +65,12 @@ def test_a_searcher_learns_and_goes_on_after_a_kill(tiny: Config, kind: str, mad
 
 def test_tpe_looks_at_several_metrics(tiny: Config) -> None:
     config, space = configured(tiny, "tpe")
-    searcher, trials = Tpe(space, config, ["loss", "size"], ["min", "max"]), []
+    searcher, trials = TpeSearcher(space, config, ["loss", "size"], ["min", "max"]), []
     for index in range(30):
         trial = ended(index, searcher.ask(index, trials))
         trial.others = {"size": trial.params["optim.lr"]}
         trials.append(trial)
-    best = front(trials, ["loss", "size"], ["min", "max"])
+    best = pareto_front(trials, ["loss", "size"], ["min", "max"])
     assert best[0].value == min(trial.value or 0 for trial in trials)
     assert [t.others["size"] for t in best] == sorted(t.others["size"] for t in best)
     assert len(best) > 2
@@ -78,7 +78,7 @@ def test_tpe_looks_at_several_metrics(tiny: Config) -> None:
 
 def test_trials_that_failed_or_run_are_told_apart(tiny: Config) -> None:
     config, space = configured(tiny, "tpe")
-    searcher = Tpe(space, config, ["loss"], ["min"])
+    searcher = TpeSearcher(space, config, ["loss"], ["min"])
     params = {"optim.lr": 0.1, "optim.name": "adamw", "schedule.warmup_steps": 2}
     states = ("finished", "stopped early", "failed", "refused", "running")
     told = [searcher._told(ended(i, params, state)) for i, state in enumerate(states)]

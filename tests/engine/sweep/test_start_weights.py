@@ -9,19 +9,19 @@ import torch
 
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.sweep.start_weights import copier, deciding, start_state
-from engine.train.init_model import fresh
-from engine.train.job import Job
+from engine.sweep.start_weights import start_state_factory, start_state_key, make_start_state
+from engine.train.init_model import load_or_init
+from engine.train.job import TrainJob
 from tests.lives import Lives
 
 
-def equal(job: Job, state: dict) -> None:  # type: ignore[type-arg]
-    made = fresh(job, job.objective())
+def equal(job: TrainJob, state: dict) -> None:  # type: ignore[type-arg]
+    made = load_or_init(job, job.objective())
     drawn = torch.rand(3)
     state["tensors"] = {name: np.array(array) for name, array in state["tensors"].items()}
     for array in state["tensors"].values():
         array.flags.writeable = False  # as in shared memory
-    copied = copier(state)(job, job.objective())
+    copied = start_state_factory(state)(job, job.objective())
     assert torch.equal(torch.rand(3), drawn)  # dropout goes on from the same numbers
     assert made.training == copied.training
     assert made.config.to_dict() == copied.config.to_dict()
@@ -34,20 +34,20 @@ def equal(job: Job, state: dict) -> None:  # type: ignore[type-arg]
 
 
 def test_fresh_weights_and_a_bundle_s_are_copied_bit_for_bit(tiny: Config, lives: Lives) -> None:
-    untrained = Job(tiny, prepare(tiny))
-    equal(untrained, start_state(untrained))
+    untrained = TrainJob(tiny, prepare(tiny))
+    equal(untrained, make_start_state(untrained))
     start = lives.runs_dir / "base" / "bundle"
-    tuned = Job(lives.labelled, prepare(lives.labelled, start), start)
-    state = start_state(tuned)
+    tuned = TrainJob(lives.labelled, prepare(lives.labelled, start), start)
+    state = make_start_state(tuned)
     equal(tuned, state)
     equal(swap(tuned, config=with_values(lives.labelled, {"model.dropout": 0.1, "optim.lr": 1e-4})), state)
 
 
 def test_another_start_is_made_as_ever(tiny: Config) -> None:
-    job = Job(tiny, prepare(tiny))
+    job = TrainJob(tiny, prepare(tiny))
     other = swap(job, config=with_values(tiny, {"seed": 1}))
-    state = start_state(job)
-    assert deciding(other) != state["facts"]
-    model = copier(state)(other, other.objective())
-    expected = fresh(other, other.objective())
+    state = make_start_state(job)
+    assert start_state_key(other) != state["facts"]
+    model = start_state_factory(state)(other, other.objective())
+    expected = load_or_init(other, other.objective())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from engine.config import Config, with_values
-from engine.sweep.stopping import Median, Rule, make_rule, rungs
+from engine.sweep.stopping import MedianStoppingRule, StoppingRule, make_stopping_rule, rungs
 
 
 def test_the_median_rule_compares_means_of_trials_that_came_as_far() -> None:
-    rule = Median("min", grace=2)
+    rule = MedianStoppingRule("min", grace=2)
     for index, loss in enumerate((1.0, 2.0, 3.0)):
         assert not rule.stops(index, 1, loss + 1)
         assert not rule.stops(index, 2, loss)
@@ -21,6 +21,6 @@ def test_a_config_chooses_its_rule(tiny: Config) -> None:
     config = with_values(tiny, {"train.max_steps": 27, "sweep.reduction": 3})
     assert rungs(config) == [3, 9]
     assert rungs(with_values(config, {"sweep.grace_steps": 1})) == [1, 3, 9]
-    kinds = {"median": Median, "none": Rule}
+    kinds = {"median": MedianStoppingRule, "none": StoppingRule}
     for name, kind in kinds.items():
-        assert type(make_rule(with_values(config, {"sweep.scheduler": name}), "min")) is kind
+        assert type(make_stopping_rule(with_values(config, {"sweep.scheduler": name}), "min")) is kind

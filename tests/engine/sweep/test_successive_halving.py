@@ -10,27 +10,27 @@ from typing import Any
 import pytest
 
 from engine.config import Config, with_values
-from engine.sweep.successive_halving import Halving
+from engine.sweep.successive_halving import SuccessiveHalving
 from engine.sweep.trial_record import PAUSED
-from engine.sweep.searchers import Listed
+from engine.sweep.searchers import ListSearcher
 from engine.sweep.stopping import rungs
 
 
-def course(config: Config, folder: Path, trials: int, mode: str = "min", **values: Any) -> Halving:
+def course(config: Config, folder: Path, trials: int, mode: str = "min", **values: Any) -> SuccessiveHalving:
     """Make a course over so many trials of 64 steps with rungs at 4 and 16."""
     given = {"sweep.scheduler": "asha", "sweep.reduction": 4, "sweep.grace_steps": 4, "train.max_steps": 64}
     config = with_values(config, given | {f"sweep.{name}": value for name, value in values.items()})
     params = [{"optim.lr": 1e-3} for _ in range(trials)]
-    return Halving(config, folder, ["loss"], Listed(params), mode, lambda p: (p, folder), rungs(config))
+    return SuccessiveHalving(config, folder, ["loss"], ListSearcher(params), mode, lambda p: (p, folder), rungs(config))
 
 
-def step(halving: Halving, task: dict[str, Any], value: float) -> None:
+def step(halving: SuccessiveHalving, task: dict[str, Any], value: float) -> None:
     """Carry out a task at whose end a trial has this value."""
     halving.report(task["index"], task["until"], {"loss": value}, 1)
     halving.end(task["index"], None)
 
 
-def simulate(halving: Halving, values: list[float], slots: int = 2, most: int = 10**6) -> int:
+def simulate(halving: SuccessiveHalving, values: list[float], slots: int = 2, most: int = 10**6) -> int:
     """Carry out tasks, `slots` at a time and in a random order, until all or `most` are done; return the steps."""
     taken, running, chosen = 0, list[dict[str, Any]](), random.Random(0)
     while not halving.done and most:

@@ -21,17 +21,17 @@ from ray import cloudpickle
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, to_dict, with_values
-from engine.evaluate.sweep_page import write_page
+from engine.evaluate.sweep_page import write_sweep_page
 from engine.sweep import launch
-from engine.sweep.launch import SweepResult, base_job, make_course, run_trials, sweep, trial_share
-from engine.sweep.population import Population
-from engine.sweep.trial_record import read
+from engine.sweep.launch import SweepResult, base_job, make_search_algorithm, run_trials, sweep, trial_share
+from engine.sweep.population import PopulationBasedTraining
+from engine.sweep.trial_record import read_trial
 from engine.sweep.recovery import Recovery
-from engine.sweep.search_space import check_space
-from engine.sweep.trial import job_of
+from engine.sweep.search_space import parse_search_space
+from engine.sweep.trial import trial_job
 from engine.train.checkpoint import Checkpoint, step_folder
 from engine.train.run_folder import RunFolder
-from engine.train.worker import local_group, work
+from engine.train.worker import single_process_group, train_worker
 
 SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-2]}, "train.global_batch": {"choice": [8, 16]}}
 ROOT = Path(__file__).parents[3]
@@ -61,7 +61,7 @@ def check_result(config: Config, result: SweepResult) -> None:
     assert bundle.manifest.evaluation["validation_loss"] == result.bundle["value"]
     assert json.loads((config.run_dir / "sweep.json").read_text())["best"]["name"] == result.best.name
     assert [folder.parent.name for folder in (config.run_dir / "trials").glob("*/checkpoints")] == [result.best.name]
-    page = write_page(config.run_dir, config.name, json.loads(json.dumps(asdict(result)))).read_text()
+    page = write_sweep_page(config.run_dir, config.name, json.loads(json.dumps(asdict(result)))).read_text()
     assert result.best.name in page
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -76,7 +76,7 @@ def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
 
 def test_tune_keeps_no_picture_of_a_terminal_or_a_course(tmp_path: Path) -> None:
     lock = threading.Lock()  # as a live table has one
-    for one in launch.adapters(lock, Recovery(0), RunFolder(tmp_path), 1, lambda: None):  # type: ignore[arg-type]
+    for one in launch.tune_adapters(lock, Recovery(0), RunFolder(tmp_path), 1, lambda: None):  # type: ignore[arg-type]
         cloudpickle.dumps(one)
 
 
@@ -134,7 +134,7 @@ def test_a_trial_out_of_memory_fails_alone(ray: None, tiny_functions: Config, mo
     assert result.trials[0].losses == 0  # no other try would change it
 
 
-def lineage(course: Population, member: int) -> list[dict[str, Any]]:
+def lineage(course: PopulationBasedTraining, member: int) -> list[dict[str, Any]]:
     """Return the values that a member's weights were trained with, round by round."""
     found: list[dict[str, Any]] = []
     rounds = [past.params for past in course.state.rounds] + [course.state.params]
@@ -148,13 +148,13 @@ def lineage(course: Population, member: int) -> list[dict[str, Any]]:
 def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, tiny_functions: Config) -> None:
     config = of(tiny_functions, "pbt", sweep__scheduler="pbt", sweep__interval=2, train__micro_batch=4,
                 sweep__concurrent=None, train__cpus_per_worker=1.0)  # fmt: skip
-    run, space = RunFolder.claim(config), check_space(config)
+    run, space = RunFolder.create_or_resume(config), parse_search_space(config)
     base = base_job(config, run)
     base = type(base)(
-        with_values(base.config, {"train.keep_checkpoints": 9}), base.data, base.start, False
+        with_values(base.config, {"train.keep_checkpoints": 9}), base.data_folder, base.start_bundle, False
     )  # to look at
-    course, _ = make_course(config, base, space, ["loss"], ["min"])
-    assert isinstance(course, Population)
+    course, _ = make_search_algorithm(config, base, space, ["loss"], ["min"])
+    assert isinstance(course, PopulationBasedTraining)
     run_trials(config, base, run, course, ["loss"], lambda: None)
     exploits = course.state.exploits
     assert len(exploits) == 2
@@ -188,9 +188,9 @@ def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, ti
     member, threads = exploits[-1].member, torch.get_num_threads()
     torch.set_num_threads(1)
     (config.run_dir / "trials" / "again" / "logs").mkdir(parents=True)
-    staged = type(base)(with_values(base.config, {"schedule.total_steps": 6}), base.data, base.start, False)
+    staged = type(base)(with_values(base.config, {"schedule.total_steps": 6}), base.data_folder, base.start_bundle, False)
     for at, params in enumerate(lineage(course, member)):
-        work(job_of({"name": "again", "params": params, "until": 2 * at + 2, "data": base.data}, staged), local_group())
+        train_worker(trial_job({"name": "again", "params": params, "until": 2 * at + 2, "data": base.data_folder}, staged), single_process_group())
     torch.set_num_threads(threads)
     again, clone = (
         Checkpoint(step_folder(RunFolder(config.run_dir / "trials" / name).checkpoints, 6))
@@ -264,7 +264,7 @@ def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -
     assert not (config.run_dir / "sweep.json").exists()
     before = {}
     for file in (config.run_dir / "trials").glob("*/trial.json"):  # over, or waiting at a rung
-        trial = read(file.parent)
+        trial = read_trial(file.parent)
         assert trial is not None
         before[trial.index] = (file.parent / "metrics.jsonl").read_bytes().splitlines()[: trial.steps]
         assert len(before[trial.index]) == trial.steps
@@ -273,12 +273,12 @@ def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -
     for index, lines in before.items():  # with the times at which they were written
         file = config.run_dir / "trials" / result.trials[index].name / "metrics.jsonl"
         assert file.read_bytes().splitlines()[: len(lines)] == lines
-    space = check_space(config)
+    space = parse_search_space(config)
     assert [trial.params for trial in result.trials] == launch.make_searcher(
         space, config, ["loss"], ["min"], []
     )._params
     for trial in result.trials:
-        assert read(config.run_dir / "trials" / trial.name) == trial
+        assert read_trial(config.run_dir / "trials" / trial.name) == trial
     check_result(config, result)
 
 

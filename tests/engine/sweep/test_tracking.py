@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.config import Config, with_values
-from engine.sweep.launch import SweepResult, track
+from engine.sweep.launch import SweepResult, log_to_mlflow
 from engine.sweep.trial_record import Trial
-from tests.engine.bundles.test_promotion import database, server, uri  # noqa: F401
+from tests.engine.bundles.test_alias import database, server, uri  # noqa: F401
 
 TRIALS = [
     Trial(0, "told-000", {"optim.lr": 1e-3}, 6, 6, 0.5, state="finished", curve=[(3, 0.7), (6, 0.5)]),
@@ -22,7 +22,7 @@ def test_every_trial_is_a_child_run(uri: str, tiny: Config) -> None:  # noqa: F8
     from mlflow import MlflowClient
 
     config = with_values(tiny, {"name": "told", "job": "sweep", "tracking.enabled": True, "tracking.uri": uri})
-    track(config, SweepResult("loss", "min", TRIALS, TRIALS[0], 1.0, ["loss"]))
+    log_to_mlflow(config, SweepResult("loss", "min", TRIALS, TRIALS[0], 1.0, ["loss"]))
     client = MlflowClient(uri)
     runs = {
         run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("manta").experiment_id])

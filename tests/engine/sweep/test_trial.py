@@ -12,18 +12,18 @@ import pytest
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.sweep.trial import before, clean, figures
-from engine.sweep.start_weights import copier, start_state
-from engine.train.job import Job
+from engine.sweep.trial import lines_since, delete_checkpoints, metric_values
+from engine.sweep.start_weights import start_state_factory, make_start_state
+from engine.train.job import TrainJob
 from engine.train.run_folder import RunFolder
-from engine.train.worker import local_group, work
+from engine.train.worker import single_process_group, train_worker
 from engine.train.zero import ZeroModel
 
 
 def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
     config = with_values(tiny, {"train.evaluate_every": 1, "train.checkpoint_every": 1})
-    job = Job(config, prepare(config), leaves_bundle=False)
-    state, process, seen = start_state(job), psutil.Process(), []
+    job = TrainJob(config, prepare(config), exports_bundle=False)
+    state, process, seen = make_start_state(job), psutil.Process(), []
     others = {id(thing) for thing in gc.get_objects() if isinstance(thing, ZeroModel)}  # that a test before has left
 
     def stop(line: dict[str, Any]) -> None:
@@ -31,13 +31,13 @@ def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
             raise SystemExit  # as Tune ends a trial, while a checkpoint is being written
 
     for number in range(5):
-        one = Job(with_values(config, {"name": f"stopped-{number}"}), job.data, leaves_bundle=False)
+        one = TrainJob(with_values(config, {"name": f"stopped-{number}"}), job.data_folder, exports_bundle=False)
         run = RunFolder(one.config.run_dir)
         run.logs.mkdir(parents=True)
         with pytest.raises(SystemExit):
-            work(one, local_group(), listen=stop, make=copier(state))
-        assert [line["step"] for line in before(run, 1)] == [2, 3]  # where it would go on
-        clean(run)
+            train_worker(one, single_process_group(), on_step=stop, model_factory=start_state_factory(state))
+        assert [line["step"] for line in lines_since(run, 1)] == [2, 3]  # where it would go on
+        delete_checkpoints(run)
         assert not run.checkpoints.exists()
         gc.collect()
         models = sum(isinstance(thing, ZeroModel) and id(thing) not in others for thing in gc.get_objects())
@@ -49,6 +49,6 @@ def test_a_stopped_trial_leaves_nothing(tiny: Config) -> None:
 
 def test_a_metric_may_be_any_logged_figure() -> None:
     line = {"step": 3, "validation_loss": 2.0, "loss": 3.0, "seconds": 0.5}
-    assert figures(line, ["loss", "seconds"]) == {"loss": 2.0, "seconds": 0.5}
+    assert metric_values(line, ["loss", "seconds"]) == {"loss": 2.0, "seconds": 0.5}
     with pytest.raises(UserError, match=r"sweep\.metric=f1 is not measured here: use one of loss"):
-        figures(line, ["f1"])
+        metric_values(line, ["f1"])

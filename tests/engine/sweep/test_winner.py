@@ -11,9 +11,9 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.sweep.winner import Kitchen, Winner
-from engine.train.job import Job
-from tests.engine.bundles.making import fresh_bundle
+from engine.sweep.winner import ModelSoup, Winner
+from engine.train.job import TrainJob
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.train.ranks import run_here
 
 
@@ -21,11 +21,11 @@ def test_a_soup_averages_merged_weights(tiny: Config, tmp_path: Path) -> None:
     base = fresh_bundle(tiny, tmp_path / "base" / "bundle").folder
     tuned = with_values(tiny, {"job": "finetune", "bundle": str(base), "runs_dir": str(tmp_path), "train.max_steps": 2})
     jobs = [
-        Job(with_values(tuned, {"name": f"rank{rank}", "objective.lora.rank": rank}), prepare(tiny), base)
+        TrainJob(with_values(tuned, {"name": f"rank{rank}", "objective.lora.rank": rank}), prepare(tiny), base)
         for rank in (2, 4)
     ]
     winners = [Winner(job, lines[-1]) for job, lines in zip(jobs, run_here(jobs), strict=True)]
-    kitchen = Kitchen(winners[0])
+    kitchen = ModelSoup(winners[0])
     for winner in winners:
         model: Any = Bundle.open(winner.job.config.run_dir / "bundle").model()
         weights = kitchen.weights(winner)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.run_folder import RunFolder
 
 IMPORTS = [
@@ -23,19 +23,19 @@ IMPORTS = [
 ]  # fmt: skip
 
 
-def run_ranks(jobs: list[Job], world: int) -> list[list[dict[str, Any]]]:
+def run_ranks(jobs: list[TrainJob], world: int) -> list[list[dict[str, Any]]]:
     """Run the jobs one after the other on one group of `world` processes; return each one's metric lines."""
     on_ranks(work_on, world, json.dumps([job.to_dict() for job in jobs]))
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
-def run_here(jobs: list[Job]) -> list[list[dict[str, Any]]]:
+def run_here(jobs: list[TrainJob]) -> list[list[dict[str, Any]]]:
     """Run the jobs one after the other in this process, on one rank; return each one's metric lines."""
-    from engine.train.worker import local_group, work
+    from engine.train.worker import single_process_group, train_worker
 
     for job in jobs:
         RunFolder(job.config.run_dir).logs.mkdir(parents=True, exist_ok=True)
-        work(job, local_group())
+        train_worker(job, single_process_group())
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
@@ -76,13 +76,13 @@ def _rank(
 
 def work_on(rank: int, world: int, specs: str) -> None:
     """Run one rank of each job in `specs`, the jobs as JSON."""
-    from engine.train.process_group import Group
-    from engine.train.worker import work
+    from engine.train.process_group import ProcessGroup
+    from engine.train.worker import train_worker
 
     for spec in json.loads(specs):
-        job = Job.from_dict(spec)
+        job = TrainJob.from_dict(spec)
         RunFolder(job.config.run_dir).logs.mkdir(parents=True, exist_ok=True)
-        work(job, Group(rank, world, torch.device("cpu")))
+        train_worker(job, ProcessGroup(rank, world, torch.device("cpu")))
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

@@ -12,7 +12,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folder, step_folders
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.train_state import TrainState
 from tests.engine.train.ranks import run_ranks
 
@@ -24,7 +24,7 @@ WILD = {  # a rate at which the validation loss soon goes up
 
 def test_the_bundle_is_the_best_steps_and_the_run_ends_early(tiny: Config) -> None:
     config = with_values(tiny, WILD | {"name": "wild", "zero.stage": 1, "train.workers": 2})
-    (lines,) = run_ranks([Job(config, prepare(config))], 2)
+    (lines,) = run_ranks([TrainJob(config, prepare(config))], 2)
     values = [line["validation_loss"] for line in lines]
     best = 1 + values.index(min(values))
     assert len(lines) == best + 3 < 60
@@ -50,5 +50,5 @@ def test_judging() -> None:
 
 
 def test_patience_needs_validations(tiny: Config) -> None:
-    with pytest.raises(UserError, match=r"say how often with train\.evaluate_every"):
+    with pytest.raises(UserError, match=r"set their interval with train\.evaluate_every"):
         with_values(tiny, {"train.patience": 2})

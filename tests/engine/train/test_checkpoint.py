@@ -19,11 +19,11 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
-from engine.train.process_group import Group
-from engine.train.job import Job
+from engine.train.process_group import ProcessGroup
+from engine.train.job import TrainJob
 from engine.train.run_folder import RunFolder
 from engine.train.train_state import TrainState
-from engine.train.worker import local_group, work
+from engine.train.worker import single_process_group, train_worker
 from engine.train.zero import Fragment
 
 FULL = {"a.weight": torch.arange(12.0).view(3, 4), "b:odd.name": torch.arange(7.0)}
@@ -43,7 +43,7 @@ def write(folder: Path, step: int, world: int = 2, keep: int = 2) -> Path:
         writer.save(pieces(rank, world), TrainState(step=step, samples=8 * step), {"config": "c"})
     for writer in writers:
         writer.wait()
-        assert not writer.failed
+        assert not writer.has_failed
     return step_folder(folder, step)
 
 
@@ -55,7 +55,7 @@ def test_pieces_come_back_at_any_split(tmp_path: Path, world: int) -> None:
     for name, weight in checkpoint.weights().items():
         assert torch.equal(weight, FULL[name])
     into = torch.empty(5)
-    checkpoint.copy("exp_avg", "a.weight", 4, into)
+    checkpoint.copy_into("exp_avg", "a.weight", 4, into)
     assert into.tolist() == [8.0, 10.0, 12.0, 14.0, 16.0]
 
 
@@ -69,7 +69,7 @@ def test_a_save_holds_the_moment_however_slow_the_copy(tmp_path: Path, monkeypat
     monkeypatch.setattr(CheckpointWriter, "_copy", slow)
     writer = CheckpointWriter(tmp_path, 0, 1, 2)
     writer.save([Fragment("a", (1000,), 0, {"weight": weight})], TrainState(step=1), {})
-    writer.hold()
+    writer.wait_for_copy()
     weight.zero_()
     writer.wait()
     assert torch.equal(Checkpoint(step_folder(tmp_path, 1)).weights()["a"], torch.arange(1000.0))
@@ -109,7 +109,7 @@ def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
 def test_the_one_before_is_used_and_never_a_silent_fresh_start(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, group = prepare(tiny), local_group()
+    data, group = prepare(tiny), single_process_group()
     values = {"schedule.total_steps": 15, "train.checkpoint_every": 3, "zero.stage": 1, "optim.lr": 2e-3}
     harmed, straight = (
         with_values(tiny, values | {"name": name, "train.max_steps": 15}) for name in ("harmed", "unharmed")
@@ -117,12 +117,12 @@ def test_the_one_before_is_used_and_never_a_silent_fresh_start(
     run = RunFolder(harmed.run_dir)
     for config in (harmed, straight):
         RunFolder(config.run_dir).logs.mkdir(parents=True)
-    work(Job(straight, data), group)
-    work(Job(with_values(harmed, {"train.max_steps": 6}), data), group)
+    train_worker(TrainJob(straight, data), group)
+    train_worker(TrainJob(with_values(harmed, {"train.max_steps": 6}), data), group)
     for until, (harm, said) in zip((9, 12, 15, 15), HARM, strict=True):
         latest = step_folders(run.checkpoints)[0]
         harm(next(latest.glob("*.safetensors")))
-        work(Job(with_values(harmed, {"train.max_steps": until}), data), group)
+        train_worker(TrainJob(with_values(harmed, {"train.max_steps": until}), data), group)
         assert said in capsys.readouterr().out
         assert said in run.events.read_text()
         assert (run.checkpoints / f"broken-{latest.name}").exists()
@@ -132,8 +132,8 @@ def test_the_one_before_is_used_and_never_a_silent_fresh_start(
         ], name
     for found in step_folders(run.checkpoints):
         flip(next(found.glob("*.safetensors")))
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole"):
-        work(Job(harmed, data), group)
+    with pytest.raises(UserError, match=r"no checkpoint of .* is valid"):
+        train_worker(TrainJob(harmed, data), group)
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path: Path) -> N
     try:
         writer.save([Fragment("a", (100_000,), 0, {"weight": torch.zeros(100_000)})], TrainState(step=2), {})
         writer.wait()
-        assert writer.failed
-        fault = writer.clear_failed(Group(0, 1, torch.device("cpu")))
-        assert re.search(r"could not be written.*File too large.*the one before it is whole", fault)
+        assert writer.has_failed
+        fault = writer.clear_failure(ProcessGroup(0, 1, torch.device("cpu")))
+        assert re.search(r"could not be written.*File too large.*the previous one is valid", fault)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

@@ -21,7 +21,7 @@ from cluster.ports import free_port
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.launch import worker_resources
 from engine.train.run_folder import RunFolder
 from jobs.entry import compose
@@ -79,13 +79,13 @@ def test_a_group_grows_once_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch
     from engine.train import elastic
 
     room = {"a": {"CPU": 1.0}}
-    monkeypatch.setattr(elastic.Elastic, "_maybe_send_resource_request", lambda self: None)
-    monkeypatch.setattr(elastic.Elastic, "_get_reserved_resources", lambda self: room)
+    monkeypatch.setattr(elastic.ElasticPolicy, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(elastic.ElasticPolicy, "_get_reserved_resources", lambda self: room)
     monkeypatch.setattr(elastic, "all_answer", lambda: answers[0])
     scaling = ScalingConfig(
         num_workers=(1, 2), resources_per_worker={"CPU": 1.0}, elastic_resize_monitor_interval_s=0.0
     )
-    policy, answers, asked = elastic.Elastic(scaling, tmp_path), [False], []
+    policy, answers, asked = elastic.ElasticPolicy(scaling, tmp_path), [False], []
     monkeypatch.setattr(elastic, "LOOK_S", 0.0)
     # A node that Ray still counts, and that does not answer, is waited for.
     assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
@@ -103,7 +103,7 @@ def test_a_group_grows_once_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch
     room["b"] = {"CPU": 4.0}
     assert isinstance(decide(), NoopDecision)  # there is room: a checkpoint is asked for first
     assert isinstance(decide(), NoopDecision)
-    assert asked == [elastic.ask_for_save]
+    assert asked == [elastic.request_save]
     (tmp_path / "step-00000007").mkdir()
     assert isinstance(decide(), NoopDecision)
     (tmp_path / "step-00000007" / "manifest.json").touch()
@@ -161,7 +161,7 @@ def wanted(command: list[str]) -> list[dict[str, Any]]:
     """The lines of the same run on one rank."""
     alone = {"name": "not-elastic", "train.workers": 1, "train.min_workers": None}
     config = with_values(compose("pretrain", command), alone)
-    return run_ranks([Job(config, prepare(config))], 1)[0]
+    return run_ranks([TrainJob(config, prepare(config))], 1)[0]
 
 
 @pytest.mark.slow
@@ -199,11 +199,11 @@ def test_a_lost_node_and_its_return_change_nothing(
             wait(lambda: list(run.checkpoints.glob("step-*/manifest.json")), process, NOTICE_S)
             for lost in other_node(cluster):
                 lost.kill()
-            wait(lambda: told("goes on with 1 workers instead of 2"), process)
+            wait(lambda: told("continues with 1 workers instead of 2"), process)
             before = steps()
             wait(lambda: steps() > before + 5, process)
             local.wait_until_started([local.start_node(cluster, 1, 2, [f"--address={cluster.address}"])])
-            wait(lambda: told("goes on with 2 workers instead of 1"), process)
+            wait(lambda: told("continues with 2 workers instead of 1"), process)
             assert process.wait(300) == 0, (tmp_path / "said.txt").read_text()
         finally:
             process.terminate()
@@ -211,7 +211,7 @@ def test_a_lost_node_and_its_return_change_nothing(
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in wanted], abs=1e-5)
     assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in wanted]
-    assert re.search(r"warning: the run goes on with 1 workers instead of 2", (tmp_path / "said.txt").read_text())
+    assert re.search(r"warning: the run continues with 1 workers instead of 2", (tmp_path / "said.txt").read_text())
 
 
 def other_node(cluster: state.ClusterState) -> list[psutil.Process]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.train.energy import WATTS_A_CORE, Counter, EnergyMeter, rapl_counters, total
+from engine.train.energy import WATTS_PER_CORE, EnergyCounter, EnergyMeter, rapl_counters, total_energy
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_the_packages_counters_are_read_over_their_ends(tmp_path: Path) -> None:
     unreadable = tmp_path / "intel-rapl:2"
     unreadable.mkdir()
     assert len(rapl_counters(tmp_path)) == 2
-    meter = EnergyMeter(CPU, world=4, powercap=tmp_path)
+    meter = EnergyMeter(CPU, world_size=4, powercap=tmp_path)
     first.write_text("12500000")
     second.write_text("5000000")  # began again: 10 J to the end, 5 since
     core.write_text("70000000")
@@ -37,17 +37,17 @@ def test_the_packages_counters_are_read_over_their_ends(tmp_path: Path) -> None:
 def test_without_a_counter_it_is_estimated_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 110.0, 110.5])
     monkeypatch.setattr("engine.train.energy.time.monotonic", lambda: next(now))
-    meter = EnergyMeter(CPU, world=3, powercap=tmp_path)
-    watts = WATTS_A_CORE * torch.get_num_threads() * 3
+    meter = EnergyMeter(CPU, world_size=3, powercap=tmp_path)
+    watts = WATTS_PER_CORE * torch.get_num_threads() * 3
     assert meter.lap() == {"energy_estimated_j": pytest.approx(10 * watts)}
     assert meter.lap() == {"energy_estimated_j": pytest.approx(0.5 * watts)}
 
 
 def test_a_counter_without_an_end_and_the_sum_of_a_run() -> None:
     counts = iter([5.0, 7.0, 7.5])
-    counter = Counter(lambda: next(counts))
+    counter = EnergyCounter(lambda: next(counts))
     assert (counter.lap(), counter.lap()) == (2.0, 0.5)
     lines = [{"step": 1, "energy_measured_j": 2.0}, {"step": 2, "energy_measured_j": 0.5}, {"step": 3}]
-    assert total(lines)["measured_j"] == 2.5
-    assert set(total(lines)["how"]) == {"measured_j"}
-    assert total([{"step": 1}]) == {"measured_j": 0.0, "estimated_j": 0.0, "how": {}}
+    assert total_energy(lines)["measured_j"] == 2.5
+    assert set(total_energy(lines)["how"]) == {"measured_j"}
+    assert total_energy([{"step": 1}]) == {"measured_j": 0.0, "estimated_j": 0.0, "how": {}}

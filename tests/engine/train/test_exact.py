@@ -18,7 +18,7 @@ from engine.data.packing import Blocks
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from tests.engine.train.ranks import losses, run_ranks
 
 STEPS = 30
@@ -39,9 +39,9 @@ LAYOUTS: dict[int, list[tuple[str, dict[str, object]]]] = {  # by the number of 
 NAMES = [name for layouts in LAYOUTS.values() for name, _ in layouts if name not in ("stage0", "ragged")]
 
 
-def job(config: Config, name: str, changes: dict[str, object], workers: int) -> Job:
+def job(config: Config, name: str, changes: dict[str, object], workers: int) -> TrainJob:
     changed = with_values(config, {"name": name, "train.workers": workers, **changes})
-    return Job(changed, prepare(changed))
+    return TrainJob(changed, prepare(changed))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,13 @@ def test_ragged_samples_have_unequal_counts(curves: dict[str, list[dict[str, Any
 
 
 def test_an_epoch_sees_each_sample_once(curves: dict[str, list[dict[str, Any]]], tiny: Config) -> None:
-    from engine.data.order import Order
+    from engine.data.order import DataOrder
 
     size = len(Blocks(Split.open(prepare(tiny), "train"), 32))
-    order = Order(size, 8, tiny.seed)
-    seen = [i for step in range(size // 8) for i in order.samples(step)]
+    order = DataOrder(size, 8, tiny.seed)
+    seen = [i for step in range(size // 8) for i in order.sample_ids(step)]
     assert len(set(seen)) == len(seen) == size // 8 * 8
-    first = add_hashes(ids_hash(order.samples(step)) for step in range(STEPS))
+    first = add_hashes(ids_hash(order.sample_ids(step)) for step in range(STEPS))
     assert curves["two2"][-1]["samples_hash"] == hash_hex(first)
 
 
@@ -116,7 +116,7 @@ def test_stopping_and_going_on_is_bit_for_bit_the_straight_run(tiny: Config) -> 
         with_values(tiny, {"name": "halves", "zero.stage": 2, "train.max_steps": until, "schedule.total_steps": 6})
         for until in (3, 6)
     ]
-    results = run_ranks([Job(config, data) for config in (straight, *halves)], 1)
+    results = run_ranks([TrainJob(config, data) for config in (straight, *halves)], 1)
     assert losses(results[0]) == losses(results[2])
     ours, theirs = (
         Checkpoint(step_folders(Path(tiny.runs_dir) / name / "checkpoints")[0]) for name in ("straight", "halves")

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from engine.config import Config, TrainConfig, with_values
-from engine.data.order import Order, add_hashes, hash_hex, ids_hash
+from engine.data.order import DataOrder, add_hashes, hash_hex, ids_hash
 from engine.data.packing import Blocks
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train import guards
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.run_folder import RunFolder
 from engine.train.train_state import TrainState
 from tests.engine.train.ranks import losses, on_ranks, work_on
@@ -32,9 +32,9 @@ def poisoned(rank: int, world: int, specs: str) -> None:
     """Run jobs whose loss is not a number wherever one sample of step BAD is in the batch, on whichever rank."""
     from engine.objectives.causal_lm import CausalLM
 
-    config = Job.from_dict(json.loads(specs)[0]).config
+    config = TrainJob.from_dict(json.loads(specs)[0]).config
     blocks = Blocks(Split.open(prepare(config), "train"), config.data.sequence_length)
-    sample = Order(len(blocks), config.global_batch, config.seed).samples(BAD)[5]
+    sample = DataOrder(len(blocks), config.global_batch, config.seed).sample_ids(BAD)[5]
     tokens = torch.as_tensor(blocks[sample]["tokens"][:-1])
     sound = CausalLM.loss
 
@@ -47,12 +47,12 @@ def poisoned(rank: int, world: int, specs: str) -> None:
     work_on(rank, world, specs)
 
 
-def make(config: Config, name: str, world: int, changes: dict[str, object]) -> Job:
+def make(config: Config, name: str, world: int, changes: dict[str, object]) -> TrainJob:
     layout = {"name": name, "train.workers": world, "schedule.total_steps": config.train.max_steps}
-    return Job(with_values(config, layout | changes), prepare(config))
+    return TrainJob(with_values(config, layout | changes), prepare(config))
 
 
-def run(ranks: Callable[..., None], world: int, jobs: list[Job]) -> dict[str, list[dict[str, Any]]]:
+def run(ranks: Callable[..., None], world: int, jobs: list[TrainJob]) -> dict[str, list[dict[str, Any]]]:
     """Run jobs one after the other on one group (starting one takes longer than a job); return their lines by name."""
     on_ranks(ranks, world, json.dumps([job.to_dict() for job in jobs]))
     return {job.config.name: list(RunFolder(job.config.run_dir).metrics()) for job in jobs}
@@ -173,26 +173,26 @@ def spiked(rank: int, world: int, specs: str) -> None:
     """Run jobs whose loss is a hundredfold, and finite, in the batches at LEAP; what ends one is its `failed.txt`."""
     from engine.train import loop
 
-    sound = loop.collate_share
+    sound = loop.collate_rank_batches
 
     def collate_share(run: Any, ids: Any, draws: Any) -> Any:
         batches, seen = sound(run, ids, draws)
         factor = 100.0 if run.state.place in LEAP else 1.0
         return [(batch, weight * factor) for batch, weight in batches], seen
 
-    loop.collate_share = collate_share
+    loop.collate_rank_batches = collate_share
     for spec in json.loads(specs):
         try:
             work_on(rank, world, json.dumps([spec]))
         except UserError as error:
-            (RunFolder(Job.from_dict(spec).config.run_dir).logs / "failed.txt").write_text(str(error))
+            (RunFolder(TrainJob.from_dict(spec).config.run_dir).logs / "failed.txt").write_text(str(error))
 
 
 @pytest.fixture(scope="module")
 def jumpy(tiny: Config) -> dict[str, list[dict[str, Any]]]:
     """Return the lines of runs with three bad batches in a row, of which two may be skipped."""
 
-    def some(name: str, world: int, stage: int, **changes: object) -> Job:
+    def some(name: str, world: int, stage: int, **changes: object) -> TrainJob:
         return make(
             tiny, f"jumpy-{name}", world, JUMPY | {"zero.stage": stage} | {f"train.{k}": v for k, v in changes.items()}
         )
@@ -217,9 +217,9 @@ def test_spikes_are_skipped_then_rolled_back_past_the_data(jumpy: dict[str, list
 
 def test_the_data_passed_over_are_never_seen(tiny: Config, jumpy: dict[str, list[dict[str, Any]]]) -> None:
     blocks = Blocks(Split.open(prepare(tiny), "train"), tiny.data.sequence_length)
-    order = Order(len(blocks), tiny.train.global_batch, tiny.seed)
+    order = DataOrder(len(blocks), tiny.train.global_batch, tiny.seed)
     places = [place for place in range(STEPS + 3) if place not in LEAP]
-    assert jumpy["jumpy-zero"][-1]["samples_hash"] == hash_hex(add_hashes(ids_hash(order.samples(p)) for p in places))
+    assert jumpy["jumpy-zero"][-1]["samples_hash"] == hash_hex(add_hashes(ids_hash(order.sample_ids(p)) for p in places))
 
 
 @pytest.mark.parametrize("name", ["two", "three", "two-1", "two-3"])

@@ -13,9 +13,9 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.models.attention import ATTENTION_NAME
-from engine.train.process_group import Group
-from engine.train.init_model import attach_mmap, empty_model, equip, held, make_model, start_model, write_mmap
-from engine.train.job import Job
+from engine.train.process_group import ProcessGroup
+from engine.train.init_model import attach_mmap, empty_model, apply_optimizations, named_tensors, make_model, start_model, write_mmap
+from engine.train.job import TrainJob
 from tests.engine.objectives.conftest import FAMILIES
 from tests.engine.train.ranks import on_ranks
 
@@ -33,27 +33,27 @@ def test_a_hollow_model_takes_no_memory_and_takes_up_all_of_a_whole_one(
     tiny: Config, tmp_path: Path, name: str
 ) -> None:
     config = with_values(tiny, MODELS[name])
-    job = Job(config, prepare(config))
+    job = TrainJob(config, prepare(config))
     objective = job.objective()
     whole, other = make_model(job, objective), empty_model(job, objective)
     assert {p.untyped_storage().nbytes() for p in other.parameters()} == {4}
     write_mmap(whole, tmp_path / "whole.safetensors")
     attach_mmap(other, tmp_path / "whole.safetensors")
-    expected = dict(held(whole))
-    assert expected.keys() == dict(held(other)).keys()
-    for key, tensor in held(other):
+    expected = dict(named_tensors(whole))
+    assert expected.keys() == dict(named_tensors(other)).keys()
+    for key, tensor in named_tensors(other):
         assert torch.equal(tensor, expected[key]), key
-    samples = objective.samples(Split.open(job.data, "train"))
+    samples = objective.samples(Split.open(job.data_folder, "train"))
     batch = objective.collate([samples[0] | {"draw": 0}])
     assert float(objective.loss(other.eval(), batch).sum) == float(objective.loss(whole.eval(), batch).sum)
 
 
 def test_only_bf16_on_a_processor_gets_the_attention_by_blocks(tiny: Config) -> None:
-    job = Job(tiny, prepare(tiny))
+    job = TrainJob(tiny, prepare(tiny))
     found = {}
     for device, precision in (("cpu", "bf16"), ("cpu", "fp32"), ("cuda", "bf16")):
         model = make_model(job, job.objective())
-        equip(model, tiny.train, torch.device(device), precision)
+        apply_optimizations(model, tiny.train, torch.device(device), precision)
         found[device, precision] = model.config._attn_implementation
     assert found == {("cpu", "bf16"): ATTENTION_NAME, ("cpu", "fp32"): "sdpa", ("cuda", "bf16"): "sdpa"}
 
@@ -66,11 +66,11 @@ def private_bytes() -> int:
 
 def start_on(rank: int, world: int, spec: str) -> None:
     """Make the start state on a rank, and check what it took and that it is all ranks' own."""
-    job = Job.from_dict(json.loads(spec))
+    job = TrainJob.from_dict(json.loads(spec))
     objective = job.objective()
-    make_model(Job(with_values(job.config, {"model.num_hidden_layers": 1}), job.data), objective)  # imports, once
+    make_model(TrainJob(with_values(job.config, {"model.num_hidden_layers": 1}), job.data_folder), objective)  # imports, once
     before = private_bytes()
-    model = start_model(job, objective, Group(rank, world, torch.device("cpu")), None)
+    model = start_model(job, objective, ProcessGroup(rank, world, torch.device("cpu")), None)
     taken, size = private_bytes() - before, sum(4 * p.numel() for p in model.parameters())
     assert size > 90e6
     if rank > 0:
@@ -84,4 +84,4 @@ def start_on(rank: int, world: int, spec: str) -> None:
 def test_at_stage_3_a_node_holds_the_model_once(tiny: Config) -> None:
     shape = {"model.hidden_size": 512, "model.num_hidden_layers": 8, "model.intermediate_size": 1376}
     config = with_values(tiny, {**shape, "zero.stage": 3, "train.workers": 2})
-    on_ranks(start_on, 2, json.dumps(Job(config, prepare(config)).to_dict()))
+    on_ranks(start_on, 2, json.dumps(TrainJob(config, prepare(config)).to_dict()))

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from engine.config import Config, with_values
-from engine.data.order import Order, add_hashes, hash_hex, ids_hash
+from engine.data.order import DataOrder, add_hashes, hash_hex, ids_hash
 from engine.data.packing import Blocks
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.launch import train, worker_resources
 from engine.train.run_folder import RunFolder
-from engine.train.worker import local_group, work
+from engine.train.worker import single_process_group, train_worker
 from tests.engine.train.ranks import run_ranks
 from tests.ports import listened
 
@@ -39,7 +39,7 @@ def alone(tiny: Config) -> list[dict[str, object]]:
     config = with_values(tiny, {"name": "alone", "zero.stage": 0, **LONG})
     run = RunFolder(config.run_dir)
     run.logs.mkdir(parents=True)
-    work(Job(config, prepare(tiny)), local_group())
+    train_worker(TrainJob(config, prepare(tiny)), single_process_group())
     return list(run.metrics())
 
 
@@ -47,7 +47,7 @@ def alone(tiny: Config) -> list[dict[str, object]]:
 def two(tiny: Config) -> list[dict[str, object]]:
     """Return the lines of the undisturbed run on two ranks, without Ray."""
     config = with_values(tiny, {"name": "two", "train.workers": 2, "zero.stage": 2, **LONG})
-    (lines,) = run_ranks([Job(config, prepare(tiny))], 2)
+    (lines,) = run_ranks([TrainJob(config, prepare(tiny))], 2)
     return lines
 
 
@@ -92,7 +92,7 @@ def harmed(config: Config, signals: list[tuple[int, signal.Signals]]) -> Harm:
     outcome = train(config)
     harm.join()
     assert len(harm.victims) == len(signals) + 1, "the run was over before all harm was done"
-    assert outcome.last["step"] == config.train.max_steps
+    assert outcome.last_metrics["step"] == config.train.max_steps
     return harm
 
 
@@ -138,7 +138,7 @@ def test_a_killed_and_a_stopped_worker_change_nothing(
         assert "train_step" in run.stacks(rank).read_text(), rank
     assert not psutil.pid_exists(harm.victims[-1])
     # The same command once more has nothing to do.
-    assert train(config).last["loss"] == lines[-1]["loss"]
+    assert train(config).last_metrics["loss"] == lines[-1]["loss"]
     assert run.status() == status  # which says when it was written
 
 
@@ -149,8 +149,8 @@ def test_five_kills_at_random_steps_change_nothing(ray: None, tiny: Config, two:
     harmed(config, [(step, signal.SIGKILL) for step in steps])
     assert_undisturbed(config, two)
     blocks = Blocks(Split.open(prepare(tiny), "train"), 32)
-    order = Order(len(blocks), 8, tiny.seed)
-    wanted = hash_hex(add_hashes(ids_hash(order.samples(step)) for step in range(60)))
+    order = DataOrder(len(blocks), 8, tiny.seed)
+    wanted = hash_hex(add_hashes(ids_hash(order.sample_ids(step)) for step in range(60)))
     assert list(RunFolder(config.run_dir).metrics())[-1]["samples_hash"] == wanted
 
 
@@ -203,11 +203,11 @@ def test_a_loss_that_is_no_number_ends_in_one_sentence_without_restarts(ray: Non
     [
         (
             {"train.workers": 64},
-            "64 workers x 0.5 cores are asked, the cluster has 2 cores: use train.workers=4 or less",
+            "64 workers x 0.5 cores are needed, the cluster has 2 cores: use train.workers=4 or less",
         ),
         (
             {"train.gpus_per_worker": 1.0},
-            "1 workers x 1 GPUs are asked, the cluster has 0 GPUs: use train.gpus_per_worker=0",
+            "1 workers x 1 GPUs are needed, the cluster has 0 GPUs: use train.gpus_per_worker=0",
         ),
     ],
 )
@@ -222,7 +222,7 @@ def test_fewer_samples_than_a_batch_is_refused_before_a_worker_starts(ray: None,
 
 
 def test_a_sequence_over_the_bundles_positions_is_refused(ray: None, tiny: Config, tmp_path: Path) -> None:
-    from tests.engine.bundles.making import fresh_bundle
+    from tests.engine.bundles.small_bundles import fresh_bundle
 
     bundle = fresh_bundle(tiny, tmp_path / "b" / "bundle")
     config = with_values(

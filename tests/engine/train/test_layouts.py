@@ -13,8 +13,8 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
-from engine.train.micro_batch import REMEMBERED, most_that_fit, recall, remember
+from engine.train.job import TrainJob
+from engine.train.micro_batch import CACHE_FILE, max_samples, read_cached, write_cached
 from tests.engine.train.ranks import losses, run_here, run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def weights(config: Config) -> dict[str, torch.Tensor]:
 def test_every_layout_option_gives_the_same_curve(tiny: Config, tmp_path: Path) -> None:
     data = prepare(tiny)
     base = with_values(tiny, {"train.workers": 2, "runs_dir": str(tmp_path), "model.tie_word_embeddings": True})
-    jobs = [Job(with_values(base, {**change, "name": name}), data) for name, change in LAYOUTS.items()]
+    jobs = [TrainJob(with_values(base, {**change, "name": name}), data) for name, change in LAYOUTS.items()]
     found = dict(zip(LAYOUTS, run_ranks(jobs, 2), strict=True))
     first = losses(found["plain"])
     assert len(first) == 6
@@ -45,7 +45,7 @@ def test_every_layout_option_gives_the_same_curve(tiny: Config, tmp_path: Path) 
         assert losses(lines) == pytest.approx(first, abs=1e-5), name
         assert lines[-1]["validation_loss"] == pytest.approx(found["plain"][-1]["validation_loss"], abs=1e-5), name
     # Each worker has 4 of the 8 samples of a step: that fits at once.
-    entries = json.loads((tmp_path / REMEMBERED).read_text())
+    entries = json.loads((tmp_path / CACHE_FILE).read_text())
     assert [entry["micro_batch"] > 4 for entry in entries.values()] == [True, True]
 
 
@@ -61,7 +61,7 @@ def test_offload_resumes_bit_for_bit_and_elsewhere(tiny: Config, tmp_path: Path)
             with_values(away, {"name": f"travels{stage}", "train.max_steps": 3}),
             with_values(base, {"name": f"travels{stage}", "zero.stage": 1}),
         ]
-        lines, _, resumed, _, elsewhere = run_ranks([Job(c, data) for c in (straight, *halves, *travelled)], 2)
+        lines, _, resumed, _, elsewhere = run_ranks([TrainJob(c, data) for c in (straight, *halves, *travelled)], 2)
         assert losses(resumed) == losses(lines)
         assert losses(elsewhere) == pytest.approx(losses(lines), abs=1e-5)
         for name, tensor in weights(straight).items():
@@ -77,7 +77,7 @@ def test_a_dry_batch_changes_no_bit(tiny: Config, tmp_path: Path) -> None:
         tried = with_values(base, {"name": f"tried{stage}", "train.micro_batch": None})
         known = with_values(base, {"name": f"known{stage}", "train.micro_batch": 8})
         again = with_values(base, {"name": f"again{stage}", "train.micro_batch": None})
-        results = run_here([Job(config, data) for config in (tried, known, again)])
+        results = run_here([TrainJob(config, data) for config in (tried, known, again)])
         assert losses(results[0]) == losses(results[1]) == losses(results[2])
         for name, tensor in weights(tried).items():
             assert torch.equal(tensor, weights(known)[name]), name
@@ -87,7 +87,7 @@ def test_a_dry_batch_changes_no_bit(tiny: Config, tmp_path: Path) -> None:
 def test_weights_kept_within_groups_of_workers_give_the_same_curve(tiny: Config, tmp_path: Path) -> None:
     base = with_values(tiny, {"train.workers": 4, "runs_dir": str(tmp_path), "zero.stage": 3})
     grouped = with_values(base, {"name": "grouped", "zero.options": {"zero_hpz_partition_size": 2}})
-    plain, within = run_ranks([Job(config, prepare(base)) for config in (base, grouped)], 4)
+    plain, within = run_ranks([TrainJob(config, prepare(base)) for config in (base, grouped)], 4)
     assert losses(within) == pytest.approx(losses(plain), abs=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_an_option_that_deepspeed_does_not_know_is_refused(tiny: Config) -> None
     with pytest.raises(UserError, match=r"zero\.options\.stage has an option of its own"):
         with_values(tiny, {"zero.options": {"stage": 1}})
     with pytest.raises(UserError, match="no option of DeepSpeed's; did you mean 'reduce_bucket_size'"):
-        run_here([Job(with_values(tiny, {"zero.options": {"reduce_bucket": 1}}), prepare(tiny))])
+        run_here([TrainJob(with_values(tiny, {"zero.options": {"reduce_bucket": 1}}), prepare(tiny))])
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_compiled_model_gives_the_same_curve(tiny: Config) -> None:
     data = prepare(tiny)
     changes = {"train.max_steps": 3, "zero.stage": 1, "train.evaluate_samples": 4}
     jobs = [
-        Job(with_values(tiny, {**changes, "name": name, "train.compile": name == "compiled"}), data)
+        TrainJob(with_values(tiny, {**changes, "name": name, "train.compile": name == "compiled"}), data)
         for name in ("interpreted", "compiled")
     ]
     interpreted, compiled = run_here(jobs)
@@ -111,28 +111,28 @@ def test_a_compiled_model_gives_the_same_curve(tiny: Config) -> None:
 
 
 def test_memory_grows_by_the_sample() -> None:
-    assert most_that_fit(one=1000, three=1400, room=2000) == 6
-    assert most_that_fit(one=1000, three=1400, room=500) == 1
-    assert most_that_fit(one=1000, three=1000, room=1e6) > 10_000
+    assert max_samples(one=1000, three=1400, room=2000) == 6
+    assert max_samples(one=1000, three=1400, room=500) == 1
+    assert max_samples(one=1000, three=1000, room=1e6) > 10_000
 
 
 def test_what_fitted_is_remembered_for_the_same_facts_only(tmp_path: Path) -> None:
-    file = tmp_path / REMEMBERED
+    file = tmp_path / CACHE_FILE
     facts = {"machine": "m", "model.type": "llama", "zero.stage": 2}
-    assert recall(file, facts) == 0
-    remember(file, facts, 7)
-    remember(file, facts | {"zero.stage": 3}, 9)
-    assert recall(file, facts) == 7
-    assert recall(file, facts | {"machine": "another"}) == 0
+    assert read_cached(file, facts) == 0
+    write_cached(file, facts, 7)
+    write_cached(file, facts | {"zero.stage": 3}, 9)
+    assert read_cached(file, facts) == 7
+    assert read_cached(file, facts | {"machine": "another"}) == 0
     file.write_text("{")
-    assert recall(file, facts) == 0
+    assert read_cached(file, facts) == 0
 
 
 def test_a_batch_in_tokens_is_one_in_samples(tiny: Config) -> None:
     config = with_values(tiny, {"train.global_batch": None, "train.global_batch_tokens": 8 * 32})
     assert config.global_batch == 8
     assert with_values(Config(), {}).global_batch == 32
-    with pytest.raises(UserError, match=r"both say how large a step is: use one of them"):
+    with pytest.raises(UserError, match=r"both set the size of a step: use one of them"):
         with_values(tiny, {"train.global_batch_tokens": 256})
-    with pytest.raises(UserError, match=r"no multiple of data\.sequence_length 32: use train\.global_batch_tokens=256"):
+    with pytest.raises(UserError, match=r"not a multiple of data\.sequence_length 32: use train\.global_batch_tokens=256"):
         with_values(config, {"train.global_batch_tokens": 250})

@@ -14,12 +14,12 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.serve.llm.lora import pinned, read
-from engine.sweep.start_weights import copier, start_state
+from engine.serve.llm.lora import pin_adapters, load_adapter
+from engine.sweep.start_weights import start_state_factory, make_start_state
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.init_model import make_model
-from engine.train.job import Job
-from tests.engine.bundles.making import fresh_bundle
+from engine.train.job import TrainJob
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.train.ranks import losses, run_here, run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -32,25 +32,25 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def tuned(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     """A fine-tune of a fresh bundle by LoRA."""
     runs = tmp_path_factory.mktemp("lora")
     base = fresh_bundle(tiny, runs / "base" / "bundle").folder
     config = with_values(
         tiny, {"job": "finetune", "bundle": str(base), "runs_dir": str(runs), "objective.lora.rank": 4, "seed": 5}
     )
-    return Job(config, prepare(tiny), base)
+    return TrainJob(config, prepare(tiny), base)
 
 
-def named(job: Job, name: str, **changes: Any) -> Job:
-    return Job(with_values(job.config, {"name": name, **changes}), job.data, job.start)
+def named(job: TrainJob, name: str, **changes: Any) -> TrainJob:
+    return TrainJob(with_values(job.config, {"name": name, **changes}), job.data_folder, job.start_bundle)
 
 
-def weights(job: Job) -> dict[str, torch.Tensor]:
+def weights(job: TrainJob) -> dict[str, torch.Tensor]:
     return Checkpoint(step_folders(job.config.run_dir / "checkpoints")[0]).weights()
 
 
-def test_one_curve_in_all_layouts(tuned: Job) -> None:
+def test_one_curve_in_all_layouts(tuned: TrainJob) -> None:
     jobs = [named(tuned, name, **{"train.workers": 2, **change}) for name, change in LAYOUTS.items()]
     found = dict(zip(LAYOUTS, run_ranks(jobs, 2), strict=True))
     (alone,) = run_here([named(tuned, "alone")])
@@ -65,7 +65,7 @@ def test_one_curve_in_all_layouts(tuned: Job) -> None:
             assert torch.equal(after[name], p) == (name in frozen), name
 
 
-def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: Job) -> None:
+def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: TrainJob) -> None:
     until = {"schedule.total_steps": 6}
     straight, *halves = (
         named(tuned, name, **until, **{"train.max_steps": steps})
@@ -80,7 +80,7 @@ def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: Job) ->
     bundle.verify()
     merged: Any = bundle.model()
     base = AutoModelForCausalLM.from_pretrained(tuned.start, dtype=torch.float32)
-    served = read("mine", pinned({"mine": str(folder / "adapter")})["mine"], base)  # as the endpoint reads it
+    served = load_adapter("mine", pin_adapters({"mine": str(folder / "adapter")})["mine"], base)  # as the endpoint reads it
     assert sum(side.numel() for pair in served.values() for side in pair) == sum(
         p.numel() for p in make_model(straight, straight.objective()).parameters() if p.requires_grad
     )
@@ -90,11 +90,11 @@ def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: Job) ->
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in Bundle.open(tuned.start).model().named_parameters()}  # type: ignore[arg-type]  # fmt: skip
 
 
-def test_trials_of_any_rank_share_the_base_in_the_object_store(tuned: Job) -> None:
-    state = start_state(tuned)
+def test_trials_of_any_rank_share_the_base_in_the_object_store(tuned: TrainJob) -> None:
+    state = make_start_state(tuned)
     for rank in (0, 2, 8):
         trial = named(tuned, f"rank{rank}", **{"objective.lora.rank": rank})
-        mine = make_model(trial, trial.objective(), make=copier(state))
+        mine = make_model(trial, trial.objective(), model_factory=start_state_factory(state))
         own = make_model(trial, trial.objective())
         assert [name for name, _ in mine.named_parameters()] == [name for name, _ in own.named_parameters()]
         assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), own.parameters(), strict=True))
@@ -105,11 +105,11 @@ def test_trials_of_any_rank_share_the_base_in_the_object_store(tuned: Job) -> No
     ("changes", "said"),
     [
         ({"objective.frozen_layers": 1}, "leave out objective.frozen_layers"),
-        ({"job": "pretrain", "bundle": None}, "say which with bundle=..., or leave it out"),
+        ({"job": "pretrain", "bundle": None}, "set it with bundle=..., or leave objective.lora out"),
         ({"objective.lora.rank": -1}, "objective.lora.rank=-1 is too small"),
     ],
 )
-def test_a_contradiction_is_one_sentence(tuned: Job, changes: dict[str, Any], said: str) -> None:
+def test_a_contradiction_is_one_sentence(tuned: TrainJob, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         with_values(tuned.config, changes)
 

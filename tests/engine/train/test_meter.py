@@ -12,8 +12,8 @@ import torch
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.train.devices import DEVICES, known_device
-from engine.train.job import Job
-from engine.train.meter import PHASES, Meter
+from engine.train.job import TrainJob
+from engine.train.meter import PHASES, StepMeter
 from tests.engine.train.ranks import losses, run_ranks
 
 IN_A_STEP = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]
@@ -22,23 +22,23 @@ IN_A_STEP = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]
 def test_phases_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Meter(torch.device("cpu"), flops_per_token=10.0, peak_flops=1e6, datasheet_flops=2e6)
-    meter.enter("forward")
+    meter = StepMeter(torch.device("cpu"), flops_per_token=10.0, peak_flops=1e6, datasheet_flops=2e6)
+    meter.enter_phase("forward")
     now[0] += 2
-    with meter.during("communication"):
+    with meter.phase("communication"):
         now[0] += 1
     now[0] += 3
-    meter.enter("evaluation")
-    with meter.during("communication"):  # part of the evaluation
+    meter.enter_phase("evaluation")
+    with meter.phase("communication"):  # part of the evaluation
         now[0] += 4
-    meter.count(500)
-    found = meter.read()
+    meter.add_tokens(500)
+    found = meter.end_step()
     assert (found["forward_s"], found["communication_s"], found["evaluation_s"]) == (5, 1, 4)
     assert found["seconds"] == sum(found[name] for name in IN_A_STEP) == 6
     assert found["tokens_per_s"] == pytest.approx(500 / 6)
     assert found["mfu"] == pytest.approx(500 * 10 / 6 / 1e6)
     assert found["mfu_datasheet"] == pytest.approx(found["mfu"] / 2)
-    assert meter.read()["seconds"] == 0
+    assert meter.end_step()["seconds"] == 0
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_devices_are_known_by_name_and_memory(name: str, gibibytes: float, known
 def test_every_step_says_where_its_time_went(tiny: Config) -> None:
     data = prepare(tiny)
     values = {"name": "split", "zero.stage": 2, "train.workers": 2, "train.evaluate_every": 2}
-    (lines,) = run_ranks([Job(with_values(tiny, values), data)], 2)
+    (lines,) = run_ranks([TrainJob(with_values(tiny, values), data)], 2)
     for line in lines:
         parts = [line[name] for name in IN_A_STEP]
         assert sum(parts) == pytest.approx(line["seconds"], rel=1e-6)
@@ -78,7 +78,7 @@ def test_a_profile_changes_nothing_and_leaves_a_trace_and_a_page(tiny: Config) -
     plain = with_values(tiny, {"name": "unprofiled", "train.workers": 2, "train.max_steps": 7})
     profiled = with_values(plain, {"name": "profiled", "profile": True})
     short = with_values(plain, {"name": "short", "profile": True, "train.max_steps": 2, "schedule.total_steps": 7})
-    first, second, third = run_ranks([Job(config, data) for config in (plain, profiled, short)], 2)
+    first, second, third = run_ranks([TrainJob(config, data) for config in (plain, profiled, short)], 2)
     assert losses(first) == losses(second)
     assert losses(third) == losses(first)[:2]
     for config in (profiled, short):

@@ -12,19 +12,19 @@ import pytest
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.train.job import Job
-from engine.train.mirror import Mirror, take_back
-from engine.train.run_folder import RunFolder, Status
+from engine.train.job import TrainJob
+from engine.train.mirror import Mirror, restore_from_mirror
+from engine.train.run_folder import RunFolder, RunStatus
 from tests.engine.train.ranks import losses, run_here
 from tests.stores import Bucket
 
 
 def mirrored(config: Config, said: list[str] | None = None) -> list[dict[str, Any]]:
     """Run a job on one rank with its mirror, as `launch.train` does with many."""
-    run = RunFolder.claim(config)
+    run = RunFolder.create_or_resume(config)
     with Mirror(run, config, (said if said is not None else []).append):
-        [lines] = run_here([Job(config, prepare(config))])
-        run.write_status(Status("pretrain", "finished", step=lines[-1]["step"], max_steps=config.train.max_steps))
+        [lines] = run_here([TrainJob(config, prepare(config))])
+        run.write_status(RunStatus("pretrain", "finished", step=lines[-1]["step"], max_steps=config.train.max_steps))
     return lines
 
 
@@ -38,8 +38,8 @@ def test_a_run_goes_on_from_its_mirror(
     monkeypatch.setattr("engine.train.mirror.EVERY_S", 0.05)
     options = {"runs_dir": str(tmp_path / "one"), "train.checkpoint_every": 2, "schedule.total_steps": 8}
     config = with_values(tiny, options | {"name": "copied", "train.mirror": f"{s3.address}/runs"})
-    [whole] = run_here([Job(with_values(config, {"name": "whole", "train.max_steps": 8}), prepare(config))])
-    assert not take_back(config)
+    [whole] = run_here([TrainJob(with_values(config, {"name": "whole", "train.max_steps": 8}), prepare(config))])
+    assert not restore_from_mirror(config)
     said: list[str] = []
     mirrored(config, said)
     assert not said
@@ -53,11 +53,11 @@ def test_a_run_goes_on_from_its_mirror(
 
     shutil.rmtree(config.run_dir)
     elsewhere = with_values(config, {"runs_dir": str(tmp_path / "two")})
-    assert take_back(elsewhere)
+    assert restore_from_mirror(elsewhere)
     assert content(elsewhere.run_dir) == kept
-    assert not take_back(elsewhere)
+    assert not restore_from_mirror(elsewhere)
     with pytest.raises(UserError, match="exists with another config"):
-        RunFolder.claim(with_values(elsewhere, {"optim.lr": 0.5}))
+        RunFolder.create_or_resume(with_values(elsewhere, {"optim.lr": 0.5}))
     longer = mirrored(with_values(elsewhere, {"train.max_steps": 8}))
     assert losses(longer) == losses(whole)
     assert [line["step"] for line in longer] == list(range(1, 9))
@@ -80,20 +80,20 @@ def test_a_store_that_fails_is_told_once_and_the_run_goes_on(
 
     monkeypatch.setattr(s3.filesystem, "put_file", fails)
     said: list[str] = []
-    with Mirror(RunFolder.claim(config), config, said.append):
-        run_here([Job(with_values(config, {"train.max_steps": 3, "schedule.total_steps": 6}), prepare(config))])
+    with Mirror(RunFolder.create_or_resume(config), config, said.append):
+        run_here([TrainJob(with_values(config, {"train.max_steps": 3, "schedule.total_steps": 6}), prepare(config))])
         deadline = time.monotonic() + 120
         while len(failed) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         elsewhere = with_values(config, {"runs_dir": str(tmp_path / "elsewhere")})
         assert len(failed) >= 3
-        assert not take_back(elsewhere)  # nothing there is whole
+        assert not restore_from_mirror(elsewhere)  # nothing there is whole
         mended.append(True)
     assert said == [
         f"the mirror s3://corpora/runs/torn cannot be written (the connection was closed): {said[0].split('): ', 1)[1]}"
     ]
-    assert said[0].endswith("it is tried again")
-    assert take_back(elsewhere)
+    assert said[0].endswith("copying will be retried")
+    assert restore_from_mirror(elsewhere)
     assert (elsewhere.run_dir / "checkpoints" / "step-00000003" / "manifest.json").exists()
 
 
@@ -108,12 +108,12 @@ def test_the_job_makes_and_takes_its_mirror(ray: None, tiny: Config, tmp_path: P
         "schedule.total_steps": 8,
     }
     config = with_values(tiny, options)
-    before = train(config).last
+    before = train(config).last_metrics
     bundle = content(config.run_dir / "bundle")
     assert content(tmp_path / "mirror" / "far" / "bundle") == bundle
     shutil.rmtree(config.run_dir)
-    assert train(config).last == before  # finished: nothing is trained again
+    assert train(config).last_metrics == before  # finished: nothing is trained again
     assert content(config.run_dir / "bundle") == bundle
     shutil.rmtree(config.run_dir)
-    longer = train(with_values(config, {"train.max_steps": 8})).last
+    longer = train(with_values(config, {"train.max_steps": 8})).last_metrics
     assert (longer["step"], longer["tokens"]) == (8, before["tokens"] * 8 // 6)

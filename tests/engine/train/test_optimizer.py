@@ -14,8 +14,8 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.models.build import build_model
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
-from engine.train.optimizer import Muon, make_optimizer, orthogonalized, parameter_groups
+from engine.train.job import TrainJob
+from engine.train.optimizer import Muon, make_optimizer, orthogonalize, parameter_groups
 from tests.engine.train.ranks import losses, run_here, run_ranks
 
 
@@ -45,7 +45,7 @@ def test_patterns_choose_rate_and_decay(tiny: Config) -> None:
             wanted = (0.5, 0.0) if "embed" in name else (2.0, 0.1) if "layers.1.mlp" in name else (1.0, None)
             assert group["lr_factor"] == wanted[0], name
             assert group["weight_decay"] == (wanted[1] if wanted[1] is not None else 0.0 if "norm" in name else 0.1)
-    with pytest.raises(UserError, match="'emb_' is found in no trained parameter's name; names are like model"):
+    with pytest.raises(UserError, match="'emb_' matches no trained parameter; names are like model"):
         parameter_groups(built, OptimConfig(groups={"emb_": {"lr": 0.5}}))
 
 
@@ -54,7 +54,7 @@ def test_patterns_choose_rate_and_decay(tiny: Config) -> None:
     [
         ({"a": {"lrr": 1}}, "lrr is not one of lr, weight_decay; did you mean 'lr'?"),
         ({"a": {"lr": -1}}, "lr=-1 is not a number of 0 or more"),
-        ({"(": {"lr": 1}}, "is no regular expression"),
+        ({"(": {"lr": 1}}, "is not a regular expression"),
         ({"a": 3}, "3 is not one of lr, weight_decay"),
     ],
 )
@@ -66,7 +66,7 @@ def test_a_wrong_group_is_one_sentence(groups: dict[str, Any], said: str) -> Non
 def test_singular_values_come_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((8, 24), (24, 8), (16, 16)):
-        values = torch.linalg.svdvals(orthogonalized(torch.randn(shape), torch.float32))
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
         assert 0.6 < values[:-1].min() <= values.max() < 1.3
 
 
@@ -90,7 +90,7 @@ def test_muon_by_hand(tiny: Config) -> None:
         p.grad = gradient.clone()
         optimizer.step()
         momentum = 0.9 * momentum + gradient
-        update = orthogonalized(gradient + 0.9 * momentum, torch.float32)
+        update = orthogonalize(gradient + 0.9 * momentum, torch.float32)
         start = start * (1 - 0.1 * 0.2) - 0.1 * 0.2 * math.sqrt(max(p.shape)) * update
     torch.testing.assert_close(p.detach(), start, rtol=1e-5, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_muon_groups_and_average_are_the_same_in_every_layout(tiny: Config) -> N
     two = [(f"n{stage}", {"zero.stage": stage, "train.workers": 2}) for stage in range(4)]
     found = []
     for world, layouts in ((1, alone), (2, two)):
-        jobs = [Job(with_values(tiny, {**EVERYTHING, **change, "name": name}), data) for name, change in layouts]
+        jobs = [TrainJob(with_values(tiny, {**EVERYTHING, **change, "name": name}), data) for name, change in layouts]
         found += list(zip([job.config for job in jobs], run_ranks(jobs, world), strict=True))
     first, lines = found[0]
     averages = Checkpoint(step_folders(first.run_dir / "checkpoints")[0]).weights("ema")
@@ -128,7 +128,7 @@ def test_resume_is_bit_for_bit(tiny: Config, precision: str) -> None:
         name = f"{precision}-{stage}"
         halves = [with_values(base, {"name": f"halves-{name}", "train.max_steps": until}) for until in (3, 6)]
         trios.append([with_values(base, {"name": f"straight-{name}"}), *halves])
-    results = iter(run_ranks([Job(config, data) for trio in trios for config in trio], 2))
+    results = iter(run_ranks([TrainJob(config, data) for trio in trios for config in trio], 2))
     for straight, _, resumed in trios:
         lines, _, others = next(results), next(results), next(results)
         assert losses(others) == losses(lines)
@@ -148,12 +148,12 @@ def test_the_average_by_hand(tiny: Config) -> None:
     config = with_values(
         tiny, {"name": "average", "train.ema": 0.5, "train.checkpoint_every": 1, "train.keep_checkpoints": 9}
     )
-    run_here([Job(config, data)])
+    run_here([TrainJob(config, data)])
     folders = step_folders(config.run_dir / "checkpoints")[::-1]
     from engine.train.init_model import make_model
 
     name = "model.layers.0.mlp.up_proj.weight"
-    average = dict(make_model(Job(config, data), Job(config, data).objective()).named_parameters())[name].detach()
+    average = dict(make_model(TrainJob(config, data), TrainJob(config, data).objective()).named_parameters())[name].detach()
     for update, folder in enumerate(folders, start=1):
         decay = min(0.5, (1 + update) / (10 + update))
         average = decay * average + (1 - decay) * Checkpoint(folder).weights()[name]
@@ -166,7 +166,7 @@ def test_an_average_asked_for_later_begins_with_the_weights(tiny: Config) -> Non
         with_values(tiny, {"name": "later", "train.max_steps": until, "schedule.total_steps": 6, "train.ema": ema})
         for until, ema in ((3, 0.0), (4, 0.9))
     ]
-    run_here([Job(config, data) for config in halves])
+    run_here([TrainJob(config, data) for config in halves])
     after, before = step_folders(halves[0].run_dir / "checkpoints")[:2]
     for name, average in Checkpoint(after).weights("ema").items():
         decay = 5 / 14  # of the fourth update
@@ -181,9 +181,9 @@ def test_another_optimizers_checkpoint_is_refused(tiny: Config) -> None:
         for until, name in ((3, "adamw"), (6, "muon"))
     ]
     with pytest.raises(UserError, match=r"was written by another optimizer .* or the former optim\.name"):
-        run_here([Job(config, data) for config in configs])
+        run_here([TrainJob(config, data) for config in configs])
 
 
 def test_an_average_to_use_must_be_kept() -> None:
-    with pytest.raises(UserError, match=r"say its decay with train\.ema=0\.999"):
+    with pytest.raises(UserError, match=r"set its decay with train\.ema=0\.999"):
         with_values(Config(), {"train.use_ema": True})

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, with_values
-from engine.data.order import Order, add_hashes, hash_hex, ids_hash
+from engine.data.order import DataOrder, add_hashes, hash_hex, ids_hash
 from engine.data.packing import Mix, Packing, pack
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.launch import check_job
 from tests.engine.train.ranks import losses, run_ranks
 
@@ -42,28 +42,28 @@ def mixed(tiny: Config, tmp_path: Path) -> Config:
 
 def test_a_mix_of_packed_documents_has_one_curve(mixed: Config) -> None:
     data = prepare(mixed)
-    samples = pack(Split.open(data, "train"), 64, Packing.of(mixed.data), overlap=1)
+    samples = pack(Split.open(data, "train"), 64, Packing.from_config(mixed.data), overlap=1)
     assert isinstance(samples, Mix)
     assert len(samples) < 6 * 8 < 4 * len(samples)
-    check_job(Job(mixed, data))
+    check_job(TrainJob(mixed, data))
 
-    def job(name: str, workers: int, stage: int, until: int = 6) -> Job:
+    def job(name: str, workers: int, stage: int, until: int = 6) -> TrainJob:
         changes = {"name": name, "train.workers": workers, "zero.stage": stage, "train.max_steps": until}
-        return Job(with_values(mixed, changes | {"schedule.total_steps": 6, "train.micro_batch": 3}), data)
+        return TrainJob(with_values(mixed, changes | {"schedule.total_steps": 6, "train.micro_batch": 3}), data)
 
     run_ranks([job("travels", 2, 2, until=3)], 2)
     alone, travels = run_ranks([job("alone", 1, 0), job("travels", 1, 3)], 1)
     assert losses(travels) == pytest.approx(losses(alone), abs=1e-5)
     assert travels[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
-    order = Order(len(samples), 8, mixed.seed, endless=True)
-    seen = add_hashes(ids_hash(order.samples(step)) for step in range(6))
+    order = DataOrder(len(samples), 8, mixed.seed, endless=True)
+    seen = add_hashes(ids_hash(order.sample_ids(step)) for step in range(6))
     assert alone[-1]["samples_hash"] == travels[-1]["samples_hash"] == hash_hex(seen)
     assert alone[-1]["padding"] == samples.padding
-    tokens = sum(len(samples[i]["tokens"]) - 1 for step in range(6) for i in order.samples(step))
+    tokens = sum(len(samples[i]["tokens"]) - 1 for step in range(6) for i in order.sample_ids(step))
     assert alone[-1]["tokens"] == tokens
 
 
 def test_an_architecture_that_cannot_is_refused_before_training(mixed: Config) -> None:
     changes = {"model.type": "opt", "model.num_key_value_heads": None, "model.intermediate_size": None}
     with pytest.raises(UserError, match=r"within_documents is not for model\.type=opt"):
-        check_job(Job(with_values(mixed, changes), prepare(mixed)))
+        check_job(TrainJob(with_values(mixed, changes), prepare(mixed)))

@@ -10,7 +10,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from engine.train.rendezvous import interface, meet, open_port
+from engine.train.rendezvous import network_interface, init_process_group, open_port
 from tests.ports import listened
 
 
@@ -20,7 +20,7 @@ def rank(number: int, own: Connection, other: Connection) -> None:
     if number == 0:
         own.send(address)
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
-    meet(number, 2, address, "127.0.0.1", cuda=False)
+    init_process_group(number, 2, address, "127.0.0.1", cuda=False)
     total = torch.tensor([number + 1])
     dist.all_reduce(total)
     found = listened([psutil.Process()])
@@ -48,5 +48,5 @@ def test_ranks_meet_and_listen_on_loopback_alone() -> None:
 
 
 def test_the_interface_of_an_address() -> None:
-    assert interface("127.0.0.1") == "lo"
-    assert interface("203.0.113.1") is None
+    assert network_interface("127.0.0.1") == "lo"
+    assert network_interface("203.0.113.1") is None

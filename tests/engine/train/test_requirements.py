@@ -13,7 +13,7 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train import requirements
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.requirements import check_machine
 from engine.train.run_folder import RunFolder
 from engine.train.train_state import LOSS_SCALE_WINDOW, TrainState
@@ -25,10 +25,10 @@ from tests.engine.train.ranks import losses, on_ranks, work_on
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"model.attention": "flex_attention"}, "trains on GPUs only, and here is none: use model.attention=sdpa"),
+        ({"model.attention": "flex_attention"}, "trains on GPUs only, and this machine has none: use model.attention=sdpa"),
         ({"model.attention": "flash_attention_2"}, "needs the package flash_attn, which is not installed: use model.attention=sdpa"),
-        ({"zero.options": {"zero_quantized_weights": True}}, r"zero.options.zero_quantized_weights needs a GPU, and here is none: leave it out"),
-        ({"train.precision": "fp16"}, "needs a GPU, or a processor with fp16, and here is none: use train.precision=bf16"),
+        ({"zero.options": {"zero_quantized_weights": True}}, r"zero.options.zero_quantized_weights needs a GPU, and this machine has none: leave it out"),
+        ({"train.precision": "fp16"}, "needs a GPU, or a CPU with fp16, and this machine has neither: use train.precision=bf16"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_here_is_one_sentence(
@@ -83,7 +83,7 @@ def test_fp16_unscales_what_it_scaled_and_resumes_its_scale(tiny: Config) -> Non
         trios.append([with_values(half, {"name": f"whole{stage}"}), with_values(part, {"train.max_steps": 4}), part])
     exact = with_values(base, {"name": "exact"})
     configs = [exact, *(config for trio in trios for config in trio)]
-    on_ranks(in_fp16, 2, json.dumps([Job(config, data).to_dict() for config in configs]), 2.0**22)
+    on_ranks(in_fp16, 2, json.dumps([TrainJob(config, data).to_dict() for config in configs]), 2.0**22)
     wanted = list(RunFolder(exact.run_dir).metrics())
     for whole, _, part in trios:
         lines, parts = (list(RunFolder(config.run_dir).metrics()) for config in (whole, part))

@@ -19,7 +19,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.run_folder import MetricsLog, RunFolder
 from tests.engine.train.ranks import losses, on_ranks, run_ranks, work_on
 
@@ -93,7 +93,7 @@ def test_a_kill_at_any_line_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) 
     for _, step, weights, left in found:
         assert weights == [float(step)]
         assert left in (["step-00000001"], ["step-00000001", "step-00000002"], ["step-00000002"])
-    assert "was never finished: it is removed" in done.stdout
+    assert "is an incomplete checkpoint: it is removed" in done.stdout
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def on_a_full_disk(rank: int, world: int, specs: str, filler: str) -> None:
         try:
             work_on(rank, world, json.dumps([spec]))
         except UserError as error:
-            (RunFolder(Job.from_dict(spec).config.run_dir).logs / f"failed-{rank}.txt").write_text(str(error))
+            (RunFolder(TrainJob.from_dict(spec).config.run_dir).logs / f"failed-{rank}.txt").write_text(str(error))
 
 
 def test_training_goes_on_or_stops_at_a_full_disk_and_the_last_checkpoint_is_whole(
@@ -145,7 +145,7 @@ def test_training_goes_on_or_stops_at_a_full_disk_and_the_last_checkpoint_is_who
     layout = {"train.workers": 2, "zero.stage": 2, "train.max_steps": 12, "train.checkpoint_every": 3}
     jobs = {}
     for name, choice in (("disk-goes-on", "go_on"), ("disk-stops", "stop"), ("disk-free", "go_on")):
-        job = Job(with_values(tiny, layout | {"name": name, "train.on_failed_save": choice}), data)
+        job = TrainJob(with_values(tiny, layout | {"name": name, "train.on_failed_save": choice}), data)
         job.config.run_dir.mkdir(parents=True)
         jobs[name] = job
         if name != "disk-free":

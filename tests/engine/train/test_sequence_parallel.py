@@ -11,10 +11,10 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.objectives.contract import Batch
-from engine.train.process_group import Group
-from engine.train.job import Job
+from engine.train.process_group import ProcessGroup
+from engine.train.job import TrainJob
 from engine.train.launch import check_job
-from engine.train.sequence_parallel import Exchange, SequenceParallel
+from engine.train.sequence_parallel import AllToAll, SequenceParallel
 from tests.engine.train.ranks import losses, on_ranks, run_ranks
 
 Lines = list[dict[str, Any]]
@@ -38,7 +38,7 @@ def run(tiny: Config, world: int, layouts: list[tuple[str, int, dict[str, object
         name = f"shared-{model.replace(' ', '-')}-{world}-{size}"
         changes = {"name": name, "train.workers": world, "train.sequence_parallel": size, "train.micro_batch": 3}
         config = with_values(tiny, MODELS[model] | changes | options)
-        jobs.append(Job(config, prepare(config)))
+        jobs.append(TrainJob(config, prepare(config)))
     return run_ranks(jobs, world)
 
 
@@ -73,11 +73,11 @@ def test_four_ranks_in_groups_of_two_and_four_give_the_same_curve(tiny: Config, 
 def exchange(rank: int, world: int) -> None:
     """Check, on a rank, that an exchange sends each block to its rank and that its derivative sends it back."""
     blocks = (10 * rank + torch.arange(world)).float()[:, None].requires_grad_()
-    taken = Exchange.apply(blocks, None)
+    taken = AllToAll.apply(blocks, None)
     assert taken[:, 0].tolist() == [10 * other + rank for other in range(world)]
     (taken * (1 + torch.arange(world))[:, None]).sum().backward()
     assert blocks.grad[:, 0].tolist() == [1.0 + rank] * world
-    half = Exchange.apply(blocks.detach().bfloat16(), None)
+    half = AllToAll.apply(blocks.detach().bfloat16(), None)
     assert half.dtype == torch.bfloat16
     assert half[:, 0].tolist() == taken[:, 0].tolist()
 
@@ -91,9 +91,9 @@ def test_each_rank_has_a_part_of_the_tokens_and_of_their_count() -> None:
     batch = Batch({"input_ids": ids}, torch.where(ids == 3, -100, ids + 1), count=6, tokens=7)
     parts = []
     for rank in range(2):
-        place = SequenceParallel(Group(0, 1, torch.device("cpu")))
+        place = SequenceParallel(ProcessGroup(0, 1, torch.device("cpu")))
         place.size, place.rank = 2, rank
-        parts.append(place.part(batch))
+        parts.append(place.shard(batch))
     assert [part.inputs["input_ids"].tolist() for part in parts] == [[[1, 2, 3, 4]], [[5, 6, 7, 0]]]
     assert [part.inputs["position_ids"].tolist() for part in parts] == [[[0, 1, 2, 3]], [[4, 5, 6, 0]]]
     assert [part.targets.tolist() for part in parts] == [[[2, 3, -100, 5]], [[6, 7, 8, -100]]]
@@ -128,4 +128,4 @@ def test_what_cannot_share_sequences_is_refused_before_training(
 ) -> None:
     config = with_values(tiny, {"train.workers": 2, "train.sequence_parallel": 2} | changes)
     with pytest.raises(UserError, match=message):
-        check_job(Job(config, prepare(config)))
+        check_job(TrainJob(config, prepare(config)))

@@ -20,8 +20,8 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folder
 from engine.train.convert import convert_and_show
-from engine.train.job import Job
-from engine.train.run_folder import RunFolder, Status, now
+from engine.train.job import TrainJob
+from engine.train.run_folder import RunFolder, RunStatus, now
 from tests.engine.train.ranks import losses, on_ranks, run_ranks
 
 FIRST, ALL = 3, 6  # steps before the change of sides, and in all
@@ -40,13 +40,13 @@ def deepspeed_alone(rank: int, world: int, spec: str, first: int, last: int, loa
     """Train steps first...last on the run's own samples, with DeepSpeed and nothing of ours around it."""
     import deepspeed
 
-    from engine.data.order import Order
+    from engine.data.order import DataOrder
     from engine.train.init_model import make_model
 
-    job = Job.from_dict(json.loads(spec))
+    job = TrainJob.from_dict(json.loads(spec))
     config, objective = job.config, job.objective()
-    samples = objective.samples(Split.open(job.data, "train"))
-    order = Order(len(samples), config.train.global_batch, config.seed)
+    samples = objective.samples(Split.open(job.data_folder, "train"))
+    order = DataOrder(len(samples), config.train.global_batch, config.seed)
     model = make_model(job, objective)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), weight_decay=0.0
@@ -63,7 +63,7 @@ def deepspeed_alone(rank: int, world: int, spec: str, first: int, last: int, loa
         assert engine.global_steps == first
     found = []
     for step in range(first, last):
-        ids = order.samples(step)[rank::world]
+        ids = order.sample_ids(step)[rank::world]
         rows = torch.stack([torch.as_tensor(samples[i]["tokens"]) for i in ids])
         logits = engine(input_ids=rows[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
@@ -81,7 +81,7 @@ def deepspeed_alone(rank: int, world: int, spec: str, first: int, last: int, loa
 def alone(
     config: Config, first: int, last: int, out: Path, load: Path | None = None, save: Path | None = None
 ) -> list[float]:
-    spec = json.dumps(Job(config, prepare(config)).to_dict())
+    spec = json.dumps(TrainJob(config, prepare(config)).to_dict())
     on_ranks(deepspeed_alone, config.train.workers, spec, first, last, str(load or ""), str(save or ""), str(out))
     found: list[float] = json.loads(out.read_text())
     return found
@@ -99,7 +99,7 @@ def to_universal(saved: Path, target: Path) -> None:
 @pytest.fixture(scope="module")
 def straight(tiny: Config) -> list[float]:
     config = of_run(tiny, "universal-straight", ALL, train__workers=2, zero__stage=2)
-    (lines,) = run_ranks([Job(config, prepare(config))], 2)
+    (lines,) = run_ranks([TrainJob(config, prepare(config))], 2)
     return losses(lines)
 
 
@@ -107,7 +107,7 @@ def straight(tiny: Config) -> list[float]:
 def half(tiny: Config, straight: list[float]) -> Config:
     """A run of ours that stopped half-way."""
     config = of_run(tiny, "universal-half", FIRST, train__workers=2, zero__stage=2)
-    (lines,) = run_ranks([Job(config, prepare(config))], 2)
+    (lines,) = run_ranks([TrainJob(config, prepare(config))], 2)
     assert losses(lines) == straight[:FIRST]
     return config
 
@@ -124,7 +124,7 @@ def test_deepspeed_goes_on_from_ours(
     layout = with_values(half, {"zero.stage": stage, "train.workers": world})
     found = alone(layout, FIRST, ALL, tmp_path / "losses", load=tmp_path / "there")
     assert found == pytest.approx(straight[FIRST:], abs=1e-5)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         convert_and_show(asked)
 
 
@@ -146,10 +146,10 @@ def test_a_run_goes_on_from_deepspeeds(
     assert written == step_folder(ours.run_dir / "checkpoints", FIRST)
     state = Checkpoint(written).state
     assert (state.step, state.skipped, state.updates) == (FIRST, 0, FIRST)
-    (lines,) = run_ranks([Job(ours, prepare(ours))], 1)
+    (lines,) = run_ranks([TrainJob(ours, prepare(ours))], 1)
     assert [line["step"] for line in lines] == list(range(FIRST + 1, ALL + 1))
     assert losses(lines) == pytest.approx(straight[FIRST:], abs=1e-5)
-    with pytest.raises(UserError, match="is there already: give the run that shall go on"):
+    with pytest.raises(UserError, match="exists already: use another name=... for the run that continues"):
         convert_and_show(asked)
 
 
@@ -180,7 +180,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, half: Config, monkey
     file = sorted(written.glob("zero/*/exp_avg.pt"))[1]
     torch.save({"param": Trap()}, file)
     back = with_values(there, {"name": "trap", "runs_dir": str(tmp_path), "convert.to": "checkpoint"})
-    with pytest.raises(UserError, match=f"{file} is refused, as it is damaged or holds more than tensors"):
+    with pytest.raises(UserError, match=f"{file} cannot be read: it is damaged, or contains more than tensors"):
         convert_and_show(back)
     assert not (tmp_path / "trapped").exists()
     file.unlink()
@@ -195,13 +195,13 @@ def test_any_checkpoint_becomes_a_bundle(tmp_path: Path, tiny: Config, monkeypat
 
     config = with_values(of_run(tiny, "bundles", 4), {"train.checkpoint_every": 2})
     data = prepare(config)
-    run_ranks([Job(config, data)], 1)
+    run_ranks([TrainJob(config, data)], 1)
     run = RunFolder(config.run_dir)
     asked = with_values(config, {"job": "convert", "convert.step": 2})
     with pytest.raises(UserError, match="has never trained"):
         convert_and_show(asked)
     run.config_file.write_text(yaml.safe_dump(to_dict(config)))
-    run.write_status(Status("pretrain", "finished", 4, 4, updated=now(), data=str(data)))
+    run.write_status(RunStatus("pretrain", "finished", 4, 4, updated=now(), data=str(data)))
     folder = convert_and_show(asked)
     assert folder == run.path / "bundle-00000002"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -213,5 +213,5 @@ def test_any_checkpoint_becomes_a_bundle(tmp_path: Path, tiny: Config, monkeypat
     about = json.loads((folder / "manta.json").read_text())
     assert about["run"]["step"] == 2
     assert about["run"]["samples_hash"] == list(run.metrics())[1]["samples_hash"]
-    with pytest.raises(UserError, match=r"no checkpoint after 3 steps in .*: there are those after 2, 4"):
+    with pytest.raises(UserError, match=r"no checkpoint after 3 steps in .*: it has those after 2, 4"):
         convert_and_show(with_values(asked, {"convert.step": 3}))

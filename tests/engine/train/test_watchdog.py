@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.train.watchdog import SLOW, Heartbeat, Watcher, end_hung
+from engine.train.watchdog import SLOW_FACTOR, Heartbeat, HeartbeatMonitor, kill_hung_ranks
 
 LIMIT_S = 5.0
 
@@ -20,24 +20,24 @@ LIMIT_S = 5.0
 def test_a_rank_is_overdue_by_the_watchers_clock(tmp_path: Path) -> None:
     files = [tmp_path / "0", tmp_path / "1"]
     files[0].write_text("99 99 0.1\n")  # of a group before
-    watcher = Watcher(files, LIMIT_S, now=100.0)
+    watcher = HeartbeatMonitor(files, LIMIT_S, now=100.0)
     assert not files[0].exists()
-    assert watcher.overdue(100.0 + LIMIT_S * SLOW) == []
-    assert watcher.overdue(101.0 + LIMIT_S * SLOW) == [0, 1]  # neither has ever moved
+    assert watcher.overdue_ranks(100.0 + LIMIT_S * SLOW_FACTOR) == []
+    assert watcher.overdue_ranks(101.0 + LIMIT_S * SLOW_FACTOR) == [0, 1]  # neither has ever moved
     hearts = [Heartbeat(file, LIMIT_S) for file in files]
-    assert watcher.overdue(200.0) == []
-    assert watcher.overdue(199.0 + LIMIT_S * SLOW) == []  # they start up still
+    assert watcher.overdue_ranks(200.0) == []
+    assert watcher.overdue_ranks(199.0 + LIMIT_S * SLOW_FACTOR) == []  # they start up still
     for heart in hearts:
         heart.slow(False)
-    assert watcher.overdue(300.0) == []
-    assert watcher.overdue(300.0 + LIMIT_S) == []
-    assert watcher.overdue(300.1 + LIMIT_S) == [0, 1]
+    assert watcher.overdue_ranks(300.0) == []
+    assert watcher.overdue_ranks(300.0 + LIMIT_S) == []
+    assert watcher.overdue_ranks(300.1 + LIMIT_S) == [0, 1]
     hearts[1].slow()
-    assert watcher.overdue(400.0) == [0]
+    assert watcher.overdue_ranks(400.0) == [0]
     hearts[1].end()
     assert not files[1].exists()
-    assert watcher.overdue(399.0 + LIMIT_S * SLOW) == [0]
-    assert watcher.overdue(401.0 + LIMIT_S * SLOW) == [0, 1]
+    assert watcher.overdue_ranks(399.0 + LIMIT_S * SLOW_FACTOR) == [0]
+    assert watcher.overdue_ranks(401.0 + LIMIT_S * SLOW_FACTOR) == [0, 1]
 
 
 def test_beats_are_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +79,9 @@ def test_a_stopped_process_writes_its_stack_and_ends(tmp_path: Path) -> None:
     processes[0].send_signal(signal.SIGSTOP)
     while [psutil.Process(process.pid).status() for process in processes] != ["stopped", "sleeping"]:
         time.sleep(0.01)
-    found = end_hung({rank: (p.pid, str(file)) for rank, (p, file) in enumerate(zip(processes, stacks, strict=True))})
+    found = kill_hung_ranks({rank: (p.pid, str(file)) for rank, (p, file) in enumerate(zip(processes, stacks, strict=True))})
     assert found == {0: "stopped", 1: "sleeping"}
     for process, file in zip(processes, stacks, strict=True):
         assert process.wait(60) == -signal.SIGKILL
         assert "deep_in_a_step" in file.read_text()
-    assert end_hung({0: (processes[0].pid, str(stacks[0]))}) == {}
+    assert kill_hung_ranks({0: (processes[0].pid, str(stacks[0]))}) == {}
