@@ -27,13 +27,10 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, replace, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
-from engine.serve.http.access_log import AccessLog
-from engine.serve.http.api_keys import Key, new_key
+from engine.serve.http.api_keys import new_key
 from engine.serve.http.feedback_store import read_records
 from engine.serve.http.haproxy import binary, configuration, write_errors
-from engine.serve.http.ingress_sockets import private, take_place
-from engine.serve.http.rate_limits import Limits
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import load, processes, said_until, wait_for
 from tests.ports import free_port, listened
 
@@ -254,7 +251,7 @@ def test_a_change_in_place_reaches_both_ingresses(before: Before) -> None:
 
 
 def test_contradictions_are_refused(tiny: Config) -> None:
-    with pytest.raises(UserError, match=r"serve.ingresses 2 need HAProxy before them: add serve.haproxy=true"):
+    with pytest.raises(UserError, match=r"serve.ingresses 2 need HAProxy in front of them: add serve.haproxy=true"):
         with_values(tiny, {"serve.ingresses": 2})
     with pytest.raises(UserError, match=r"serve.haproxy is for an endpoint that `manta deploy` starts"):
         with_values(tiny, {"serve.haproxy": True, "serve.export": "out"})
@@ -266,70 +263,6 @@ def test_haproxy_takes_its_configuration(program: str, tmp_path: Path, host: str
     file.write_text(configuration(host, free_port(), [str(tmp_path / "0.sock")], write_errors(tmp_path), 30, 60))
     checked = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True)
     assert (checked.returncode, "WARNING" in checked.stderr) == (0, False), checked.stderr
-
-
-HAMMER = """
-import sys
-from pathlib import Path
-from engine.serve.http.api_keys import Key
-from engine.serve.http.rate_limits import Limits
-key, limits = Key("alice", 64 * "0", 0.0, requests_per_minute=600), Limits(Path(sys.argv[1]))
-print("ready", flush=True)
-input()
-print(sum(not limits.request(key, 1000.0) for _ in range(500)))
-"""
-
-
-def test_processes_share_what_a_key_has_left(tmp_path: Path) -> None:
-    key = Key("alice", 64 * "0", 0.0, requests_per_minute=600, tokens_per_minute=100)
-    command = [sys.executable, "-c", HAMMER, str(tmp_path)]
-    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    for process in running:
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-    for process in running:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    assert sum(int(process.communicate(timeout=60)[0]) for process in running) == 600
-    one, other = Limits(tmp_path), Limits(tmp_path)
-    assert one.reserve(key, 80, 1000.0) == 0
-    assert other.reserve(key, 80, 1000.0) == pytest.approx(36)  # 60 of 100 are not there
-    other.settle(key, 80, 20)
-    assert one.reserve(key, 80, 1000.0) == 0
-
-
-def test_a_place_is_for_one_and_free_once_it_is_left(tmp_path: Path) -> None:
-    folder = private(tmp_path / "places")
-    places = [take_place(folder, 1), take_place(folder, 1)]
-    assert [it.number for it in places] == [0, 1]
-    with pytest.raises(RuntimeError, match="all 2 places"):
-        take_place(folder, 1)
-    places[0].lock.close()
-    again = take_place(folder, 1)
-    assert again.number == 0
-    for _ in range(2):
-        again.listen().close()
-    folder.chmod(0o755)
-    with pytest.raises(PermissionError, match="can be reached by others"):
-        private(folder)
-
-
-def test_no_line_is_lost_when_two_put_the_log_aside(tmp_path: Path) -> None:
-    import logging
-
-    logs = [logging.Logger(str(i)) for i in range(2)]
-    for log in logs:
-        log.addHandler(AccessLog(str(tmp_path / "access.jsonl"), most_bytes=1000))
-    for number in range(60):
-        logs[number % 3 == 0].info(f"{number:050}")
-    for log in logs:
-        log.handlers[0].close()
-    files = sorted(tmp_path.glob("access.jsonl*"))
-    assert len(files) == 4  # 60 lines of 51 bytes
-    assert all(file.stat().st_size < 1000 for file in files)
-    lines = [int(line) for file in files for line in file.read_text().splitlines()]
-    assert sorted(lines) == list(range(60))
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.serve.deploy import Endpoint, deploy, refuse_taken_port
-from tests.engine.bundles.making import fresh_bundle
+from engine.serve.deploy import Endpoint, deploy
+from engine.serve.preflight import check_port_is_free
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
 from tests.ports import free_port
 
@@ -381,4 +382,4 @@ def test_a_port_in_use_names_its_holder_and_the_next() -> None:
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=rf"serve.port {port} is in use by .*, process \d+: use serve.port=\d+"):
-            refuse_taken_port(port)
+            check_port_is_free(port)

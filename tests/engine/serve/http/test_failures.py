@@ -25,14 +25,16 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
-from engine.serve.deploy import Endpoint, deploy, refuse_what_cannot_fit
+from engine.serve.deploy import Endpoint, deploy
 from engine.serve.http.schemas import CompletionRequest
-from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.llm.engine import TransformersEngine
+from engine.serve.llm.sequence import Sequence
 from engine.serve.llm.model_runner import BatchedRunner
+from engine.serve.preflight import check_capacity
 from engine.serve.replica import Replica
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, said_until, wait_for
-from tests.engine.serve.holding import held
+from tests.engine.serve.llm.paused_engine import held
 from tests.ports import free_port
 
 LONG: dict[str, Any] = {"prompt": "x", "max_tokens": 120, "n": 3, "logit_bias": {"0": -100}}  # one after the other
@@ -115,14 +117,14 @@ def test_a_bundle_that_answers_otherwise_takes_no_traffic(
     manifest = json.loads((copy / "manta.json").read_text())
     manifest["golden"][0]["output"]["logprobs"][0] += 0.5
     (copy / "manta.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="does not answer as recorded"):
+    with pytest.raises(UserError, match="does not reproduce its golden outputs"):
         Bundle.open(copy).replay(Bundle.open(copy).model())
 
 
 def test_replicas_that_cannot_be_placed_are_refused(ray: None, tiny: Config, bundle: Bundle) -> None:
     asked = ServeConfig(cpus_per_replica=500.0)
-    with pytest.raises(UserError, match=r"1 replicas x 500 cores are asked, the cluster has 4 cores: use fewer"):
-        refuse_what_cannot_fit(asked, 1, beside=False)
+    with pytest.raises(UserError, match=r"1 replicas x 500 cores are needed, the cluster has 4 cores: use fewer"):
+        check_capacity(asked, 1, beside=False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -158,10 +160,10 @@ def job(**options: Any) -> dict[str, Any]:
 
 def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig()))
-    generator = replica.generator
+    generator = replica.engine
     assert isinstance(generator, TransformersEngine)
 
-    async def leave() -> list[Completion]:
+    async def leave() -> list[Sequence]:
         with held(generator, after=50):
             messages = replica.stream(job(n=3))
             await anext(messages)
@@ -183,22 +185,22 @@ def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
     wait_for(lambda: generator.load["running"] == 0)
     assert generator.load["waiting"] == 0
     assert len(left) == 4
-    assert all(it.reason == "cancelled" and 0 < len(it.tokens) < 100 for it in left)
+    assert all(it.finish_reason == "cancelled" and 0 < len(it.tokens) < 100 for it in left)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_a_bundle_is_served_in_the_precision_asked_for(bundle: Bundle, precision: str, dtype: torch.dtype) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig(precision=precision)))
     assert {p.dtype for p in replica.model.parameters()} == {dtype}
-    assert isinstance(replica.generator, TransformersEngine)
-    assert isinstance(replica.generator.forward, BatchedRunner)
+    assert isinstance(replica.engine, TransformersEngine)
+    assert isinstance(replica.engine.runner, BatchedRunner)
     answer = asyncio.run(replica.complete(job(stream=False, max_tokens=9)))
     assert answer["choices"][0]["tokens"] == 9
 
 
 def test_who_waits_too_long_is_told(bundle: Bundle) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig(max_num_seqs=1, queue_timeout_s=2.0)))
-    generator = replica.generator
+    generator = replica.engine
     assert isinstance(generator, TransformersEngine)
 
     async def ask() -> list[dict[str, Any]]:
@@ -218,13 +220,13 @@ def test_who_waits_too_long_is_told(bundle: Bundle) -> None:
 def test_an_error_of_one_request_is_told_and_the_others_go_on(bundle: Bundle) -> None:
     model = bundle.model()
     generator = TransformersEngine(model, 128, max_num_seqs=2, max_queue=4, max_batched_tokens=64)
-    good = Completion([10, 11, 12], 40)
-    bad = Completion([10**9], 5)  # no such token
+    good = Sequence([10, 11, 12], 40)
+    bad = Sequence([10**9], 5)  # no such token
     generator.submit([good, bad])
-    wait_for(lambda: good.reason and bad.reason)
-    assert bad.reason == "error"
+    wait_for(lambda: good.finish_reason and bad.finish_reason)
+    assert bad.finish_reason == "error"
     assert "index out of range" in bad.error
-    assert good.reason in ("length", "stop")
+    assert good.finish_reason in ("length", "stop")
     assert generator.alive
     with torch.inference_mode():
         alone = model.generate(

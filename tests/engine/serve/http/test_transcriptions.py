@@ -16,14 +16,14 @@ import pytest
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
-from engine.data.speech import wav
+from engine.data.audio import encode_wav
 from engine.serve.deploy import Endpoint, deploy
 from engine.serve.http.api_keys import new_key
-from tests.engine.bundles.making import fresh_bundle, taught_bundle
-from tests.engine.data.sounds import file_of, hum, hummed_table
+from tests.engine.bundles.small_bundles import fresh_bundle, taught_bundle
+from tests.engine.data.audio_samples import file_of, hum, hummed_table
 from tests.engine.objectives.conftest import FAMILIES
 from tests.engine.serve.clients import wait_for
-from tests.engine.serve.test_access import browser_page  # noqa: F401
+from tests.engine.serve.http.test_access_control import browser_page  # noqa: F401
 from tests.ports import free_port
 
 PATH = "/v1/audio/transcriptions"
@@ -132,7 +132,7 @@ def test_it_is_the_only_model_that_hears(listening: Listening) -> None:
     [
         (b"no sound", {}, "file", "cannot be read: send a WAV, FLAC, OGG or MP3 file"),
         (b"", {}, "file", "it is empty"),
-        (wav(np.zeros(0, np.int16), 8000), {}, "file", "the sound is empty"),
+        (encode_wav(np.zeros(0, np.int16), 8000), {}, "file", "the sound is empty"),
         (file_of(hum("one two three one two", 8000), 8000), {}, "file", "longer than the 1 s"),
         (None, {"model": "listener"}, "file", "multipart/form-data"),
         (SPEECH["one"], {"model": "namer"}, "model", "model 'namer' does classification, not transcription"),
@@ -155,7 +155,7 @@ def test_a_mistake_is_told_in_openais_form(
 
 def test_other_refusals(listening: Listening) -> None:
     assert listening.post(model="nobody").status_code == 404
-    large = listening.post(wav(np.zeros(150_000, np.int16), 8000))
+    large = listening.post(encode_wav(np.zeros(150_000, np.int16), 8000))
     assert (large.status_code, "200,000 bytes" in large.text) == (413, True)
     headers = {"Authorization": f"Bearer {listening.secrets['free']}"}
     kind = {"Content-Type": "multipart/form-data; boundary=x"}

@@ -16,7 +16,7 @@ import pytest
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.serve.deploy import Endpoint, deploy
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import Noted, load, processes, wait_for
 from tests.ports import free_port
 
