@@ -11,7 +11,7 @@ from typing import Any, Optional, get_type_hints
 
 from engine.config.address import check_address
 from engine.config.option import Frozen, check_range, flag_values, is_of, option, type_name
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 
 @dataclass
@@ -238,7 +238,7 @@ def _check_sources(data: DataConfig) -> None:
                     raise UserError(f"{where}={value} is not a weight: use a number above 0, or leave the source out")
                 continue
             if key not in per_source:
-                raise UserError(f"{where} is not an option of a source{nearest(key, [*per_source, 'weight'])}")
+                raise UserError(f"{where} is not an option of a source{did_you_mean(key, [*per_source, 'weight'])}")
             if value is None:
                 continue
             if not is_of(value, hints[key]):

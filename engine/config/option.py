@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 REPLICA, INGRESS, DEPLOYMENT = "replica", "ingress", "deployment"  # values of `affects`
 DEFAULTS = {"micro_batch": False, "parameter_count": False, "start_weights": False, "content_key": True, "per_source": False}  # fmt: skip
@@ -101,7 +101,8 @@ def flag_values(kind: type, flag: str, prefix: str = "", inherited: Any = None) 
 
     Raises TypeError for an option that doesn't state the flag, where neither its group nor DEFAULTS does.
     """
-    hints, values = get_type_hints(kind), {}
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
     for f in dataclasses.fields(kind):
         key = prefix + f.name
         own = f.metadata.get(flag)
@@ -152,7 +153,7 @@ def check_range(key: str, f: dataclasses.Field[Any], value: Any) -> None:
     choices, least, above, most = (f.metadata.get(k) for k in ("choices", "least", "above", "most"))
     for choice in value if isinstance(value, list) else [value]:
         if choices and choice not in choices:
-            raise UserError(f"{key}={choice} is not one of {', '.join(choices)}{nearest(str(choice), choices)}")
+            raise UserError(f"{key}={choice} is not one of {', '.join(choices)}{did_you_mean(str(choice), choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value} is not a finite number")
     if least is not None and value < least:

@@ -12,7 +12,7 @@ from engine.config.checks import check
 from engine.config.config import Config, declared, keys_with
 from engine.config.former_names import by_former_names, current_keys, current_tree, current_value, warn_of
 from engine.config.option import Frozen, get
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
             warn_of(key, current_keys()[key])
             key = current_keys()[key]
         if key not in known:
-            raise UserError(f"{key} is not an option{nearest(key, known)}")
+            raise UserError(f"{key} is not an option{did_you_mean(key, known)}")
         node = tree
         *groups, last = key.split(".")
         for group in groups:
