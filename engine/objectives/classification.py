@@ -1,4 +1,4 @@
-"""Name the class of a text. Shapes: B batch, L length, C classes."""
+"""Text classification. Shapes: B batch, L length, C classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.data.packing import Rows
+from engine.data.kinds.labeled_text import LabeledRows
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.objectives import contract
@@ -18,16 +18,19 @@ from engine.objectives.contract import Batch, Loss, Samples, Scores, pad_rows
 
 
 class SequenceClassification(contract.Objective):
-    """One label a row, cross-entropy over the classes."""
+    """One label per row, cross-entropy over the classes."""
 
     data_kind = "labelled"
     auto_class = "AutoModelForSequenceClassification"
     architectures = ("ForSequenceClassification",)
     metric = "accuracy"
     mode = "max"
+    is_classifier = True
+    evaluation_metrics = ("macro_f1", "weighted_f1", "matthews", "calibration_error")
+    peft_task_type: str | None = "SEQ_CLS"
 
     def model_options(self) -> dict[str, Any]:
-        """Size the head after the labels, and keep their names with the model."""
+        """Size the head for the labels, and store their names in the model's config."""
         if len(self.labels) < 2:
             raise UserError(
                 f"classification needs two labels or more, the data has {len(self.labels)}: check data.label_column"
@@ -39,11 +42,11 @@ class SequenceClassification(contract.Objective):
         }
 
     def samples(self, split: Split) -> Samples:
-        """Take the labelled rows, cut at sequence_length."""
-        return Rows(split, self.sequence_length)
+        """Return the labeled rows, truncated to sequence_length tokens."""
+        return LabeledRows(split, self.sequence_length)
 
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Tokenize a text; the label, where there is one, becomes its index."""
+        """Tokenize a text and map its label, if it has one, to its index."""
         ids = self.tokenizer(example["text"], truncation=True, max_length=self.sequence_length)["input_ids"]
         label = example.get("label")
         return {
@@ -65,7 +68,7 @@ class SequenceClassification(contract.Objective):
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each row's negative log-likelihood in nats, its label, the class found likeliest and its probability."""
+        """Return each row's negative log-likelihood in nats, its label, the predicted class and the probability of that."""
         logits_BC = model(**batch.inputs).logits.float()
         return {
             "nll": F.cross_entropy(logits_BC, batch.targets, reduction="none").double().cpu().numpy(),
@@ -75,7 +78,7 @@ class SequenceClassification(contract.Objective):
         }
 
     def summarize(self, scores: Scores) -> dict[str, float]:
-        """Give the accuracy and the mean loss."""
+        """Return the accuracy and the mean loss."""
         return {
             "accuracy": float((scores["label"] == scores["predicted"]).mean()),
             "loss": float(scores["nll"].mean()),
@@ -83,7 +86,7 @@ class SequenceClassification(contract.Objective):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Classify each example, {"text"} here: its label and the probability of every class."""
+        """Classify each {"text"}: return its label and the probability of each class."""
         batch = self.collate([self.prepare(request) for request in requests]).to(next(model.parameters()).device)
         probabilities_BC = model(**batch.inputs).logits.float().softmax(1).cpu()
         return [
@@ -92,6 +95,6 @@ class SequenceClassification(contract.Objective):
         ]
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
-        """Take three rows as text."""
-        texts = [self.tokenizer.decode(split.document(i).tolist()[:64]) for i in range(min(3, split.rows))]
+        """Take the texts of three rows."""
+        texts = [self.tokenizer.decode(split.document(i).tolist()[:64]) for i in range(min(3, split.num_rows))]
         return [{"text": text} for text in texts]

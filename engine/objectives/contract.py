@@ -1,7 +1,7 @@
 """What every family of models shares: from an example to a batch, a summed loss, metrics and a prediction.
 
-A new family or task is one file beside this one, named as in `objective.name`, with a class `Objective`; plus a YAML in
-conf/objective, one in conf/model and a test. Shapes: B batch, L length, V vocabulary, C classes.
+A new task is one file beside this one, named as `objective.name`, with one subclass of `Objective`; plus a YAML in
+conf/objective, a recipe in conf/experiment and a test. A task on a new kind of data adds one file in engine/data/kinds. Shapes: B batch, L length, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import DataConfig, ObjectiveConfig, data_kind
+from engine.config import DataConfig, ObjectiveConfig
+from engine.data.kinds import kind_class, matching_kinds
 from engine.data.packing import Packing
 from engine.data.shards import Split
-from engine.errors import UserError, nearest
-from engine.models.cross_entropy import IGNORED, summed_cross_entropy, token_scores
-from engine.models.size import Stack, flops_per_token
+from engine.errors import UserError, did_you_mean
+from engine.models.cross_entropy import IGNORE_INDEX, summed_cross_entropy, token_scores
+from engine.models.size import TransformerStack, flops_per_token
 
 Scores = dict[str, np.ndarray]  # per example: name -> array [examples, ...]
 
@@ -77,15 +78,24 @@ class Ranks(Protocol):
 class Objective(ABC):
     """One task, from example to prediction."""
 
-    data_kind: ClassVar[str] = "text"  # the kind of prepared data, as `data_kind` of engine/config calls it
+    data_kind: ClassVar[str] = "text"  # name of the `DataKind` that it reads (engine/data/kinds)
     auto_class: ClassVar[str]  # the transformers Auto class that loads its models, or "diffusers.CLASS"
     architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
     metric: ClassVar[str]  # what sweeps and comparisons look at
     mode: ClassVar[str]  # "min" or "max" of that metric
     servable: ClassVar[bool] = True  # whether the endpoint answers for its models
-    over_vocabulary: ClassVar[bool] = False  # whether its models give logits over the vocabulary at every token
-    divisible: ClassVar[bool] = False  # whether ranks may share a sequence: each token's loss and scores add up
-    needs: ClassVar[tuple[str, ...]] = ()  # packages that its models need beside transformers
+    is_causal: ClassVar[bool] = (
+        False  # an autoregressive language model: attention is causal, and it can continue a text
+    )
+    is_classifier: ClassVar[bool] = False  # `score` returns label, predicted and confidence of each example
+    has_lm_head: ClassVar[bool] = False  # the model returns logits over the vocabulary at every token
+    supports_packing: ClassVar[bool] = False  # data.packing and data.within_documents apply
+    supports_sequence_parallel: ClassVar[bool] = (
+        False  # ranks may share a sequence: loss and scores are sums over tokens
+    )
+    evaluation_metrics: ClassVar[tuple[str, ...]] = ()  # of engine/evaluate/metrics.py, beside those of `summarize`
+    peft_task_type: ClassVar[str | None] = None  # task_type in the adapter_config.json of a LoRA adapter
+    required_packages: ClassVar[tuple[str, ...]] = ()  # packages that its models need in addition to transformers
 
     def __init__(
         self,
@@ -126,17 +136,17 @@ class Objective(ABC):
         """Write into a bundle's folder what a model of this task needs beside its weights."""
         self.processor.save_pretrained(folder)
 
-    def stacks(self, config: Any) -> list[Stack]:
-        """Return the stacks of blocks of a model with this transformers config, and a full sample's tokens in each."""
-        return [Stack(config, self.sequence_length)]
+    def transformer_stacks(self, config: Any) -> list[TransformerStack]:
+        """Return the transformer stacks of a model with this config, each with the tokens of a full sample in it."""
+        return [TransformerStack(config, self.sequence_length)]
 
-    def predicted(self, tokens: int) -> int:
-        """Return of how many of a full sample's `tokens` the loss asks logits over the vocabulary."""
-        return tokens if self.over_vocabulary else 0
+    def num_target_tokens(self, num_tokens: int) -> int:
+        """Return how many of a full sample's `num_tokens` tokens need logits over the vocabulary for the loss."""
+        return num_tokens if self.has_lm_head else 0
 
     def flops(self, model: nn.Module) -> float:
         """Return the floating-point operations of a full sample, forward and backward."""
-        (stack,) = self.stacks(model.config)
+        (stack,) = self.transformer_stacks(model.config)
         return stack.tokens * flops_per_token(model, stack.config, stack.tokens)
 
     @abstractmethod
@@ -172,8 +182,8 @@ class Objective(ABC):
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Return what the metrics need of each example of a batch: arrays of the batch's length."""
 
-    def complete(self, scores: Scores) -> Scores:
-        """Add, or put in place, what can be told of an example only once all of them have been scored."""
+    def finalize_scores(self, scores: Scores) -> Scores:
+        """Add or replace the scores of an example that depend on all other examples."""
         return scores
 
     @abstractmethod
@@ -187,10 +197,10 @@ class Objective(ABC):
     def check_request(self, request: dict[str, Any]) -> None:  # noqa: B027 - most requests are checked where they come in
         """Raise UserError for a request that `predict` cannot answer."""
 
-    def image_facts(self, config: Any) -> dict[str, int]:
-        """Return the side in pixels and the tokens of an image that a model of this config makes; empty where it makes none.
+    def image_output_size(self, config: Any) -> dict[str, int]:
+        """Return the side in pixels and the tokens of an image that a model with this config generates; empty if it generates none.
 
-        One that does answers {"prompt", "seed"} with {"image": a PNG file in base64}.
+        A model that does answers {"prompt", "seed"} with {"image": a PNG file in base64}.
         """
         return {}
 
@@ -201,16 +211,16 @@ class Objective(ABC):
     @torch.no_grad()
     def metrics(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the metrics of a model over some batches."""
-        return self.summarize(self.complete(join_scores(self.score(model, batch) for batch in batches)))
+        return self.summarize(self.finalize_scores(concat_scores(self.score(model, batch) for batch in batches)))
 
 
-class OverVocabulary(Objective):
-    """A task whose model gives logits over the vocabulary, and whose targets are tokens: IGNORED where there is none."""
+class LMHeadObjective(Objective):
+    """A task whose model has a language-model head; the targets are tokens, or IGNORE_INDEX where there is none."""
 
     metric = "loss"
     mode = "min"
-    over_vocabulary = True
-    forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}  # to the model, beside a batch's inputs
+    has_lm_head = True
+    forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}  # passed to the model with a batch's inputs
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the targets."""
@@ -220,42 +230,34 @@ class OverVocabulary(Objective):
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each example's summed negative log-likelihood in nats, its targets, and those that were likeliest."""
+        """Return each example's summed negative log-likelihood in nats, its target tokens, and how many have the highest logit."""
         inputs = {**batch.inputs, **self.forward_options}
-        nll_BL, found_BL = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
+        nll_BL, correct_BL = token_scores(model, inputs, batch.targets, self.options.logits_chunk)
         return {
             "nll": nll_BL.sum(1).double().cpu().numpy(),
-            "tokens": (batch.targets != IGNORED).sum(1).cpu().numpy(),
-            "found": found_BL.sum(1).cpu().numpy(),
+            "tokens": (batch.targets != IGNORE_INDEX).sum(1).cpu().numpy(),
+            "correct": correct_BL.sum(1).cpu().numpy(),
         }
 
     def summarize(self, scores: Scores) -> dict[str, float]:
-        """Give the loss in nats a target and the perplexity, its exponential."""
+        """Return the loss in nats per target token and its exponential, the perplexity."""
         loss = float(scores["nll"].sum()) / float(scores["tokens"].sum())
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def join_scores(parts: Iterable[Scores]) -> Scores:
-    """Lay the scores of several batches end to end."""
-    collected = list(parts)
-    return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
-
-
-KINDS = {  # kind of prepared data -> what it is, and how it comes about
-    "text": ("text without labels", "leave out data.label_column and data.image_column, or use data=python_stdlib"),
-    "labelled": ("texts with labels", "say which column holds the labels with data.label_column=..."),
-    "images": ("images with labels", "say which columns hold them with data.image_column=... and data.label_column=..."),
-    "speech": ("speech with its words", "say which column holds the sounds with data.audio_column=..., and which their words with data.text_column=..."),
-    "captioned": ("images with captions", "say which column holds the images with data.image_column=..., and what their captions are with data.caption='a photo of a {label}' or '{COLUMN}'"),
-}  # fmt: skip
+def concat_scores(parts: Iterable[Scores]) -> Scores:
+    """Concatenate the scores of several batches."""
+    batches = list(parts)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def check_data(task: str, data: DataConfig, whose: str = "objective") -> None:
-    """Raise UserError, before anything is prepared, where data options aren't for a task; `whose` is it: a bundle's name, say."""
-    wanted, given = objective_class(task).data_kind, data_kind(data)
-    if wanted != given:
+    """Raise UserError, before anything is prepared, where data options aren't for a task; `whose`: its owner, a bundle's name say."""
+    wanted, given = kind_class(objective_class(task).data_kind), matching_kinds(data)
+    if not any(isinstance(kind, wanted) and kind.name == wanted.name for kind in given):
         raise UserError(
-            f"{whose} is for {task}, which reads {KINDS[wanted][0]}, and the data are {KINDS[given][0]}: {KINDS[wanted][1]}"
+            f"{whose} is for {task}, which reads {wanted.description}, and the data are "
+            f"{' or '.join(kind.description for kind in given)}: {wanted.hint}"
         )
 
 
@@ -266,7 +268,7 @@ def objective_names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "contract")
 
 
-def objective_for(architecture: str) -> str | None:
+def objective_for_architecture(architecture: str) -> str | None:
     """Return the task that a transformers class (its name) is for; of several, the one that names it most closely."""
     found = [
         (len(ending), name)
@@ -281,7 +283,7 @@ def objective_class(name: str) -> type[Objective]:
     """Return the task's class, the one that engine/objectives/<name>.py defines. Raises UserError for a name without a file."""
     known = objective_names()
     if name not in known:
-        raise UserError(f"objective.name={name} is not one of {', '.join(known)}{nearest(name, known)}")
+        raise UserError(f"objective.name={name} is not one of {', '.join(known)}{did_you_mean(name, known)}")
     module = importlib.import_module(f"engine.objectives.{name}")
     (found,) = (
         it for it in vars(module).values()

@@ -1,7 +1,7 @@
-"""Write down what is said (Radford et al. 2022, Whisper, https://arxiv.org/abs/2212.04356).
+"""Speech recognition (Radford et al. 2022, Whisper, https://arxiv.org/abs/2212.04356).
 
-An encoder reads the spectrogram of a window of sound, filled up with silence; a decoder begins with the tokenizer's prompt
-and writes the words. Shapes: B batch, M mel bins, F frames, L length, V vocabulary, N samples of a sound.
+An encoder reads the log-mel spectrogram of a window of audio, padded with silence; a decoder starts with the tokenizer's prompt
+and generates the transcript. Shapes: B batch, M mel bins, F frames, L length, V vocabulary, N samples of audio.
 """
 
 from __future__ import annotations
@@ -17,172 +17,181 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.data.audio import FULL_SCALE, decode_audio, encode_wav, from_base64
+from engine.data.kinds.speech import SpeechSamples
 from engine.data.shards import Split
-from engine.data.speech import FULL_SCALE, Utterances, decode, from_base64, wav
 from engine.errors import UserError
-from engine.models.build import without_warnings
-from engine.models.cross_entropy import IGNORED
-from engine.models.size import Stack, attention_flops, elements, matmul_parameter_count
+from engine.models.build import quiet_transformers
+from engine.models.cross_entropy import IGNORE_INDEX
+from engine.models.size import TransformerStack, attention_flops, matmul_parameter_count, num_elements
 from engine.objectives import contract
 from engine.objectives.contract import Batch, Loss, Scores, pad_rows
 
-START, TRANSCRIBE, NO_TIMES = "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>"
-PROMPT_TOKENS = 4  # at most: these, and a language
-GOLDEN_S = 2  # of a sound whose answer a bundle records
+START, TRANSCRIBE, NO_TIMESTAMPS = "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>"
+MAX_PROMPT_TOKENS = 4  # these and a language
+GOLDEN_S = 2  # of audio in a golden request
 
 
-class SpeechRecognition(contract.OverVocabulary):
-    """Sounds with their words: the cross-entropy of the words and of their end, and the word error rate of what is written."""
+class SpeechRecognition(contract.LMHeadObjective):
+    """Audio with transcripts: the cross-entropy of the transcript and its end token, and the word error rate of greedy decoding."""
 
     data_kind = "speech"
     auto_class = "AutoModelForSpeechSeq2Seq"
     architectures = ("WhisperForConditionalGeneration",)
     metric = "wer"
     mode = "min"
-    positions = 1  # of a window in the encoder, until the model is met
+    encoder_positions = 1  # of a window; set by bind_model
 
     @property
-    def extractor(self) -> Any:
+    def feature_extractor(self) -> Any:
         """The processor's feature extractor."""
         return self.processor.feature_extractor
 
     @cached_property
-    def prompt(self) -> list[int]:
-        """What the decoder begins with: the language, where there are several, else what the tokenizer puts before a text."""
+    def decoder_prompt(self) -> list[int]:
+        """The decoder's first tokens: those for the configured language, or what the tokenizer puts before a text."""
         tokenizer = self.tokenizer
         if self.options.language:
-            return self.prompt_in(self.options.language)
-        opening: list[int] = tokenizer("")["input_ids"]
-        if tokenizer.eos_token_id in opening:
-            opening = opening[: opening.index(tokenizer.eos_token_id)]
-        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return opening or [first]
+            return self.prompt_for_language(self.options.language)
+        prefix: list[int] = tokenizer("")["input_ids"]
+        if tokenizer.eos_token_id in prefix:
+            prefix = prefix[: prefix.index(tokenizer.eos_token_id)]
+        bos_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return prefix or [bos_id]
 
-    def prompt_in(self, language: str) -> list[int]:
-        """Return what the decoder begins with for a language. Raises UserError where the tokenizer doesn't know it."""
+    def prompt_for_language(self, language: str) -> list[int]:
+        """Return the decoder's first tokens for a language. Raises UserError if the tokenizer does not know it."""
         vocabulary = self.tokenizer.get_vocab()
-        names = (START, f"<|{language}|>", TRANSCRIBE, NO_TIMES)
+        names = (START, f"<|{language}|>", TRANSCRIBE, NO_TIMESTAMPS)
         if any(name not in vocabulary for name in names):
             raise UserError(f"this model's tokenizer knows no language '{language}': leave it out, or name one that it knows")  # fmt: skip
         return [vocabulary[name] for name in names]
 
     @property
-    def of_any_language(self) -> bool:
-        """Whether the tokenizer knows several languages, and none was named."""
-        return not self.options.language and len(self.prompt) < PROMPT_TOKENS and TRANSCRIBE in self.tokenizer.get_vocab()  # fmt: skip
+    def detects_language(self) -> bool:
+        """Whether the tokenizer knows several languages, and none is configured."""
+        if self.options.language or len(self.decoder_prompt) >= MAX_PROMPT_TOKENS:
+            return False
+        return TRANSCRIBE in self.tokenizer.get_vocab()
 
     def model_options(self) -> dict[str, Any]:
-        """Let the decoder begin with the prompt, and leave no token out that transformers' default would."""
-        if self.of_any_language:
-            raise UserError("the tokenizer knows several languages: say which is spoken with objective.language=en, or the like")  # fmt: skip
-        return {"decoder_start_token_id": self.prompt[0], "begin_suppress_tokens": None}
+        """Let the decoder start with the prompt, and suppress no token, as transformers' default would."""
+        if self.detects_language:
+            raise UserError("the tokenizer knows several languages: say which is spoken with objective.language=en, or another")  # fmt: skip
+        return {"decoder_start_token_id": self.decoder_prompt[0], "begin_suppress_tokens": None}
 
     def bind_model(self, config: Any) -> None:
-        """Take note of the encoder's positions. Raises UserError for a model that doesn't hear such windows, or writes less."""
-        positions, most = (getattr(config, f"max_{side}_positions", None) for side in ("source", "target"))
-        if positions is None or most is None or not hasattr(config, "num_mel_bins"):
-            raise UserError(f"model.type={config.model_type} hears no windows of speech: use model=whisper_1m, or another of its kind")  # fmt: skip
-        if (self.extractor.nb_max_frames, self.extractor.feature_size) != (2 * positions, config.num_mel_bins):
+        """Set the encoder's positions. Raises UserError for a model with other audio windows, or with too few decoder positions."""
+        positions, max_target = (getattr(config, f"max_{side}_positions", None) for side in ("source", "target"))
+        if positions is None or max_target is None or not hasattr(config, "num_mel_bins"):
+            raise UserError(f"model.type={config.model_type} reads no audio windows: use model=whisper_1m, or another speech model")  # fmt: skip
+        extractor = self.feature_extractor
+        if (extractor.nb_max_frames, extractor.feature_size) != (2 * positions, config.num_mel_bins):
             raise UserError(
-                f"the model hears {2 * positions} frames of {config.num_mel_bins} mel bins, and the feature extractor makes "
-                f"{self.extractor.nb_max_frames} of {self.extractor.feature_size}: leave data.feature_extractor out"
+                f"the model reads {2 * positions} frames of {config.num_mel_bins} mel bins, and the feature extractor makes "
+                f"{extractor.nb_max_frames} of {extractor.feature_size}: leave data.feature_extractor out"
             )
-        if self.sequence_length + len(self.prompt) - 1 > most:
+        if self.sequence_length + len(self.decoder_prompt) - 1 > max_target:
             raise UserError(
-                f"transcripts of up to data.sequence_length {self.sequence_length:,} tokens are over the model's {most:,} "
-                f"positions: use data.sequence_length={most - len(self.prompt) + 1}"
+                f"transcripts of up to data.sequence_length {self.sequence_length:,} tokens are over the model's {max_target:,} "
+                f"positions: use data.sequence_length={max_target - len(self.decoder_prompt) + 1}"
             )
-        self.positions = positions
+        self.encoder_positions = positions
 
-    def stacks(self, config: Any) -> list[Stack]:
-        """Return the encoder, which hears a window, and the decoder, which reads the words."""
-        return [Stack(config, config.max_source_positions), Stack(config, self.sequence_length)]
+    def transformer_stacks(self, config: Any) -> list[TransformerStack]:
+        """Return the encoder, which reads a window of audio, and the decoder, which reads the transcript."""
+        return [TransformerStack(config, config.max_source_positions), TransformerStack(config, self.sequence_length)]
 
     def flops(self, model: nn.Module) -> float:
-        """Add up encoder, decoder and output; the keys and values of the cross-attention are made of the encoder's positions."""
-        bases: Any = model
-        config, encoder, decoder = bases.config, bases.get_encoder(), bases.get_decoder()
-        heard, written = (stack.tokens for stack in self.stacks(config))
-        crossed = [
-            elements(p)
+        """Sum encoder, decoder and output layer; the cross-attention's keys and values are computed once per encoder position."""
+        seq2seq: Any = model
+        config, encoder, decoder = seq2seq.config, seq2seq.get_encoder(), seq2seq.get_decoder()
+        encoder_tokens, decoder_tokens = (stack.tokens for stack in self.transformer_stacks(config))
+        cross_parameters = sum(
+            num_elements(p)
             for name, p in decoder.named_parameters()
             if "encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name
-        ]
-        twice = sum(
-            elements(p) for p in encoder.conv1.parameters()
-        )  # it runs on the frames, two of which make a position
-        of_decoder = matmul_parameter_count(decoder) - sum(crossed) + elements(bases.get_output_embeddings().weight)
+        )
+        # The first convolution runs on the frames, two per position: its weights count twice.
+        conv1_parameters = sum(num_elements(p) for p in encoder.conv1.parameters())
+        encoder_parameters = matmul_parameter_count(encoder) + conv1_parameters
+        decoder_parameters = (
+            matmul_parameter_count(decoder) - cross_parameters + num_elements(seq2seq.get_output_embeddings().weight)
+        )
+        width, keys = config.d_model, decoder_tokens + encoder_tokens
         return (
-            heard * (6 * (matmul_parameter_count(encoder) + twice) + attention_flops(config.encoder_layers, config.d_model, heard))
-            + heard * 6 * sum(crossed)
-            + written * (6 * of_decoder + attention_flops(config.decoder_layers, config.d_model, written + heard))
-        )  # fmt: skip
+            encoder_tokens * (6 * encoder_parameters + attention_flops(config.encoder_layers, width, encoder_tokens))
+            + encoder_tokens * 6 * cross_parameters
+            + decoder_tokens * (6 * decoder_parameters + attention_flops(config.decoder_layers, width, keys))
+        )
 
-    def samples(self, split: Split) -> Utterances:
-        """Take the sounds with their words."""
-        return Utterances(split, self.sequence_length)
+    def samples(self, split: Split) -> SpeechSamples:
+        """Return the utterances with their transcripts."""
+        return SpeechSamples(split, self.sequence_length)
 
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
         """Decode {"audio": a file's bytes, or the same in base64}, and tokenize the "text", if there is one.
 
-        Raises UserError for what is no sound, and for one that is longer than the model hears at once.
+        Raises UserError for a file that is no audio, and for audio longer than the model's window.
         """
-        rate, most_s, audio = self.extractor.sampling_rate, self.extractor.chunk_length, example["audio"]
+        extractor, audio = self.feature_extractor, example["audio"]
+        rate, max_s = extractor.sampling_rate, extractor.chunk_length
         try:
-            sound = from_base64(audio, rate, most_s) if isinstance(audio, str) else decode(audio, rate, most_s)
+            sound = from_base64(audio, rate, max_s) if isinstance(audio, str) else decode_audio(audio, rate, max_s)
         except ValueError as error:
             raise UserError("the sound cannot be read: send a WAV, FLAC, OGG or MP3 file") from error
         if not len(sound):
             raise UserError("the sound is empty: send one that has samples")
-        if len(sound) > self.extractor.n_samples:
-            raise UserError(f"the sound is longer than the {most_s} s that this model hears at once: send it in parts")
-        return {"sound": sound} | ({"tokens": self._tokens(example["text"])} if "text" in example else {})
+        if len(sound) > extractor.n_samples:
+            raise UserError(f"the sound is longer than the {max_s} s that this model reads at once: send it in parts")
+        return {"sound": sound} | ({"tokens": self._tokenize(example["text"])} if "text" in example else {})
 
-    def _tokens(self, text: str) -> np.ndarray:
+    def _tokenize(self, text: str) -> np.ndarray:
         ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
         return np.asarray(ids[: self.sequence_length], dtype=np.int64)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Make the spectrograms; the decoder reads the prompt and the words, and each token is to give the next of the words."""
-        rows = [np.concatenate([self.prompt, sample["tokens"]]) for sample in samples]
+        """Compute the spectrograms; the decoder reads prompt and transcript, and the targets are the next transcript tokens."""
+        rows = [np.concatenate([self.decoder_prompt, sample["tokens"]]) for sample in samples]
         ids_BL, _ = pad_rows([row[:-1] for row in rows], self.tokenizer.pad_token_id)
-        targets_BL, _ = pad_rows([row[1:] for row in rows], IGNORED)
-        targets_BL[:, : len(self.prompt) - 1] = IGNORED  # the prompt is given
+        targets_BL, _ = pad_rows([row[1:] for row in rows], IGNORE_INDEX)
+        targets_BL[:, : len(self.decoder_prompt) - 1] = IGNORE_INDEX  # the prompt is not predicted
         inputs = {"input_features": self.features([sample["sound"] for sample in samples]), "decoder_input_ids": ids_BL}
-        count = int((targets_BL != IGNORED).sum())
-        read = sum(len(row) - 1 for row in rows)
-        return Batch(inputs, targets_BL, count, tokens=len(rows) * self.positions + read)
+        count = int((targets_BL != IGNORE_INDEX).sum())
+        decoder_tokens = sum(len(row) - 1 for row in rows)
+        return Batch(inputs, targets_BL, count, tokens=len(rows) * self.encoder_positions + decoder_tokens)
 
     def features(self, sounds: Sequence[np.ndarray]) -> Tensor:
-        """Return the log-mel spectrograms of sounds, int16 [N] each, filled up with silence: float32 [B, M, F]."""
+        """Return the log-mel spectrograms of audio, int16 [N] each, padded with silence: float32 [B, M, F]."""
         floats = [np.asarray(sound, dtype=np.float32) / FULL_SCALE for sound in sounds]
-        found = self.extractor(floats, sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
-        spectrograms: Tensor = found["input_features"]
+        rate = self.feature_extractor.sampling_rate
+        features = self.feature_extractor(floats, sampling_rate=rate, return_tensors="pt")
+        spectrograms: Tensor = features["input_features"]
         return spectrograms
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Sum the cross-entropy, in nats, over the words' tokens and their end."""
-        return super().loss(model, fitting(model, batch))
+        """Sum the cross-entropy, in nats, over the transcripts' tokens and end tokens."""
+        return super().loss(model, with_model_dtype(model, batch))
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Give each example's likelihood, the words that were spoken, and the wrong ones among those that the model writes."""
-        batch = fitting(model, batch)
+        """Return each example's likelihood, the words of its transcript, and the word errors of the generated transcript."""
+        batch = with_model_dtype(model, batch)
         scores = super().score(model, batch)
-        spoken = [self._text(row[row != IGNORED].tolist()) for row in batch.targets]
-        written = [self._text(row) for row in self._write(model, batch.inputs["input_features"])]
-        errors, words = word_errors(spoken, written)
+        references = [self._decode(row[row != IGNORE_INDEX].tolist()) for row in batch.targets]
+        hypotheses = [self._decode(ids) for ids in self._generate(model, batch.inputs["input_features"])]
+        errors, words = word_errors(references, hypotheses)
         return scores | {"errors": errors, "words": words}
 
     def summarize(self, scores: Scores) -> dict[str, float]:
-        """Give the word error rate, wrong words to spoken ones, beside the loss a token and the perplexity."""
+        """Return the word error rate (errors per reference word), the loss per token, and the perplexity."""
         return {"wer": float(scores["errors"].sum() / max(scores["words"].sum(), 1))} | super().summarize(scores)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write down each {"audio", "temperature", "language"}, or {"sound"} in place of the first; or judge {"text"} of it.
+        """Transcribe each {"audio" or "sound", "temperature", "language"}, or return the logprobs of its "text", if it has one.
 
-        Greedily, unless there is a temperature; as `generate` of transformers does, those of like options together.
+        Decoding is greedy unless there is a temperature, by transformers' `generate`; requests with equal options are batched.
         """
         prepared = [request if "sound" in request else request | self.prepare(request) for request in requests]
         answers: dict[int, dict[str, Any]] = {}
@@ -190,71 +199,73 @@ class SpeechRecognition(contract.OverVocabulary):
         def options(i: int) -> tuple[float, str]:
             return float(prepared[i].get("temperature") or 0), str(prepared[i].get("language") or "")
 
-        writing = sorted((i for i, request in enumerate(prepared) if "tokens" not in request), key=options)
-        for (temperature, language), group in groupby(writing, key=options):
-            chosen = list(group)
-            features = self.features([prepared[i]["sound"] for i in chosen])
+        without_text = sorted((i for i, request in enumerate(prepared) if "tokens" not in request), key=options)
+        for (temperature, language), group in groupby(without_text, key=options):
+            indices = list(group)
+            features = self.features([prepared[i]["sound"] for i in indices])
             parameter = next(model.parameters())
             features = features.to(parameter.device, parameter.dtype)
-            for i, ids in zip(chosen, self._write(model, features, temperature, language), strict=True):
-                answers[i] = {"text": self._text(ids), "tokens": ids}
+            for i, ids in zip(indices, self._generate(model, features, temperature, language), strict=True):
+                answers[i] = {"text": self._decode(ids), "tokens": ids}
         for i, request in enumerate(prepared):
             if "tokens" in request:
-                answers[i] = self._judge(model, request)
+                answers[i] = self._transcript_logprobs(model, request)
         return [answers[i] for i in range(len(prepared))]
 
-    def _write(self, model: nn.Module, features_BMF: Tensor, temperature: float = 0.0, language: str = "") -> list[list[int]]:  # fmt: skip
-        """Return the tokens that the model writes of each sound, without prompt and end."""
+    def _generate(self, model: nn.Module, features_BMF: Tensor, temperature: float = 0.0, language: str = "") -> list[list[int]]:  # fmt: skip
+        """Return the tokens that the model generates for each spectrogram, without prompt and end token."""
         module: Any = getattr(model, "module", model)
-        room = module.config.max_target_positions - max(len(self.prompt), PROMPT_TOKENS)
-        sharded = any(hasattr(p, "ds_id") for p in module.parameters())  # by ZeRO-3: ranks take their steps together
-        told: dict[str, Any] = {}  # `generate` finds out the language, unless it is told
-        if language or not self.of_any_language:
-            prompt = self.prompt_in(language) if language else self.prompt
-            told["decoder_input_ids"] = torch.tensor([prompt] * len(features_BMF), device=features_BMF.device)
-        with without_warnings():  # of options that transformers gives itself
+        max_new_tokens = module.config.max_target_positions - max(len(self.decoder_prompt), MAX_PROMPT_TOKENS)
+        is_sharded = any(hasattr(p, "ds_id") for p in module.parameters())  # by ZeRO-3: all ranks must run each step
+        prompt: dict[str, Any] = {}  # without a prompt, `generate` detects the language
+        if language or not self.detects_language:
+            prompt_ids = self.prompt_for_language(language) if language else self.decoder_prompt
+            prompt["decoder_input_ids"] = torch.tensor([prompt_ids] * len(features_BMF), device=features_BMF.device)
+        with quiet_transformers():  # it warns of options that it sets itself
             ids_BL = module.generate(
-                features_BMF, max_new_tokens=min(self.sequence_length, room), do_sample=temperature > 0,
-                temperature=temperature, num_beams=1, synced_gpus=sharded, **told,
+                features_BMF, max_new_tokens=min(self.sequence_length, max_new_tokens), do_sample=temperature > 0,
+                temperature=temperature, num_beams=1, synced_gpus=is_sharded, **prompt,
             )  # fmt: skip
-        ends = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        return [[token for token in row if token not in ends] for row in ids_BL.tolist()]
+        end_ids = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return [[token for token in row if token not in end_ids] for row in ids_BL.tolist()]
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _judge(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
-        """Give the log-probability, in nats, of each token of the words and of their end."""
-        batch = fitting(model, self.collate([request]).to(next(model.parameters()).device))
+    def _transcript_logprobs(self, model: nn.Module, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the log-probability, in nats, of each token of the transcript and of its end token."""
+        batch = with_model_dtype(model, self.collate([request]).to(next(model.parameters()).device))
         logits_LV = model(**batch.inputs, use_cache=False).logits[0].float()
         targets_L = batch.targets[0]
-        chosen_L = targets_L != IGNORED
-        found_L = logits_LV[chosen_L].log_softmax(1).gather(1, targets_L[chosen_L, None])[:, 0]
-        return {"logprobs": found_L.tolist()}
+        is_target_L = targets_L != IGNORE_INDEX
+        logprobs_L = logits_LV[is_target_L].log_softmax(1).gather(1, targets_L[is_target_L, None])[:, 0]
+        return {"logprobs": logprobs_L.tolist()}
 
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
-        """Take the beginnings of three sounds, each with its words to be judged."""
-        rate, requests = self.extractor.sampling_rate, []
-        for i in range(min(3, split.rows)):
-            audio = base64.b64encode(wav(split.sound(i)[: GOLDEN_S * rate], rate)).decode()
-            requests.append({"audio": audio, "text": self._text(split.document(i).tolist())})
+        """Take the first seconds of three utterances, each with its transcript."""
+        rate, requests = self.feature_extractor.sampling_rate, []
+        for i in range(min(3, split.num_rows)):
+            audio = base64.b64encode(encode_wav(split.sound(i)[: GOLDEN_S * rate], rate)).decode()
+            requests.append({"audio": audio, "text": self._decode(split.document(i).tolist())})
         return requests
 
 
-def fitting(model: nn.Module, batch: Batch) -> Batch:
-    """Return a batch with its spectrograms in the precision of the model's weights, which Whisper asks of its caller."""
+def with_model_dtype(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch with its spectrograms in the dtype of the model's weights: Whisper does not convert them itself."""
     dtype = next(getattr(model, "module", model).parameters()).dtype
     features = batch.inputs["input_features"].to(dtype)
     return replace(batch, inputs=batch.inputs | {"input_features": features})
 
 
-def word_errors(spoken: Sequence[str], written: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each pair of texts the fewest words to be changed, left out or put in, and the words spoken: int64 [B] each."""
+def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pair of texts the substituted, deleted and inserted words, and the words of the reference: int64 [B] each."""
     try:
         from jiwer import process_words
     except ImportError as error:
         raise UserError("the word error rate needs the package jiwer: pip install 'manta-train[audio]'") from error
-    found = [process_words(reference, hypothesis) for reference, hypothesis in zip(spoken, written, strict=True)]
-    errors = [it.substitutions + it.deletions + it.insertions for it in found]
-    words = [it.hits + it.substitutions + it.deletions for it in found]
+    outputs = [
+        process_words(reference, hypothesis) for reference, hypothesis in zip(references, hypotheses, strict=True)
+    ]
+    errors = [output.substitutions + output.deletions + output.insertions for output in outputs]
+    words = [output.hits + output.substitutions + output.deletions for output in outputs]
     return np.array(errors, dtype=np.int64), np.array(words, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy is torch's, loss and gradients, whatever the chunk; and it never holds all logits."""
+"""The chunked cross-entropy equals torch's in loss and gradients, for any chunk, and never holds all logits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.models.cross_entropy import IGNORE_INDEX, summed_cross_entropy, token_scores
 from engine.train.job import TrainJob
+from tests.engine.objectives.conftest import gradients
 from tests.engine.train.ranks import losses, run_ranks
 
 V, B, L = 97, 3, 16
@@ -39,70 +40,64 @@ def batch(ignored: bool) -> tuple[dict[str, Tensor], Tensor, int]:
     return {"input_ids": ids}, targets, int((targets != IGNORE_INDEX).sum())
 
 
-def whole(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor, z_loss: float = 0.0) -> Tensor:
+def full_logits_loss(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor, z_loss: float = 0.0) -> Tensor:
     logits = model(**inputs).logits.flatten(0, 1).float()
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return loss + z_loss * (logits.logsumexp(1) ** 2)[targets.flatten() != IGNORE_INDEX].sum()
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    (loss / 7).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("ignored", [True, False])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk", [5, None])
-def test_loss_and_gradients_are_torchs(tied: bool, ignored: bool, z_loss: float, chunk: int | None) -> None:
+def test_loss_and_gradients_equal_torchs(tied: bool, ignored: bool, z_loss: float, chunk: int | None) -> None:
     model = language_model(tied)
     inputs, targets, count = batch(ignored)
     ours = summed_cross_entropy(model, inputs, targets, count, z_loss, chunk)
-    found = gradients(model, ours)
-    theirs = whole(model, inputs, targets, z_loss)
+    actual = gradients(model, ours / 7)
+    theirs = full_logits_loss(model, inputs, targets, z_loss)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
-    for name, gradient in gradients(model, theirs).items():
-        assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+    for name, gradient in gradients(model, theirs / 7).items():
+        assert (actual[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
-def test_a_head_with_a_bias() -> None:
+def test_head_with_bias() -> None:
     model = language_model(False, "bert")
     nn.init.normal_(model.get_output_embeddings().bias)  # type: ignore[operator]
     inputs, targets, count = batch(ignored=True)
     ours = summed_cross_entropy(model, inputs, targets, count, chunk_tokens=4)
-    found = gradients(model, ours)
-    theirs = whole(model, inputs, targets)
+    actual = gradients(model, ours / 7)
+    theirs = full_logits_loss(model, inputs, targets)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
-    for name, gradient in gradients(model, theirs).items():
-        assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, name
+    for name, gradient in gradients(model, theirs / 7).items():
+        assert (actual[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, name
 
 
-def test_scores_are_those_of_the_logits() -> None:
+def test_token_scores_equal_those_from_full_logits() -> None:
     model = language_model(True)
     inputs, targets, _ = batch(ignored=True)
-    nll, found = token_scores(model, inputs, targets, chunk_tokens=5)
+    nll, correct = token_scores(model, inputs, targets, chunk_tokens=5)
     logits = model(**inputs).logits
-    wanted = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
-    torch.testing.assert_close(nll, wanted, rtol=1e-5, atol=1e-6)
-    assert torch.equal(found, (logits.argmax(2) == targets))
-    assert torch.equal(model(**inputs).logits, logits)  # the head gives logits again
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(correct, (logits.argmax(2) == targets))
+    assert torch.equal(model(**inputs).logits, logits)  # the head returns logits again
 
 
-def test_a_model_that_changes_its_logits_gets_its_own_loss() -> None:
+def test_model_that_transforms_its_logits_uses_full_logits() -> None:
     model = language_model(True, "gemma2", final_logit_softcapping=2.0, num_key_value_heads=2, head_dim=8)
     inputs, targets, count = batch(ignored=False)
     for _ in range(2):
         ours = summed_cross_entropy(model, inputs, targets, count)
-        assert float(ours) == pytest.approx(float(whole(model, inputs, targets)), rel=1e-6)
+        assert float(ours) == pytest.approx(float(full_logits_loss(model, inputs, targets)), rel=1e-6)
     nll, _ = token_scores(model, inputs, targets)
     assert float(nll.sum()) == pytest.approx(float(ours), rel=1e-5)
 
 
-def test_only_a_chunk_of_logits_is_held() -> None:
+def test_only_one_chunk_of_logits_exists_at_a_time() -> None:
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class LogitsWatcher(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             out = function(*args, **(kwargs or {}))
@@ -113,28 +108,28 @@ def test_only_a_chunk_of_logits_is_held() -> None:
 
     model = language_model(False)
     inputs, targets, count = batch(ignored=False)
-    with Watch():
+    with LogitsWatcher():
         summed_cross_entropy(model, inputs, targets, count, chunk_tokens=8).backward()
     assert largest == 8 * V
-    with Watch():
+    with LogitsWatcher():
         summed_cross_entropy(model, inputs, targets, count, chunk_tokens=0).backward()
     assert largest == B * L * V
 
 
-def test_a_copy_of_a_model_that_gave_a_loss_is_a_model() -> None:
+def test_deepcopy_after_a_loss_has_its_own_head_override() -> None:
     model = language_model(True)
     inputs, targets, count = batch(ignored=False)
     before = summed_cross_entropy(model, inputs, targets, count)
-    again = copy.deepcopy(model)
-    assert float(summed_cross_entropy(again, inputs, targets, count)) == float(before)
-    assert again.get_output_embeddings().desk.head is again.get_output_embeddings()  # type: ignore[operator]
+    model_copy = copy.deepcopy(model)
+    assert float(summed_cross_entropy(model_copy, inputs, targets, count)) == float(before)
+    assert model_copy.get_output_embeddings().override.head is model_copy.get_output_embeddings()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_every_stage_gives_the_curve_of_whole_logits(tiny: Config, tied: bool) -> None:
+def test_loss_curve_equals_that_of_full_logits_at_every_zero_stage(tiny: Config, tied: bool) -> None:
     data = prepare(tiny)
     base = {"model.tie_word_embeddings": tied, "objective.z_loss": 1e-3, "train.max_steps": 4}
-    values = [("whole", {"zero.stage": 0, "objective.logits_chunk": 0})]
+    values = [("full", {"zero.stage": 0, "objective.logits_chunk": 0})]
     values += [(f"chunked-{stage}", {"zero.stage": stage, "objective.logits_chunk": 24}) for stage in range(4)]
     jobs = [
         TrainJob(with_values(tiny, {**base, **change, "name": f"{name}-{tied}", "train.workers": 2}), data)

@@ -1,4 +1,4 @@
-"""What of a model is trained: frozen layers; LoRA's matrices, their start, their merging and their files."""
+"""Trainable parameters: frozen layers, and LoRA's initialization, merging and adapter files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.models.build import build_model
 from engine.models.lora import add_lora, merge_lora, write_adapter
 from engine.models.size import flops_per_token, matmul_parameter_count
-from engine.models.trainable import select_trainable, freeze_layers
+from engine.models.trainable import freeze_layers, select_trainable
 
 LORA = LoraConfig(rank=4)
 BERT = ModelConfig(type="bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -31,7 +31,7 @@ def tokenizer(tiny: Config) -> Any:
     return load_tokenizer(prepare(tiny) / "tokenizer")
 
 
-def causal(model: ModelConfig, tokenizer: object) -> Any:
+def build_causal_lm(model: ModelConfig, tokenizer: object) -> Any:
     return build_model(model, tokenizer, "AutoModelForCausalLM", {}, 0).eval()
 
 
@@ -49,13 +49,13 @@ def test_frozen_layers_are_the_embedding_and_the_first_blocks(tiny: Config, toke
         freeze_layers(model, 3)
 
 
-def test_lora_changes_nothing_at_first_and_depends_on_the_seed_alone(tiny: Config, tokenizer: Any) -> None:
-    plain = causal(tiny.model, tokenizer)
+def test_lora_starts_as_the_identity_and_depends_on_the_seed_alone(tiny: Config, tokenizer: Any) -> None:
+    plain = build_causal_lm(tiny.model, tokenizer)
     before, state = plain(input_ids=ids()).logits, torch.get_rng_state()
     models = []
     for seed in (3, 3, 4):
         model = copy.deepcopy(plain)
-        torch.rand(len(models))  # what was drawn before does not matter
+        torch.rand(len(models))  # the global random state does not matter
         add_lora(model, LORA, seed, train_head=False)
         assert torch.equal(model(input_ids=ids()).logits, before)
         models.append(dict(model.named_parameters()))
@@ -68,71 +68,76 @@ def test_lora_changes_nothing_at_first_and_depends_on_the_seed_alone(tiny: Confi
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_merged_model_and_its_adapter_read_by_peft_are_the_adapted_one(
+def test_merged_model_and_adapter_loaded_by_peft_equal_the_adapted_model(
     kind: str, tiny: Config, tokenizer: Any, tmp_path: Path
 ) -> None:
-    base = causal(tiny.model if kind == "llama" else GPT2, tokenizer)
+    base = build_causal_lm(tiny.model if kind == "llama" else GPT2, tokenizer)
     base.save_pretrained(tmp_path / "base")
     model, lora = copy.deepcopy(base), LoraConfig(rank=4, alpha=12.0)
     add_lora(model, lora, 0, train_head=False)
-    shake(model)
+    perturb_trained(model)
     adapted = model(input_ids=ids()).logits
     assert not torch.allclose(adapted, base(input_ids=ids()).logits, atol=1e-2)
-    write_adapter(model, lora, str(tmp_path / "base"), tmp_path / "adapter")
+    write_adapter(model, lora, str(tmp_path / "base"), tmp_path / "adapter", "CAUSAL_LM")
     merge_lora(model)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in base.named_parameters()}
     torch.testing.assert_close(model(input_ids=ids()).logits, adapted, rtol=0, atol=2e-5)
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    torch.testing.assert_close(theirs(input_ids=ids()).logits, adapted, rtol=0, atol=1e-6)
-    assert theirs.peft_config["default"].lora_alpha == 12.0
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(input_ids=ids()).logits, adapted, rtol=0, atol=1e-6)
+    assert loaded.peft_config["default"].lora_alpha == 12.0
 
 
-def test_a_head_of_its_own_is_trained_whole_and_is_in_the_adapter(tokenizer: Any, tmp_path: Path) -> None:
+def test_task_head_is_trained_in_full_and_saved_in_the_adapter(tokenizer: Any, tmp_path: Path) -> None:
     base = build_model(BERT, tokenizer, "AutoModelForSequenceClassification", {"num_labels": 3}, 0).eval()
     base.save_pretrained(tmp_path / "base")
     model = select_trainable(copy.deepcopy(base), ObjectiveConfig("classification", lora=LORA), 0, train_head=True)
-    whole = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert whole == {f"{layer}.{part}" for layer in ("bert.pooler.dense", "classifier") for part in ("weight", "bias")}
-    shake(model)
+    fully_trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert fully_trained == {
+        f"{layer}.{part}" for layer in ("bert.pooler.dense", "classifier") for part in ("weight", "bias")
+    }
+    perturb_trained(model)
     adapted = model(input_ids=ids()).logits
-    write_adapter(model, LORA, str(tmp_path / "base"), tmp_path / "adapter")
+    write_adapter(model, LORA, str(tmp_path / "base"), tmp_path / "adapter", "SEQ_CLS")
     fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    torch.testing.assert_close(theirs(input_ids=ids()).logits, adapted, rtol=0, atol=1e-6)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(input_ids=ids()).logits, adapted, rtol=0, atol=1e-6)
     merge_lora(model)
     torch.testing.assert_close(model(input_ids=ids()).logits, adapted, rtol=0, atol=2e-5)
 
 
-def test_flops_leave_out_the_gradients_that_nobody_takes(tiny: Config, tokenizer: Any) -> None:
-    model = causal(tiny.model, tokenizer)
-    vocabulary, width = model.get_input_embeddings().weight.shape
+def test_flops_exclude_gradients_of_frozen_weights(tiny: Config, tokenizer: Any) -> None:
+    model = build_causal_lm(tiny.model, tokenizer)
+    vocab_size, width = model.get_input_embeddings().weight.shape
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    attended = 12 * 2 * width * 32
+    attention = 12 * 2 * width * 32
     frozen = copy.deepcopy(model)
-    freeze_layers(frozen, 1)  # the first block: forward only; the tied output: no gradient of its weights
+    freeze_layers(frozen, 1)  # the first block: forward only; the tied output layer: no weight gradient
     assert (
-        flops_per_token(frozen, model.config, 32) - attended == 2 * block + 6 * (block + width) + 4 * vocabulary * width
+        flops_per_token(frozen, model.config, 32) - attention
+        == 2 * block + 6 * (block + width) + 4 * vocab_size * width
     )
     add_lora(model, LORA, 0, train_head=False)
     added = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = matmul_parameter_count(model) - added
-    before = model.model.layers[0].self_attn.q_proj.base_layer.weight.numel()  # nobody asks for its inputs' gradient
-    assert flops_per_token(model, model.config, 32) - attended == 4 * base + 6 * added - 2 * before
+    before = model.model.layers[
+        0
+    ].self_attn.q_proj.base_layer.weight.numel()  # the gradient of its inputs is not computed
+    assert flops_per_token(model, model.config, 32) - attention == 4 * base + 6 * added - 2 * before
 
 
-def test_targets_are_ends_of_names_and_a_wrong_one_is_one_sentence(tiny: Config, tokenizer: Any) -> None:
-    model = causal(tiny.model, tokenizer)
+def test_lora_targets_are_suffixes_and_an_unknown_one_raises_a_clear_error(tiny: Config, tokenizer: Any) -> None:
+    model = build_causal_lm(tiny.model, tokenizer)
     add_lora(model, LoraConfig(rank=2, targets=["q_proj", "mlp.up_proj"]), 0, train_head=False)
     adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert adapted == {f"model.layers.{i}.{end}" for i in (0, 1) for end in ("self_attn.q_proj", "mlp.up_proj")}
     with pytest.raises(UserError, match="no block has a linear layer 'query'; this model has down_proj, gate_proj"):
-        add_lora(causal(tiny.model, tokenizer), LoraConfig(rank=2, targets=["query"]), 0, train_head=False)
+        add_lora(build_causal_lm(tiny.model, tokenizer), LoraConfig(rank=2, targets=["query"]), 0, train_head=False)
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
-    """Give what is trained other values, as training would."""
+def perturb_trained(model: nn.Module) -> None:
+    """Change the trained parameters, as training would."""
     torch.manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:

@@ -1,4 +1,4 @@
-"""What holds for each family alike: one curve in every layout, an exact resume, a bundle that answers as recorded."""
+"""Tests of every family: the same curve in every layout, an exact resume, a bundle with golden outputs."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from tests.engine.train.ranks import losses
 
 
 @pytest.mark.parametrize("task", FAMILIES)
-def test_the_curve_is_the_same_in_every_layout(task: str, curves: Curves) -> None:
-    alone = curves[task, "alone"]
-    assert len(alone) == 6
-    assert losses(alone)[-1] < losses(alone)[0]
+def test_loss_curve_is_the_same_in_every_layout(task: str, curves: Curves) -> None:
+    reference = curves[task, "one"]
+    assert len(reference) == 6
+    assert losses(reference)[-1] < losses(reference)[0]
     for name in LAYOUTS:
         lines = curves[task, name]
-        assert losses(lines) == pytest.approx(losses(alone), abs=1e-5), name
-        assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-4)
-        assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in alone]
-        assert lines[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
+        assert losses(lines) == pytest.approx(losses(reference), abs=1e-5), name
+        assert [line["grad_norm"] for line in lines] == pytest.approx(
+            [line["grad_norm"] for line in reference], rel=1e-4
+        )
+        assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in reference]
+        assert lines[-1]["validation_loss"] == pytest.approx(reference[-1]["validation_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("task", FAMILIES)
-def test_resuming_is_bit_for_bit_the_straight_run(task: str, curves: Curves, runs_dir: Path) -> None:
-    assert losses(curves[task, "half 6"]) == losses(curves[task, "alone"])
-    ours, theirs = (
+def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(task: str, curves: Curves, runs_dir: Path) -> None:
+    assert losses(curves[task, "until 6"]) == losses(curves[task, "one"])
+    uninterrupted, resumed = (
         Checkpoint(step_folders(runs_dir / f"{task}-{name}" / "checkpoints")[0]).weights()
-        for name in ("alone", "halves")
+        for name in ("one", "resumed")
     )
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
+    assert uninterrupted.keys() == resumed.keys()
+    for name, weight in uninterrupted.items():
+        assert torch.equal(weight, resumed[name]), name
 
 
 @pytest.mark.parametrize("task", FAMILIES)
-def test_the_bundle_is_whole_and_answers_as_recorded(task: str, curves: Curves, runs_dir: Path) -> None:
+def test_bundle_verifies_and_reproduces_its_golden_outputs(task: str, curves: Curves, runs_dir: Path) -> None:
     bundle = Bundle.open(runs_dir / f"{task}-two" / "bundle")
     bundle.verify()
     assert bundle.manifest

@@ -12,24 +12,25 @@ import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, ServeConfig, with_values
-from engine.data.images import decode, from_base64, png
-from engine.data.manifest import Manifest, verify
+from engine.data.images import decode_image, encode_png, from_base64
+from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
+from engine.data.remote_store import verify
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.evaluate import evaluate_bundle
 from engine.models.size import parameter_count
-from engine.serve.deploy import refuse_what_cannot_serve
+from engine.serve.preflight import check_servable
 from tests.engine.objectives.conftest import (
     Curves,
+    build_task,
     gradients,
-    made,
     relative_error,
 )  # fmt: skip
 
 
-def test_loss_and_gradients_are_those_of_transformers(family: Callable[..., Config]) -> None:
-    objective, model, data = made(family("image_classification"))
+def test_loss_and_gradients_equal_transformers(family: Callable[..., Config]) -> None:
+    objective, model, data = build_task(family("image_classification"))
     samples = objective.samples(Split.open(data, "train"))
     batch = objective.collate([samples[i] for i in range(6)])
     loss = objective.loss(model, batch)
@@ -40,26 +41,26 @@ def test_loss_and_gradients_are_those_of_transformers(family: Callable[..., Conf
     assert relative_error(ours, gradients(model, theirs)) < 1e-6
 
 
-def test_faulty_rows_are_counted_and_pixels_are_those_of_the_image_processor(
+def test_faulty_rows_are_counted_and_pixels_equal_the_image_processors(
     family: Callable[..., Config], painted: Path
 ) -> None:
-    objective, _, data = made(family("image_classification"))
+    objective, _, data = build_task(family("image_classification"))
     manifest = verify(data)
     assert (manifest.kind, manifest.image_size, manifest.labels) == ("images", 16, ["blue", "green", "red"])
     assert manifest.skipped == {"not an image": 1, "without a label": 1, "without an image": 1}
     assert sum(split["documents"] for split in manifest.splits.values()) == 93
     row = pq.read_table(painted).slice(7, 1).to_pylist()[0]
-    image = decode(row["image"]["bytes"])
+    image = decode_image(row["image"]["bytes"])
     wanted = objective.image_processor(image, return_tensors="pt")["pixel_values"][0]
-    sample = objective.prepare({"image": png(np.asarray(image)), "label": row["colour"]})
+    sample = objective.prepare({"image": encode_png(np.asarray(image)), "label": row["colour"]})
     found = objective.collate([sample]).inputs["pixel_values"][0]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     shards = [Split.open(data, name) for name in manifest.splits]
-    assert any((split.image(i) == sample["pixels"]).all() for split in shards for i in range(split.rows))
-    assert np.array_equal(np.asarray(from_base64(png(sample["pixels"]))), sample["pixels"])
+    assert any((split.image(i) == sample["pixels"]).all() for split in shards for i in range(split.num_rows))
+    assert np.array_equal(np.asarray(from_base64(encode_png(sample["pixels"]))), sample["pixels"])
 
 
-def test_the_processor_decides_the_prepared_folder(family: Callable[..., Config]) -> None:
+def test_prepared_folder_depends_on_the_image_processor(family: Callable[..., Config]) -> None:
     config = family("image_classification")
     larger = with_values(config, {"data.image_size": 24})
     assert prepare(config) == prepare(with_values(config, {"data.sequence_length": 77}))
@@ -72,7 +73,7 @@ def test_the_processor_decides_the_prepared_folder(family: Callable[..., Config]
         verify(prepare(larger))
 
 
-def test_the_bundle_is_plain_transformers(curves: Curves, runs_dir: Path) -> None:
+def test_bundle_loads_with_plain_transformers(curves: Curves, runs_dir: Path) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     bundle = Bundle.open(runs_dir / "image_classification-two" / "bundle")
@@ -87,36 +88,38 @@ def test_the_bundle_is_plain_transformers(curves: Curves, runs_dir: Path) -> Non
     assert plain.objective().predict(plain.model(), [request]) == [ours]
 
 
-def test_the_bundle_is_evaluated_and_goes_on(curves: Curves, family: Callable[..., Config], runs_dir: Path) -> None:
+def test_bundle_is_evaluated(curves: Curves, family: Callable[..., Config], runs_dir: Path) -> None:
     folder = runs_dir / "image_classification-two" / "bundle"
     config = family("image_classification", evaluate__resamples=100)
     found = evaluate_bundle(folder, config)
     split = Split.open(found.data, "test")
-    assert found.examples == split.rows
+    assert found.examples == split.num_rows
     assert found.majority is not None
     assert 0 <= found.metrics["accuracy"].value <= 1
     bundle = Bundle.open(folder)
     labels = [
-        bundle.objective().predict(bundle.model(), [{"image": png(split.image(i))}])[0]["label"]
-        for i in range(split.rows)
+        bundle.objective().predict(bundle.model(), [{"image": encode_png(split.image(i))}])[0]["label"]
+        for i in range(split.num_rows)
     ]
     names = Manifest.load(found.data).labels
-    assert found.metrics["accuracy"].value == np.mean([names[split.label(i)] == labels[i] for i in range(split.rows)])
+    assert found.metrics["accuracy"].value == np.mean(
+        [names[split.label(i)] == labels[i] for i in range(split.num_rows)]
+    )
     with pytest.raises(
         UserError, match=r"is for image_classification, which reads images with labels, and the data are text"
     ):
         evaluate_bundle(folder, with_values(config, {"data.image_column": None, "data.label_column": None}))
 
 
-def test_an_image_bundle_is_not_deployed(curves: Curves, runs_dir: Path) -> None:
+def test_image_bundle_cannot_be_deployed(curves: Curves, runs_dir: Path) -> None:
     bundle = Bundle.open(runs_dir / "image_classification-two" / "bundle")
     with pytest.raises(UserError, match="is for image_classification, which the endpoint doesn't offer"):
-        refuse_what_cannot_serve(bundle, ServeConfig())
+        check_servable(bundle, ServeConfig())
 
 
-def test_work_by_hand(family: Callable[..., Config]) -> None:
-    objective, model, _ = made(family("image_classification"))
-    (stack,) = objective.stacks(model.config)
+def test_flops_by_hand(family: Callable[..., Config]) -> None:
+    objective, model, _ = build_task(family("image_classification"))
+    (stack,) = objective.transformer_stacks(model.config)
     positions, tokens = 5 * 32, 5
     matrices = parameter_count(model) - positions
     assert stack.tokens == tokens
@@ -124,19 +127,21 @@ def test_work_by_hand(family: Callable[..., Config]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model.type": "llama", "model.options": {}}, "model.type=llama reads no images"),
-        ({"data.image_size": 20}, "images of 20 pixels cannot be cut into patches of 8: use data.image_size=16"),
+        ({"data.image_size": 20}, "images of 20 pixels cannot be split into patches of 8: use data.image_size=16"),
         ({"data.image_column": "picture"}, r"no column 'picture' \(data.image_column\)"),
         ({"data.label_column": None}, "two labels or more, the data has 0: check data.label_column"),
         ({"data.caption": "always the same"}, "is the same for every image"),
-        ({"data.caption": "a {label"}, "cannot be read"),
+        ({"data.caption": "a {label"}, "cannot be parsed"),
         ({"data.source": "python_stdlib"}, "use data.source=files"),
         ({"model.options": {"patch_size": 8, "image_size": 32}}, "model.image_size 32 is not that of the images, 16"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_sentence(family: Callable[..., Config], changes: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
-        made(with_values(family("image_classification"), changes))
-    assert "\n" not in str(caught.value)
+def test_invalid_config_raises_a_one_line_error(
+    family: Callable[..., Config], changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_task(with_values(family("image_classification"), changes))
+    assert "\n" not in str(error.value)
