@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.config import Config
 from engine.errors import UserError
-from jobs.entry import names_data, start
+from jobs.entry import run_job, sets_data
 
 CODES = {"better": 0, "worse": 3, "not told apart": 4}
 
@@ -40,7 +40,7 @@ def compare(config: Config, data_given: bool) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return start("compare", lambda config: compare(config, names_data(words)), words, ("bundle", "evaluate.against"))
+    return run_job("compare", lambda config: compare(config, sets_data(words)), words, ("bundle", "evaluate.against"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Turn a run's checkpoint into a bundle or DeepSpeed's universal checkpoint, or such a one into a run's."""
+"""Convert a run's checkpoint to a bundle or a DeepSpeed universal checkpoint, or such a checkpoint to a run's."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import start
+from jobs.entry import run_job
 
 
 def convert(config: Config) -> None:
-    """Convert, and say where the result is."""
+    """Convert, and print where the result is."""
     from engine.train.convert import convert_and_show
 
     convert_and_show(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
-    return start("convert", convert, argv)
+    """Run the job of the command line."""
+    return run_job("convert", convert, argv)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config, replace, with_values
-from jobs.entry import compose, ray_session, start, training_session
+from jobs.entry import compose, ray_session, run_job, training_session
 
 
 def demo(config: Config) -> None:
     """Run every stage, each as the command of its name would, and show what came of it."""
     from rich.table import Table
 
+    from engine.bundles.alias import Alias
     from engine.bundles.bundle import Bundle
-    from engine.bundles.promotion import Alias
     from engine.bundles.registry import Registry
     from engine.evaluate.bootstrap import compare_paired
+    from engine.evaluate.environment import machine_info, package_versions
     from engine.evaluate.evaluate import evaluate_bundle
-    from engine.evaluate.facts import machine_info, package_versions
     from engine.evaluate.metrics import classification_details
     from engine.evaluate.report import write_report
     from engine.progress import console
@@ -198,7 +198,7 @@ def ask(url: str, name: str) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("demo", demo, argv)
+    return run_job("demo", demo, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import ray_session, start
+from jobs.entry import ray_session, run_job
 
 
 def deploy(config: Config) -> int:
@@ -27,7 +27,7 @@ def deploy(config: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("deploy", deploy, argv)
+    return run_job("deploy", deploy, argv)
 
 
 if __name__ == "__main__":

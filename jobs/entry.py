@@ -1,4 +1,4 @@
-"""From a command line to a checked config and a function; a mistake ends in one sentence and exit code 2."""
+"""Run a job: compose and check its config from a command line, and call its function; a mistake ends in one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,10 +16,22 @@ from typing import Any
 
 import yaml
 
-from cluster.environment import quiet_environment
+from cluster.environment import set_default_environment
 from cluster.errors import ClusterError
-from engine.config import Config, config_groups, declared, get, replace, resolve, to_dict, type_name, with_values
-from engine.errors import UserError, nearest
+from engine.config import (
+    Config,
+    config_groups,
+    current_keys,
+    current_override,
+    declared,
+    get,
+    replace,
+    resolve,
+    to_dict,
+    type_name,
+    with_values,
+)
+from engine.errors import UserError, did_you_mean
 from engine.train.requirements import check_machine
 
 Function = Callable[[Config], object]
@@ -30,16 +42,20 @@ HYDRA = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_sub
 CONTROLLER_PROCESSES = 3  # Ray Train's controller and what it starts beside the ranks
 
 
-def start(job: str, function: Function, argv: Sequence[str] | None = None, positions: Sequence[str] = ()) -> int:
-    """Run `function` on the config that `argv` asks of job `job`; return the exit code, which the function may choose.
+def run_job(
+    job: str, function: Function, argv: Sequence[str] | None = None, positional_keys: Sequence[str] = ()
+) -> int:
+    """Run `function` on the config of job `job` that `argv` describes; return the exit code, which the function may choose.
 
-    Words that aren't KEY=VALUE stand for the keys in `positions`, in their order.
+    Words that aren't KEY=VALUE are the values of `positional_keys`, in their order.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = named([word for word in words if word != "--debug"], positions)
-    quiet_environment()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kind kill ends like Ctrl-C
+    words = [
+        current_override(word) for word in add_keys([word for word in words if word != "--debug"], positional_keys)
+    ]
+    set_default_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends a job as Ctrl-C does
     try:
         if {"-h", "--help"} & set(words):
             print_help(job)
@@ -50,15 +66,15 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None, posit
             print(yaml.safe_dump(to_dict(compose(job, words)), sort_keys=False), end="")
             return 0
         if any(word in words for word in ("-c", "--cfg", "--info", "-p", "--package", "--resolve", "--hydra-help")):
-            _hydra(job, lambda config: None, words)
+            _run_hydra(job, lambda config: None, words)
             return 0
         if "-m" in words or "--multirun" in words:
             compose(job, [_first_choice(override) for override in overrides])
-            _hydra(job, function, words)
+            _run_hydra(job, function, words)
             return 0
         unknown = [word for word in words if word.startswith("-")]
         if unknown:
-            raise UserError(f"{unknown[0]} is no flag of manta {job}: see manta {job} --help")
+            raise UserError(f"{unknown[0]} is not a flag of manta {job}: see manta {job} --help")
         code = function(compose(job, overrides))
         return code if isinstance(code, int) else 0
     except (UserError, ClusterError) as error:
@@ -81,24 +97,24 @@ def start(job: str, function: Function, argv: Sequence[str] | None = None, posit
         return 1
 
 
-def named(words: Sequence[str], positions: Sequence[str]) -> list[str]:
-    """Turn the first words that aren't KEY=VALUE or a flag into values of the keys in `positions`."""
-    keys, found = iter(positions), []
+def add_keys(words: Sequence[str], positional_keys: Sequence[str]) -> list[str]:
+    """Turn the first words that aren't KEY=VALUE or a flag into values of `positional_keys`."""
+    keys, overrides = iter(positional_keys), []
     for word in words:
-        bare = "=" not in word and not word.startswith("-")
-        key = next(keys, None) if bare else None
-        found.append(f"{key}={word}" if key else word)
-    return found
+        is_positional = "=" not in word and not word.startswith("-")
+        key = next(keys, None) if is_positional else None
+        overrides.append(f"{key}={word}" if key else word)
+    return overrides
 
 
-def names_data(words: Sequence[str]) -> bool:
-    """Tell whether a command says which data to use."""
+def sets_data(words: Sequence[str]) -> bool:
+    """Return whether a command sets options of the data."""
     return any(word.lstrip("+").startswith(("data=", "data.", "experiment=")) for word in words)
 
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Be connected to the config's Ray; its logs are found in the run's folder."""
+    """Connect to the config's Ray cluster; its logs go to the run's folder."""
     from cluster.session import connect
 
     where = config.cluster
@@ -108,9 +124,9 @@ def ray_session(config: Config) -> Iterator[None]:
 
 @contextmanager
 def training_session(config: Config) -> Iterator[None]:
-    """Be connected to the config's Ray for a run; a Ray of the job's own prepares the run's processes at once.
+    """Connect to the config's Ray cluster for a run; a Ray instance of the job's own starts the run's processes at once.
 
-    Raises UserError for input data that aren't there, before Ray starts.
+    Raises UserError for missing input data, before Ray starts.
     """
     from engine.data.corpus import check_input
 
@@ -121,21 +137,21 @@ def training_session(config: Config) -> Iterator[None]:
         os.environ.setdefault(
             "RAY_prestart_worker_first_driver", "0"
         )  # Ray's own choice of processes fits none of ours
-    with quick_imports() as imported, ray_session(config):
-        from cluster.prestart import prestart
-        from engine.train.launch import environments
+    with imports_without_gc() as imports_done, ray_session(config):
+        from cluster.prestart import prestart_workers
+        from engine.train.launch import worker_environments
 
         if own:
-            controller, rank = environments(config)
-            prestart(CONTROLLER_PROCESSES, controller)
-            prestart(min(config.train.workers, os.cpu_count() or 1), rank, nested=True)
-        imported()
+            controller, rank = worker_environments(config)
+            prestart_workers(CONTROLLER_PROCESSES, controller)
+            prestart_workers(min(config.train.workers, os.cpu_count() or 1), rank, nested=True)
+        imports_done()
         yield
 
 
 @contextmanager
-def quick_imports() -> Iterator[Callable[[], None]]:
-    """Keep the garbage collector, which takes a quarter of the time of all imports, off until the function given is called."""
+def imports_without_gc() -> Iterator[Callable[[], None]]:
+    """Disable the garbage collector, which takes a quarter of the time of all imports, until the yielded function is called."""
     gc.disable()
     try:
         yield gc.enable
@@ -144,7 +160,7 @@ def quick_imports() -> Iterator[Callable[[], None]]:
 
 
 def compose(job: str, overrides: Sequence[str]) -> Config:
-    """Compose and check the config of a job. Raises UserError that names the key and the nearest right one."""
+    """Compose and check the config of a job. Raises UserError with the key and the nearest existing one."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException
@@ -152,18 +168,18 @@ def compose(job: str, overrides: Sequence[str]) -> Config:
 
     _store_schema()
     try:
-        plain, mappings = split_mappings(overrides)
+        plain, mappings = split_mappings([current_override(override) for override in overrides])
         with initialize_config_module("conf", version_base="1.3"):
             config = resolve(hydra_compose(job, plain))
             return with_values(config, mappings) if mappings else config
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_sentence(error, overrides)) from error
+        raise UserError(_explain(error, overrides)) from error
 
 
 def split_mappings(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take out the overrides of whole mappings, such as sweep.space={...}: they replace the mapping, where Hydra would merge.
+    """Separate the overrides of whole mappings, such as sweep.space={...}: they replace the mapping, where Hydra would merge.
 
-    A text with braces, such as data.caption='a {label}', is put in quotes, since Hydra would look for a mapping in it.
+    A text with braces, such as data.caption='a {label}', is quoted, since Hydra would parse it as a mapping.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -191,8 +207,8 @@ def _store_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def _hydra(job: str, function: Function, words: Sequence[str]) -> None:
-    """Leave --cfg, --multirun and the like to Hydra; a run of a multirun is named <name>-<number>."""
+def _run_hydra(job: str, function: Function, words: Sequence[str]) -> None:
+    """Let Hydra handle --cfg, --multirun and the like; each run of a multirun is named <name>-<number>."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -210,7 +226,7 @@ def _hydra(job: str, function: Function, words: Sequence[str]) -> None:
 
 
 def _first_choice(override: str) -> str:
-    """Turn a sweep like `optim.lr=1,2` into its first value, so that it can be checked before any run starts."""
+    """Return a multirun override such as `optim.lr=1,2` with its first value only, to check it before any run starts."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_override(override)
@@ -219,34 +235,36 @@ def _first_choice(override: str) -> str:
     return f"{parsed.key_or_group}={next(iter(parsed.sweep_string_iterator()))}"
 
 
-def _sentence(error: Exception, overrides: Sequence[str]) -> str:
-    """Say in one sentence what Hydra or OmegaConf found wrong."""
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Return one sentence about an error of Hydra or OmegaConf."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = f"{error}\n{cause}"
     known = {key: hint for key, _, hint in declared()}
-    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
+    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct|Key '([^']+)' not in", text):
         full = re.search(r"full_key: (\S+)", text)
-        key = found.group(1) or (full.group(1) if full else found.group(2) or found.group(3))
-        return f"{key} is not an option{nearest(key, known)}"
-    if found := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
+        key = match.group(1) or (full.group(1) if full else match.group(2) or match.group(3))
+        if key in current_keys():  # in a YAML file of conf/
+            return f"{key} is now called {current_keys()[key]}: use that name"
+        return f"{key} is not an option{did_you_mean(key, known)}"
+    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        return f"{found.group(1)}={found.group(2)} is not one of {', '.join(options)}{nearest(found.group(2), options)}"
-    if found := re.search(r"In '[^']+': Could not find '([^']+)'", text):
-        return f"{found.group(1)} is not there"
+        return f"{match.group(1)}={match.group(2)} is not one of {', '.join(options)}{did_you_mean(match.group(2), options)}"
+    if match := re.search(r"In '[^']+': Could not find '([^']+)'", text):
+        return f"conf/{match.group(1)}.yaml does not exist"
     key = next(iter(re.findall(r"full_key: (\S+)", text)), "")
-    if key in known and (found := re.search(r"[Vv]alue '(.*?)'", text)):
-        return f"{key}={found.group(1)} is not {type_name(known[key])}"
+    if key in known and (match := re.search(r"[Vv]alue '(.*?)'", text)):
+        return f"{key}={match.group(1)} is not {type_name(known[key])}"
     if not key:
         for override in overrides:
             if override.split("=")[0] in text and "=" in override:
-                return f"{override} cannot be understood: {text.strip().splitlines()[0]}"
+                return f"{override} cannot be parsed: {text.strip().splitlines()[0]}"
     return f"{key + ': ' if key else ''}{text.strip().splitlines()[0]}"
 
 
 def print_help(job: str) -> None:
-    """Print what a job is for, its groups and every option with its default."""
+    """Print what a job does, its config groups and every option with its default."""
     import importlib
 
     from rich.console import Console
@@ -255,7 +273,7 @@ def print_help(job: str) -> None:
     console = Console()
     module = importlib.import_module(f"jobs.{job}")
     console.print(f"[bold]manta {job}[/] [group=NAME] [key=value] [--cfg job] [-m] [--debug]\n\n{module.__doc__}")
-    console.print("Groups (group=NAME picks a file of conf/):")
+    console.print("Groups (group=NAME selects a file of conf/):")
     for group, names in config_groups():
         console.print(f"  {group}: {', '.join(names)}", highlight=False)
     defaults = compose(job, [])

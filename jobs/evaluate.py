@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import start
+from jobs.entry import run_job
 
 SHORT = ("suite=", "tasks=", "endpoint=")
 
@@ -25,7 +25,7 @@ def evaluate(config: Config) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return start("evaluate", evaluate, [f"evaluate.{w}" if w.startswith(SHORT) else w for w in words], ("bundle",))
+    return run_job("evaluate", evaluate, [f"evaluate.{w}" if w.startswith(SHORT) else w for w in words], ("bundle",))
 
 
 if __name__ == "__main__":

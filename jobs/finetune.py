@@ -1,4 +1,4 @@
-"""Go on from a bundle (bundle=...) with another objective or other data."""
+"""Fine-tune a bundle (bundle=...) with another objective or other data."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import start, training_session
+from jobs.entry import run_job, training_session
 
 
 def finetune(config: Config) -> None:
-    """Train, and say where the bundle is."""
+    """Train, and print where the bundle is."""
     with training_session(config):
         from cluster.prestart import prestart_workers
         from engine.train.launch import train
@@ -19,8 +19,8 @@ def finetune(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
-    return start("finetune", finetune, argv)
+    """Run the job of the command line."""
+    return run_job("finetune", finetune, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from engine.config import Config
 from engine.errors import UserError
-from jobs.entry import start, training_session
+from jobs.entry import run_job, training_session
 
 
 def improve(config: Config) -> int:
@@ -27,7 +27,7 @@ def improve(config: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("improve", improve, argv, ("bundle",))
+    return run_job("improve", improve, argv, ("bundle",))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from engine.config import Config
-from jobs.entry import start
+from jobs.entry import run_job
 
 
 def key(config: Config) -> None:
@@ -60,7 +60,7 @@ def date(timestamp: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("key", key, argv, ("key.action", "name"))
+    return run_job("key", key, argv, ("key.action", "name"))
 
 
 if __name__ == "__main__":

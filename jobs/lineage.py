@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.config import Config
 from engine.errors import UserError
-from jobs.entry import start
+from jobs.entry import run_job
 
 NOT_WHOLE = 3
 
@@ -43,7 +43,7 @@ def lineage(config: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("lineage", lineage, argv, ("bundle",))
+    return run_job("lineage", lineage, argv, ("bundle",))
 
 
 if __name__ == "__main__":

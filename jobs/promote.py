@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from engine.config import Config
 from engine.errors import UserError
-from jobs.entry import names_data, start
+from jobs.entry import run_job, sets_data
 
 
 def promote(config: Config, data_given: bool) -> None:
@@ -27,7 +27,7 @@ def promote(config: Config, data_given: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return start("promote", lambda config: promote(config, names_data(words)), words, ("bundle",))
+    return run_job("promote", lambda config: promote(config, sets_data(words)), words, ("bundle",))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from engine.config import Config
 from engine.errors import UserError
-from jobs.entry import ray_session, start
+from jobs.entry import ray_session, run_job
 
 
 def rollback(config: Config) -> None:
@@ -36,7 +36,7 @@ def rollback(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the command line asks for."""
-    return start("rollback", rollback, argv, ("bundle",))
+    return run_job("rollback", rollback, argv, ("bundle",))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""List the runs (state, progress, loss, age, lineage), or show one: its options, curve, origin and checkpoints."""
+"""List the runs (state, progress, loss, age, lineage), or show one: its options, loss curve, lineage and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config import Config, flatten, read_tree
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.train.run_folder import RunFolder, RunStatus, flatten_config, list_runs
 
 BARS = "▁▂▃▄▅▆▇█"
-WIDTH = 64  # of a curve, in characters
+WIDTH = 64  # maximum length of a curve, in characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,19 +28,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="manta runs", description=__doc__)
     parser.add_argument("name", nargs="?", help="show this run")
     parser.add_argument(
-        "--verify", action="store_true", help="read the run's checkpoints whole, and say which are sound"
+        "--verify", action="store_true", help="read the run's checkpoints completely, and report which are intact"
     )
-    parser.add_argument("--runs-dir", default="runs", help="where runs are kept (default: runs)")
+    parser.add_argument("--runs-dir", default="runs", help="folder with all runs (default: runs)")
     options = parser.parse_args(argv)
     runs = list_runs(Path(options.runs_dir))
     if options.name:
         status = dict(runs).get(options.name)
         if status is None:
             raise UserError(
-                f"there is no run '{options.name}' in {options.runs_dir}{nearest(options.name, dict(runs))}"
+                f"there is no run '{options.name}' in {options.runs_dir}{did_you_mean(options.name, dict(runs))}"
             )
         console = Console(highlight=False, soft_wrap=True)
-        for title, lines in page(RunFolder(Path(options.runs_dir) / options.name), status, options.verify).items():
+        for title, lines in describe_run(
+            RunFolder(Path(options.runs_dir) / options.name), status, options.verify
+        ).items():
             for i, line in enumerate(lines):
                 console.print(f"{title if i == 0 else '':<12}{line}", markup=False)
         return 0
@@ -61,35 +63,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(run: RunFolder, status: RunStatus, verify: bool) -> dict[str, list[str]]:
-    """Return what there is to say of one run, title -> lines."""
+def describe_run(run: RunFolder, status: RunStatus, verify: bool) -> dict[str, list[str]]:
+    """Return the description of one run, title -> lines."""
     metrics = list(run.metrics())
-    told = f"{status.job}, {status.state}, step {status.step} of {status.max_steps}, {age(time.time() - status.updated)} ago"
-    shown = {"run": [told, *([status.message] if status.message else [])]}
-    shown["options"] = changed_options(read_tree(run.config_file)) if run.config_file.is_file() else []
+    summary = f"{status.job}, {status.state}, step {status.step} of {status.max_steps}, {age(time.time() - status.updated)} ago"
+    sections = {"run": [summary, *([status.message] if status.message else [])]}
+    sections["options"] = changed_options(read_tree(run.config_file)) if run.config_file.is_file() else []
     for name in ("loss", "validation_loss"):
         values = [line[name] for line in metrics if line.get(name) is not None]
         if values:
-            shown[name.replace("_", " ")] = [
-                f"{curve(values)} {values[0]:.4f} -> {values[-1]:.4f}, least {min(values):.4f}"
+            sections[name.replace("_", " ")] = [
+                f"{curve(values)} {values[0]:.4f} -> {values[-1]:.4f}, minimum {min(values):.4f}"
             ]
-    shown["from"] = [f"{what} {place}" for what, place in (("data", status.data), ("bundle", status.parent)) if place]
+    sections["from"] = [
+        f"{kind} {folder}" for kind, folder in (("data", status.data), ("bundle", status.parent)) if folder
+    ]
     if (file := run.bundle / "manta.json").is_file():
         bundle = json.loads(file.read_text())
-        shown["bundle"] = [f"{run.bundle} (step {bundle['run']['step']}, hash {bundle['hash'][:12]})"]
-    shown["checkpoints"] = checkpoint_lines(run, verify)
-    return shown
+        sections["bundle"] = [f"{run.bundle} (step {bundle['run']['step']}, hash {bundle['hash'][:12]})"]
+    sections["checkpoints"] = checkpoint_lines(run, verify)
+    return sections
 
 
 def changed_options(tree: dict[str, Any]) -> list[str]:
-    """Return KEY=VALUE of each option of a run that isn't its declared default."""
-    before = flatten(Config())
-    return [f"{key}={value}" for key, value in flatten_config(tree).items() if before.get(key, value) != value]
+    """Return KEY=VALUE of each option of a run that differs from its default."""
+    defaults = flatten(Config())
+    return [f"{key}={value}" for key, value in flatten_config(tree).items() if defaults.get(key, value) != value]
 
 
 def checkpoint_lines(run: RunFolder, verify: bool) -> list[str]:
-    """Return a line for each checkpoint: step, size, and whether it is sound, where that is to be found out."""
-    from engine.plan.plan import size  # with torch, which a list of runs does without
+    """Return a line for each checkpoint: its folder, its size and, with `verify`, whether it is intact."""
+    from engine.plan.plan import size  # imports torch, which a list of runs doesn't need
     from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, step_folders
 
     lines = []
@@ -98,15 +102,15 @@ def checkpoint_lines(run: RunFolder, verify: bool) -> list[str]:
             checkpoint = Checkpoint(folder)
             if verify:
                 checkpoint.verify()
-            told = f"{size(sum(file['bytes'] for file in checkpoint.files))}{', sound' if verify else ''}"
+            summary = f"{size(sum(file['bytes'] for file in checkpoint.files))}{', intact' if verify else ''}"
         except BrokenCheckpoint as error:
-            told = f"broken: {error}"
-        lines.append(f"{folder} ({told})")
+            summary = f"broken: {error}"
+        lines.append(f"{folder} ({summary})")
     return lines
 
 
 def curve(values: list[float]) -> str:
-    """Draw values in a line of at most WIDTH bars, each the mean of its stretch."""
+    """Draw values as a line of at most WIDTH bars, each the mean of consecutive values."""
     count = min(WIDTH, len(values))
     edges = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]

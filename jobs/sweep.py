@@ -1,4 +1,4 @@
-"""Search hyperparameters with Ray Tune, and make the best trial a bundle."""
+"""Search hyperparameters with Ray Tune, and export the best trial as a bundle."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from engine.config import Config
-from jobs.entry import ray_session, start
+from jobs.entry import ray_session, run_job
 
 
 def sweep(config: Config) -> None:
-    """Run the trials, and say which is best and where its bundle and the report are."""
+    """Run the trials, and print the best one, its bundle and the report."""
     from engine.data.corpus import check_input
     from engine.sweep.launch import sweep
     from engine.sweep.search_space import parse_search_space
@@ -31,8 +31,8 @@ def sweep(config: Config) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
-    return start("sweep", sweep, argv)
+    """Run the job of the command line."""
+    return run_job("sweep", sweep, argv)
 
 
 if __name__ == "__main__":
