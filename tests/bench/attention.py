@@ -1,8 +1,8 @@
-"""Forward and backward of attention on a processor in bf16: ours by blocks against torch's sdpa and the eager kind of transformers.
+"""Forward and backward passes of attention on a CPU in bf16: blockwise attention against torch's sdpa and transformers' eager attention.
 
-Shapes of models that train on a processor, [samples x heads, length, width of a head], causal or not. Predicted: 2 of sdpa's
-rate (its tiles are multiplied at a tenth of the rate of whole matrices, but our scores go through memory), 1.5 of eager's at
-short lengths and more at long ones, whose scores no cache holds.
+Shapes of models that train on a CPU, [samples x heads, length, head dimension], causal or not. Predicted: 2 times sdpa's rate
+(it multiplies its tiles at a tenth of the rate of large matrices, but our scores go through memory), 1.5 times eager's at short
+lengths and more at long ones, whose scores do not fit into the cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +27,16 @@ SHAPES = {
     "long": (1, 12, 4096, 64, True),
     "BERT": (16, 12, 128, 64, False),
 }
-TURNS = 5
+PASSES = 5
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attend as torch does, with its output in the order that models ask for."""
+    """Compute torch's attention, with the output transposed as models need it."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).contiguous()
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attend as `eager_attention_forward` of transformers does."""
+    """Compute attention as transformers' `eager_attention_forward` does."""
     scores = query @ key.mT * query.shape[-1] ** -0.5
     if causal:
         scores = scores + torch.full(scores.shape[-2:], torch.finfo(scores.dtype).min, dtype=scores.dtype).triu(1)
@@ -45,32 +44,32 @@ def eager(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attend by blocks."""
-    answer: Tensor = blockwise_attention(query, key, value, None, causal, query.shape[-1] ** -0.5)
-    return answer
+    """Compute blockwise attention."""
+    output: Tensor = blockwise_attention(query, key, value, None, causal, query.shape[-1] ** -0.5)
+    return output
 
 
-def rate(attend: Callable[..., Tensor], parts: list[Tensor], slope: Tensor, causal: bool) -> float:
-    """Return forward and backward passes a second."""
-    began = time.perf_counter()
-    for _ in range(TURNS):
-        torch.autograd.grad(attend(*parts, causal), parts, slope)
-    return TURNS / (time.perf_counter() - began)
+def rate(attention: Callable[..., Tensor], tensors: list[Tensor], grad_output: Tensor, causal: bool) -> float:
+    """Return forward and backward passes per second."""
+    start = time.perf_counter()
+    for _ in range(PASSES):
+        torch.autograd.grad(attention(*tensors, causal), tensors, grad_output)
+    return PASSES / (time.perf_counter() - start)
 
 
 def main() -> None:
     """Print the ratios for each shape."""
     if not hardware.has_bf16():
-        raise SystemExit("this processor has no bf16: training here is in fp32, with torch's attention")
+        raise SystemExit("this CPU has no bf16: training here is in fp32, with torch's attention")
     torch.set_num_threads(os.cpu_count() or 1)
-    for name, (samples, heads, length, width, causal) in SHAPES.items():
-        like: dict[str, Any] = {"dtype": torch.bfloat16}
-        parts = [torch.randn(samples, length, heads, width, **like).transpose(1, 2).requires_grad_() for _ in range(3)]
-        slope = torch.randn(samples, length, heads, width, **like)
-        print(f"\n{name}: {samples} x {heads}, {length}, {width}{', causal' if causal else ''}")
-        kinds = (ours, sdpa, eager)
-        found = interleave({kind.__name__: partial(rate, kind, parts, slope, causal) for kind in kinds})
-        show(found, "passes/s", "ours", {"sdpa": 1.0, "eager": 1.0}, name)
+    for name, (samples, heads, length, head_dim, causal) in SHAPES.items():
+        shape, options = (samples, length, heads, head_dim), {"dtype": torch.bfloat16}
+        tensors = [torch.randn(shape, **options).transpose(1, 2).requires_grad_() for _ in range(3)]
+        grad_output = torch.randn(shape, **options)
+        print(f"\n{name}: {samples} x {heads}, {length}, {head_dim}{', causal' if causal else ''}")
+        functions = (ours, sdpa, eager)
+        rates = interleave({f.__name__: partial(rate, f, tensors, grad_output, causal) for f in functions})
+        show(rates, "passes/s", "ours", {"sdpa": 1.0, "eager": 1.0}, name)
 
 
 if __name__ == "__main__":

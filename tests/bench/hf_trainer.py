@@ -1,11 +1,10 @@
-"""`manta pretrain` against Hugging Face's Trainer with DeepSpeed, both as whole commands in processes of their own.
+"""`manta pretrain` against Hugging Face's Trainer with DeepSpeed, each as a command in its own process.
 
 The same model (llama_5m), shards, order, batch (16 x 256 tokens), ZeRO stage 1, precision, fused AdamW with clipping, one
-process with all cores. The Trainer logs once, at the end, and reads samples in a process beside it, as its users are told to.
+process with all cores. The Trainer logs once, at the end, and loads samples in a worker process, as its documentation advises.
 Predicted for the step: 1.4, compiled or not. The Trainer's attention, two fifths of its step, takes twice as long as ours; it
-holds the logits whole, in fp32 too, and goes over them some six times more than our chunked loss (10 ms each of some 400); its
-wrappers, callbacks and check of the loss for NaN add a few milliseconds. Predicted for the command: 1.0 at 40 steps, as Ray's
-start is ours alone.
+keeps all logits, also in fp32, and reads them some six times more often than our chunked loss (10 ms each of some 400); its
+wrappers, callbacks and NaN check add a few milliseconds. Predicted for the command: 1.0 at 40 steps, as only ours starts Ray.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from pathlib import Path
 
 from tests.bench.interleaved import interleave, show
 
-STEPS, WARM, BATCH, LENGTH = 40, 10, 16, 256
+STEPS, WARMUP_STEPS, BATCH, LENGTH = 40, 10, 16, 256
 ROOT = Path(__file__).parents[2]
 PEERS = Path(sys.prefix) / "peers"  # `make bench` installs accelerate there
 
 
 def trainer(data: str, out: str, precision: str, compiled: str) -> None:
-    """Be the peer: train, save the model, and print when each step ended."""
+    """Run the peer: train, save the model, and print the time at which each step ended."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from engine.data.order import Order
+    from engine.data.order import DataOrder
     from engine.data.packing import Blocks
     from engine.data.shards import Split
     from engine.data.tokenizer import load_tokenizer
@@ -39,19 +38,19 @@ def trainer(data: str, out: str, precision: str, compiled: str) -> None:
 
     config = compose("pretrain", [])
     blocks = Blocks(Split.open(Path(data), "train"), LENGTH)
-    order = Order(len(blocks), BATCH, config.seed)
+    order = DataOrder(len(blocks), BATCH, config.seed)
 
     class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
             return STEPS * BATCH
 
         def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-            tokens = torch.as_tensor(blocks[order.samples(i // BATCH)[i % BATCH]]["tokens"][:LENGTH])
+            tokens = torch.as_tensor(blocks[order.sample_ids(i // BATCH)[i % BATCH]]["tokens"][:LENGTH])
             return {"input_ids": tokens, "labels": tokens}
 
     ends: list[float] = []
 
-    class Clock(TrainerCallback):
+    class StepTimer(TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
             ends.append(time.time())
 
@@ -72,69 +71,77 @@ def trainer(data: str, out: str, precision: str, compiled: str) -> None:
     model = AutoModelForCausalLM.from_config(
         transformers_config(config.model, tokenizer, {}), attn_implementation="sdpa"
     )
-    teacher = Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[Clock()])
-    teacher.train()
-    teacher.save_model(out)
+    hf_trainer = Trainer(model=model, args=arguments, train_dataset=Samples(), callbacks=[StepTimer()])
+    hf_trainer.train()
+    hf_trainer.save_model(out)
     print(json.dumps(ends))
 
 
-def steady(ends: list[float]) -> float:
-    """Return tokens a second from the end of step WARM to that of the last."""
-    return (len(ends) - WARM) * BATCH * LENGTH / (ends[-1] - ends[WARM - 1])
+def steady_rate(ends: list[float]) -> float:
+    """Return tokens per second from the end of step WARMUP_STEPS to that of the last."""
+    return (len(ends) - WARMUP_STEPS) * BATCH * LENGTH / (ends[-1] - ends[WARMUP_STEPS - 1])
 
 
 def run_ours(folder: str, name: str, precision: str, compiled: bool) -> tuple[float, float]:
-    """Run `manta pretrain`; return its tokens a second in the steady state and its seconds in all."""
+    """Run `manta pretrain`; return its tokens per second after warm-up and the seconds of the command."""
     command = [
         sys.executable, "-m", "jobs.pretrain", f"runs_dir={folder}", f"name={name}", "zero.stage=1", f"train.max_steps={STEPS}",
         f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", f"train.precision={precision}", "train.evaluate_samples=1",
         "tracking.enabled=false", f"train.compile={compiled}",
     ]  # fmt: skip
-    began = time.time()
+    start = time.time()
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    seconds = time.time() - began
+    seconds = time.time() - start
     lines = (Path(folder) / name / "metrics.jsonl").read_text().splitlines()
-    return steady([json.loads(line)["time"] for line in lines]), seconds
+    return steady_rate([json.loads(line)["time"] for line in lines]), seconds
 
 
 def run_trainer(data: Path, out: str, precision: str, compiled: bool) -> tuple[float, float]:
-    """Run the peer; return the same."""
-    how = "compiled" if compiled else "as it is"
-    command = [sys.executable, "-m", "tests.bench.hf_trainer", str(data), out, precision, how]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    """Run the peer; return the same two numbers."""
+    mode = "compiled" if compiled else "eager"
+    command = [sys.executable, "-m", "tests.bench.hf_trainer", str(data), out, precision, mode]
+    single_rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29571",
+    }
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(PEERS)])}
-    began = time.time()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | alone | paths)
-    seconds = time.time() - began
-    return steady(json.loads(done.stdout.strip().splitlines()[-1])), seconds
+    start = time.time()
+    process = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | single_rank | paths
+    )
+    seconds = time.time() - start
+    return steady_rate(json.loads(process.stdout.strip().splitlines()[-1])), seconds
 
 
 def compare(data: Path, folder: str, precision: str, compiled: bool, repeats: int) -> None:
-    """Print the ratios of the steady state and of the whole command."""
+    """Print the ratios after warm-up and of the whole command."""
     seconds: dict[str, list[float]] = {"ours": [], "Trainer": []}
-    turn = iter(range(1000))
+    run_numbers = iter(range(1000))
 
-    def measure(who: str) -> float:
-        name = f"{precision}-{compiled}-{next(turn)}"
-        if who == "ours":
+    def measure(contestant: str) -> float:
+        name = f"{precision}-{compiled}-{next(run_numbers)}"
+        if contestant == "ours":
             rate, whole = run_ours(folder, name, precision, compiled)
         else:
             rate, whole = run_trainer(data, f"{folder}/{name}", precision, compiled)
-        seconds[who].append(whole)
+        seconds[contestant].append(whole)
         return rate
 
-    found = interleave({who: (lambda who=who: measure(who)) for who in seconds}, repeats=repeats)
-    how = f"{precision}, both compiled" if compiled else precision
-    print(f"\n{how}, ZeRO 1, {os.cpu_count()} cores, steps {WARM + 1} to {STEPS}")
-    show(found, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {how}")
+    rates = interleave({name: (lambda name=name: measure(name)) for name in seconds}, repeats=repeats)
+    setting = f"{precision}, both compiled" if compiled else precision
+    print(f"\n{setting}, ZeRO 1, {os.cpu_count()} cores, steps {WARMUP_STEPS + 1} to {STEPS}")
+    show(rates, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {setting}")
     print(f"the whole command, {STEPS} steps")
-    whole = {who: [STEPS * BATCH * LENGTH / s for s in values[1:]] for who, values in seconds.items()}
-    show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {how}")
+    whole = {name: [STEPS * BATCH * LENGTH / s for s in values[1:]] for name, values in seconds.items()}
+    show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {setting}")
 
 
 def main() -> None:
-    """Compare as they come, and compiled."""
-    from cluster.environment import quiet_environment
+    """Compare eager and compiled."""
+    from cluster.environment import set_default_environment
     from engine.config import with_values
     from engine.data.prepare import prepare
     from engine.train.hardware import has_bf16
@@ -142,7 +149,7 @@ def main() -> None:
 
     if not PEERS.is_dir():
         raise SystemExit(f"{PEERS} lacks accelerate, which the Trainer needs: make bench installs it there")
-    quiet_environment()
+    set_default_environment()
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(with_values(compose("pretrain", []), {"runs_dir": folder}))
         precision = "bf16" if has_bf16() else "fp32"

@@ -1,9 +1,9 @@
 """Seconds from the SIGKILL of a worker to the next step, against torchrun's restart of a plain DeepSpeed loop.
 
 Two workers, llama_5m, the same batch, ZeRO 1, a checkpoint every ten steps. Ours runs through Ray Train as `manta
-pretrain` does, and is killed once its spare processes are ready (see engine/train/trainer.py). torchrun starts new
-processes, which import torch, transformers and DeepSpeed, some five seconds each; ours has them at hand, and Ray Train
-forms a group anew in one to two. Predicted: 0.5 to 0.8.
+pretrain` does, and is killed once its standby processes are ready (see engine/train/trainer.py). torchrun starts new
+processes, which import torch, transformers and DeepSpeed, some five seconds each; ours has preloaded them, and Ray Train
+forms a new process group in one to two. Predicted: 0.5 to 0.8.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import psutil
 
-from engine.train.preload import RANK
+from engine.train.preload import RANK_VARIABLE
 from tests.bench.interleaved import interleave, show
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
-AT = 25  # the step at which a worker is killed; the checkpoint before it is of step 20
-HUNG_S = 60.0  # after which a restart counts as failed
-# Or torchrun's new ranks find the addresses of those that ended, and most of its restarts hang.
+KILL_STEP = 25  # a worker is killed at this step; the last checkpoint is of step 20
+RESTART_TIMEOUT_S = 60.0
+# Without it torchrun's new ranks read the addresses of the ended ones, and most of its restarts hang.
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 PEER = """
 import json, os, sys, time
@@ -66,25 +66,25 @@ while step < 100_000:
 """
 
 
-def lines(file: Path) -> list[dict[str, float]]:
-    """Return the whole lines of a log."""
+def read_log(file: Path) -> list[dict[str, float]]:
+    """Return the complete lines of a log."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def wait(what: Callable[[], object], process: subprocess.Popen[bytes], at_most_s: float = 180.0) -> None:
-    """Wait until `what` holds. Raises RuntimeError where the process ends before, TimeoutError where it takes too long."""
-    limit = time.monotonic() + at_most_s
-    while not what():
+def wait(condition: Callable[[], object], process: subprocess.Popen[bytes], timeout_s: float = 180.0) -> None:
+    """Wait until `condition` holds. Raises RuntimeError if the process ends before, TimeoutError after timeout_s."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         if process.poll() is not None:
             raise RuntimeError(f"a contestant ended: see {process.args}")
-        if time.monotonic() > limit:
+        if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.01)
 
 
-def ranks(process: subprocess.Popen[bytes], word: str) -> Iterator[psutil.Process]:
+def processes_matching(process: subprocess.Popen[bytes], word: str) -> Iterator[psutil.Process]:
     """Yield the contestant's processes with a word in their command line."""
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -94,29 +94,31 @@ def ranks(process: subprocess.Popen[bytes], word: str) -> Iterator[psutil.Proces
             continue
 
 
-def spares(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Return the processes that wait to be ranks and have done their imports: they use no processor time."""
-    idle = [child for child in ranks(process, "ray::IDLE") if child.environ().get(RANK)]
+def standby_processes(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the standby workers that have finished their imports: they use no CPU time."""
+    idle = [child for child in processes_matching(process, "ray::IDLE") if child.environ().get(RANK_VARIABLE)]
     return [child for child in idle if child.cpu_percent(0.5) < 5 and child.memory_info().rss > 250e6]
 
 
-def seconds(command: list[str], log: Path, word: str, ready: Callable[[subprocess.Popen[bytes]], bool]) -> float:
+def restart_seconds(
+    command: list[str], log: Path, word: str, ready: Callable[[subprocess.Popen[bytes]], bool]
+) -> float:
     """Start a contestant, kill one of its ranks and return the seconds to the next step."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | NEW_STORE
     with (
-        open(os.devnull, "wb") as nowhere,
-        subprocess.Popen(command, stdout=nowhere, stderr=nowhere, cwd=ROOT, env=environment) as process,
+        open(os.devnull, "wb") as devnull,
+        subprocess.Popen(command, stdout=devnull, stderr=devnull, cwd=ROOT, env=environment) as process,
     ):
         try:
-            wait(lambda: len(lines(log)) >= AT and ready(process), process)
-            victim = list(ranks(process, word))[-1]
+            wait(lambda: len(read_log(log)) >= KILL_STEP and ready(process), process)
+            victim = list(processes_matching(process, word))[-1]
             killed = time.time()
             victim.kill()
-            time.sleep(0.3)  # a step that was under way may still be told
-            wait(lambda: lines(log)[-1]["time"] > killed + 0.3, process, HUNG_S)
-            return next(line["time"] for line in lines(log) if line["time"] > killed + 0.3) - killed
+            time.sleep(0.3)  # a step that was running may still be logged
+            wait(lambda: read_log(log)[-1]["time"] > killed + 0.3, process, RESTART_TIMEOUT_S)
+            return next(line["time"] for line in read_log(log) if line["time"] > killed + 0.3) - killed
         finally:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has already ended
                 children = psutil.Process(process.pid).children(recursive=True)
                 process.send_signal(signal.SIGINT)
                 for child in psutil.wait_procs(children, timeout=30)[1]:
@@ -126,31 +128,31 @@ def seconds(command: list[str], log: Path, word: str, ready: Callable[[subproces
 def main() -> None:
     """Print the ratio."""
     with tempfile.TemporaryDirectory() as name:
-        folder, turn = Path(name), iter(range(1000))
+        folder, run_numbers = Path(name), iter(range(1000))
         peer = folder / "peer.py"
         peer.write_text(PEER)
-        prepared = [
+        pretrain = [
             sys.executable, "-m", "jobs.manta", "pretrain", f"runs_dir={folder}", "train.global_batch=2", "zero.stage=1",
             "tracking.enabled=false", "train.evaluate_samples=1",
         ]  # fmt: skip
-        subprocess.run([*prepared, "name=first", "train.max_steps=1"], check=True, capture_output=True, cwd=ROOT)
+        subprocess.run([*pretrain, "name=first", "train.max_steps=1"], check=True, capture_output=True, cwd=ROOT)
 
         def ours() -> float:
-            run = f"ours{next(turn)}"
+            run = f"ours{next(run_numbers)}"
             command = [
-                *prepared, f"name={run}", f"train.workers={WORKERS}", "train.max_steps=100000", "train.checkpoint_every=10",
+                *pretrain, f"name={run}", f"train.workers={WORKERS}", "train.max_steps=100000", "train.checkpoint_every=10",
             ]  # fmt: skip
-            enough = lambda process: len(spares(process)) >= WORKERS  # noqa: E731
-            return seconds(command, folder / run / "metrics.jsonl", "RayTrainWorker", enough)
+            is_ready = lambda process: len(standby_processes(process)) >= WORKERS  # noqa: E731
+            return restart_seconds(command, folder / run / "metrics.jsonl", "RayTrainWorker", is_ready)
 
         def torchrun() -> float:
-            place = folder / f"peer{next(turn)}"
-            place.mkdir()
+            peer_folder = folder / f"peer{next(run_numbers)}"
+            peer_folder.mkdir()
             command = [
                 sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}",
-                "--max-restarts=3", str(peer), str(place), str(folder / "first" / "bundle"),
+                "--max-restarts=3", str(peer), str(peer_folder), str(folder / "first" / "bundle"),
             ]  # fmt: skip
-            return seconds(command, place / "metrics.jsonl", str(peer), lambda process: True)
+            return restart_seconds(command, peer_folder / "metrics.jsonl", str(peer), lambda process: True)
 
         show(interleave({"ours": ours, "torchrun": torchrun}, repeats=3), "s", "ours", {"torchrun": 1.0})
 

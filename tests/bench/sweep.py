@@ -1,13 +1,13 @@
-"""A sweep of 16 trials on one small task: its wall time, the steps that ASHA spends, and what each trial costs beside its steps.
+"""A sweep of 16 trials on one small task: its wall time, the steps that ASHA runs, and the overhead of each trial.
 
-The task: a pre-trained llama_tiny learns to name the package of a function (standard library, 64 tokens), two trials at a
-time on two cores, in fp32. The plain pattern is the one of Ray's manual: a Tune driver for each trial that fits a
-TorchTrainer, whose worker imports, joins a process group, loads the base weights and trains with the same loop, so that the
-results are equal (the losses are compared). Each is a command in a process of its own, with its own Ray.
+The task: a pre-trained llama_tiny learns to classify functions by package (standard library, 64 tokens), two trials at a time
+on two cores, in fp32. The plain pattern is that of Ray's documentation: a Tune driver for each trial that fits a TorchTrainer,
+whose worker imports, joins a process group, loads the base weights and trains with the same loop, so that the results are equal
+(the losses are compared). Each is a command in its own process, with its own Ray.
 
-Predicted: 6 times the plain pattern at 32 steps a trial, since there each trial starts a controller and a worker (15 s of
-processor time) for 3 s of steps; 0.16 of the steps at 96 a trial with one in four going on after 6 and 24 steps;
-1.0 s a trial, most of it DeepSpeed's `initialize`, the first validation and the last checkpoint.
+Predicted: 6 times the plain pattern at 32 steps per trial, since there each trial starts a controller and a worker (15 s of CPU
+time) for 3 s of steps; 0.16 of the steps at 96 per trial if one in four continues after 6 and 24 steps; an overhead of 1.0 s per
+trial, most of it DeepSpeed's `initialize`, the first validation and the last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ TASK = [
 ]  # fmt: skip
 
 
-def command(job: str, folder: Path, *words: str) -> float:
-    """Run a job of ours; return its seconds."""
-    began = time.perf_counter()
-    line = [sys.executable, "-m", f"jobs.{job}", f"runs_dir={folder}", *words]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return time.perf_counter() - began
+def run_command(job: str, folder: Path, *options: str) -> float:
+    """Run one of our jobs; return its seconds."""
+    start = time.perf_counter()
+    line = [sys.executable, "-m", f"jobs.{job}", f"runs_dir={folder}", *options]
+    process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(process.stdout + process.stderr)
+    return time.perf_counter() - start
 
 
-def swept(folder: Path, name: str) -> dict[str, Any]:
-    """Read what a sweep has found."""
-    found: dict[str, Any] = json.loads((folder / name / "sweep.json").read_text())
-    return found
+def read_results(folder: Path, name: str) -> dict[str, Any]:
+    """Read the results of a sweep."""
+    results: dict[str, Any] = json.loads((folder / name / "sweep.json").read_text())
+    return results
 
 
-def plain(folder: Path, words: Sequence[str]) -> None:
-    """Be the plain pattern: the same 16 draws, each a Tune driver with a TorchTrainer; print the last losses."""
+def run_plain_pattern(folder: Path, options: Sequence[str]) -> None:
+    """Run the plain pattern: the same 16 configurations, each a Tune driver with a TorchTrainer; print the last losses."""
     from cluster.environment import set_default_environment
 
     set_default_environment()
@@ -59,41 +59,41 @@ def plain(folder: Path, words: Sequence[str]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from engine.config import with_values
-    from engine.sweep.search_space import check_space, samples
-    from engine.train.job import Job
+    from engine.sweep.search_space import parse_search_space, random_params
+    from engine.train.job import TrainJob
     from engine.train.launch import make_job
     from jobs.entry import compose
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    config = compose("sweep", [f"runs_dir={folder}", *words])
+    config = compose("sweep", [f"runs_dir={folder}", *options])
     job = make_job(config)
 
     def worker(spec: dict[str, Any]) -> None:
         import torch
 
-        from engine.train.process_group import Group
-        from engine.train.worker import work
+        from engine.train.process_group import ProcessGroup
+        from engine.train.worker import train_worker
 
-        last = work(Job.from_dict(spec), Group(0, 1, torch.device("cpu")))
+        last = train_worker(TrainJob.from_dict(spec), ProcessGroup(0, 1, torch.device("cpu")))
         train.report({"loss": last["validation_loss"]})
 
     def driver(values: dict[str, Any]) -> None:
         index = values["index"]
         name = f"plain-{index:03d}"
-        own = with_values(
+        trial_config = with_values(
             job.config, {**drawn[index], "name": name, "train.evaluate_every": config.train.evaluate_every}
         )
         (folder / name / "logs").mkdir(parents=True)
         TorchTrainer(
             worker,
-            train_loop_config=Job(own, job.data, job.start).to_dict(),
+            train_loop_config=TrainJob(trial_config, job.data_folder, job.start_bundle).to_dict(),
             scaling_config=train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.9}),
             run_config=train.RunConfig(
                 name=name, storage_path=str(folder / "plain-train"), callbacks=[TuneReportCallback()]
             ),
         ).fit()
 
-    drawn = samples(check_space(config), config, config.seed)
+    drawn = random_params(parse_search_space(config), config, config.seed)
     results = tune.Tuner(
         tune.with_resources(driver, {"CPU": 0.1}),
         param_space={"index": tune.grid_search(list(range(TRIALS)))},
@@ -105,7 +105,7 @@ def plain(folder: Path, words: Sequence[str]) -> None:
 
 
 def overhead(folder: Path, name: str) -> float:
-    """Return the seconds a trial beside its steps and validations, over all but the first, of a sweep with one at a time."""
+    """Return the mean seconds per trial that are not steps or validations, without the first, of a sweep with one trial at a time."""
     files = sorted((folder / name / "trials").glob("*/trial.json"), key=lambda file: file.stat().st_mtime)
     lines = [
         json.loads(line) for file in files[1:] for line in (file.parent / "metrics.jsonl").read_text().splitlines()
@@ -118,40 +118,50 @@ def main() -> None:
     """Print the three figures."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        command("pretrain", folder, "model=llama_tiny", "name=base", "data.sequence_length=64", "train.max_steps=60",
+        run_command("pretrain", folder, "model=llama_tiny", "name=base", "data.sequence_length=64", "train.max_steps=60",
                 "data.max_documents=400", "tracking.enabled=false", "optim.lr=2e-3")  # fmt: skip
-        words = [*TASK, f"bundle={folder}/base/bundle", f"train.max_steps={SHORT}", f"train.evaluate_every={SHORT}"]
-        command("sweep", folder, *words, "name=first", "sweep.trials=1", "train.max_steps=1")  # prepares the data
+        options = [*TASK, f"bundle={folder}/base/bundle", f"train.max_steps={SHORT}", f"train.evaluate_every={SHORT}"]
+        run_command("sweep", folder, *options, "name=first", "sweep.trials=1", "train.max_steps=1")  # prepares the data
 
-        line = [sys.executable, "-m", "tests.bench.sweep", str(folder), *words]
-        began = time.perf_counter()
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-        theirs = time.perf_counter() - began
-        if done.returncode:
-            raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-        losses = {int(index): loss for index, loss in json.loads(done.stdout.strip().splitlines()[-1]).items()}
-        ours = command(
-            "sweep", folder, *words, "name=ours", "sweep.scheduler=none", "sweep.metric=loss", "sweep.mode=min"
+        line = [sys.executable, "-m", "tests.bench.sweep", str(folder), *options]
+        start = time.perf_counter()
+        process = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        theirs = time.perf_counter() - start
+        if process.returncode:
+            raise SystemExit(process.stdout[-3000:] + process.stderr[-3000:])
+        losses = {int(index): loss for index, loss in json.loads(process.stdout.strip().splitlines()[-1]).items()}
+        ours = run_command(
+            "sweep", folder, *options, "name=ours", "sweep.scheduler=none", "sweep.metric=loss", "sweep.mode=min"
         )
-        apart = max(abs(trial["value"] - losses[trial["index"]]) for trial in swept(folder, "ours")["trials"])
+        max_difference = max(
+            abs(trial["value"] - losses[trial["index"]]) for trial in read_results(folder, "ours")["trials"]
+        )
         print(
-            f"16 trials of {SHORT} steps: ours {ours:.0f} s, plain {theirs:.0f} s; losses differ by {apart:.1e} at most"
+            f"16 trials of {SHORT} steps: ours {ours:.0f} s, plain {theirs:.0f} s; losses differ by {max_difference:.1e} at most"
         )
         print(f"plain / ours: {theirs / ours:.2f}, target 2.5")
         record(setting="wall time", ours="ours", against="plain", unit="s", ratio=theirs / ours, target=2.5, repeats=1,
-               values={"ours": [ours], "plain": [theirs]}, apart=apart)  # fmt: skip
+               values={"ours": [ours], "plain": [theirs]}, apart=max_difference)  # fmt: skip
 
-        command("sweep", folder, *words, "name=alone", "sweep.scheduler=none", "sweep.concurrent=1", "sweep.trials=8")
-        spent = overhead(folder, "alone")
-        print(f"beside its steps, a trial after the first: {spent:.2f} s, target 2")
-        record(setting="overhead", ours="ours", unit="s", ratio=spent, target=2.0, repeats=7)
+        run_command(
+            "sweep", folder, *options, "name=alone", "sweep.scheduler=none", "sweep.concurrent=1", "sweep.trials=8"
+        )
+        overhead_s = overhead(folder, "alone")
+        print(f"overhead per trial after the first: {overhead_s:.2f} s, target 2")
+        record(setting="overhead", ours="ours", unit="s", ratio=overhead_s, target=2.0, repeats=7)
 
-        # By the loss: of 256 samples as many are named right by several trials, and ties go on.
-        long = [*words[:-2], f"train.max_steps={LONG}", "train.evaluate_every=6", "sweep.metric=loss", "sweep.mode=min"]
+        # Compared by loss: on 256 samples several trials have equal accuracies, and ties continue.
+        long = [
+            *options[:-2],
+            f"train.max_steps={LONG}",
+            "train.evaluate_every=6",
+            "sweep.metric=loss",
+            "sweep.mode=min",
+        ]
         stopping = ["sweep.scheduler=asha", "sweep.reduction=4", "sweep.grace_steps=6"]
-        command("sweep", folder, *long, "name=full", "sweep.scheduler=none")
-        command("sweep", folder, *long, "name=asha", *stopping)
-        full, asha = swept(folder, "full"), swept(folder, "asha")
+        run_command("sweep", folder, *long, "name=full", "sweep.scheduler=none")
+        run_command("sweep", folder, *long, "name=asha", *stopping)
+        full, asha = read_results(folder, "full"), read_results(folder, "asha")
         steps = sum(trial["steps"] for trial in asha["trials"]) / (TRIALS * LONG)
         regret = asha["best"]["value"] / full["best"]["value"] - 1
         print(f"ASHA: {steps:.3f} of the steps, target 0.2; loss {asha['best']['value']:.4f}, of the full search "
@@ -161,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    plain(Path(sys.argv[1]), sys.argv[2:]) if len(sys.argv) > 1 else main()
+    run_plain_pattern(Path(sys.argv[1]), sys.argv[2:]) if len(sys.argv) > 1 else main()
