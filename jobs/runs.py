@@ -93,7 +93,7 @@ def changed_options(tree: dict[str, Any]) -> list[str]:
 
 def checkpoint_lines(run: RunFolder, verify: bool) -> list[str]:
     """Return a line for each checkpoint: its folder, its size and, with `verify`, whether it is intact."""
-    from engine.plan.plan import size  # imports torch, which a list of runs doesn't need
+    from engine.plan.plan import format_bytes  # imports torch, which a list of runs doesn't need
     from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, step_folders
 
     lines = []
@@ -102,7 +102,7 @@ def checkpoint_lines(run: RunFolder, verify: bool) -> list[str]:
             checkpoint = Checkpoint(folder)
             if verify:
                 checkpoint.verify()
-            summary = f"{size(sum(file['bytes'] for file in checkpoint.files))}{', intact' if verify else ''}"
+            summary = f"{format_bytes(sum(file['bytes'] for file in checkpoint.files))}{', intact' if verify else ''}"
         except BrokenCheckpoint as error:
             summary = f"broken: {error}"
         lines.append(f"{folder} ({summary})")

@@ -1,4 +1,4 @@
-"""The plan of a training job: memory, step time, size. Built on the meta device, so no weight is made."""
+"""The plan of a training job: memory, step time, checkpoint size. The model is built on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -18,45 +18,54 @@ from rich.table import Table
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.models.build import POSITIONS_A_SECOND, Inputs, config_of, from_config, shape_of, without_warnings
-from engine.models.trained import choose_trained
+from engine.models.build import (
+    POSITIONS_PER_SECOND,
+    InputSpec,
+    load_or_make_config,
+    make_config,
+    model_from_config,
+    quiet_transformers,
+)
+from engine.models.trainable import select_trainable
 from engine.objectives.contract import objective_class
-from engine.plan.memory import FP32, MemoryPlan, Sizes, memory, on_processor
+from engine.plan.memory import FP32, ModelSizes, WorkerMemory, peak_memory, runs_on_cpu
 from engine.progress import console
-from engine.train.devices import DEVICES, RESERVED
+from engine.train.devices import DEVICES, RESERVED_FRACTION
 from engine.train.hardware import matmul_peak, precision
 
-WRITE_RATE = 1e9  # bytes a second a worker: assumed, of one NVMe drive or a share of a parallel file system
-KEPT = 0.2  # share of a processor's memory for freed blocks that malloc keeps: measured
-RECOMPUTED = 4 / 3  # work of a step with activation checkpointing: the forward pass twice (Korthikanti et al. 2022)
+WRITE_RATE = 1e9  # bytes per second of a worker: assumed, of one NVMe drive or a share of a parallel file system
+MALLOC_RESERVE = 0.2  # fraction of main memory for freed blocks that malloc doesn't return: measured
+RECOMPUTE_FACTOR = (
+    4 / 3
+)  # cost of a step with activation checkpointing, which runs the forward pass twice (Korthikanti et al. 2022)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job needs. All of it is computed, but for `peak_flops` of plan.device=here, which is measured."""
+    """What a job needs. Everything is computed, except `peak_flops` and `write_rate` with plan.device=here, which are measured."""
 
-    sizes: Sizes
+    sizes: ModelSizes
     flops_per_token: float  # forward + backward
     tokens_per_step: int
     precision: str
-    stages: dict[str, tuple[Config, MemoryPlan]]  # by name: a layout's config, and one worker's memory
+    stages: dict[str, tuple[Config, WorkerMemory]]  # by name: a layout's config, and one worker's memory
     peak_flops: float  # FLOP/s of a matrix product on a worker's device
-    device_bytes: float  # memory of a worker's device that a job can use
-    layout: Config | None  # the config with the fastest layout that fits, None where none does
-    step_s: float  # seconds, at plan.mfu of that peak
+    device_bytes: float  # usable memory of a worker's device
+    layout: Config | None  # the config with the fastest layout that fits; None: none fits
+    step_s: float  # seconds of a step, at plan.mfu of that peak
     total_s: float  # seconds of plan.tokens, or of train.max_steps
     checkpoint_bytes: int
-    write_rate: float  # bytes a second that one worker writes
-    write_s: float  # seconds until a checkpoint is written by all workers at once, beside the steps
+    write_rate: float  # bytes per second of one worker
+    write_s: float  # seconds to write a checkpoint, by all workers in parallel, in the background of the steps
 
     @property
-    def fits(self) -> MemoryPlan | None:
-        """The memory of a worker in that layout."""
-        return None if self.layout is None else self.need(self.layout)
+    def layout_memory(self) -> WorkerMemory | None:
+        """The memory of a worker in the fastest layout that fits."""
+        return None if self.layout is None else self.memory_of(self.layout)
 
-    def need(self, layout: Config) -> MemoryPlan:
+    def memory_of(self, layout: Config) -> WorkerMemory:
         """Return the memory of a worker in a layout."""
-        return memory(layout, self.sizes, layout.zero.stage, self.precision)
+        return peak_memory(layout, self.sizes, layout.zero.stage, self.precision)
 
 
 def plan(config: Config) -> Plan:
@@ -73,29 +82,32 @@ def plan(config: Config) -> Plan:
             f"use data.sequence_length={positions}"
         )
     model = meta_model(config)
-    sizes, kind = Sizes.of(model, config), precision(config.train) if config.plan.device == "here" else "bf16"
-    peak, room, devices = device_of(config, kind)
+    sizes, kind = (
+        ModelSizes.from_model(model, config),
+        precision(config.train) if config.plan.device == "here" else "bf16",
+    )
+    peak, usable_bytes, devices = device_of(config, kind)
     tokens = config.global_batch * sum(stack.tokens for stack in sizes.stacks)
 
-    def taken(layout: Config) -> float:
-        need = memory(layout, sizes, layout.zero.stage, kind)
-        return need.total + (need.host if on_processor(config) else 0)
+    def bytes_needed(layout: Config) -> float:
+        need = peak_memory(layout, sizes, layout.zero.stage, kind)
+        return need.total + (need.host if runs_on_cpu(config) else 0)
 
-    layout = fastest_layout(config, lambda layout: taken(layout) <= room)
-    again = RECOMPUTED if (layout or config).train.activation_checkpointing else 1.0
+    layout = fastest_layout(config, lambda layout: bytes_needed(layout) <= usable_bytes)
+    recompute = RECOMPUTE_FACTOR if (layout or config).train.activation_checkpointing else 1.0
     flops = task(config.objective, None, config.data.sequence_length).flops(model) * config.global_batch / tokens
-    step_s = tokens * flops * again / (config.plan.mfu * peak * devices)
+    step_s = tokens * flops * recompute / (config.plan.mfu * peak * devices)
     steps = config.plan.tokens / tokens if config.plan.tokens else config.train.max_steps
-    checkpoint = FP32 * (sizes.parameters + sizes.moments + (sizes.trained if config.train.ema else 0))
+    checkpoint = FP32 * (sizes.parameters + sizes.moment_elements + (sizes.trainable if config.train.ema else 0))
     rate = write_rate(config)
     return Plan(
         sizes=sizes,
         flops_per_token=flops,
         tokens_per_step=tokens,
         precision=kind,
-        stages={name: (c, memory(c, sizes, c.zero.stage, kind)) for name, c in layouts(config).items()},
+        stages={name: (c, peak_memory(c, sizes, c.zero.stage, kind)) for name, c in zero_layouts(config).items()},
         peak_flops=peak,
-        device_bytes=room,
+        device_bytes=usable_bytes,
         layout=layout,
         step_s=step_s,
         total_s=step_s * steps,
@@ -105,23 +117,23 @@ def plan(config: Config) -> Plan:
     )
 
 
-def layouts(config: Config) -> dict[str, Config]:
-    """Return the config at each ZeRO stage, and at each with what can be offloaded in main memory."""
-    found = {}
+def zero_layouts(config: Config) -> dict[str, Config]:
+    """Return the config at each ZeRO stage, without and with offload, by the name of the layout."""
+    result = {}
     for stage in range(4):
         for offload in (False, True)[: 2 if stage else 1]:
-            away = "cpu" if offload else "none"
-            found[f"{stage} offload" if offload else str(stage)] = replace(
+            target = "cpu" if offload else "none"
+            result[f"{stage} offload" if offload else str(stage)] = replace(
                 config,
                 zero__stage=stage,
-                zero__offload_optimizer=away,
-                zero__offload_param=away if stage == 3 else "none",
+                zero__offload_optimizer=target,
+                zero__offload_param=target if stage == 3 else "none",
             )
-    return found
+    return result
 
 
 def write_rate(config: Config) -> float:
-    """Return the bytes a second that one worker writes: as asked, else assumed, or measured where the plan is for here."""
+    """Return the bytes per second that one worker writes: plan.write_rate, else measured (plan.device=here) or assumed."""
     if config.plan.write_rate:
         return config.plan.write_rate
     if config.plan.device != "here":
@@ -129,32 +141,32 @@ def write_rate(config: Config) -> float:
     folder = next(folder for folder in (Path(config.runs_dir), Path()) if folder.is_dir())
     block = bytes(2**24)
     with tempfile.TemporaryFile(dir=folder) as file:
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(4):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        return 4 * len(block) / (time.perf_counter() - began) / config.train.workers
+        return 4 * len(block) / (time.perf_counter() - started) / config.train.workers
 
 
 def device_of(config: Config, kind: str) -> tuple[float, float, int]:
-    """Return a device's FLOP/s and usable bytes, and how many devices the workers are."""
+    """Return a device's FLOP/s and usable bytes, and the number of devices."""
     if config.plan.device != "here":
         device = DEVICES[config.plan.device]
-        return device.flops, device.bytes * (1 - RESERVED), config.train.workers
+        return device.flops, device.bytes * (1 - RESERVED_FRACTION), config.train.workers
     cuda = torch.cuda.is_available()
     peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if kind == "bf16" else torch.float32)
     if cuda:
-        return peak, torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED), config.train.workers
+        return peak, torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED_FRACTION), config.train.workers
     # The workers share the cores and the memory.
-    return peak, psutil.virtual_memory().total * (1 - KEPT) / config.train.workers, 1
+    return peak, psutil.virtual_memory().total * (1 - MALLOC_RESERVE) / config.train.workers, 1
 
 
 def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | None:
-    """Return the config with the first layout that fits, those with less traffic and less work first.
+    """Return the config with the first layout that fits, in the order of communication and computation.
 
-    The stages in turn (1 and 2 send what 0 sends, 3 sends half as much again), then with activations computed again,
-    then with the optimizer in main memory.
+    The stages in turn (1 and 2 communicate as much as 0, 3 half as much again), then with activation checkpointing,
+    then with the optimizer states offloaded too.
     """
     for checkpointing, offload in ((False, "none"), (True, "none"), (True, "cpu")):
         for stage in range(4):
@@ -168,124 +180,132 @@ def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | N
 
 
 def meta_model(config: Config) -> Any:
-    """Return the model of a config without any weights, those marked that are trained. Raises UserError if there is none."""
+    """Return the model of a config without weights, with its trainable parameters marked. Raises UserError if there is none."""
     task, shape = objective_class(config.objective.name), model_shape(config)
     with torch.device("meta"):
-        model = from_config(shape, task.auto_class)
-        return choose_trained(model, config.objective, config.seed, head=not task.over_vocabulary)
+        model = model_from_config(shape, task.auto_class)
+        return select_trainable(model, config.objective, config.seed, train_head=not task.has_lm_head)
 
 
 def model_shape(config: Config) -> Any:
-    """Return the model's config, of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither."""
+    """Return the model's config, of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither a folder nor a run."""
     if config.bundle:
-        places = (Path(config.bundle), Path(config.runs_dir) / config.bundle / "bundle")
-        folder = next((place for place in places if (place / "config.json").is_file()), None)
+        candidates = (Path(config.bundle), Path(config.runs_dir) / config.bundle / "bundle")
+        folder = next((candidate for candidate in candidates if (candidate / "config.json").is_file()), None)
         if folder is None:
             raise UserError(
                 f"bundle={config.bundle} is neither a model's folder nor a run with a bundle: a plan needs one of these"
             )
-        return shape_of(folder, config.model, None, {})
-    inputs = Inputs(
+        return load_or_make_config(folder, config.model, None, {})
+    inputs = InputSpec(
         vocab_size=config.model.vocab_size or config.data.vocab_size,
         image_size=config.data.image_size,
-        max_source_positions=POSITIONS_A_SECOND * config.data.audio_seconds if config.data.audio_column else None,
+        max_source_positions=POSITIONS_PER_SECOND * config.data.audio_seconds if config.data.audio_column else None,
     )
-    with without_warnings():  # of the tokens that a decoder begins with, which only a tokenizer knows
-        return config_of(config.model, inputs, {})
+    with quiet_transformers():  # about start tokens of a decoder, which only a tokenizer knows
+        return make_config(config.model, inputs, {})
 
 
 def plan_and_show(config: Config) -> None:
-    """Compute the plan and print it; write it to the file plan.json too, if that is asked for."""
-    found = plan(config)
-    sizes = found.sizes
-    frozen = f" ({sizes.parameters - sizes.trained:,} of them frozen)" if sizes.trained < sizes.parameters else ""
+    """Compute the plan and print it; write it to the file of the option plan.json, if that is set."""
+    result = plan(config)
+    sizes = result.sizes
+    frozen = f" ({sizes.parameters - sizes.trainable:,} of them frozen)" if sizes.trainable < sizes.parameters else ""
     workers = f"{config.train.workers} worker{'s' if config.train.workers > 1 else ''}"
     console.print(
-        f"{sizes.parameters:,} parameters{frozen}, {found.flops_per_token / 1e6:,.1f} MFLOP a token, "
-        f"{found.tokens_per_step:,} tokens a step, {found.precision}, {workers} of {config.micro_batch} samples a forward"
+        f"{sizes.parameters:,} parameters{frozen}, {result.flops_per_token / 1e6:,.1f} MFLOP/token, "
+        f"{result.tokens_per_step:,} tokens/step, {result.precision}, {workers} with micro-batches of {config.micro_batch} samples"
     )
-    console.print(memory_table(config, found))
-    room = f"{size(found.device_bytes)} of {'this machine' if config.plan.device == 'here' else config.plan.device}"
-    if found.layout is None or found.fits is None:
-        console.print(f"fits        no layout, in {room}: use more train.workers or a smaller train.micro_batch")
+    console.print(memory_table(config, result))
+    device = f"{format_bytes(result.device_bytes)} of {'this machine' if config.plan.device == 'here' else config.plan.device}"
+    if result.layout is None or result.layout_memory is None:
+        console.print(f"fits        no layout, in {device}: use more train.workers or a smaller train.micro_batch")
     else:
-        console.print(f"fits        {describe(found.layout)}: {size(found.fits.total)} in {room} (computed)")
+        console.print(
+            f"fits        {layout_options(result.layout)}: {format_bytes(result.layout_memory.total)} in {device} (computed)"
+        )
     source = "the measured matmul peak" if config.plan.device == "here" else f"the datasheet of {config.plan.device}"
     budget = f"{config.plan.tokens:,.0f} tokens" if config.plan.tokens else f"{config.train.max_steps:,} steps"
     console.print(
-        f"step time   {duration(found.step_s)}, {budget} {duration(found.total_s)} (computed from {source}, "
-        f"{found.peak_flops / 1e12:,.2f} TFLOP/s a device, at an assumed MFU of {100 * config.plan.mfu:.0f} %)"
+        f"step time   {format_duration(result.step_s)}, {budget} {format_duration(result.total_s)} (computed from {source}, "
+        f"{result.peak_flops / 1e12:,.2f} TFLOP/s per device, at an assumed MFU of {100 * config.plan.mfu:.0f} %)"
     )
     if config.plan.price is not None:
-        hours = found.total_s / 3600 * config.train.workers
+        hours = result.total_s / 3600 * config.train.workers
         console.print(f"cost        {hours * config.plan.price:,.0f} for {hours:,.0f} device-hours (computed)")
-    told = "as asked" if config.plan.write_rate else "measured" if config.plan.device == "here" else "assumed"
+    origin = "set" if config.plan.write_rate else "measured" if config.plan.device == "here" else "assumed"
     console.print(
-        f"checkpoint  {size(found.checkpoint_bytes)} (computed: fp32 weights and the optimizer's state), "
-        f"written in {duration(found.write_s)} beside the steps at {size(found.write_rate)}/s a worker ({told})"
+        f"checkpoint  {format_bytes(result.checkpoint_bytes)} (computed: fp32 weights and optimizer states), "
+        f"written in {format_duration(result.write_s)} in the background at {format_bytes(result.write_rate)}/s per worker ({origin})"
     )
     if config.plan.json:
-        Path(config.plan.json).write_text(json.dumps(facts(config, found), indent=1) + "\n")
+        Path(config.plan.json).write_text(json.dumps(plan_figures(config, result), indent=1) + "\n")
         console.print(f"written     {config.plan.json}")
 
 
-def memory_table(config: Config, found: Plan) -> Table:
-    """Return the memory of each stage by kind, with what is kept in main memory beside it."""
+def memory_table(config: Config, result: Plan) -> Table:
+    """Return a table of the memory at each stage by kind; host: offloaded to main memory."""
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "total", "host")
-    unit, scale = ("GiB", 2**30) if found.stages["0"][1].total >= 2**30 else ("MiB", 2**20)
-    title = f"memory of a worker by ZeRO stage, {unit}, when it is highest (computed)"
-    table = Table("", *kinds, "in", title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name, (layout, need) in found.stages.items():
+    unit, scale = ("GiB", 2**30) if result.stages["0"][1].total >= 2**30 else ("MiB", 2**20)
+    title = f"memory of a worker by ZeRO stage, {unit}, at its peak (computed)"
+    table = Table("", *kinds, "phase", title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name, (layout, need) in result.stages.items():
         mark = "*" if layout.zero == config.zero else " "
-        table.add_row(f"{name}{mark}", *(f"{getattr(need, kind) / scale:,.2f}" for kind in kinds), need.moment)
+        table.add_row(f"{name}{mark}", *(f"{getattr(need, kind) / scale:,.2f}" for kind in kinds), need.phase)
     return table
 
 
-def facts(config: Config, found: Plan) -> dict[str, Any]:
+def plan_figures(config: Config, result: Plan) -> dict[str, Any]:
     """Return the plan's figures as plain values, in bytes, seconds and FLOP/s."""
     return {
-        "parameters": found.sizes.parameters,
-        "trained": found.sizes.trained,
-        "flops_per_token": found.flops_per_token,
-        "tokens_per_step": found.tokens_per_step,
-        "precision": found.precision,
+        "parameters": result.sizes.parameters,
+        "trained": result.sizes.trainable,
+        "flops_per_token": result.flops_per_token,
+        "tokens_per_step": result.tokens_per_step,
+        "precision": result.precision,
         "workers": config.train.workers,
         "micro_batch": config.micro_batch,
         "device": config.plan.device,
-        "memory": {name: {**asdict(need), "total": need.total} for name, (_, need) in found.stages.items()},
-        "device_bytes": found.device_bytes,
-        "fits": None if found.layout is None else describe(found.layout),
-        "fits_bytes": None if found.fits is None else found.fits.total,
-        "peak_flops": found.peak_flops,
+        "memory": {name: memory_figures(need) for name, (_, need) in result.stages.items()},
+        "device_bytes": result.device_bytes,
+        "fits": None if result.layout is None else layout_options(result.layout),
+        "fits_bytes": None if result.layout_memory is None else result.layout_memory.total,
+        "peak_flops": result.peak_flops,
         "mfu": config.plan.mfu,
-        "step_s": found.step_s,
-        "total_s": found.total_s,
-        "checkpoint_bytes": found.checkpoint_bytes,
-        "write_rate": found.write_rate,
-        "write_s": found.write_s,
+        "step_s": result.step_s,
+        "total_s": result.total_s,
+        "checkpoint_bytes": result.checkpoint_bytes,
+        "write_rate": result.write_rate,
+        "write_s": result.write_s,
     }
 
 
-def describe(layout: Config) -> str:
-    """Name a layout by the options that give it."""
-    words = [f"zero.stage={layout.zero.stage}"]
+def memory_figures(need: WorkerMemory) -> dict[str, Any]:
+    """Return the memory of a worker by kind, in bytes, and the phase of a step (key "moment") in which it is needed."""
+    kinds = asdict(need)
+    return {"moment": kinds.pop("phase"), **kinds, "total": need.total}
+
+
+def layout_options(layout: Config) -> str:
+    """Return the options that select a layout, as on a command line."""
+    options = [f"zero.stage={layout.zero.stage}"]
     if layout.train.activation_checkpointing:
-        words.append("train.activation_checkpointing=true")
+        options.append("train.activation_checkpointing=true")
     if layout.zero.offload_optimizer != "none":
-        words.append(f"zero.offload_optimizer={layout.zero.offload_optimizer}")
-    return " ".join(words)
+        options.append(f"zero.offload_optimizer={layout.zero.offload_optimizer}")
+    return " ".join(options)
 
 
-def size(count: float) -> str:
-    """Return bytes in their largest unit, powers of 1,024."""
+def format_bytes(count: float) -> str:
+    """Format a number of bytes in the largest binary unit that it reaches."""
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
     return f"{count:,.0f} B"
 
 
-def duration(seconds: float) -> str:
-    """Return seconds in their largest unit."""
+def format_duration(seconds: float) -> str:
+    """Format seconds in a readable unit."""
     for unit, scale in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * scale:
             return f"{seconds / scale:,.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The plan's peak is what real ranks hold: within 10 % of the measured resident memory, layout by layout."""
+"""The planned peak memory is within 10 % of the measured resident memory of real ranks, for each layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.plan.plan import plan
 from tests.conftest import TINY
 from tests.engine.plan.measured import measured_peak
 
-MIDDLE = TINY | {  # 42 M parameters, so that what a process takes for itself is small beside them
+MIDDLE = TINY | {  # 42 M parameters, so that the process's own memory is small compared with theirs
     "model.hidden_size": 512, "model.num_hidden_layers": 8, "model.num_attention_heads": 8, "model.num_key_value_heads": 8,
     "model.intermediate_size": 1408, "model.max_position_embeddings": 512, "model.vocab_size": 16384,
     "model.tie_word_embeddings": False, "data.sequence_length": 128, "train.global_batch": 4, "train.max_steps": 8,
@@ -29,21 +29,21 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def compare(tiny: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With this the C library gives freed blocks back: what is resident is what is held. (It keeps up to a fifth else.)
+def check_peak(tiny: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Makes the C library return freed blocks at once, of which it otherwise keeps up to a fifth: resident memory is memory in use.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     folder = "".join(letter if letter.isalnum() else "-" for letter in name)
     config = with_values(tiny, MIDDLE | LAYOUTS[name] | {"name": folder, "runs_dir": tiny.runs_dir})
-    found = plan(config)
-    need, measured = found.need(config), measured_peak(config)
+    result = plan(config)
+    need, measured = result.memory_of(config), measured_peak(config)
     assert need.total == pytest.approx(measured, rel=0.1), f"{need} against {measured / 2**20:.0f} MiB"
 
 
-def test_a_peak_as_predicted(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(tiny, "stage 1, bf16", monkeypatch)
+def test_the_peak_of_one_layout(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_peak(tiny, "stage 1, bf16", monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "stage 1, bf16"])
-def test_peaks_as_predicted(tiny: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(tiny, name, monkeypatch)
+def test_the_peak_of_every_layout(tiny: Config, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_peak(tiny, name, monkeypatch)

@@ -1,4 +1,4 @@
-"""The plan's numbers: sizes exact, optimizer memory as DeepSpeed holds it, activations as autograd keeps them."""
+"""The plan's figures: exact parameter counts, optimizer memory as in DeepSpeed, activations as autograd saves them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ import transformers
 
 from engine.config import Config, replace
 from engine.errors import UserError
-from engine.plan.memory import Sizes, block_widths, memory, moments
-from engine.plan.plan import describe, plan, plan_and_show
+from engine.plan.memory import ModelSizes, block_activation_widths, peak_memory, step_memory
+from engine.plan.plan import layout_options, plan, plan_and_show
 from jobs.entry import compose
 from tests.engine.train.ranks import on_ranks
 
 P = 5_065_472  # parameters of llama_5m with 4,096 tokens: 4096*256 + 5*(4*256*256 + 3*256*704 + 2*256) + 256
 
 
-def of(*overrides: str) -> Config:
+def plan_config(*overrides: str) -> Config:
     return compose("plan", list(overrides))
 
 
-def test_sizes_are_exact() -> None:
-    small = plan(of("model=llama_5m", "train.global_batch=8", "data.sequence_length=128", "train.max_steps=50"))
-    assert small.sizes.parameters == small.sizes.trained == P
+def test_parameter_and_flop_counts_are_exact() -> None:
+    small = plan(
+        plan_config("model=llama_5m", "train.global_batch=8", "data.sequence_length=128", "train.max_steps=50")
+    )
+    assert small.sizes.parameters == small.sizes.trainable == P
     assert small.flops_per_token == 6 * P + 12 * 5 * 256 * 128
     assert small.tokens_per_step == 1024
     assert small.checkpoint_bytes == 12 * P
     assert small.total_s == pytest.approx(50 * small.step_s)
     assert small.step_s == pytest.approx(1024 * small.flops_per_token / (0.4 * small.peak_flops))
-    assert plan(of("model=gpt2_124m", "model.vocab_size=50257")).sizes.parameters == 124_439_808
+    assert plan(plan_config("model=gpt2_124m", "model.vocab_size=50257")).sizes.parameters == 124_439_808
 
 
 @pytest.mark.parametrize(
@@ -42,75 +44,77 @@ def test_sizes_are_exact() -> None:
         ("bf16", 0, 2, 2, 12), ("bf16", 1, 2, 2, 12 / 4), ("bf16", 2, 2, 2 / 4, 12 / 4), ("bf16", 3, 2 / 4, 2 / 4, 12 / 4),
     ],
 )  # fmt: skip
-def test_states_a_parameter(precision: str, stage: int, weights: float, gradients: float, optimizer: float) -> None:
-    """As a later micro-batch of a step has run forward, so that gradients of those before it are held."""
-    config = of("train.workers=4", f"train.precision={precision}", "train.micro_batch=1")
-    need = next(iter(moments(config, plan(config).sizes, stage, precision)))
-    assert need.moment == "loss"
+def test_bytes_per_parameter_of_weights_gradients_and_optimizer_states(
+    precision: str, stage: int, weights: float, gradients: float, optimizer: float
+) -> None:
+    """In the forward pass of a later micro-batch of a step, when gradients of earlier ones are held."""
+    config = plan_config("train.workers=4", f"train.precision={precision}", "train.micro_batch=1")
+    need = next(iter(step_memory(config, plan(config).sizes, stage, precision)))
+    assert need.phase == "loss"
     assert (need.weights, need.gradients, need.optimizer) == (weights * P, gradients * P, optimizer * P)
     assert need.total == pytest.approx(
         need.weights + need.gradients + need.optimizer + need.activations + need.logits + need.buffers
     )
 
 
-def test_offload_moves_states_to_main_memory() -> None:
-    found = plan(of("train.workers=2", "train.precision=bf16"))
-    layout, away = found.stages["3 offload"]
+def test_offload_moves_weights_and_optimizer_states_to_main_memory() -> None:
+    result = plan(plan_config("train.workers=2", "train.precision=bf16"))
+    layout, away = result.stages["3 offload"]
     assert (layout.zero.offload_optimizer, layout.zero.offload_param) == ("cpu", "cpu")
     assert away.optimizer == away.weights == away.gradients == 0
     assert away.host == (12 + 4 + 2 + 2) * P / 2  # states, fp32 gradients, gradients as they add up, weights
-    assert found.stages["2 offload"][1].host == (12 + 4 + 2) * P / 2
-    assert found.stages["2"][1].host == 0
-    assert "0 offload" not in found.stages
+    assert result.stages["2 offload"][1].host == (12 + 4 + 2) * P / 2
+    assert result.stages["2"][1].host == 0
+    assert "0 offload" not in result.stages
 
 
-def test_workers_that_share_sequences_have_their_part_of_activations_and_logits() -> None:
+def test_sequence_parallelism_divides_activations_and_logits() -> None:
     common = ("train.workers=4", "train.precision=bf16", "train.micro_batch=2", "objective.logits_chunk=0")
-    whole, shared = (of(*common, f"train.sequence_parallel={size}") for size in (1, 4))
+    whole, shared = (plan_config(*common, f"train.sequence_parallel={size}") for size in (1, 4))
     sizes = plan(whole).sizes
-    for before, after in zip(moments(whole, sizes, 2, "bf16"), moments(shared, sizes, 2, "bf16"), strict=False):
+    for before, after in zip(step_memory(whole, sizes, 2, "bf16"), step_memory(shared, sizes, 2, "bf16"), strict=False):
         assert after.activations == before.activations / 4
         assert after.logits == before.logits / 4
         assert after.optimizer == before.optimizer
-    assert (whole.share, shared.share) == (8, 32)
+    assert (whole.samples_per_worker, shared.samples_per_worker) == (8, 32)
 
 
 def test_frozen_layers_have_no_gradients() -> None:
-    found = plan(of("objective.frozen_layers=2", "train.precision=fp32", "zero.stage=0"))
+    result = plan(plan_config("objective.frozen_layers=2", "train.precision=fp32", "zero.stage=0"))
     block = 4 * 256 * 256 + 3 * 256 * 704 + 2 * 256
-    assert found.sizes.trained == P - 4096 * 256 - 2 * block
-    assert found.stages["0"][1].optimizer == 8 * found.sizes.trained
-    assert found.checkpoint_bytes == 4 * P + 8 * found.sizes.trained
+    assert result.sizes.trainable == P - 4096 * 256 - 2 * block
+    assert result.stages["0"][1].optimizer == 8 * result.sizes.trainable
+    assert result.checkpoint_bytes == 4 * P + 8 * result.sizes.trainable
 
 
-def test_muon_and_an_average_are_counted() -> None:
-    found = plan(of("optim.name=muon", "train.ema=0.999", "train.precision=bf16"))
+def test_muon_moments_and_the_moving_average_are_counted() -> None:
+    result = plan(plan_config("optim.name=muon", "train.ema=0.999", "train.precision=bf16"))
     matrices = 5 * (4 * 256 * 256 + 3 * 256 * 704)
-    assert found.sizes.moments == matrices + 2 * (P - matrices)
-    assert found.stages["0"][1].optimizer == 4 * (2 * P + found.sizes.moments)
-    assert found.checkpoint_bytes == 4 * (2 * P + found.sizes.moments)
+    assert result.sizes.moment_elements == matrices + 2 * (P - matrices)
+    assert result.stages["0"][1].optimizer == 4 * (2 * P + result.sizes.moment_elements)
+    assert result.checkpoint_bytes == 4 * (2 * P + result.sizes.moment_elements)
 
 
 def test_a_checkpoint_is_written_at_the_rate_that_is_stated(tmp_path: Path) -> None:
-    far = plan(of("plan.device=h100_80gb", "train.workers=8"))
+    far = plan(plan_config("plan.device=h100_80gb", "train.workers=8"))
     assert (far.write_rate, far.write_s) == (1e9, 12 * P / 8e9)
-    here = plan(of(f"runs_dir={tmp_path}", "train.workers=2"))
+    here = plan(plan_config(f"runs_dir={tmp_path}", "train.workers=2"))
     assert 1e6 < here.write_rate < 1e11
     assert here.write_s == pytest.approx(12 * P / (2 * here.write_rate))
-    assert plan(of("plan.write_rate=5e8")).write_s == 12 * P / 5e8
+    assert plan(plan_config("plan.write_rate=5e8")).write_s == 12 * P / 5e8
     assert not list(tmp_path.iterdir())
 
 
 def test_the_same_figures_as_json(tmp_path: Path) -> None:
-    config = of(f"plan.json={tmp_path}/plan.json", "plan.device=a100_80gb", "train.workers=8")
+    config = plan_config(f"plan.json={tmp_path}/plan.json", "plan.device=a100_80gb", "train.workers=8")
     plan_and_show(config)
-    written, found = json.loads((tmp_path / "plan.json").read_text()), plan(config)
+    written, result = json.loads((tmp_path / "plan.json").read_text()), plan(config)
     assert written["parameters"] == P
-    assert written["step_s"] == found.step_s
+    assert written["step_s"] == result.step_s
     assert written["fits"] == "zero.stage=0"
     assert written["memory"].keys() == {"0", "1", "1 offload", "2", "2 offload", "3", "3 offload"}
-    assert written["memory"]["3"]["total"] == found.stages["3"][1].total
-    assert written["memory"]["3 offload"]["host"] == found.stages["3 offload"][1].host > 0
+    assert written["memory"]["3"]["total"] == result.stages["3"][1].total
+    assert written["memory"]["3 offload"]["host"] == result.stages["3 offload"][1].host > 0
 
 
 NAMED = [  # published: 124 M, 1.5 B, 335 M, 176,247,271,424 (the model card's figure), 175 B, 178 B
@@ -125,26 +129,28 @@ NAMED = [  # published: 124 M, 1.5 B, 335 M, 176,247,271,424 (the model card's f
 
 @pytest.mark.parametrize(("overrides", "parameters"), NAMED)
 def test_named_models_have_their_published_size(overrides: str, parameters: int) -> None:
-    assert plan(of(*overrides.split(), "plan.device=a100_80gb")).sizes.parameters == parameters
+    assert plan(plan_config(*overrides.split(), "plan.device=a100_80gb")).sizes.parameters == parameters
 
 
 def test_the_fastest_layout_that_fits() -> None:
     big = ["model=bloom_176b", "data.sequence_length=2048", "train.global_batch=2048", "train.micro_batch=1"]
-    found = plan(of(*big, "plan.device=a100_80gb", "plan.tokens=3.66e11", "plan.mfu=0.45", "train.workers=384"))
-    assert found.layout is not None
-    assert describe(found.layout) == "zero.stage=3 train.activation_checkpointing=true"
-    assert found.fits is not None
-    assert found.fits.total < found.device_bytes == pytest.approx(80e9 * 0.92)
-    step_s = 2048 * 2048 * found.flops_per_token * 4 / 3 / (0.45 * 312e12 * 384)
-    assert found.step_s == pytest.approx(step_s)
-    assert found.total_s == pytest.approx(step_s * 3.66e11 / 2048**2)
-    assert plan(of(*big, "plan.device=a100_80gb", "train.workers=8")).layout is None
-    small = plan(of("model=llama_5m", "plan.device=a100_80gb", "train.workers=8"))
+    result = plan(
+        plan_config(*big, "plan.device=a100_80gb", "plan.tokens=3.66e11", "plan.mfu=0.45", "train.workers=384")
+    )
+    assert result.layout is not None
+    assert layout_options(result.layout) == "zero.stage=3 train.activation_checkpointing=true"
+    assert result.layout_memory is not None
+    assert result.layout_memory.total < result.device_bytes == pytest.approx(80e9 * 0.92)
+    step_s = 2048 * 2048 * result.flops_per_token * 4 / 3 / (0.45 * 312e12 * 384)
+    assert result.step_s == pytest.approx(step_s)
+    assert result.total_s == pytest.approx(step_s * 3.66e11 / 2048**2)
+    assert plan(plan_config(*big, "plan.device=a100_80gb", "train.workers=8")).layout is None
+    small = plan(plan_config("model=llama_5m", "plan.device=a100_80gb", "train.workers=8"))
     assert small.layout is not None
-    assert describe(small.layout) == "zero.stage=0"
+    assert layout_options(small.layout) == "zero.stage=0"
 
 
-FAMILIES = [  # with the tokens of a sample: text; text and what was cut out of it; patches and a class token; the same and a caption; patches alone
+FAMILIES = [  # with the tokens of a sample: text; text and its target spans; patches and a class token; the same and a caption; patches
     ("model=bert_5m objective=masked_lm", 256),
     ("model=t5_5m objective=span_corruption", 256 + 58),
     ("model=vit_5m objective=image_classification", 65),
@@ -154,34 +160,34 @@ FAMILIES = [  # with the tokens of a sample: text; text and what was cut out of 
 
 
 @pytest.mark.parametrize(("overrides", "tokens"), FAMILIES)
-def test_each_family_has_a_plan(overrides: str, tokens: int) -> None:
-    found = plan(of(*overrides.split(), "plan.device=a100_80gb", "train.global_batch=8"))
-    assert 4e6 < found.sizes.parameters < 7e6
-    assert found.tokens_per_step == pytest.approx(8 * tokens, rel=0.02)
-    assert 2 * found.sizes.parameters < found.flops_per_token < 9 * found.sizes.parameters
-    need = found.stages["0"][1]
-    assert 16 * found.sizes.parameters < need.total < 4e9
+def test_every_model_family_can_be_planned(overrides: str, tokens: int) -> None:
+    result = plan(plan_config(*overrides.split(), "plan.device=a100_80gb", "train.global_batch=8"))
+    assert 4e6 < result.sizes.parameters < 7e6
+    assert result.tokens_per_step == pytest.approx(8 * tokens, rel=0.02)
+    assert 2 * result.sizes.parameters < result.flops_per_token < 9 * result.sizes.parameters
+    need = result.stages["0"][1]
+    assert 16 * result.sizes.parameters < need.total < 4e9
 
 
-def test_a_model_without_the_task_is_refused() -> None:
+def test_a_model_without_a_class_for_the_objective_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"model\.type=vit is not for this objective \(transformers has no AutoModelForCausalLM"
     ):
-        plan(of("model=vit_5m"))
+        plan(plan_config("model=vit_5m"))
 
 
-def test_a_long_sequence_is_refused() -> None:
+def test_a_sequence_longer_than_the_models_positions_is_refused() -> None:
     with pytest.raises(UserError, match="sequence length 4,096 is over the model's 512 positions"):
-        plan(of("data.sequence_length=4096"))
+        plan(plan_config("data.sequence_length=4096"))
 
 
-def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    plan_and_show(of("zero.stage=1"))
+def test_the_printed_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_and_show(plan_config("zero.stage=1"))
     shown = capsys.readouterr().out
     assert "5,065,472 parameters" in shown
     assert "computed from the measured matmul peak" in " ".join(shown.split())
     assert "1*" in shown
-    assert "/s a worker (measured)" in " ".join(shown.split())
+    assert "/s per worker (measured)" in " ".join(shown.split())
 
 
 SHAPES = {
@@ -199,8 +205,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
-def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> None:
-    def kept(layers: int) -> int:
+def test_activation_bytes_match_what_autograd_saves(name: str, dtype: torch.dtype) -> None:
+    def saved_bytes(layers: int) -> int:
         shape = SHAPES[name]
         shape.num_hidden_layers = layers
         model = transformers.AutoModel.from_config(shape, attn_implementation="sdpa").to(dtype)
@@ -216,15 +222,15 @@ def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> N
             model(torch.zeros(2, 64, dtype=torch.long), use_cache=False)
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
-    measured = (kept(3) - kept(1)) / 2
-    assert 2 * 64 * dtype.itemsize * block_widths(SHAPES[name]) == pytest.approx(measured, rel=0.12)
+    measured = (saved_bytes(3) - saved_bytes(1)) / 2
+    assert 2 * 64 * dtype.itemsize * block_activation_widths(SHAPES[name]) == pytest.approx(measured, rel=0.12)
 
 
-def test_states_are_what_deepspeed_holds() -> None:
-    on_ranks(_hold, 2)
+def test_weight_and_optimizer_bytes_match_deepspeed() -> None:
+    on_ranks(_compare_with_deepspeed, 2)
 
 
-def _hold(_rank: int, _world: int) -> None:
+def _compare_with_deepspeed(_rank: int, _world: int) -> None:
     """Compare the bytes of weights and optimizer of one of two ranks with the plan, at every stage."""
     from engine.train.zero import ZeroModel
 
@@ -232,12 +238,12 @@ def _hold(_rank: int, _world: int) -> None:
         config = replace(Config(), train__workers=2, zero__stage=stage, train__precision=precision)
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False), torch.nn.Linear(32, 64, bias=False))
         parameters = 2 * 64 * 32
-        need = memory(config, Sizes(parameters, parameters, 2 * parameters, stacks=[]), stage, precision)
+        need = peak_memory(config, ModelSizes(parameters, parameters, 2 * parameters, stacks=[]), stage, precision)
         sharded = ZeroModel(model, config, 2, precision)
-        sharded.ensure_moments(0)
+        sharded.init_optimizer_state(0)
         weights = bytes_of([getattr(p, "ds_tensor", p) for p in model.parameters()])
         optimizer: dict[int, int] = {}
-        for master, state in sharded.base.state.items():
+        for master, state in sharded.optimizer.state.items():
             optimizer |= bytes_of([master, state["exp_avg"], state["exp_avg_sq"]])
         held = sum(weights.values()), sum(size for at, size in optimizer.items() if at not in weights)
         assert held == (need.weights, need.optimizer), f"at stage {stage} in {precision}"
