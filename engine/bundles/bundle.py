@@ -1,6 +1,6 @@
-"""A bundle: a Hugging Face folder plus `manta.json`, which says where the model came from and how to know it again.
+"""A bundle: a Hugging Face folder plus `manta.json`, which records where the model came from and how to verify it.
 
-The folder loads with plain `from_pretrained` of transformers or diffusers, with nothing of Manta installed.
+The folder loads with plain `from_pretrained` of transformers or diffusers, without Manta installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from engine.atomic_write import atomic_folder
-from engine.bundles.card import CARD, original_card, verify_card, write_card
+from engine.bundles.model_card import CARD, CardContent, original_card, verify_card, write_card
 from engine.config import ObjectiveConfig, group
 from engine.data.packing import Packing
 from engine.data.processor import load_processor
@@ -30,69 +30,102 @@ from engine.models.int8 import is_quantized
 from engine.objectives.contract import Objective, objective_class, objective_for_architecture
 
 MANIFEST = "manta.json"
+FORMAT = 2  # of new manifests; 1 spelled the key `license` as `licence`
 Predict = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a replayed (log-)probability: other kernels round otherwise
-WRITTEN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
-ROUGH = 0.2  # the same where the model runs in another precision than it was written in
-IN_8_BITS = 0.5  # of a log-probability, with weights that are off by up to a 254th of the largest of their output
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' name
+# Largest allowed difference between a recorded and a replayed (log-)probability: other kernels round differently.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # by the dtype that the bundle is saved and replayed in
+TOLERANCE_OTHER_DTYPE = 0.2  # replayed in another dtype than the saved one
+TOLERANCE_INT8 = 0.5  # of a log-probability: quantized weights are off by up to 1/254 of their output channel's largest
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle knows of itself."""
+    """The contents of manta.json."""
 
     name: str
     objective: dict[str, Any]  # ObjectiveConfig
     labels: list[str]
     sequence_length: int  # tokens
-    parent: str | None  # hash of the bundle that it was trained from
+    parent: str | None  # hash of the bundle that training started from
     data: dict[str, str] | None  # folder and hash of the prepared data
     config_hash: str | None
     run: dict[str, Any] | None  # name, step, samples_hash
     evaluation: dict[str, Any]
-    golden: list[dict[str, Any]]  # [{"request", "output"}], replayed before a replica takes traffic
+    golden: list[dict[str, Any]]  # [{"request", "output"}], replayed before a replica serves requests
     files: dict[str, str]  # file -> SHA-256
     versions: dict[str, str]
     license: str = "not stated"
     created: str = ""
-    format: int = 1
+    format: int = FORMAT
     hash: str = field(default="")  # SHA-256 over all other fields
-    training: dict[str, Any] | None = None  # job, config (dotted key -> value), tokens, energy; None: not known
+    training: dict[str, Any] | None = None  # job, config (dotted key -> value), tokens, energy; None: not recorded
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Manifest:
+        """Read the content of manta.json, of any format. Raises TypeError for unknown or missing keys."""
+        if content.get("format") == 1 and "licence" in content:
+            content = {"license" if key == "licence" else key: value for key, value in content.items()}
+        return cls(**content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of manta.json in the manifest's own format, which its hash covers."""
+        content = asdict(self)
+        if self.format == 1:
+            content = {"licence" if key == "license" else key: value for key, value in content.items()}
+        return content
 
     def content_hash(self) -> str:
-        """Return the SHA-256 (hex) of everything else in the manifest, the files' hashes among it."""
-        content = asdict(replace(self, hash=""))
-        if self.training is None:  # a bundle from before this field was known keeps its hash
+        """Return the SHA-256 (hex) of everything else in the manifest, including the hashes of the files."""
+        content = replace(self, hash="").to_dict()
+        if self.training is None:  # the first bundles had no such key
             del content["training"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
+class BundleInfo:
+    """What a new bundle's manifest and model card say beside what the model and its objective tell."""
+
+    name: str
+    golden_requests: list[dict[str, Any]]  # the model's outputs are recorded, and replayed before serving
+    parent: str | None = None  # as in `Manifest`, here and below
+    data: dict[str, str] | None = None
+    config_hash: str | None = None
+    run: dict[str, Any] | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    license: str = "not stated"
+    training: dict[str, Any] | None = None
+    intended_use: str = ""  # the author's own words for the card; empty: a default sentence
+    limits: str = ""
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A model folder, of ours or of Hugging Face."""
+    """A model folder, written by Manta or by Hugging Face's tools."""
 
     folder: Path
     manifest: Manifest | None  # None: a plain Hugging Face folder
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
-        """Open a folder. Raises UserError where it holds no model, or a manifest that can't be read."""
+        """Open a folder. Raises UserError if it holds no model, or if its manifest cannot be read."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{folder} holds no model (no config.json): give a bundle's or a Hugging Face model's folder"
+                f"{folder} holds no model (no config.json): give the folder of a bundle or of a Hugging Face model"
             )
         file = folder / MANIFEST
         if not file.exists():
             return cls(folder, None)
         try:
-            return cls(folder, Manifest(**json.loads(file.read_text())))
+            return cls(folder, Manifest.from_dict(json.loads(file.read_text())))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): restore it, or write the bundle again") from error
 
     @property
     def has_manifest(self) -> bool:
-        """Whether this is a bundle of ours, with a manifest."""
+        """Whether Manta wrote this bundle."""
         return self.manifest is not None
 
     @property
@@ -103,25 +136,28 @@ class Bundle:
         return hashlib.sha256(json.dumps(_file_hashes(self.folder), sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Check every file. Raises UserError that names the one that was changed, is missing or came in addition."""
+        """Check the hash of every file. Raises UserError that names a changed, missing or additional file."""
         if not self.manifest:
             return
         if self.manifest.hash != self.manifest.content_hash():
             raise UserError(f"{self.folder / MANIFEST} was changed since the bundle was written: refused")
-        now = _file_hashes(self.folder)
-        if CARD in self.manifest.files and CARD in now:  # the rest of it is a chain from the manifest's hash
-            now[CARD] = hashlib.sha256(original_card(self.folder / CARD)).hexdigest()
+        hashes = _file_hashes(self.folder)
+        if CARD in self.manifest.files and CARD in hashes:  # evaluations added later are checked by `verify_card`
+            hashes[CARD] = hashlib.sha256(original_card(self.folder / CARD)).hexdigest()
         for name, expected in self.manifest.files.items():
-            if name not in now:
+            if name not in hashes:
                 raise UserError(f"{self.folder / name} is missing: the bundle is refused")
-            if now[name] != expected:
+            if hashes[name] != expected:
                 raise UserError(f"{self.folder / name} was changed since the bundle was written: refused")
-        if added := sorted(set(now) - set(self.manifest.files)):
+        if added := sorted(set(hashes) - set(self.manifest.files)):
             raise UserError(f"{self.folder / added[0]} was added since the bundle was written: refused")
         verify_card(self.folder, self.manifest.hash)
 
     def processor(self) -> Any:
-        """Load the tokenizer, the image processor, or what holds both; a tokenizer without padding pads with its end of text."""
+        """Load the tokenizer, the image processor, or the processor that holds both.
+
+        A tokenizer without a padding token pads with its end-of-text token.
+        """
         processor = load_processor(self.folder)
         tokenizer = getattr(processor, "tokenizer", processor)
         if getattr(tokenizer, "pad_token_id", 0) is None:
@@ -129,7 +165,7 @@ class Bundle:
         return processor
 
     def objective(self, packing: Packing | None = None) -> Objective:
-        """Return the task that the model was trained for; of a plain folder, what its architecture is for."""
+        """Return the objective that the model was trained for; of a plain folder, the one that its architecture is for."""
         if self.manifest:
             options = self._options(self.manifest.objective)
             labels, length = self.manifest.labels, self.manifest.sequence_length
@@ -147,101 +183,87 @@ class Bundle:
         return objective_class(options.name)(options, self.processor(), length, labels, packing)
 
     def _options(self, recorded: dict[str, Any]) -> ObjectiveConfig:
-        """Return the recorded options of the task. Raises UserError for one that is set and isn't known here."""
+        """Return the recorded options of the objective. Raises UserError for an unknown one that is set."""
         known = {option.name for option in fields(ObjectiveConfig)}
         if unknown := sorted(name for name in recorded.keys() - known if recorded[name] is not None):
             raise UserError(
-                f"{self.folder} was written by another version: objective.{unknown[0]} isn't known to this one"
+                f"{self.folder} was written by another version of Manta: objective.{unknown[0]} is unknown to this one"
             )
         return group(ObjectiveConfig, {name: value for name, value in recorded.items() if name in known})
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Load the model for inference, in its own precision or in `dtype`."""
+        """Load the model for inference, in the saved dtype or in `dtype`."""
         return load_for_inference(self.folder, self.objective().auto_class, dtype)
 
     def saved_dtype(self) -> torch.dtype:
-        """Return the precision of the weights in the files."""
+        """Return the dtype of the weights in the files."""
         with safe_open(min(self.folder.glob("*.safetensors")), "pt") as opened:
-            return WRITTEN[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
+            return SAFETENSORS_DTYPES[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
     def replay(self, model: nn.Module) -> None:
-        """Ask a model the golden requests again. Raises UserError for the first answer that is not the recorded one."""
+        """Run the golden requests through a model. Raises UserError for the first output that differs from the recorded one."""
         dtype = next(model.parameters()).dtype
         self.replay_with(lambda requests: self.objective().predict(model, requests), dtype, is_quantized(model))
 
     def replay_with(self, predict: Predict, dtype: torch.dtype, is_quantized: bool = False) -> None:
-        """The same, of whatever answers as the objective's `predict` does, with a model in that precision."""
+        """Replay the golden requests through `predict`, which runs a model in `dtype`. Raises UserError as `replay` does."""
         if not self.manifest:
             return
         requests = [golden["request"] for golden in self.manifest.golden]
         outputs = predict(requests) if requests else []
-        tolerance = TOLERANCE.get(dtype, ROUGH) if dtype == self.saved_dtype() else ROUGH
+        same_dtype = dtype == self.saved_dtype()
+        tolerance = TOLERANCE.get(dtype, TOLERANCE_OTHER_DTYPE) if same_dtype else TOLERANCE_OTHER_DTYPE
         if is_quantized:
-            tolerance = IN_8_BITS if self.objective().has_lm_head else ROUGH
+            tolerance = TOLERANCE_INT8 if self.objective().has_lm_head else TOLERANCE_OTHER_DTYPE
         for golden, output in zip(self.manifest.golden, outputs, strict=True):
-            # Near numbers can be asked for; equal words can't, where rounding decides between two that are as likely.
-            recorded, answer = _numbers(golden["output"]), _numbers(output)
-            if len(recorded) != len(answer) or not all(abs(a - b) <= tolerance for a, b in zip(recorded, answer)):
-                how = " with 8-bit weights (leave serve.quantize out)" if is_quantized else ""
+            # Only numbers are compared: where rounding decides between two equally likely tokens, the text may differ.
+            expected, actual = _numbers(golden["output"]), _numbers(output)
+            if len(expected) != len(actual) or not all(abs(a - b) <= tolerance for a, b in zip(expected, actual)):
+                how = " with 8-bit weights (leave out serve.quantize)" if is_quantized else ""
                 raise UserError(
-                    f"{self.folder} does not answer as recorded{how}: {golden['request']} gives {output}, not {golden['output']}"
+                    f"{self.folder} does not reproduce its golden outputs{how}: "
+                    f"{golden['request']} gives {output}, not {golden['output']}"
                 )
 
 
 def write_bundle(
-    folder: Path,
-    *,
-    model: nn.Module,
-    objective: Objective,
-    name: str,
-    golden_requests: list[dict[str, Any]],
-    parent: str | None = None,
-    data: dict[str, str] | None = None,
-    config_hash: str | None = None,
-    run: dict[str, Any] | None = None,
-    evaluation: dict[str, Any] | None = None,
-    license: str = "not stated",
-    dtype: torch.dtype = torch.float32,
-    training: dict[str, Any] | None = None,
-    words: dict[str, str] | None = None,
+    folder: Path, model: nn.Module, objective: Objective, info: BundleInfo, dtype: torch.dtype = torch.float32
 ) -> Bundle:
-    """Write a bundle in `dtype` and record what it answers to `golden_requests`; it is renamed into place last.
-
-    `training` and `words` (intended_use, limits) are what its card tells beside what the manifest holds.
-    """
+    """Write a bundle in `dtype`, with its golden outputs, manifest and model card; the folder is renamed into place last."""
     model = model.to(dtype).eval()
-    golden = [
-        {"request": request, "output": output}
-        for request, output in zip(golden_requests, objective.predict(model, golden_requests), strict=True)
-    ]
-    manifest = Manifest(
-        name=name,
-        objective=asdict(objective.options),
-        labels=objective.labels,
-        sequence_length=objective.sequence_length,
-        parent=parent,
-        data=data,
-        config_hash=config_hash,
-        run=run,
-        evaluation=evaluation or {},
-        golden=golden,
-        files={},
-        versions={
-            package: _version(package)
-            for package in ("manta-train", "torch", "transformers", *objective.required_packages)
-        },
-        license=license,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        training=training,
-    )
-    facts = asdict(manifest) | {"parameters": sum(p.numel() for p in model.parameters()), "auto": objective.auto_class}
     with atomic_folder(folder) as part:
         model.save_pretrained(part)  # type: ignore[operator]
         objective.save(part)
-        write_card(part, facts, words or {})
+        outputs = objective.predict(model, info.golden_requests)
+        packages = ("manta-train", "torch", "transformers", *objective.required_packages)
+        manifest = Manifest(
+            name=info.name,
+            objective=asdict(objective.options),
+            labels=objective.labels,
+            sequence_length=objective.sequence_length,
+            parent=info.parent,
+            data=info.data,
+            config_hash=info.config_hash,
+            run=info.run,
+            evaluation=info.evaluation,
+            golden=[{"request": r, "output": o} for r, o in zip(info.golden_requests, outputs, strict=True)],
+            files={},
+            versions={package: _package_version(package) for package in packages},
+            license=info.license,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            training=info.training,
+        )
+        card = CardContent(
+            asdict(manifest),
+            sum(p.numel() for p in model.parameters()),
+            objective.auto_class,
+            info.intended_use,
+            info.limits,
+        )
+        write_card(part, card)
         manifest = replace(manifest, files=_file_hashes(part))
         manifest = replace(manifest, hash=manifest.content_hash())
-        (part / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+        (part / MANIFEST).write_text(json.dumps(manifest.to_dict(), indent=1) + "\n")
     return Bundle(folder, manifest)
 
 
@@ -253,7 +275,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return hashes
 
 
-def _version(package: str) -> str:
+def _package_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -261,9 +283,9 @@ def _version(package: str) -> str:
 
 
 def _numbers(output: Any) -> list[float]:
-    """Return the floating-point numbers in an output, in its order."""
+    """Return the floating-point numbers in an output, in order."""
     if isinstance(output, dict):
         output = list(output.values())
     if isinstance(output, list):
-        return [number for part in output for number in _numbers(part)]
+        return [number for item in output for number in _numbers(item)]
     return [output] if isinstance(output, float) else []

@@ -1,6 +1,6 @@
-"""Where a bundle came from and where it went: data, runs, trials, the bundles before, evaluations, versions, endpoints.
+"""The lineage of a bundle: its data, run, trial and parent bundles; its evaluations, registered versions and deployments.
 
-Everything is read from what the jobs left, and checked against the hashes in the bundle's manifest.
+Everything is read from the files that the jobs wrote, and checked against the hashes in the bundle's manifest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.bundles.bundle import Bundle
-from engine.bundles.card import read_evaluations
+from engine.bundles.bundle import Bundle, Manifest
+from engine.bundles.model_card import read_evaluations
 from engine.bundles.registry import Registry, Version
 from engine.data.manifest import Manifest as DataManifest
-from engine.data.manifest import verify as verify_data
+from engine.data.remote_store import verify as verify_data
 from engine.errors import UserError
 
 DEPLOYMENT = "deployment.json"
@@ -25,28 +25,28 @@ DEPLOYMENT = "deployment.json"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The prepared data of a training."""
+    """The prepared data of a training run."""
 
     folder: Path
     hash: str
-    manifest: DataManifest | None
+    manifest: DataManifest | None  # None: missing or changed
 
 
 @dataclass(frozen=True)
 class Training:
-    """The run that made a bundle."""
+    """The run that trained a bundle."""
 
     name: str
     job: str
     step: int
     folder: Path | None  # None: not found
-    sweep: str | None  # name of the sweep whose trial it was
-    trials: int = 0
+    sweep: str | None  # name of the sweep, if the run was a trial
+    num_trials: int = 0
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A bundle with what was before it and after it; `faults` are what cannot be known or was changed, in sentences."""
+    """A bundle, what it was made from and where it is used; `problems` are sentences on what is missing or was changed."""
 
     bundle: Bundle
     name: str
@@ -59,143 +59,146 @@ class Lineage:
     deployments: tuple[dict[str, Any], ...] = ()
 
     def all_problems(self) -> list[str]:
-        """Return the faults of this bundle and of those before it."""
+        """Return the problems of the bundle's ancestors and its own."""
         return [*(self.parent.all_problems() if self.parent else []), *self.problems]
 
 
 def trace_lineage(bundle: Bundle, name: str, runs_dir: Path, registry: Registry) -> Lineage:
-    """Trace a bundle. Reads every file that it stands on once, to check the hashes."""
-    known = registry.versions()
-    return _trace(bundle, name, runs_dir, registry, known, last=True)
+    """Trace a bundle back to its data. Reads all files of its ancestors and their data once, to check the hashes."""
+    return _trace(bundle, name, runs_dir, registry, registry.versions(), is_ancestor=False)
 
 
-def _trace(bundle: Bundle, name: str, runs_dir: Path, registry: Registry, known: list[Version], last: bool) -> Lineage:
-    faults: list[str] = []
+def _trace(
+    bundle: Bundle, name: str, runs_dir: Path, registry: Registry, versions: list[Version], is_ancestor: bool
+) -> Lineage:
+    problems: list[str] = []
     try:
         bundle.verify()
     except UserError as error:
-        faults.append(str(error))
-    manifest, source, training, parent = bundle.manifest, None, None, None
-    if manifest is None:  # a plain Hugging Face folder: where it came from is written elsewhere
-        return Lineage(bundle, name, None, None, None, tuple(faults))
-    source = _source(manifest.data, name, faults)
-    training = _training(manifest, name, runs_dir, faults)
+        problems.append(str(error))
+    manifest, parent = bundle.manifest, None
+    if manifest is None:  # a plain Hugging Face folder records no origin
+        return Lineage(bundle, name, None, None, None, tuple(problems))
+    data = _trace_data(manifest.data, name, problems)
+    training = _trace_training(manifest, name, runs_dir, problems)
     if manifest.parent:
         found = None
         try:
-            found = _find_parent(manifest.parent, training, runs_dir, registry, known)
+            found = _find_parent(manifest.parent, training, runs_dir, registry, versions)
         except UserError as error:
-            faults.append(str(error))
+            problems.append(str(error))
         if found is None:
-            faults.append(f"the bundle that {name} was trained from ({manifest.parent[:12]}) is not to be found")
+            problems.append(f"the bundle that {name} was trained from ({manifest.parent[:12]}) was not found")
         else:
-            parent = _trace(found[0], found[1], runs_dir, registry, known, last=False)
+            parent = _trace(found[0], found[1], runs_dir, registry, versions, is_ancestor=True)
     return Lineage(
-        bundle, name, source, training, parent, tuple(faults),
-        evaluations=tuple(_evaluations(bundle, runs_dir)) if last else (),
-        versions=tuple(v for v in known if v.hash == bundle.hash),
-        deployments=tuple(_deployments(bundle.hash, runs_dir)) if last else (),
+        bundle, name, data, training, parent, tuple(problems),
+        evaluations=() if is_ancestor else tuple(_evaluations(bundle, runs_dir)),
+        versions=tuple(version for version in versions if version.hash == bundle.hash),
+        deployments=() if is_ancestor else tuple(_deployments(bundle.hash, runs_dir)),
     )  # fmt: skip
 
 
-def _source(place: dict[str, str] | None, name: str, faults: list[str]) -> PreparedData | None:
-    if place is None:
-        faults.append(f"{name} does not say what data it was trained on")
+def _trace_data(recorded: dict[str, str] | None, name: str, problems: list[str]) -> PreparedData | None:
+    if recorded is None:
+        problems.append(f"{name} does not say what data it was trained on")
         return None
-    folder = Path(place["folder"])
+    folder = Path(recorded["folder"])
     try:
         manifest = verify_data(folder)
     except UserError as error:
-        faults.append(str(error))
-        return PreparedData(folder, place["hash"], None)
-    if manifest.hash != place["hash"]:
-        faults.append(
-            f"{folder} holds other data now ({manifest.hash[:12]}) than {name} was trained on ({place['hash'][:12]})"
+        problems.append(str(error))
+        return PreparedData(folder, recorded["hash"], None)
+    if manifest.hash != recorded["hash"]:
+        problems.append(
+            f"{folder} holds other data now ({manifest.hash[:12]}) than {name} was trained on ({recorded['hash'][:12]})"
         )
-    return PreparedData(folder, place["hash"], manifest)
+    return PreparedData(folder, recorded["hash"], manifest)
 
 
-def _training(manifest: Any, name: str, runs_dir: Path, faults: list[str]) -> Training | None:
+def _trace_training(manifest: Manifest, name: str, runs_dir: Path, problems: list[str]) -> Training | None:
     if not manifest.run:
-        faults.append(f"{name} does not say which run made it")
+        problems.append(f"{name} does not say which run trained it")
         return None
-    run, told = manifest.run, manifest.training or {}
-    config = told.get("config")
+    run, training = manifest.run, manifest.training or {}
+    config = training.get("config")
     if config is None:
-        faults.append(f"{name} was written without the config of its run: train it again to promote it")
+        problems.append(f"{name} was written without the config of its run: train it again to promote it")
     elif hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest() != manifest.config_hash:
-        faults.append(f"the config in {name} is not the one that its hash is of")
+        problems.append(f"the config recorded in {name} does not match its recorded hash")
     folders = [runs_dir / run["name"], *sorted(runs_dir.glob(f"*/trials/{run['name']}"))]
-    folder = next((one for one in folders if _took_the_step(one, run)), None)
+    folder = next((folder for folder in folders if _has_step(folder, run)), None)
     if folder is None:
-        faults.append(f"no run '{run['name']}' in {runs_dir} has taken step {run['step']} of {name} on its samples")
-    sweep, trials = None, 0
+        problems.append(
+            f"no run '{run['name']}' in {runs_dir} has logged step {run['step']} of {name} with the same samples"
+        )
+    sweep, num_trials = None, 0
     if folder and folder.parent.name == "trials":
         sweep = folder.parent.parent.name
-        trials = sum(1 for one in folder.parent.iterdir() if one.is_dir())
-    return Training(run["name"], told.get("job", "training"), run["step"], folder, sweep, trials)
+        num_trials = sum(1 for path in folder.parent.iterdir() if path.is_dir())
+    return Training(run["name"], training.get("job", "training"), run["step"], folder, sweep, num_trials)
 
 
-def _took_the_step(folder: Path, run: dict[str, Any]) -> bool:
-    """Tell whether a run's metrics have the bundle's step with the same hash of the samples seen."""
+def _has_step(folder: Path, run: dict[str, Any]) -> bool:
+    """Tell whether a run has logged the bundle's step, with the same hash of the samples seen."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return False
-    for line in file.read_text().splitlines():
-        if line.endswith("}") and (found := json.loads(line))["step"] == run["step"]:
-            return bool(found.get("samples_hash") == run["samples_hash"])
+    for text in file.read_text().splitlines():
+        if text.endswith("}") and (line := json.loads(text))["step"] == run["step"]:
+            return bool(line.get("samples_hash") == run["samples_hash"])
     return False
 
 
 def _find_parent(
-    digest: str, training: Training | None, runs_dir: Path, registry: Registry, known: list[Version]
+    digest: str, training: Training | None, runs_dir: Path, registry: Registry, versions: list[Version]
 ) -> tuple[Bundle, str] | None:
-    """Find a bundle by its hash: where its child's run found it, among the runs, in the registry."""
-    places = [(folder, folder.parent.name) for folder in sorted(runs_dir.glob("*/bundle"))]
+    """Find a bundle by its hash: in the folder that its child's run started from, among the runs, in the registry."""
+    candidates = [(folder, folder.parent.name) for folder in sorted(runs_dir.glob("*/bundle"))]
     if training and training.folder:
-        home = training.folder.parent.parent if training.sweep else training.folder
-        if (home / "status.json").is_file() and (
-            parent := json.loads((home / "status.json").read_text()).get("parent")
-        ):
+        run_folder = training.folder.parent.parent if training.sweep else training.folder
+        status = run_folder / "status.json"
+        if status.is_file() and (parent := json.loads(status.read_text()).get("parent")):
             folder = Path(parent)
-            places.insert(0, (folder, folder.parent.name if folder.name == "bundle" else folder.name))
-    for folder, name in places:
-        if (folder / "config.json").is_file() and (found := Bundle.open(folder)).hash == digest:
-            return found, name
-    for version in known:
+            candidates.insert(0, (folder, folder.parent.name if folder.name == "bundle" else folder.name))
+    for folder, name in candidates:
+        if (folder / "config.json").is_file() and (bundle := Bundle.open(folder)).hash == digest:
+            return bundle, name
+    for version in versions:
         if version.hash == digest:
             return registry.fetch(version), str(version)
     return None
 
 
 def _evaluations(bundle: Bundle, runs_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yield the evaluations of a bundle, those of its card first; the others are found by its hash."""
-    told = read_evaluations(bundle.folder)
-    yield from told
-    ids = {found.get("id") for found in told}
+    """Yield the records of a bundle's evaluations: those on its card first, then others with its hash in the run folders."""
+    on_card = read_evaluations(bundle.folder)
+    yield from on_card
+    ids = {record.get("id") for record in on_card}
     for file in sorted(runs_dir.glob("*/evaluation.json")):
-        for found in json.loads(file.read_text()).get("bundles", []):
-            if found.get("hash") == bundle.hash and found.get("id") not in ids:
-                yield found
+        for record in json.loads(file.read_text()).get("bundles", []):
+            if record.get("hash") == bundle.hash and record.get("id") not in ids:
+                yield record
 
 
 def record_deployment(folder: Path, url: str, bundles: dict[str, Path]) -> None:
-    """Write down, in a run's folder, which bundles an endpoint took up, and when."""
-    hashes = {name: Bundle.open(place).hash for name, place in bundles.items()}
+    """Record in a run's folder which bundles an endpoint serves, and since when."""
+    hashes = {name: Bundle.open(bundle_folder).hash for name, bundle_folder in bundles.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DEPLOYMENT).write_text(json.dumps({"url": url, "since": time.time(), "bundles": hashes}, indent=1) + "\n")
 
 
 def _deployments(digest: str, runs_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yield each endpoint that took the bundle up: url, name, since (seconds since 1970), up (whether it serves it now)."""
+    """Yield each endpoint that has served the bundle: url, name, since (Unix time, seconds), up (whether it still does)."""
     for file in sorted(runs_dir.glob(f"*/{DEPLOYMENT}")):
-        told = json.loads(file.read_text())
-        for name, found in told["bundles"].items():
-            if found == digest:
-                yield {"url": told["url"], "since": told["since"], "name": name, "up": _serves(told["url"], digest)}
+        deployment = json.loads(file.read_text())
+        url = deployment["url"]
+        for name, bundle_hash in deployment["bundles"].items():
+            if bundle_hash == digest:
+                yield {"url": url, "since": deployment["since"], "name": name, "up": _is_serving(url, digest)}
 
 
-def _serves(url: str, digest: str) -> bool:
+def _is_serving(url: str, digest: str) -> bool:
     import httpx
 
     try:

@@ -1,7 +1,7 @@
-"""Versions and aliases of bundles, in MLflow's model registry: this project keeps no registry of its own.
+"""Versions and aliases of bundles in MLflow's model registry.
 
-A version's bytes are artifacts of an MLflow run of its own, so no later training overwrites them: with a server they lie
-where the server keeps artifacts, else in <runs_dir>/registry.
+The files of a version are artifacts of an MLflow run of its own, so that no later training overwrites them: in the
+artifact store of the MLflow server, or without a server in <runs_dir>/registry.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from engine.errors import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "manta-registry"  # MLflow experiment of the runs that hold the versions' bytes
-INSIDE = "bundle"  # the bundle's folder among such a run's artifacts
+EXPERIMENT = "manta-registry"  # MLflow experiment of the runs that hold the versions' files
+ARTIFACT_PATH = "bundle"  # of the bundle's folder among the artifacts of such a run
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Version:
 
     name: str
     number: int
-    folder: Path  # where its bytes are, or are put when they are first asked for
+    folder: Path  # where its files are, or where they are downloaded to on first use
     hash: str
-    source: str  # URI of the bytes
+    source: str  # URI of the files
     aliases: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -43,16 +43,16 @@ class Version:
 
 
 class Registry:
-    """MLflow's registry, at one tracking URI."""
+    """MLflow's model registry at one tracking URI."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        """Take MLflow's URI, and the folder where bundles are kept: all of them, or copies of a server's."""
+        """Use MLflow at `uri`; `folder` holds the files of all versions, or with a server local copies of them."""
         self.uri, self.folder = uri, folder.absolute()
         self._client: MlflowClient | None = None
 
     @property
     def client(self) -> MlflowClient:
-        """A quiet MLflow client. Importing MLflow takes one to three seconds."""
+        """An MLflow client with logging reduced to warnings. Importing MLflow takes one to three seconds."""
         if self._client is None:
             from mlflow import MlflowClient
 
@@ -62,31 +62,30 @@ class Registry:
         return self._client
 
     def register(self, bundle: Bundle, name: str) -> Version:
-        """Keep a bundle as a version of `name`; one that is registered already keeps its version.
+        """Register a bundle as a new version of `name`, or return the version that it has already.
 
-        Raises UserError if the bundle was changed, or has no manifest to know it again by.
+        Raises UserError if the bundle was changed, or has no manifest to verify it with.
         """
         if not bundle.has_manifest:
-            raise UserError(f"{bundle.folder} is no bundle of Manta's (no manta.json): fine-tune it first")
+            raise UserError(f"{bundle.folder} is not a bundle of Manta's (no manta.json): fine-tune it first")
         bundle.verify()
-        known = self.versions(name)
-        for found in known:
-            if found.hash == bundle.hash:
-                return found
+        for version in self.versions(name):
+            if version.hash == bundle.hash:
+                return version
         self.create_name(name)
         run = self.client.create_run(self._experiment(), run_name=f"{name} {bundle.hash[:12]}")
-        self.client.log_artifacts(run.info.run_id, str(bundle.folder), INSIDE)
+        self.client.log_artifacts(run.info.run_id, str(bundle.folder), ARTIFACT_PATH)
         self.client.set_terminated(run.info.run_id)
-        source = f"{run.info.artifact_uri}/{INSIDE}"
-        made = retry_on_conflict(
+        source = f"{run.info.artifact_uri}/{ARTIFACT_PATH}"
+        created = retry_on_conflict(
             lambda: self.client.create_model_version(
                 name, source=source, run_id=run.info.run_id, tags={"manta.hash": bundle.hash}
             )
         )
-        return Version(name, int(made.version), self._place(source, bundle.hash), bundle.hash, source)
+        return Version(name, int(created.version), self._local_folder(source, bundle.hash), bundle.hash, source)
 
     def create_name(self, name: str, tags: dict[str, str] | None = None) -> None:
-        """Make a registered model unless there is one of that name."""
+        """Create a registered model unless there is one of that name."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -96,21 +95,21 @@ class Registry:
                 raise
 
     def fetch(self, version: Version) -> Bundle:
-        """Return a version's bundle, brought here from the server first if need be.
+        """Return the bundle of a version, downloaded from the server if necessary.
 
-        Raises UserError where its bytes are gone, or aren't those that were registered.
+        Raises UserError if its files are gone, or are not those that were registered.
         """
         if not version.source.startswith("file:") and not version.folder.exists():
             import mlflow.artifacts
 
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as part:
-                got = mlflow.artifacts.download_artifacts(version.source, dst_path=part, tracking_uri=self.uri)
+                downloaded = mlflow.artifacts.download_artifacts(version.source, dst_path=part, tracking_uri=self.uri)
                 with contextlib.suppress(OSError):  # another process was first
-                    Path(got).rename(version.folder)
+                    Path(downloaded).rename(version.folder)
         if not (version.folder / "config.json").is_file():
             raise UserError(
-                f"{version} is registered in {version.folder}, which is gone: restore it, or register another"
+                f"{version} is registered in {version.folder}, which is gone: restore it, or register another version"
             )
         bundle = Bundle.open(version.folder)
         if not bundle.has_manifest or bundle.hash != version.hash:
@@ -123,62 +122,61 @@ class Registry:
         for model in all_pages(lambda token: self.client.search_registered_models(page_token=token)):
             for alias, number in model.aliases.items():
                 aliases[model.name, int(number)].append(alias)
-        chosen, order = f"name = '{name}'" if name else "", ["last_updated_timestamp DESC"]
-        found = all_pages(lambda token: self.client.search_model_versions(chosen, order_by=order, page_token=token))
+        query, order = f"name = '{name}'" if name else "", ["last_updated_timestamp DESC"]
+        versions = all_pages(lambda token: self.client.search_model_versions(query, order_by=order, page_token=token))
         return [
             Version(
-                one.name, int(one.version), self._place(one.source, one.tags["manta.hash"]), one.tags["manta.hash"],
-                one.source, tuple(sorted(aliases[one.name, int(one.version)])),
+                version.name, int(version.version), self._local_folder(version.source, version.tags["manta.hash"]),
+                version.tags["manta.hash"], version.source, tuple(sorted(aliases[version.name, int(version.version)])),
             )
-            for one in found
-            if "manta.hash" in one.tags
+            for version in versions
+            if "manta.hash" in version.tags
         ]  # fmt: skip
 
     def lookup(self, reference: str) -> Version | None:
-        """Find `name`, `name/3`, `name@alias` or a bare alias; None where nothing is called so.
+        """Find `name` (its newest version), `name/3`, `name@alias` or a bare alias; None if there is none.
 
-        Raises UserError for a number that is none, and for an alias that several names have.
+        Raises UserError for an invalid version number, and for a bare alias that several names have.
         """
         name, _, alias = reference.partition("@")
         name, _, number = name.partition("/")
         if number and not number.isdigit():
             raise UserError(
-                f"bundle={reference} is no version: use {name}/NUMBER, {name}@ALIAS or a folder that is there"
+                f"bundle={reference} is not a version: use {name}/NUMBER, {name}@ALIAS or an existing folder"
             )
-        everything = self.versions()
-        named = [v for v in everything if v.name == name]
+        versions = self.versions()
+        named = [version for version in versions if version.name == name]
         if alias:
-            return next((v for v in named if alias in v.aliases), None)
+            return next((version for version in named if alias in version.aliases), None)
         if number:
-            return next((v for v in named if v.number == int(number)), None)
+            return next((version for version in named if version.number == int(number)), None)
         if named:
-            return max(named, key=lambda v: v.number)
-        called = [v for v in everything if name in v.aliases]
-        if len(called) > 1:
-            raise UserError(
-                f"{name} is an alias of several: say which with {' or '.join(sorted(f'{v.name}@{name}' for v in called)[:5])}"
-            )
-        return called[0] if called else None
+            return max(named, key=lambda version: version.number)
+        aliased = [version for version in versions if name in version.aliases]
+        if len(aliased) > 1:
+            choices = sorted(f"{version.name}@{name}" for version in aliased)
+            raise UserError(f"{name} is an alias of several names: use {' or '.join(choices[:5])}")
+        return aliased[0] if aliased else None
 
-    def _place(self, source: str, digest: str) -> Path:
+    def _local_folder(self, source: str, digest: str) -> Path:
         url = urlparse(source)
         return Path(unquote(url.path)) if url.scheme == "file" else self.folder / digest
 
     def _experiment(self) -> str:
-        """Return the id of the experiment that holds the bytes; without a server they lie in the registry's folder."""
-        if known := self.client.get_experiment_by_name(EXPERIMENT):
-            found: str = known.experiment_id
-            return found
-        place = None if self.uri.startswith(("http:", "https:")) else self.folder.as_uri()
-        made: str = self.client.create_experiment(EXPERIMENT, artifact_location=place)
-        return made
+        """Return the id of the experiment that holds the files; without a server they lie in the registry's folder."""
+        if experiment := self.client.get_experiment_by_name(EXPERIMENT):
+            experiment_id: str = experiment.experiment_id
+            return experiment_id
+        location = None if self.uri.startswith(("http:", "https:")) else self.folder.as_uri()
+        created_id: str = self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        return created_id
 
 
-def all_pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Yield what a search of MLflow finds, page after page."""
+def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield the results of an MLflow search, page after page."""
     token = None
     while True:
-        page = ask(token)
+        page = search(token)
         yield from page
         token = page.token
         if not token:
@@ -186,14 +184,14 @@ def all_pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def retry_on_conflict(write: Callable[[], Any], tries: int = 20) -> Any:
-    """Write to MLflow, again where another process has locked the database or took the same version number."""
+    """Write to MLflow; retry if another process has locked the database or took the same version number."""
     from mlflow.exceptions import MlflowException
 
-    for left in reversed(range(tries)):
+    for tries_left in reversed(range(tries)):
         try:
             return write()
         except MlflowException as error:
-            if not left or not any(word in str(error) for word in ("locked", "Giving up", "UNIQUE")):
+            if not tries_left or not any(word in str(error) for word in ("locked", "Giving up", "UNIQUE")):
                 raise
             time.sleep(0.05)
     raise AssertionError

@@ -19,14 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.bundles.bundle import Bundle, write_bundle
+from engine.bundles.bundle import Bundle, BundleInfo, write_bundle
 from engine.config import Config, with_values
 from engine.data.processor import new_image_processor
-from engine.models.build import build
+from engine.models.build import build_model
 from engine.objectives.contract import objective_class
-from engine.serve.deploy import Endpoint, call_controller, deploy, example
+from engine.serve.deploy import Endpoint, deploy, example_request
+from engine.serve.serve_client import controller_state
 from tests.engine.serve.clients import wait_for
-from tests.engine.serve.test_access import browser_page  # noqa: F401
 from tests.ports import free_port
 
 LABELS = ["cat", "dog", "plane"]
@@ -42,13 +42,13 @@ def stirred_bundle(tiny: Config, folder: Path) -> Bundle:
     config = with_values(tiny, DIT)
     kind = objective_class("diffusion")
     objective: Any = kind(config.objective, new_image_processor("dit", 16), config.data.sequence_length, LABELS)
-    model = build(config.model, objective.processor, objective.auto_class, objective.model_options(), seed=0)
+    model = build_model(config.model, objective.processor, objective.auto_class, objective.model_options(), seed=0)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     golden: Any = objective.golden_requests(None)
-    return write_bundle(folder, model=model, objective=objective, name="painter", golden_requests=golden)
+    return write_bundle(folder, model, objective, BundleInfo("painter", golden))
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,9 @@ def test_an_image_is_the_same_whatever_shares_the_forward(api: openai.OpenAI, en
 
 
 def test_the_example_that_deploy_prints_works(endpoint: Endpoint, bundle: Bundle) -> None:
-    about = call_controller("state")["models"]["painter"]["stable"]["about"]
-    path, *options = shlex.split(example("painter", about, bundle.folder, keyed=True))
+    info = controller_state().models["painter"].stable.info
+    assert info
+    path, *options = shlex.split(example_request("painter", info, bundle.folder, needs_key=True))
     assert options[:4] == ["-H", "Authorization: Bearer KEY", "-H", "Content-Type: application/json"]
     found = httpx.post(f"{endpoint.url}/v1/{path}", content=options[-1], headers={"Content-Type": "application/json"})
     assert found.status_code == 200, found.text
@@ -167,7 +168,7 @@ def test_what_another_model_does_is_told(api: openai.OpenAI) -> None:
         api.embeddings.create(model="painter", input="x")
 
 
-def test_the_page_shows_images(endpoint: Endpoint, browser_page: Any) -> None:  # noqa: F811
+def test_the_page_shows_images(endpoint: Endpoint, browser_page: Any) -> None:
     page, told = browser_page, list[str]()
     page.on("console", lambda message: told.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: told.append(str(error)))

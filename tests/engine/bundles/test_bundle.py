@@ -1,7 +1,8 @@
-"""A bundle loads with plain transformers, knows itself again, and is found by its names."""
+"""A bundle loads with plain transformers, verifies its files and outputs, and is found by its names."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -10,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.bundles.bundle import Bundle, write_bundle
+from engine.bundles.bundle import Bundle, BundleInfo, write_bundle
 from engine.bundles.find import find_bundle
 from engine.bundles.registry import Registry
 from engine.config import Config
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_plain_transformers_gives_equal_outputs(written: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_changed_file_is_named(copy: Path, name: str) -> None:
+def test_verify_names_a_changed_file(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[-2] ^= 1
     (copy / name).write_bytes(content)
@@ -51,7 +52,7 @@ def test_a_changed_file_is_named(copy: Path, name: str) -> None:
         Bundle.open(copy).verify()
 
 
-def test_a_changed_manifest_a_missing_and_an_added_file_are_named(copy: Path) -> None:
+def test_verify_names_a_changed_manifest_and_a_missing_or_added_file(copy: Path) -> None:
     (copy / "extra.bin").write_text("x")
     with pytest.raises(UserError, match=r"extra\.bin was added"):
         Bundle.open(copy).verify()
@@ -65,55 +66,66 @@ def test_a_changed_manifest_a_missing_and_an_added_file_are_named(copy: Path) ->
         Bundle.open(copy).verify()
 
 
-def test_other_weights_do_not_pass_the_golden_replay(written: Bundle) -> None:
+def test_golden_replay_rejects_other_weights(written: Bundle) -> None:
     model = written.model()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
-    with pytest.raises(UserError, match="does not answer as recorded"):
+    with pytest.raises(UserError, match="does not reproduce its golden outputs"):
         written.replay(model)
 
 
-def test_an_option_that_another_version_had_is_dropped_if_unset_and_refused_if_set(written: Bundle) -> None:
+def test_unknown_objective_option_is_dropped_if_unset_and_refused_if_set(written: Bundle) -> None:
     assert written.manifest
     recorded = written.manifest.objective
     older = replace(written, manifest=replace(written.manifest, objective=recorded | {"gone": None}))
     assert older.objective().options == written.objective().options
     newer = replace(written, manifest=replace(written.manifest, objective=recorded | {"to_come": 3}))
-    with pytest.raises(UserError, match=r"written by another version: objective\.to_come"):
+    with pytest.raises(UserError, match=r"written by another version of Manta: objective\.to_come"):
         newer.objective()
 
 
-def test_a_bundle_in_bf16_replays_in_its_own_precision_and_in_another(tiny: Config, tmp_path: Path) -> None:
+def test_bf16_bundle_replays_in_bf16_and_fp32(tiny: Config, tmp_path: Path) -> None:
     whole = fresh_bundle(tiny, tmp_path / "whole")
     objective = whole.objective()
     ids = objective.tokenizer("import os\nimport sys\n")["input_ids"]
     requests = [{"prompt": ids[:4], "continuation": ids[4:]}]
-    half = write_bundle(
-        tmp_path / "half", model=whole.model(), objective=objective, name="half",
-        golden_requests=requests, dtype=torch.bfloat16,
-    )  # fmt: skip
+    half = write_bundle(tmp_path / "half", whole.model(), objective, BundleInfo("half", requests), torch.bfloat16)
     assert next(half.model().parameters()).dtype == torch.bfloat16
     half.replay(half.model())
     half.replay(half.model(torch.float32))
 
 
-def test_a_tie_that_rounding_decides_is_no_other_answer(tiny: Config, tmp_path: Path) -> None:
+def test_golden_replay_accepts_another_token_of_equal_probability(tiny: Config, tmp_path: Path) -> None:
     bundle = fresh_bundle(tiny, tmp_path / "bundle")
     model = bundle.model()
     with torch.no_grad():  # two rows of the output embedding that are equal but for the last bit
         model.lm_head.weight[7] = model.lm_head.weight[6] * (1 + 2**-23)
-    recorded = write_bundle(
-        tmp_path / "tie", model=model, objective=bundle.objective(), name="tie",
-        golden_requests=[{"prompt": [6, 7, 6, 7], "continuation": [7, 6, 7, 6]}],
-    )  # fmt: skip
+    golden = [{"prompt": [6, 7, 6, 7], "continuation": [7, 6, 7, 6]}]
+    recorded = write_bundle(tmp_path / "tie", model, bundle.objective(), BundleInfo("tie", golden))
     other = recorded.model()
     with torch.no_grad():
         other.lm_head.weight[7] *= 1 - 2**-22
     recorded.replay(other)
 
 
-def test_registry_and_names(tiny: Config, tmp_path: Path) -> None:
+def test_format_1_manifest_spells_license_with_c(copy: Path) -> None:
+    tree = json.loads((copy / "manta.json").read_text())
+    old = {"licence" if key == "license" else key: value for key, value in tree.items()}
+    old |= {"format": 1, "licence": "Apache-2.0", "hash": ""}
+    hashed = {key: value for key, value in old.items() if key != "training" or value is not None}
+    old["hash"] = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()  # as it was computed then
+    (copy / "manta.json").write_text(json.dumps(old))
+    bundle = Bundle.open(copy)
+    bundle.verify()
+    assert bundle.manifest
+    assert bundle.manifest.license == "Apache-2.0"
+    assert bundle.manifest.to_dict() == old
+    assert "licence" not in tree
+    assert tree["format"] == 2
+
+
+def test_registry_versions_and_names(tiny: Config, tmp_path: Path) -> None:
     uri, runs = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "runs"
     first = fresh_bundle(tiny, runs / "one" / "bundle", seed=1)
     second = fresh_bundle(tiny, runs / "two" / "bundle", seed=2)
@@ -148,7 +160,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_plain_hugging_face_folder_is_a_bundle_too(written: Bundle, copy: Path) -> None:
+def test_plain_hugging_face_folder_opens_as_a_bundle(written: Bundle, copy: Path) -> None:
     (copy / "manta.json").unlink()
     plain = Bundle.open(copy)
     plain.verify()
@@ -159,12 +171,10 @@ def test_a_plain_hugging_face_folder_is_a_bundle_too(written: Bundle, copy: Path
         Bundle.open(copy.parent)
 
 
-def test_writing_again_replaces_the_older_one(tiny: Config, tmp_path: Path) -> None:
+def test_write_replaces_an_existing_bundle(tiny: Config, tmp_path: Path) -> None:
     old = fresh_bundle(tiny, tmp_path / "bundle", seed=1)
-    objective = old.objective()
-    new = write_bundle(
-        tmp_path / "bundle", model=fresh_bundle(tiny, tmp_path / "other", seed=2).model(),
-        objective=objective, name="new", golden_requests=[], parent=old.hash, data={"folder": str(prepare(tiny)), "hash": "x"},
-    )  # fmt: skip
+    model = fresh_bundle(tiny, tmp_path / "other", seed=2).model()
+    info = BundleInfo("new", [], parent=old.hash, data={"folder": str(prepare(tiny)), "hash": "x"})
+    new = write_bundle(tmp_path / "bundle", model, old.objective(), info)
     assert Bundle.open(tmp_path / "bundle").hash == new.hash != old.hash
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "other"]

@@ -1,4 +1,4 @@
-"""A card tells what is known, is covered by the manifest, and grows without breaking it."""
+"""The model card states what is known, is covered by the manifest, and takes further evaluations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from engine.bundles.bundle import Bundle, Manifest
-from engine.bundles.card import add_evaluation, read_evaluations, write_card
+from engine.bundles.model_card import CardContent, add_evaluation, read_evaluations, write_card
 from engine.errors import UserError
 from tests.lives import Lives
 
@@ -21,7 +21,7 @@ def folder(lives: Lives, tmp_path: Path) -> Path:
     return Path(shutil.copytree(lives.bundle("good").folder, tmp_path / "copy"))
 
 
-def test_a_trained_bundles_card_tells_where_it_is_from(lives: Lives) -> None:
+def test_card_of_a_trained_bundle_states_its_origin(lives: Lives) -> None:
     bundle = lives.bundle("good")
     manifest = bundle.manifest
     assert manifest is not None
@@ -31,12 +31,12 @@ def test_a_trained_bundles_card_tells_where_it_is_from(lives: Lives) -> None:
     assert card.data.library_name == "transformers"
     assert (card.data.license, card.data.license_name) == ("other", "not stated")
     assert card.data.eval_results is not None
-    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found["accuracy"] == manifest.evaluation["validation_accuracy"]
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics["accuracy"] == manifest.evaluation["validation_accuracy"]
     assert manifest.data is not None
     energy = manifest.training["energy"]
     kind = "Measured" if energy["measured_j"] else "**Estimated, not measured**"
-    for told in (
+    for expected in (
         manifest.parent,
         manifest.data["hash"],
         "Labels: bad, good",
@@ -44,18 +44,18 @@ def test_a_trained_bundles_card_tells_where_it_is_from(lives: Lives) -> None:
         "| `optim.lr` | 0.01 |",
         "## Limits",
     ):
-        assert told
-        assert told in card.text, told
+        assert expected
+        assert expected in card.text, expected
     assert energy["measured_j"] + energy["estimated_j"] > 0
 
 
-def test_an_evaluation_is_added_and_the_bundle_still_verifies(folder: Path) -> None:
+def test_bundle_verifies_after_evaluations_are_added(folder: Path) -> None:
     bundle = Bundle.open(folder)
     for number in range(2):
         add_evaluation(folder, bundle.hash, {"id": number, "note": "a --> b"}, f"accuracy of round {number} <!-- x")
         Bundle.open(folder).verify()
     assert Bundle.open(folder).hash == bundle.hash
-    assert [found["id"] for found in read_evaluations(folder)] == [0, 1]
+    assert [evaluation["id"] for evaluation in read_evaluations(folder)] == [0, 1]
     assert read_evaluations(folder)[0]["note"] == "a --> b"
     assert (folder / "README.md").read_text().index("round 0") < (folder / "README.md").read_text().index("round 1")
     ModelCard.load(folder / "README.md")
@@ -63,24 +63,24 @@ def test_an_evaluation_is_added_and_the_bundle_still_verifies(folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("round 0", "round 9", r"README\.md was changed .*evaluation 1"),
         ('"id": 1', '"id": 7', r"README\.md was changed .*evaluation 2"),
         ("## Limits", "## No limits", r"README\.md was changed"),
     ],
 )
-def test_a_changed_card_is_named(folder: Path, old: str, new: str, said: str) -> None:
+def test_verify_names_a_changed_card(folder: Path, old: str, new: str, message: str) -> None:
     for number in range(2):
         add_evaluation(folder, Bundle.open(folder).hash, {"id": number}, f"round {number}")
     card = folder / "README.md"
     assert old in card.read_text()
     card.write_text(card.read_text().replace(old, new))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Bundle.open(folder).verify()
 
 
-def test_an_evaluation_taken_from_between_is_missed(folder: Path) -> None:
+def test_verify_detects_a_removed_evaluation(folder: Path) -> None:
     for number in range(3):
         add_evaluation(folder, Bundle.open(folder).hash, {"id": number}, f"round {number}")
     card = folder / "README.md"
@@ -90,13 +90,13 @@ def test_an_evaluation_taken_from_between_is_missed(folder: Path) -> None:
         Bundle.open(folder).verify()
 
 
-def test_one_of_another_bundle_does_not_fit(lives: Lives, folder: Path) -> None:
+def test_verify_rejects_an_evaluation_of_another_bundle(lives: Lives, folder: Path) -> None:
     add_evaluation(folder, lives.bundle("poor").hash, {"id": 0}, "of another")
     with pytest.raises(UserError, match="evaluation 1"):
         Bundle.open(folder).verify()
 
 
-def test_a_bundle_from_before_there_were_cards_still_verifies(folder: Path) -> None:
+def test_bundle_without_a_card_verifies(folder: Path) -> None:
     tree: dict[str, Any] = json.loads((folder / "manta.json").read_text())
     (folder / "README.md").unlink()
     del tree["training"], tree["files"]["README.md"]
@@ -112,18 +112,13 @@ def test_a_bundle_from_before_there_were_cards_still_verifies(folder: Path) -> N
     assert Manifest(**tree).content_hash() == tree["hash"]
 
 
-def test_the_authors_words_and_license_come_first(lives: Lives, tmp_path: Path) -> None:
+def test_author_texts_and_license_replace_the_defaults(lives: Lives, tmp_path: Path) -> None:
     manifest = lives.bundle("base").manifest
     assert manifest is not None
-    facts = vars(manifest) | {
-        "parameters": 5,
-        "auto": "AutoModelForCausalLM",
-        "license": "Apache-2.0",
-        "training": None,
-    }
-    write_card(tmp_path, facts, {"intended_use": "Writing <!-- odd -->.", "limits": "Do not trust it."})
+    fields = vars(manifest) | {"license": "Apache-2.0", "training": None}
+    write_card(tmp_path, CardContent(fields, 5, "AutoModelForCausalLM", "Writing <!-- odd -->.", "Do not trust it."))
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.license_name) == ("apache-2.0", None)
     assert "Do not trust it." in card.text
     assert "<!-- odd" not in card.text
-    assert "Not known: there was no counter" in card.text
+    assert "Not known: there was no energy counter" in card.text

@@ -1,4 +1,4 @@
-"""An alias moves once for each who moves it, whoever else does at that moment; and goes back to the very bytes."""
+"""Concurrent moves of an alias: one succeeds, the others fail; a rollback restores the previous files byte for byte."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.bundles.alias import Alias, Move, effective_moves
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
-from engine.bundles.promotion import Alias, Move, effective_moves
 from engine.bundles.registry import Registry
 from engine.config import Config, with_values
 from engine.errors import UserError
-from tests.engine.bundles.making import fresh_bundle
-from tests.engine.bundles.test_bundles import contents
+from tests.engine.bundles.small_bundles import fresh_bundle
+from tests.engine.bundles.test_bundle import contents
 from tests.ports import free_port
 
 P, R = "promote", "rollback"
 
 
 @pytest.mark.parametrize(
-    ("moves", "held"),
+    ("moves", "champions"),
     [
         ([], []),
         ([(P, None, 1), (P, 1, 2)], [1, 2]),
         ([(P, None, 1), (P, None, 2)], [1]),  # both from none: the first one wins
         ([(P, None, 1), (P, 1, 2), (P, 1, 3), (P, 2, 4)], [1, 2, 4]),
         ([(P, None, 1), (P, 1, 2), (P, 2, 3), (R, 3, 2), (R, 2, 1)], [1]),
-        ([(P, None, 1), (P, 1, 2), (R, 2, 1), (R, 2, 1)], [1]),  # two who roll back at once go back once
+        ([(P, None, 1), (P, 1, 2), (R, 2, 1), (R, 2, 1)], [1]),  # two concurrent rollbacks go back once
         ([(P, None, 1), (R, 1, 1)], [1]),  # nothing before it
         ([(P, None, 1), (P, 1, 2), (R, 2, 9)], [1, 2]),
         ([(P, None, 1), ("found", 1, 5), (P, 5, 6), (R, 6, 5)], [1, 5]),
     ],
 )
-def test_what_holds_after_some_moves(moves: list[tuple[str, int | None, int]], held: list[int]) -> None:
+def test_effective_moves(moves: list[tuple[str, int | None, int]], champions: list[int]) -> None:
     written = [Move(n, kind, start, to) for n, (kind, start, to) in enumerate(moves, start=1)]
-    assert [move.to_version for move in effective_moves(written)] == held
+    assert [move.to_version for move in effective_moves(written)] == champions
     assert effective_moves(list(reversed(written))) == effective_moves(written)
 
 
@@ -70,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 time.sleep(0.3)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # it waits long for its connections to end
+        os.killpg(process.pid, signal.SIGKILL)  # on SIGTERM it waits long for its connections to end
         process.wait(20)
 
 
@@ -81,8 +81,8 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def uri(request: pytest.FixtureRequest) -> str:
-    found: str = request.getfixturevalue(request.param)
-    return found
+    uri: str = request.getfixturevalue(request.param)
+    return uri
 
 
 @pytest.fixture(scope="module")
@@ -92,38 +92,38 @@ def three(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> list[Bundle
     return [fresh_bundle(small, home / f"run{seed}" / "bundle", seed) for seed in range(3)]
 
 
-def promote_at_once(uri: str, folder: str, name: str, to: int, gate: Any, said: Any) -> None:
-    """Move from version 1 when the others do too."""
+def promote_concurrently(uri: str, folder: str, name: str, to: int, barrier: Any, results: Any) -> None:
+    """Move from version 1 at the same time as the other processes."""
     alias = Alias(Registry(uri, Path(folder)), name, "champion")
     start = alias.current()
-    gate.wait(240)
+    barrier.wait(240)
     try:
         alias.move("promote", start, to, f"because of {to}")
-        said.put((to, "won"))
+        results.put((to, "won"))
     except UserError as error:
-        said.put((to, str(error)))
+        results.put((to, str(error)))
 
 
 @pytest.mark.parametrize("uri", ["database", pytest.param("server", marks=pytest.mark.slow)], indirect=True)
-def test_of_two_at_once_one_wins_and_the_other_is_told(uri: str, three: list[Bundle], tmp_path: Path) -> None:
+def test_one_of_two_concurrent_moves_succeeds(uri: str, three: list[Bundle], tmp_path: Path) -> None:
     registry = Registry(uri, tmp_path / "registry")
     for bundle in three:
         registry.register(bundle, "race")
     alias = Alias(registry, "race", "champion")
     alias.move("promote", None, 1, "the first")
     context = multiprocessing.get_context("spawn")
-    gate, said = context.Barrier(2), context.Queue()
-    racing = [
-        context.Process(target=promote_at_once, args=(uri, str(tmp_path / "registry"), "race", to, gate, said))
+    barrier, queue = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=promote_concurrently, args=(uri, str(tmp_path / "registry"), "race", to, barrier, queue))
         for to in (2, 3)
     ]
-    for process in racing:
+    for process in processes:
         process.start()
-    results = dict(said.get(timeout=300) for _ in racing)
-    for process in racing:
+    results = dict(queue.get(timeout=300) for _ in processes)
+    for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    winner = next(to for to, word in results.items() if word == "won")
+    winner = next(to for to, result in results.items() if result == "won")
     loser = results[5 - winner]
     assert f"another promotion came first: champion of race is race/{winner} now" in loser
     assert f"because of {winner}" in loser
@@ -133,7 +133,7 @@ def test_of_two_at_once_one_wins_and_the_other_is_told(uri: str, three: list[Bun
 
 
 @pytest.mark.parametrize("uri", ["database", "server"], indirect=True)
-def test_a_rollback_restores_the_bytes_whatever_became_of_the_run(
+def test_rollback_restores_the_files_after_the_run_was_overwritten(
     uri: str, three: list[Bundle], tiny: Config, tmp_path: Path
 ) -> None:
     registry = Registry(uri, tmp_path / "registry")
@@ -150,7 +150,7 @@ def test_a_rollback_restores_the_bytes_whatever_became_of_the_run(
     alias.move("promote", first.number, second.number, "better")
     shutil.rmtree(run)
     if uri.startswith("http"):
-        shutil.rmtree(registry.folder, ignore_errors=True)  # as on another machine: the server has them
+        shutil.rmtree(registry.folder, ignore_errors=True)  # as on another machine: only the server has them
     assert contents(find_bundle("kept@champion", tmp_path, uri)) == contents(three[1].folder)
     assert alias.roll_back("it was slow") == (2, 1)
     restored = find_bundle("kept@champion", tmp_path, uri)
@@ -162,10 +162,10 @@ def test_a_rollback_restores_the_bytes_whatever_became_of_the_run(
     assert (alias.current(), [move.to_version for move in effective_moves(alias.moves())]) == (2, [1, 2])
 
 
-def test_a_move_by_hand_is_found_and_a_half_done_one_is_finished(
+def test_move_outside_of_manta_is_recorded_and_an_unapplied_move_is_applied(
     database: str, three: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.bundles.promotion.UNFINISHED_S", 0.2)
+    monkeypatch.setattr("engine.bundles.alias.UNFINISHED_S", 0.2)
     registry = Registry(database, tmp_path / "registry")
     for bundle in three:
         registry.register(bundle, "hand")
@@ -174,9 +174,11 @@ def test_a_move_by_hand_is_found_and_a_half_done_one_is_finished(
     registry.client.set_registered_model_alias("hand", "champion", "3")
     assert alias.current() == 3
     assert alias.roll_back("back to what it was") == (3, 1)
-    alias._record_move("promote", 1, 2, "written down, then its process died")
+    alias._record_move("promote", 1, 2, "recorded, then its process died")
     assert alias.current() == 2
-    registry.client.set_registered_model_alias("hand", "champion", "1")  # by hand, to the one before: not half done
+    registry.client.set_registered_model_alias(
+        "hand", "champion", "1"
+    )  # outside of Manta, to the previous version: not an unapplied move
     assert alias.current() == 1
     registry.client.delete_registered_model_alias("hand", "champion")
     assert alias.current() is None
@@ -184,7 +186,7 @@ def test_a_move_by_hand_is_found_and_a_half_done_one_is_finished(
     assert alias.current() == 3
 
 
-def test_an_altered_copy_is_refused_and_named(database: str, three: list[Bundle], tmp_path: Path) -> None:
+def test_altered_files_of_a_version_are_refused(database: str, three: list[Bundle], tmp_path: Path) -> None:
     registry = Registry(database, tmp_path / "registry")
     first, second = (registry.register(bundle, "altered") for bundle in three[:2])
     alias = Alias(registry, "altered", "champion")
@@ -198,7 +200,7 @@ def test_an_altered_copy_is_refused_and_named(database: str, three: list[Bundle]
         alias.roll_back("to a broken one")
     assert alias.current() == 2
     shutil.rmtree(second.folder)
-    shutil.copytree(three[2].folder, second.folder)  # whole in itself, and another one
+    shutil.copytree(three[2].folder, second.folder)  # a valid bundle, but another one
     with pytest.raises(UserError, match=r"manta\.json is not the one that was registered as altered/2"):
         find_bundle("altered/2", tmp_path, database)
     shutil.rmtree(second.folder)
@@ -206,7 +208,7 @@ def test_an_altered_copy_is_refused_and_named(database: str, three: list[Bundle]
         find_bundle("altered/2", tmp_path, database)
     (three[2].folder / "manta.json").rename(tmp_path / "aside")
     try:
-        with pytest.raises(UserError, match=r"no bundle of Manta's"):
+        with pytest.raises(UserError, match=r"not a bundle of Manta's"):
             registry.register(Bundle.open(three[2].folder), "altered")
     finally:
         (tmp_path / "aside").rename(three[2].folder / "manta.json")
