@@ -29,7 +29,7 @@ MOST_FREQUENT = {2: 0.20, 3: 0.18, 4: 0.16}
 REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
-def reason_against(config: DataConfig) -> Rule | None:
+def make_filter(config: DataConfig) -> Rule | None:
     """Return a function of a text -> the first reason to leave it out, or None; None where nothing is asked.
 
     Raises UserError for a filter that cannot be imported and for a language package that is not installed.
@@ -42,17 +42,17 @@ def reason_against(config: DataConfig) -> Rule | None:
         longest = config.max_characters
         rules.append(lambda text: "longer than data.max_characters" if len(text) > longest else None)
     if config.quality:
-        rules.append(poor_prose)
+        rules.append(gopher_quality)
     if config.languages:
-        rules.append(other_language(tuple(config.languages)))
+        rules.append(language_rule(tuple(config.languages)))
     if config.filter:
-        rules.append(own_filter(config.filter))
+        rules.append(user_filter(config.filter))
     if not rules:
         return None
     return lambda text: next((reason for rule in rules if (reason := rule(text))), None)
 
 
-def poor_prose(text: str) -> str | None:
+def gopher_quality(text: str) -> str | None:
     """Say by which rule a text is no English prose, or None.
 
     Rae et al. 2021, "Scaling language models: methods, analysis and insights from training Gopher", section A1.1 and
@@ -107,7 +107,7 @@ def _repeats_words(words: list[str]) -> bool:
     return False
 
 
-def other_language(wanted: tuple[str, ...]) -> Rule:
+def language_rule(wanted: tuple[str, ...]) -> Rule:
     """Return a rule against texts in other languages (ISO 639-1). Raises UserError without the package, or for an unknown code."""
     identifier = _identifier()
     known = sorted(set(identifier.nb_classes))
@@ -130,7 +130,7 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-def own_filter(name: str) -> Rule:
+def user_filter(name: str) -> Rule:
     """Return the rule that 'module:function' is. Raises UserError where it cannot be imported."""
     function = load_filter(name)
 

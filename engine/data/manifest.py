@@ -1,4 +1,4 @@
-"""What a prepared folder holds and where it came from: counts, hashes, tokenizer, labels."""
+"""The manifest of a prepared folder: what it holds and where that came from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.hashing import sha256_file
 
-FILE, SOURCES = "manifest.json", "sources.jsonl"
-ORIGIN = "store.json"  # where a store has the shards: its address; they are fetched when they are first read
-TOKENIZER, PROCESSOR = "tokenizer", "processor"  # folders, the one of text and the other of images or sounds
+MANIFEST_FILE, SOURCES_FILE = "manifest.json", "sources.jsonl"
+REMOTE_FILE = "store.json"  # address of the shards in a store; they are fetched when they are first read
+TOKENIZER_FOLDER, PROCESSOR_FOLDER = "tokenizer", "processor"  # of text; of images or sounds
 
 
 @dataclass(frozen=True)
@@ -22,24 +23,23 @@ class Manifest:
     """The facts of one prepared folder, read from and written to its manifest.json."""
 
     name: str
-    kind: str  # what `data_kind` of engine/config calls it
+    kind: str  # name of a `DataKind`
     sources: dict[
         str, Any
-    ]  # {"file": "sources.jsonl", "files", "bytes", "sha256"}; one line an input file in that file
+    ]  # summary of sources.jsonl, which has one line for each input file: file, files, bytes, sha256
     origins: dict[str, dict[str, Any]]  # source -> {license, files, bytes, documents, tokens, skipped, masked}
-    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; of images or sounds, that of the files in processor/
+    tokenizer: str  # SHA-256 of tokenizer/tokenizer.json; for images or sounds, of the files in processor/
     vocab_size: int
     eos_id: int
     pad_id: int
-    closing_tokens: int  # special tokens that end each row of labelled data (BERT's [SEP]: 1)
-    labels: list[str]  # sorted; a row's label is an index of it
-    splits: dict[
-        str, dict[str, Any]
-    ]  # split -> {"shards": [{file, source, rows, tokens, bytes, sha256}], "documents", "tokens"}
+    closing_tokens: int  # special tokens that the tokenizer ends each row with (BERT's [SEP]: 1); 0 for text in blocks
+    labels: list[str]  # sorted; shards hold indices of it
+    # split -> {"shards": [{file, source, rows, tokens, bytes, sha256}], "documents", "tokens"}
+    splits: dict[str, dict[str, Any]]
     config: dict[str, Any]  # the DataConfig
     seed: int
-    image_size: int = 0  # side of an image in pixels; 0: there are none
-    sampling_rate: int = 0  # samples a second of the sounds; 0: there are none
+    image_size: int = 0  # side of an image in pixels; 0: no images
+    sampling_rate: int = 0  # of the sounds, in Hz; 0: no sounds
     hash: str = field(default="")  # SHA-256 over the shards' hashes, the tokenizer's and the labels
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Manifest:
 
     @property
     def masked(self) -> dict[str, int]:
-        """Places masked in all sources, by kind."""
+        """Spans masked in all sources, by kind."""
         return dict(sum((Counter(origin["masked"]) for origin in self.origins.values()), Counter[str]()))
 
     @property
@@ -71,27 +71,31 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write it as manifest.json."""
-        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / MANIFEST_FILE).write_text(
+            json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path | str) -> Manifest:
-        """Read it and check that each shard is there in its full size, or in a store.
+        """Read it and check that each shard has its full size, or is in a store.
 
-        Raises UserError that names the first that isn't.
+        Raises UserError that names the first shard that hasn't.
         """
         folder = Path(folder)
-        if not (folder / FILE).is_file():
-            raise UserError(f"{folder} holds no prepared data (no {FILE}): make it with `manta prepare`")
+        if not (folder / MANIFEST_FILE).is_file():
+            raise UserError(f"{folder} holds no prepared data (no {MANIFEST_FILE}): make it with `manta prepare`")
         try:
-            manifest = cls(**json.loads((folder / FILE).read_text("utf-8")))
+            manifest = cls(**json.loads((folder / MANIFEST_FILE).read_text("utf-8")))
         except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-            raise UserError(f"{folder / FILE} is damaged: delete {folder} and run `manta prepare` again") from error
+            raise UserError(
+                f"{folder / MANIFEST_FILE} is damaged: delete {folder} and run `manta prepare` again"
+            ) from error
         for shard in manifest.shards():
             path = folder / shard["file"]
             size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"] and not (size is None and (folder / ORIGIN).exists()):
-                found = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
-                raise UserError(f"{path} is {found}: delete {folder} and run `manta prepare` again")
+            if size != shard["bytes"] and not (size is None and (folder / REMOTE_FILE).exists()):
+                problem = "missing" if size is None else f"{size:,} bytes long, not {shard['bytes']:,}"
+                raise UserError(f"{path} is {problem}: delete {folder} and run `manta prepare` again")
         return manifest
 
     def shards(self) -> list[dict[str, Any]]:
@@ -99,49 +103,13 @@ class Manifest:
         return [shard for split in self.splits.values() for shard in split["shards"]]
 
     def read_sources(self, folder: Path) -> list[dict[str, Any]]:
-        """Return each input file: source, path, sha256, bytes, documents by split."""
+        """Return the facts of each input file: source, path, sha256, bytes, documents by split."""
         return [json.loads(line) for line in (folder / self.sources["file"]).read_text("utf-8").splitlines()]
 
 
-def verify(folder: Path | str) -> Manifest:
-    """Check every hash of a prepared folder. Raises UserError that names the first file that was changed."""
-    from engine.data.remote_store import at_hand
-
-    folder = Path(folder)
-    manifest = Manifest.load(folder)
-    for shard in manifest.shards():
-        at_hand(folder, shard["file"])
-    expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
-    expected |= {SOURCES: manifest.sources["sha256"]}
-    if manifest.image_size or manifest.sampling_rate:
-        found = hash_of(folder / PROCESSOR) if (folder / PROCESSOR).is_dir() else ""
-        if found != manifest.tokenizer:
-            raise UserError(
-                f"{folder / PROCESSOR} was changed since it was prepared: delete {folder} and run `manta prepare` again"
-            )
-    else:
-        expected["tokenizer/tokenizer.json"] = manifest.tokenizer
-    for name, digest in expected.items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise UserError(
-                f"{folder / name} was changed since it was prepared: delete {folder} and run `manta prepare` again"
-            )
-    if manifest.hash != manifest.content_hash():
-        raise UserError(
-            f"{folder / FILE} was changed since it was prepared: delete {folder} and run `manta prepare` again"
-        )
-    return manifest
-
-
-def hash_of(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
     """Return the SHA-256 (hex) of all files of a folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"{path.name}\x1f{sha256(path)}\n".encode())
+        digest.update(f"{path.name}\x1f{sha256_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -50,7 +50,7 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
     return out.astype(np.int64)
 
 
-class Order:
+class DataOrder:
     """The data order: epoch after epoch, each sample once in each, a global batch a step (batches may span two epochs)."""
 
     def __init__(self, size: int, global_batch: int, seed: int, endless: bool = False) -> None:
@@ -65,7 +65,7 @@ class Order:
             )
         self.size, self.global_batch, self.seed, self.endless = size, global_batch, seed, endless
 
-    def samples(self, step: int) -> np.ndarray:
+    def sample_ids(self, step: int) -> np.ndarray:
         """Return the sample indices of a step: int64 [global_batch]."""
         epoch, start = divmod(step * self.global_batch, self.size)
         positions = start + np.arange(self.global_batch, dtype=np.int64)
@@ -79,7 +79,7 @@ class Order:
                 found.append(first + permute(here, self.size, self.seed, e))
         return np.concatenate(found)
 
-    def draws(self, step: int) -> np.ndarray:
+    def sample_seeds(self, step: int) -> np.ndarray:
         """Return a random number for each place in a step's batch: uint64 [global_batch], new each time, equal in any layout."""
         places = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
         return splitmix64(splitmix64(places) ^ splitmix64(np.array([self.seed % WRAP], U64)))

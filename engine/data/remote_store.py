@@ -1,78 +1,106 @@
-"""Prepared folders in a store (data.store): put there once; fetched by whoever lacks them, each shard when it is first read."""
+"""Prepared folders in a store (data.store): uploaded once, downloaded where they are missing, each shard on its first read."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.data.manifest import FILE, ORIGIN, Manifest, sha256
-from engine.data.stores import open_address, put_file, store_errors
+from engine.atomic_write import atomic_file, atomic_folder
+from engine.data.filesystems import put_file, remote_errors, resolve_address
+from engine.data.kinds import kind_class
+from engine.data.manifest import MANIFEST_FILE, PROCESSOR_FOLDER, REMOTE_FILE, SOURCES_FILE, Manifest, hash_folder
 from engine.errors import UserError
+from engine.hashing import sha256_file
 
 
 def publish(folder: Path, store: str) -> None:
-    """Put a prepared folder into a store, under its own name, unless it is there. Raises UserError where that fails."""
-    filesystem, place = open_address(f"data.store={store}", _address(folder, store))
-    with store_errors(f"data.store={store}", filesystem, "written"):
-        if filesystem.exists(f"{place}/{FILE}"):
+    """Upload a prepared folder to a store, under its own name, unless it is there. Raises UserError where that fails."""
+    filesystem, place = resolve_address(f"data.store={store}", _address(folder, store))
+    with remote_errors(f"data.store={store}", filesystem, "written"):
+        if filesystem.exists(f"{place}/{MANIFEST_FILE}"):
             return
         shards = [shard["file"] for shard in Manifest.load(folder).shards()]
-        others = [path for path in _others(folder, shards) if path.name not in (FILE, ORIGIN)]
-        for path in [*(at_hand(folder, shard) for shard in shards), *others, folder / FILE]:  # the manifest last
+        others = [path for path in _others(folder, shards) if path.name not in (MANIFEST_FILE, REMOTE_FILE)]
+        for path in [
+            *(local_shard(folder, shard) for shard in shards),
+            *others,
+            folder / MANIFEST_FILE,
+        ]:  # the manifest last
             put_file(filesystem, path, f"{place}/{path.relative_to(folder).as_posix()}")
 
 
 def fetch(folder: Path, store: str) -> bool:
-    """Make a folder of what a store has under its name, all but the shards; say whether the store has it."""
-    filesystem, place = open_address(f"data.store={store}", _address(folder, store))
-    unfinished = folder.with_name(f".{folder.name}.fetched")
-    with store_errors(f"data.store={store}", filesystem):
-        if not filesystem.exists(f"{place}/{FILE}"):
+    """Download a prepared folder without its shards; return whether the store has it."""
+    filesystem, place = resolve_address(f"data.store={store}", _address(folder, store))
+    with remote_errors(f"data.store={store}", filesystem):
+        if not filesystem.exists(f"{place}/{MANIFEST_FILE}"):
             return False
-        facts: dict[str, Any] = json.loads(filesystem.cat_file(f"{place}/{FILE}"))
+        facts: dict[str, Any] = json.loads(filesystem.cat_file(f"{place}/{MANIFEST_FILE}"))
         shards = {shard["file"] for split in facts["splits"].values() for shard in split["shards"]}
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for path in filesystem.find(place):
-            name = path.removeprefix(place).lstrip("/")
-            if name not in shards:
-                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-                filesystem.get_file(path, str(unfinished / name))
-    (unfinished / ORIGIN).write_text(json.dumps({"address": _address(folder, store)}))
-    shutil.rmtree(folder, ignore_errors=True)  # one that isn't whole
-    unfinished.rename(folder)
+        with atomic_folder(folder) as part:
+            for path in filesystem.find(place):
+                name = path.removeprefix(place).lstrip("/")
+                if name not in shards:
+                    (part / name).parent.mkdir(parents=True, exist_ok=True)
+                    filesystem.get_file(path, str(part / name))
+            (part / REMOTE_FILE).write_text(json.dumps({"address": _address(folder, store)}))
     return True
 
 
-def at_hand(folder: Path, shard: str) -> Path:
-    """Return a shard's file, fetched from the folder's store where it isn't here yet.
+def local_shard(folder: Path, shard: str) -> Path:
+    """Return a shard's file, downloaded from the folder's store where it isn't on this machine yet.
 
-    Raises UserError where it cannot be had, or is not what was prepared.
+    Raises UserError where it cannot be downloaded, or differs from what was prepared.
     """
     path = folder / shard
-    if path.exists() or not (folder / ORIGIN).exists():
+    if path.exists() or not (folder / REMOTE_FILE).exists():
         return path
-    with locked(folder / ".fetching.lock"):  # of several processes one fetches it
+    with file_lock(folder / ".fetching.lock"):  # one of several processes downloads it
         if not path.exists():
-            _fetch_shard(path, json.loads((folder / ORIGIN).read_text())["address"])
+            _fetch_shard(path, json.loads((folder / REMOTE_FILE).read_text())["address"])
     return path
 
 
+def verify(folder: Path | str) -> Manifest:
+    """Check every hash of a prepared folder. Raises UserError that names the first file that was changed."""
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    for shard in manifest.shards():
+        local_shard(folder, shard["file"])
+    expected = {shard["file"]: shard["sha256"] for shard in manifest.shards()}
+    expected |= {SOURCES_FILE: manifest.sources["sha256"]}
+    if kind_class(manifest.kind).has_preprocessor:
+        processor = folder / PROCESSOR_FOLDER
+        if not processor.is_dir() or hash_folder(processor) != manifest.tokenizer:
+            raise _changed(processor, folder)
+    else:
+        expected["tokenizer/tokenizer.json"] = manifest.tokenizer
+    for name, digest in expected.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise _changed(folder / name, folder)
+    if manifest.hash != manifest.content_hash():
+        raise _changed(folder / MANIFEST_FILE, folder)
+    return manifest
+
+
+def _changed(path: Path, folder: Path) -> UserError:
+    return UserError(f"{path} was changed since it was prepared: delete {folder} and run `manta prepare` again")
+
+
 def _fetch_shard(path: Path, address: str) -> None:
-    facts = json.loads((path.parent / FILE).read_text("utf-8"))
+    facts = json.loads((path.parent / MANIFEST_FILE).read_text("utf-8"))
     [digest] = [s["sha256"] for split in facts["splits"].values() for s in split["shards"] if s["file"] == path.name]
-    unfinished = path.with_name(f".{path.name}")
-    filesystem, place = open_address(address, f"{address}/{path.name}")
-    with store_errors(f"{address}/{path.name}", filesystem):
-        filesystem.get_file(place, str(unfinished))
-    if sha256(unfinished) != digest:
-        unfinished.unlink()
-        raise UserError(f"{address}/{path.name} was changed since it was prepared: delete {address} and prepare again")
-    os.replace(unfinished, path)
+    filesystem, place = resolve_address(address, f"{address}/{path.name}")
+    with atomic_file(path) as part:
+        with remote_errors(f"{address}/{path.name}", filesystem):
+            filesystem.get_file(place, str(part))
+        if sha256_file(part) != digest:
+            raise UserError(
+                f"{address}/{path.name} was changed since it was prepared: delete {address} and prepare again"
+            )
 
 
 def _address(folder: Path, store: str) -> str:
@@ -81,14 +109,14 @@ def _address(folder: Path, store: str) -> str:
 
 
 def _others(folder: Path, shards: list[str]) -> list[Path]:
-    """Return the files of a folder that are no shards."""
+    """Return the files of a folder that are not shards."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path for path in files if path.relative_to(folder).as_posix() not in shards and path.name[0] != "."]
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel lets go of when its process dies."""
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold a lock that the kernel releases when the process dies."""
     import fcntl
 
     with path.open("w") as opened:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.spread import cores
+from engine.data.parallel_map import num_cores
 from engine.errors import UserError
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
@@ -34,7 +34,7 @@ MAYBE_LONG_BLANK = re.compile(r"\s{4}")  # what every 500th letter of such a tex
 
 
 @dataclass(frozen=True)
-class Specials:
+class SpecialTokens:
     """Ids of the special tokens: end of text, padding, and what the tokenizer puts before and after a sequence."""
 
     eos_id: int
@@ -79,14 +79,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: in
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
     if closing:
-        close_with_eos(folder)
+        append_eos(folder)
 
 
-def close_with_eos(folder: Path) -> None:
+def append_eos(folder: Path) -> None:
     """Make a tokenizer end each sequence with its end token, unless it already puts something there."""
     from tokenizers import Tokenizer, processors
 
-    special = specials(folder)
+    special = read_special_tokens(folder)
     if special.closing:
         return
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -97,7 +97,7 @@ def close_with_eos(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def open_transcripts(folder: Path) -> None:
+def use_transcript_template(folder: Path) -> None:
     """Let the tokenizer that `train_bpe` has written open each sequence as a transcript, and be Whisper's for transformers."""
     from tokenizers import AddedToken, Tokenizer, processors
 
@@ -148,7 +148,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             (target / name).write_bytes((source / name).read_bytes())
 
 
-def specials(folder: Path) -> Specials:
+def read_special_tokens(folder: Path) -> SpecialTokens:
     """Return the special ids of a folder with a tokenizer.json. Raises UserError for a tokenizer without an end token."""
     backend = _backend(folder)
     named: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def specials(folder: Path) -> Specials:
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return Specials(
+    return SpecialTokens(
         eos_id=eos,
         pad_id=eos if pad is None else pad,
         opening=whole[:at],
@@ -188,7 +188,7 @@ def fast_encoder(folder: Path, sample: Iterable[str] = (), threads: int | None =
     """
     backend = _backend(folder)
     backend.encode_special_tokens = True
-    threads = threads or cores()
+    threads = threads or num_cores()
 
     def exact(texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(e.ids, np.int64) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,7 +1,8 @@
-"""What every family of models shares: from an example to a batch, a summed loss, metrics and a prediction.
+"""The interface of an objective: from an example to a batch, a summed loss, metrics and a prediction.
 
-A new task is one file beside this one, named as `objective.name`, with one subclass of `Objective`; plus a YAML in
-conf/objective, a recipe in conf/experiment and a test. A task on a new kind of data adds one file in engine/data/kinds. Shapes: B batch, L length, V vocabulary, C classes.
+A new objective is one file in this folder, named as `objective.name`, with one subclass of `Objective`; plus a YAML in
+conf/objective, a recipe in conf/experiment and a test. One on a new kind of data adds one file in engine/data/kinds.
+Shapes: B batch, L length, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ Scores = dict[str, np.ndarray]  # per example: name -> array [examples, ...]
 
 
 class Samples(Protocol):
-    """Training samples by number."""
+    """Indexed samples."""
 
     def __len__(self) -> int:
-        """Count them."""
+        """Return the number of samples."""
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Return sample i, its arrays by name."""
+        """Return the arrays of sample i by name."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: the model's keyword arguments, what they should give, and how many terms the loss sums."""
+    """A micro-batch: the model's keyword arguments, the targets, and the number of terms in the summed loss."""
 
     inputs: dict[str, Tensor]
     targets: Tensor
     count: int  # terms in the summed loss: tokens or examples
-    tokens: int  # tokens that the model reads, padding left out
+    tokens: int  # tokens that the model reads, without padding
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
@@ -60,39 +61,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum and the count of its terms; never a mean. The one division happens over the global batch."""
+    """A sum and the count of its terms, never a mean: the only division is over the global batch."""
 
     sum: Tensor
     count: int
 
 
-class Ranks(Protocol):
-    """The ranks of a run, of which this process is one."""
+class ProcessGroup(Protocol):
+    """The part of a run's process group that objectives use."""
 
     rank: int
 
     def gather_rows(self, rows: Tensor) -> list[Tensor]:
-        """Return every rank's rows, [n, ...] with an n of its own, in the order of the ranks."""
+        """All-gather rows, [n, ...] with another n on each rank; return those of each rank, in rank order."""
 
 
 class Objective(ABC):
-    """One task, from example to prediction."""
+    """A task, from example to prediction."""
 
     data_kind: ClassVar[str] = "text"  # name of the `DataKind` that it reads (engine/data/kinds)
     auto_class: ClassVar[str]  # the transformers Auto class that loads its models, or "diffusers.CLASS"
-    architectures: ClassVar[tuple[str, ...]]  # how the names of their classes end
-    metric: ClassVar[str]  # what sweeps and comparisons look at
+    architectures: ClassVar[tuple[str, ...]]  # suffixes of the class names of its models
+    metric: ClassVar[str]  # that sweeps and comparisons use
     mode: ClassVar[str]  # "min" or "max" of that metric
-    servable: ClassVar[bool] = True  # whether the endpoint answers for its models
-    is_causal: ClassVar[bool] = (
-        False  # an autoregressive language model: attention is causal, and it can continue a text
-    )
+    servable: ClassVar[bool] = True  # whether the endpoint serves its models
+    is_causal: ClassVar[bool] = False  # an autoregressive language model, with causal attention
     is_classifier: ClassVar[bool] = False  # `score` returns label, predicted and confidence of each example
     has_lm_head: ClassVar[bool] = False  # the model returns logits over the vocabulary at every token
     supports_packing: ClassVar[bool] = False  # data.packing and data.within_documents apply
-    supports_sequence_parallel: ClassVar[bool] = (
-        False  # ranks may share a sequence: loss and scores are sums over tokens
-    )
+    supports_sequence_parallel: ClassVar[bool] = False  # loss and scores are sums over tokens, which ranks may share
     evaluation_metrics: ClassVar[tuple[str, ...]] = ()  # of engine/evaluate/metrics.py, beside those of `summarize`
     peft_task_type: ClassVar[str | None] = None  # task_type in the adapter_config.json of a LoRA adapter
     required_packages: ClassVar[tuple[str, ...]] = ()  # packages that its models need in addition to transformers
@@ -105,9 +102,10 @@ class Objective(ABC):
         labels: Sequence[str] = (),
         packing: Packing | None = None,
     ) -> None:
-        """Take the processor, the longest sample in tokens, the names of the classes, if any, and the packing.
+        """Take the processor, the maximum tokens of a sample, the names of the classes, if any, and the packing.
 
-        The processor is transformers': a tokenizer, an image processor, or one that holds a tokenizer and what reads images or sounds.
+        The processor is one of transformers: a tokenizer, an image processor, or a processor that holds a tokenizer and an
+        image processor or feature extractor.
         """
         self.options = options
         self.processor = processor
@@ -126,14 +124,14 @@ class Objective(ABC):
         return getattr(self.processor, "image_processor", self.processor)
 
     def model_options(self) -> dict[str, Any]:
-        """Return what the task asks of the transformers config (the number of labels, say)."""
+        """Return the fields of the model's config that the task determines, such as the number of labels."""
         return {}
 
-    def bind_model(self, config: Any) -> None:  # noqa: B027 - nothing is a fair answer
-        """Take note of the model's transformers config, before the first batch; most tasks need nothing of it."""
+    def bind_model(self, config: Any) -> None:  # noqa: B027 - most tasks need nothing
+        """Read what the task needs from the model's config, before the first batch. Raises UserError for an unsuitable model."""
 
     def save(self, folder: Path) -> None:
-        """Write into a bundle's folder what a model of this task needs beside its weights."""
+        """Write the files that inference needs in addition to the weights into a bundle's folder."""
         self.processor.save_pretrained(folder)
 
     def transformer_stacks(self, config: Any) -> list[TransformerStack]:
@@ -155,22 +153,22 @@ class Objective(ABC):
 
     @abstractmethod
     def prepare(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Turn one raw example ({"text": ..., "label": ...}) into a sample as `samples` gives them."""
+        """Turn a raw example ({"text": ..., "label": ...}) into a sample as `samples` returns them."""
 
     @abstractmethod
     def collate(self, samples: Sequence[dict[str, Any]]) -> Batch:
-        """Put samples together as one micro-batch.
+        """Collate samples into a micro-batch.
 
-        Each has a "draw" beside its arrays: an integer that seeds what the task chooses at random. It is another one each
-        time that training shows the sample, always the same in an evaluation, and in neither depends on the layout.
+        A sample's "draw" is an integer that seeds the task's random choices. It differs in each epoch of training, is the same
+        in each evaluation, and never depends on the layout.
         """
 
     def before_step(
-        self, model: nn.Module, batches: list[tuple[Batch, float]], ranks: Ranks
+        self, model: nn.Module, batches: list[tuple[Batch, float]], group: ProcessGroup
     ) -> list[tuple[Batch, float]]:
-        """Return this rank's weighted micro-batches of a step with what their losses need to know of the global batch.
+        """Add to this rank's weighted micro-batches of a step what their losses need from the global batch; mostly nothing.
 
-        Most losses need nothing. All ranks call it, once a step, with equally many micro-batches.
+        All ranks call it, once per step, with the same number of micro-batches.
         """
         return batches
 
@@ -180,7 +178,7 @@ class Objective(ABC):
 
     @abstractmethod
     def score(self, model: nn.Module, batch: Batch) -> Scores:
-        """Return what the metrics need of each example of a batch: arrays of the batch's length."""
+        """Return the values of each example that the metrics need: arrays of the batch's length."""
 
     def finalize_scores(self, scores: Scores) -> Scores:
         """Add or replace the scores of an example that depend on all other examples."""
@@ -188,13 +186,13 @@ class Objective(ABC):
 
     @abstractmethod
     def summarize(self, scores: Scores) -> dict[str, float]:
-        """Turn the examples' scores into metrics. Used on resamples too, so it costs microseconds."""
+        """Compute metrics from the examples' scores. Bootstrap resamples call it too, so it must take microseconds."""
 
     @abstractmethod
     def predict(self, model: nn.Module, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Answer requests together."""
+        """Answer a batch of requests."""
 
-    def check_request(self, request: dict[str, Any]) -> None:  # noqa: B027 - most requests are checked where they come in
+    def check_request(self, request: dict[str, Any]) -> None:  # noqa: B027 - the API checks most requests
         """Raise UserError for a request that `predict` cannot answer."""
 
     def image_output_size(self, config: Any) -> dict[str, int]:
@@ -206,11 +204,11 @@ class Objective(ABC):
 
     @abstractmethod
     def golden_requests(self, split: Split) -> list[dict[str, Any]]:
-        """Return a few requests from held-out data whose answers a bundle records and a replica replays."""
+        """Return a few requests from held-out data; a bundle records their outputs, and a replica checks that it reproduces them."""
 
     @torch.no_grad()
     def metrics(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the metrics of a model over some batches."""
+        """Return the metrics of a model on some batches."""
         return self.summarize(self.finalize_scores(concat_scores(self.score(model, batch) for batch in batches)))
 
 
@@ -269,31 +267,31 @@ def objective_names() -> list[str]:
 
 
 def objective_for_architecture(architecture: str) -> str | None:
-    """Return the task that a transformers class (its name) is for; of several, the one that names it most closely."""
-    found = [
-        (len(ending), name)
+    """Return the task of a transformers class name; of several, the one with the longest matching suffix."""
+    matches = [
+        (len(suffix), name)
         for name in objective_names()
-        for ending in objective_class(name).architectures
-        if architecture.endswith(ending)
+        for suffix in objective_class(name).architectures
+        if architecture.endswith(suffix)
     ]
-    return max(found)[1] if found else None
+    return max(matches)[1] if matches else None
 
 
 def objective_class(name: str) -> type[Objective]:
-    """Return the task's class, the one that engine/objectives/<name>.py defines. Raises UserError for a name without a file."""
+    """Return the class that engine/objectives/<name>.py defines. Raises UserError if there is no such file."""
     known = objective_names()
     if name not in known:
         raise UserError(f"objective.name={name} is not one of {', '.join(known)}{did_you_mean(name, known)}")
     module = importlib.import_module(f"engine.objectives.{name}")
-    (found,) = (
-        it for it in vars(module).values()
-        if isinstance(it, type) and issubclass(it, Objective) and it.__module__ == module.__name__
+    (task,) = (
+        member for member in vars(module).values()
+        if isinstance(member, type) and issubclass(member, Objective) and member.__module__ == module.__name__
     )  # fmt: skip
-    return found
+    return task
 
 
 def pad_rows(rows: Sequence[np.ndarray], pad_id: int, width: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad token rows on the right, to `width` tokens at least: ids_BL int64 and mask_BL int64 (1 where a token is)."""
+    """Pad token rows on the right, to `width` tokens at least: ids_BL int64 and mask_BL int64 (1 at tokens)."""
     length = max(width, *(len(row) for row in rows))
     ids_BL = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     mask_BL = torch.zeros((len(rows), length), dtype=torch.int64)

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, DataConfig, replace
-from engine.data.corpus import SPLITS, Document, parts
-from engine.data.scan import DROPPED, choose, scan_part
+from engine.data.corpus import list_parts
+from engine.data.document import SPLITS, Document
+from engine.data.scan import DROPPED, assign_splits, scan_part
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def documents(config: DataConfig, seed: int, counts: Counter[str]) -> list[Document]:
-    """Return what is kept of a corpus, in order; add what is left out to `counts`, by reason."""
-    corpus, held = parts(config), list[Document]()
-    surveys = [scan_part(part, seed, 0, held=held) for part in corpus]
-    splits, skipped = choose(corpus, surveys, seed)
-    counts.update(sum([*skipped.values(), *(found.skipped for found in surveys)], Counter[str]()))
-    numbered = zip(held, (int(number) for one in splits for number in one), strict=True)
+    """Return the documents of a corpus that are kept, in order; add those that are skipped to `counts`, by reason."""
+    corpus, found = list_parts(config), list[Document]()
+    scans = [scan_part(part, seed, 0, documents=found) for part in corpus]
+    splits, skipped = assign_splits(corpus, scans, seed)
+    counts.update(sum([*skipped.values(), *(scan.skipped for scan in scans)], Counter[str]()))
+    numbered = zip(found, (int(number) for numbers in splits for number in numbers), strict=True)
     return [dataclasses.replace(document, split=SPLITS[number]) for document, number in numbered if number != DROPPED]
 
 

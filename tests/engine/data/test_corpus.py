@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from engine.config import Config, DataConfig
-from engine.data.corpus import SPLITS, Document, evenly, hash_fraction, split_of
-from engine.data.scan import thinned
-from engine.data.stdlib import _function_texts, gives_away, root
+from engine.data.document import SPLITS, Document, evenly_spaced, hash_fraction, split_of
+from engine.data.python_stdlib import _function_texts, leaks_label, stdlib_folder
+from engine.data.scan import subsample
 from tests.engine.data.conftest import documents
 
 HELD_OUT = {"validation_fraction": 0.05, "test_fraction": 0.15}
@@ -118,7 +118,7 @@ class Queue:
 
 
 def test_which_words_give_away() -> None:
-    test = gives_away(["asyncio", "event_loop", "re", "error", "__init__"])
+    test = leaks_label(["asyncio", "event_loop", "re", "error", "__init__"])
     assert [
         w
         for w in ["asyncio", "AsyncIO2", "EventLoop", "my_event_loops", "re", "re_flags", "reFlags", "SomeError"]
@@ -130,7 +130,7 @@ def test_which_words_give_away() -> None:
 def test_max_documents_is_an_even_sample(functions: tuple[list[Document], Counter[str]]) -> None:
     config = DataConfig(source="python_functions", max_documents=320, **HELD_OUT)
     there = functions[0]
-    found = [there[i] for i in thinned(np.array([SPLITS.index(f.split) for f in there]), config)]
+    found = [there[i] for i in subsample(np.array([SPLITS.index(f.split) for f in there]), config)]
     assert len(found) == 320
     assert Counter(f.split for f in found) == {"train": 256, "validation": 16, "test": 48}
     assert {f.label for f in found if f.split == "train"} == {f.label for f in functions[0]}
@@ -141,7 +141,7 @@ def test_max_documents_is_an_even_sample(functions: tuple[list[Document], Counte
 
 @pytest.mark.parametrize(("size", "wanted"), [(10, 10), (10, 3), (7, 6), (1000, 64), (5, 9)])
 def test_evenly(size: int, wanted: int) -> None:
-    chosen = evenly(size, wanted)
+    chosen = evenly_spaced(size, wanted)
     assert len(set(chosen)) == len(chosen) == min(size, wanted)
     gaps = {b - a for a, b in pairwise(chosen)}
     assert max(gaps) - min(gaps) <= 1
@@ -154,4 +154,4 @@ def test_the_corpus_is_a_function_of_config_and_seed(configured: Callable[..., C
     assert [d.split for d in first] != [d.split for d in other] or [d.source for d in first] != [
         d.source for d in other
     ]
-    assert all((root() / d.source).read_text(encoding="utf-8") == d.text for d in first)
+    assert all((stdlib_folder() / d.source).read_text(encoding="utf-8") == d.text for d in first)

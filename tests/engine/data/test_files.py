@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.config import Config
-from engine.data.corpus import Document, check_input, parts
+from engine.data.corpus import check_input, list_parts
+from engine.data.document import Document
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
 from engine.errors import UserError
@@ -139,7 +140,7 @@ def test_large_files_are_read_in_pieces(configured: Callable[..., Config], tmp_p
         writer.write_table(table, 50)
     for name in ("a.jsonl", "c.parquet", "d.arrow"):
         config = configured(path=str(tmp_path / name), shard_tokens=4096)
-        cut = parts(config.data)
+        cut = list_parts(config.data)
         assert len(cut) >= 2
         assert [d.text for d in read(config)[0]] == [r["text"] for r in rows]
         spread = Counter(d.split for d in read(config)[0])
@@ -147,7 +148,7 @@ def test_large_files_are_read_in_pieces(configured: Callable[..., Config], tmp_p
     text = "".join(f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(400))
     (tmp_path / "book.txt").write_text(text)
     config = configured(path=str(tmp_path / "book.txt"), shard_tokens=4096)
-    assert len(parts(config.data)) >= 5
+    assert len(list_parts(config.data)) >= 5
     assert "".join(d.text for d in read(config)[0]) == text
     for start in range(16384 - 3, 16384 + 3):  # a line that begins at, before and after the cut
         lines = [{"text": "y" * (start - 13)}, {"text": "second"}, *rows]
@@ -235,7 +236,7 @@ def test_a_line_over_several_pieces_is_one_document(configured: Callable[..., Co
     (tmp_path / "a.txt").write_text("word " * 20_000 + "\nlast")
     config = configured(path=str(tmp_path / "a.txt"), shard_tokens=4096)
     found, counts = read(config)
-    assert sum(len(part.pieces) for part in parts(config.data)) >= 5
+    assert sum(len(part.pieces) for part in list_parts(config.data)) >= 5
     assert "".join(d.text for d in found) == "word " * 20_000 + "\nlast"
     assert not +counts
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, DataConfig, replace
-from engine.data.filters import own_filter, poor_prose, reason_against
+from engine.data.filters import gopher_quality, make_filter, user_filter
 from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
 from engine.errors import UserError
@@ -20,7 +20,7 @@ PROSE = (
 
 
 def test_good_prose_is_kept() -> None:
-    assert poor_prose(PROSE) is None
+    assert gopher_quality(PROSE) is None
 
 
 @pytest.mark.parametrize(
@@ -39,33 +39,33 @@ def test_good_prose_is_kept() -> None:
     ],
 )  # fmt: skip
 def test_each_rule(text: str, reason: str) -> None:
-    found = poor_prose(text)
+    found = gopher_quality(text)
     assert found
     assert reason in found
 
 
 def test_lengths_and_own_filters() -> None:
-    rule = reason_against(DataConfig(min_characters=5, max_characters=10))
+    rule = make_filter(DataConfig(min_characters=5, max_characters=10))
     assert rule is not None
     assert [rule("x" * n) for n in (4, 5, 10, 11)] == [
         "shorter than data.min_characters", None, None, "longer than data.max_characters",
     ]  # fmt: skip
-    assert reason_against(DataConfig()) is None
+    assert make_filter(DataConfig()) is None
     with pytest.raises(UserError, match="cannot be imported"):
-        own_filter("json:nothing")
+        user_filter("json:nothing")
     with pytest.raises(UserError, match="must return True, False or a reason"):
-        own_filter("json:loads")("[1]")
+        user_filter("json:loads")("[1]")
 
 
 def test_language() -> None:
     pytest.importorskip("py3langid")
-    rule = reason_against(DataConfig(languages=["en", "fr"]))
+    rule = make_filter(DataConfig(languages=["en", "fr"]))
     assert rule is not None
     assert rule(PROSE) is None
     assert rule("Le navire avait quitté le port ce matin-là avec une cargaison de sel pour la ville.") is None
     assert rule("Das Schiff hatte den Hafen an diesem Morgen mit einer Ladung Salz verlassen.") == "language: de"
     with pytest.raises(UserError, match=r"data\.languages=xx is not one of"):
-        reason_against(DataConfig(languages=["xx"]))
+        make_filter(DataConfig(languages=["xx"]))
 
 
 def test_the_manifest_counts_what_was_left_out_and_masked(

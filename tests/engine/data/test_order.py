@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from engine.data.order import Order, add_hashes, hash_hex, ids_hash, permute, splitmix64
+from engine.data.order import DataOrder, add_hashes, hash_hex, ids_hash, permute, splitmix64
 from engine.errors import UserError
 
 
@@ -34,25 +34,25 @@ def test_splitmix64_matches_the_reference() -> None:
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 10), (10, 3), (1000, 7), (257, 64)])
 def test_each_id_is_seen_once_an_epoch(size: int, batch: int) -> None:
-    order = Order(size, batch, seed=3)
-    seen = np.concatenate([order.samples(step) for step in range(4 * size // batch + 1)])
+    order = DataOrder(size, batch, seed=3)
+    seen = np.concatenate([order.sample_ids(step) for step in range(4 * size // batch + 1)])
     for epoch in range(4):
         assert np.array_equal(np.sort(seen[epoch * size : (epoch + 1) * size]), np.arange(size))
 
 
 def test_samples_are_a_pure_function_of_the_step() -> None:
-    assert np.array_equal(Order(1000, 8, 0).samples(10**6), Order(1000, 8, 0).samples(10**6))
-    assert Order(1000, 8, 0).samples(0).dtype == np.int64
-    assert not np.array_equal(Order(1000, 8, 0).samples(5), Order(1000, 8, 1).samples(5))
+    assert np.array_equal(DataOrder(1000, 8, 0).sample_ids(10**6), DataOrder(1000, 8, 0).sample_ids(10**6))
+    assert DataOrder(1000, 8, 0).sample_ids(0).dtype == np.int64
+    assert not np.array_equal(DataOrder(1000, 8, 0).sample_ids(5), DataOrder(1000, 8, 1).sample_ids(5))
 
 
 def test_a_late_step_costs_what_the_first_does() -> None:
-    order = Order(10**12, 256, 0)
+    order = DataOrder(10**12, 256, 0)
 
     def seconds(step: int) -> float:
         start = time.process_time()
         for _ in range(50):
-            order.samples(step)
+            order.sample_ids(step)
         return time.process_time() - start
 
     seconds(0)
@@ -61,11 +61,11 @@ def test_a_late_step_costs_what_the_first_does() -> None:
 
 
 def test_hash_proves_that_each_id_was_seen_once() -> None:
-    order, size = Order(96, 8, 5), 96
-    ranks = [[ids_hash(order.samples(step)[rank::2]) for step in range(12)] for rank in range(2)]
+    order, size = DataOrder(96, 8, 5), 96
+    ranks = [[ids_hash(order.sample_ids(step)[rank::2]) for step in range(12)] for rank in range(2)]
     whole = ids_hash(np.arange(size))
     assert add_hashes([add_hashes(rank) for rank in ranks]) == whole
-    assert add_hashes(ids_hash(order.samples(step)) for step in range(24)) == add_hashes([whole, whole])
+    assert add_hashes(ids_hash(order.sample_ids(step)) for step in range(24)) == add_hashes([whole, whole])
     missing, twice = np.arange(size - 1), np.r_[np.arange(size - 1), 3]
     assert whole not in (ids_hash(missing), ids_hash(twice))
 
@@ -82,4 +82,4 @@ def test_hashes_wrap_as_int64_tensors_do() -> None:
 
 def test_fewer_samples_than_a_batch_names_both_and_the_fix() -> None:
     with pytest.raises(UserError, match=r"12 samples, fewer than one batch of 32: use train\.global_batch=12 or less"):
-        Order(12, 32, 0)
+        DataOrder(12, 32, 0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engine.config import Config, ModelConfig, ObjectiveConfig, with_values
-from engine.data.order import Order, add_hashes, ids_hash
-from engine.data.packing import Bins, Blocks, Mix, Packing, best_fit, cut, pack
+from engine.data.order import DataOrder, add_hashes, ids_hash
+from engine.data.packing import Bins, Blocks, Mix, Packing, best_fit, pack, split_documents
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.build import transformers_config
@@ -59,11 +59,11 @@ def test_best_fit_of_a_million_documents_takes_seconds() -> None:
 
 def test_cut_leaves_no_target_out() -> None:
     lengths = np.array([1, 2, 9, 10, 17, 18, 30])
-    documents, offsets, sizes = cut(lengths, capacity=9, overlap=1)
+    documents, offsets, sizes = split_documents(lengths, capacity=9, overlap=1)
     assert documents.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 5, 6, 6, 6, 6]
     targets = Counter((d, o + k) for d, o, s in zip(documents, offsets, sizes) for k in range(1, s))
     assert targets == {(d, k): 1 for d, length in enumerate(lengths) for k in range(1, length)}
-    documents, offsets, sizes = cut(lengths, capacity=9, overlap=0)
+    documents, offsets, sizes = split_documents(lengths, capacity=9, overlap=0)
     assert np.bincount(documents, weights=sizes).tolist() == lengths.tolist()
     assert sizes.max() == 9
 
@@ -94,7 +94,7 @@ def test_blocks_know_where_documents_begin(tmp_path: Path, documents: list[np.nd
     for i in range(len(blocks)):
         inside = [b - 20 * i for b in begins if 20 * i < b <= 20 * i + 20]
         assert blocks[i]["starts"].tolist() == [0, *inside]
-    assert split.starts(0, split.tokens).tolist() == begins.tolist()
+    assert split.document_starts(0, split.num_tokens).tolist() == begins.tolist()
 
 
 def objective(name: str, packing: Packing) -> Objective:
@@ -177,10 +177,10 @@ def test_without_the_option_attention_goes_on_but_no_target_is_anothers() -> Non
 def test_architectures_that_look_into_other_documents_are_refused() -> None:
     for kind, causal in (("llama", True), ("gpt2", True), ("bert", False)):
         auto = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
-        check_document_mask(model(kind, "sdpa", causal).config, auto, "sdpa")  # type: ignore[arg-type]
+        check_document_mask(model(kind, "sdpa", causal).config, auto, "sdpa", causal)  # type: ignore[arg-type]
     for kind in ("bloom", "opt"):
         with pytest.raises(UserError, match=f"within_documents is not for model.type={kind}"):
-            check_document_mask(model(kind, "eager").config, "AutoModelForCausalLM", "eager")  # type: ignore[arg-type]
+            check_document_mask(model(kind, "eager").config, "AutoModelForCausalLM", "eager", True)  # type: ignore[arg-type]
 
 
 class Numbered:
@@ -210,13 +210,13 @@ def test_weights_are_how_often_an_epoch_shows_a_sample() -> None:
     both = Counter(mix[i] for i in range(58))
     assert all(both["c", i] == 1 for i in range(6))  # two epochs show each once
     assert mix.padding == 0.25
-    assert mix.find(29 * 10**9 + 3) == (0, 3)
+    assert mix.locate(29 * 10**9 + 3) == (0, 3)
 
 
 def test_a_mix_shows_each_virtual_sample_once() -> None:
     mix = Mix([Numbered("a", 10), Numbered("b", 7)], [1.0, 1.3])
-    order = Order(len(mix), 3, seed=5, endless=True)
-    steps = [order.samples(step) for step in range(4 * len(mix))]
+    order = DataOrder(len(mix), 3, seed=5, endless=True)
+    steps = [order.sample_ids(step) for step in range(4 * len(mix))]
     ids = np.concatenate(steps)[: 12 * len(mix)]
     assert np.array_equal(np.sort(ids), np.arange(12 * len(mix)))
     assert add_hashes(ids_hash(step) for step in steps) == ids_hash(np.arange(12 * len(mix)))
@@ -225,7 +225,7 @@ def test_a_mix_shows_each_virtual_sample_once() -> None:
     assert {shown["a", i] for i in range(10)} == {12}
     assert sum(shown["b", i] for i in range(7)) == 12 * round(7 * 1.3)
     assert max(shown["b", i] for i in range(7)) - min(shown["b", i] for i in range(7)) <= 1
-    assert np.array_equal(order.samples(17), Order(len(mix), 3, seed=5, endless=True).samples(17))
+    assert np.array_equal(order.sample_ids(17), DataOrder(len(mix), 3, seed=5, endless=True).sample_ids(17))
 
 
 def test_sources_are_packed_apart(tmp_path: Path, documents: list[np.ndarray]) -> None:
@@ -241,10 +241,10 @@ def test_sources_are_packed_apart(tmp_path: Path, documents: list[np.ndarray]) -
     mix = pack(split, 16, Packing(weights={"books": 1.0, "web": 3.0}), overlap=1)
     assert isinstance(mix, Mix)
     books, web = split.by_source().values()
-    assert books.tokens + web.tokens == split.tokens
-    assert len(mix) == (books.tokens - 1) // 16 + 3 * ((web.tokens - 1) // 16)
-    assert np.array_equal(mix[0]["tokens"], books.stream(0, 17))
-    assert np.array_equal(mix[(books.tokens - 1) // 16]["tokens"], web.stream(0, 17))
+    assert books.num_tokens + web.num_tokens == split.num_tokens
+    assert len(mix) == (books.num_tokens - 1) // 16 + 3 * ((web.num_tokens - 1) // 16)
+    assert np.array_equal(mix[0]["tokens"], books.token_range(0, 17))
+    assert np.array_equal(mix[(books.num_tokens - 1) // 16]["tokens"], web.token_range(0, 17))
     with pytest.raises(UserError, match="the train split of books has"):
         pack(split, 2000, Packing(weights={"books": 1.0, "web": 3.0}), overlap=1)
 

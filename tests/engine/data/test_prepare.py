@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from engine.config import Config, replace
-from engine.data.manifest import Manifest, verify
+from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
+from engine.data.remote_store import verify
 from engine.data.shards import ShardWriter, Split
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import TryAgain, UserError
+from engine.errors import TransientError, UserError
 
 SCRIPT = """
 import os, signal, sys
@@ -56,12 +57,12 @@ def test_the_shards_hold_the_documents(configured: Callable[..., Config], corpus
     found = []
     for name in manifest.splits:
         split = Split.open(folder, name)
-        for i in range(split.rows):
+        for i in range(split.num_rows):
             ids = split.document(i)
             assert ids[-1] == manifest.eos_id == 0
             found.append(tokenizer.decode(ids[:-1]))
         assert np.array_equal(
-            split.stream(0, split.tokens), np.concatenate([split.document(i) for i in range(split.rows)])
+            split.token_range(0, split.num_tokens), np.concatenate([split.document(i) for i in range(split.num_rows)])
         )
     assert len(found) == 40
     assert set(found) == texts
@@ -102,7 +103,7 @@ def test_a_corpus_too_large_for_memory_gives_the_same_bytes(
     (corpus / "copy.txt").write_text((corpus / "3.txt").read_text())
     config = configured(path=str(corpus), vocab_size=300)
     held = Manifest.load(prepare(config))
-    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
+    monkeypatch.setattr("engine.data.prepare.MAX_CACHED_BYTES", 0)
     streamed = Manifest.load(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere"))))
     assert streamed.hash == held.hash
     assert streamed.skipped == held.skipped == {"duplicate": 1}
@@ -150,7 +151,7 @@ def test_a_test_label_unknown_to_training_is_left_out(configured: Callable[..., 
     assert manifest.labels == ["9", "10"]  # numbers by value
     assert manifest.skipped == {"label that is not in the training data": 1}
     test = Split.open(folder, "test")
-    assert (test.rows, test.label(0)) == (1, 0)
+    assert (test.num_rows, test.label(0)) == (1, 0)
     assert load_tokenizer(folder / "tokenizer").decode(test.document(0)) == "x"
 
 
@@ -199,11 +200,11 @@ def test_two_at_once_make_one(tmp_path: Path, corpus: Path) -> None:
 KILLED = """
 import os, signal, sys
 from engine.config import Config, replace
-from engine.data import prepare as preparing, spread
+from engine.data import parallel_map, prepare as prepare_module
 from engine.data.prepare import prepare
 calls, last = 0, int(sys.argv[3])
-if sys.argv[4] == "processes": spread.START_S, preparing.HELD_BYTES = 0, 0
-else: spread.START_S = float("inf")
+if sys.argv[4] == "processes": parallel_map.PROCESS_START_S, prepare_module.MAX_CACHED_BYTES = 0, 0
+else: parallel_map.PROCESS_START_S = float("inf")
 def say(stage, done, total):
     global calls
     calls += 1
@@ -217,7 +218,7 @@ print(prepare(config, progress=say), calls)
 
 def _is_ours(process: psutil.Process) -> bool:
     try:
-        return "engine.data.spread" in process.cmdline() and Path(process.cwd()) == Path(__file__).parents[3]
+        return "engine.data.parallel_map" in process.cmdline() and Path(process.cwd()) == Path(__file__).parents[3]
     except psutil.Error:
         return False
 
@@ -261,9 +262,9 @@ def test_killed_again_and_again_no_token_is_lost_or_doubled(
     assert all((whole / p.name).read_bytes() == p.read_bytes() for p in folder.glob("*.arrow"))
 
 
-def spread_over() -> list[psutil.Process]:
-    """Return the processes that prepare is spread over now."""
-    return [child for child in psutil.Process().children() if "engine.data.spread" in child.cmdline()]
+def worker_processes() -> list[psutil.Process]:
+    """Return the processes that now prepare parts."""
+    return [child for child in psutil.Process().children() if "engine.data.parallel_map" in child.cmdline()]
 
 
 def test_processes_give_the_same_bytes(
@@ -273,29 +274,29 @@ def test_processes_give_the_same_bytes(
     (tmp_path / "own.py").write_text("import os\nKEEPER = os.getpid()\ndef keep(text):\n    return len(text) > 3\n")
     monkeypatch.chdir(tmp_path)
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024, filter="own:keep", mask=["emails"])
-    monkeypatch.setattr("engine.data.prepare.connected", lambda: False)  # whatever Ray the session has
-    monkeypatch.setattr("engine.data.spread.START_S", math.inf)
+    monkeypatch.setattr("engine.data.prepare.is_connected_to_ray", lambda: False)  # whatever Ray the session has
+    monkeypatch.setattr("engine.data.parallel_map.PROCESS_START_S", math.inf)
     here = verify(prepare(config))
-    monkeypatch.setattr("engine.data.spread.START_S", 0)
+    monkeypatch.setattr("engine.data.parallel_map.PROCESS_START_S", 0)
     for held in (2**28, 0):  # with the documents of the first pass, and read again
-        monkeypatch.setattr("engine.data.prepare.HELD_BYTES", held)
+        monkeypatch.setattr("engine.data.prepare.MAX_CACHED_BYTES", held)
         there = verify(prepare(replace(config, runs_dir=str(tmp_path / f"held{held}"))))
         assert there.hash == here.hash
         assert there.skipped == here.skipped
         assert there.skipped["duplicate"] == 1
-    assert not spread_over()
+    assert not worker_processes()
     (corpus / "bad.jsonl").write_text('{"txt": 1}\n')
     with pytest.raises(UserError, match="has no column 'text'"):
         prepare(config)
-    assert not spread_over()
+    assert not worker_processes()
 
 
 def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.data.prepare.connected", lambda: False)
-    monkeypatch.setattr("engine.data.spread.START_S", 0)
-    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
+    monkeypatch.setattr("engine.data.prepare.is_connected_to_ray", lambda: False)
+    monkeypatch.setattr("engine.data.parallel_map.PROCESS_START_S", 0)
+    monkeypatch.setattr("engine.data.prepare.MAX_CACHED_BYTES", 0)
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
 
     begin = subprocess.Popen
@@ -307,13 +308,13 @@ def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
 
     def say(stage: str, done: int, total: int) -> None:
         if stage == "tokenize":
-            monkeypatch.setattr("engine.data.spread.subprocess.Popen", killed)
+            monkeypatch.setattr("engine.data.parallel_map.subprocess.Popen", killed)
 
-    with pytest.raises(TryAgain, match=r"was killed .* give the same command again"):
+    with pytest.raises(TransientError, match=r"was killed .* give the same command again"):
         prepare(config, progress=say)
     [partial] = (tmp_path / "runs" / "data").glob(".*.partial")
     assert list(partial.glob("part-*"))
-    monkeypatch.setattr("engine.data.spread.START_S", math.inf)
+    monkeypatch.setattr("engine.data.parallel_map.PROCESS_START_S", math.inf)
     assert verify(prepare(config)).hash == verify(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere")))).hash
 
 
@@ -358,7 +359,7 @@ def test_a_filter_that_changes_its_mind_is_found_out(
         "calls = []\ndef keep(text):\n    calls.append(1)\n    return len(calls) != 50\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
+    monkeypatch.setattr("engine.data.prepare.MAX_CACHED_BYTES", 0)
     with pytest.raises(UserError, match=r"gave other documents the second time .*data\.filter"):
         prepare(configured(path=str(corpus), vocab_size=300, filter="fickle:keep"))
 

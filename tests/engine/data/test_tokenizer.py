@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from engine.config import DataConfig
-from engine.data.stdlib import modules
-from engine.data.tokenizer import copy_tokenizer, fast_encoder, load_tokenizer, specials, train_bpe
+from engine.data.python_stdlib import read_modules
+from engine.data.tokenizer import copy_tokenizer, fast_encoder, load_tokenizer, read_special_tokens, train_bpe
 from engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def sources() -> list[str]:
-    return [document.text for document in modules(DataConfig(source="python_stdlib"), 0, Counter())][::6]
+    return [document.text for document in read_modules(DataConfig(source="python_stdlib"), 0, Counter())][::6]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_foreign_tokenizer_falls_back_and_frames_its_rows(tmp_path: Path) -> N
     encode = fast_encoder(tmp_path)
     assert encode.__name__ == "exact"
     assert [row.tolist() for row in encode(["Good film good", "bad"])] == [[4, 5, 4], [1]]
-    found = specials(tmp_path)
+    found = read_special_tokens(tmp_path)
     assert (found.opening, found.closing, found.eos_id, found.pad_id, found.vocab_size) == ([2], [3], 3, 0, 6)
 
 
@@ -84,7 +84,7 @@ def test_the_real_gpt2_tokenizer(shared: Callable[[str], Path], tmp_path: Path, 
     assert encode.__name__ == "fast"
     assert encode(["Hello world"])[0].tolist() == [15496, 995]
     assert encode([sources[5]])[0].tolist() == load_tokenizer(tmp_path).encode(sources[5])
-    assert (specials(tmp_path).eos_id, specials(tmp_path).vocab_size) == (50256, 50257)
+    assert (read_special_tokens(tmp_path).eos_id, read_special_tokens(tmp_path).vocab_size) == (50256, 50257)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-Mask = Callable[[str, "Counter[str]"], str]
+Masker = Callable[[str, "Counter[str]"], str]
 
 # An address as RFC 5322's dot-atom and a host name have it; the look-behind keeps the search linear in long words.
 EMAIL = re.compile(
@@ -43,9 +43,9 @@ SECRETS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
 )  # fmt: skip
 
 
-def masking(kinds: Sequence[str]) -> Mask | None:
+def make_masker(kinds: Sequence[str]) -> Masker | None:
     """Return a function (text, counts) -> text with `<email>` and `<secret>` instead, counting each; None for no kinds."""
-    steps: list[Mask] = []
+    steps: list[Masker] = []
     if "secrets" in kinds:
         steps.append(mask_secrets)  # first: a password in an address would look like an e-mail
     if "emails" in kinds:

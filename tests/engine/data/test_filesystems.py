@@ -16,11 +16,12 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.data.corpus import check_input
-from engine.data.manifest import Manifest, verify
+from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
+from engine.data.remote_store import verify
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import TryAgain, UserError
+from engine.errors import TransientError, UserError
 from tests.stores import SECRET, Bucket, forget
 
 ROWS = [f"row {i} of the corpus says {i * i}" for i in range(300)]
@@ -103,7 +104,7 @@ def test_a_large_object_comes_piece_by_piece(
 
     texts = [f"text {i} " + "word " * 2000 for i in range(2400)]
     s3.filesystem.pipe(f"{s3.address}/large.jsonl", lines(texts))
-    monkeypatch.setattr("engine.data.stores.FETCHED", 2**20)
+    monkeypatch.setattr("engine.data.filesystems.FETCHED", 2**20)
     fetched: list[int] = []
     fetch = s3fs.core.S3File._fetch_range
 
@@ -190,7 +191,7 @@ def test_a_store_that_goes_away_leaves_what_was_read(
     for i in range(6):
         s3.filesystem.pipe(f"{s3.address}/in/{i}.jsonl", lines([f"{text} in {i}" for text in ROWS]))
     config = configured(path=f"{s3.address}/in", vocab_size=300, shard_tokens=1024)
-    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)  # so that all is read twice
+    monkeypatch.setattr("engine.data.prepare.MAX_CACHED_BYTES", 0)  # so that all is read twice
     whole = verify(prepare(with_values(config, {"runs_dir": str(tmp_path / "elsewhere")})))
     _, port = s3.server.get_host_and_port()
     stopped = []
@@ -199,7 +200,7 @@ def test_a_store_that_goes_away_leaves_what_was_read(
         if stage == "tokenize" and done > 600 and not stopped:
             stopped.append(s3.server.stop())
 
-    with pytest.raises(TryAgain, match=r"s3://corpora/in/\d\.jsonl cannot be read \(Could not connect"):
+    with pytest.raises(TransientError, match=r"s3://corpora/in/\d\.jsonl cannot be read \(Could not connect"):
         prepare(config, progress=say)
     [partial] = (tmp_path / "runs" / "data").glob(".*.partial")
     s3.server._port = port
@@ -233,7 +234,7 @@ def test_images_beside_their_table(
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(s3.filesystem, "cat_file", refused)
-    with pytest.raises(TryAgain, match=r"corpora/in/0\.png cannot be read \(Access Denied\)"):
+    with pytest.raises(TransientError, match=r"corpora/in/0\.png cannot be read \(Access Denied\)"):
         prepare(with_values(config, {"runs_dir": str(tmp_path / "elsewhere")}))
 
 
@@ -245,7 +246,7 @@ def test_prepared_data_are_made_once_and_fetched_shard_by_shard(
     address = str(tmp_path / "store") if store == "folder" else f"{request.getfixturevalue(store).address}/prepared"
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024, store=address)
     made = prepare(config)
-    monkeypatch.setattr("engine.data.prepare.parts", None)  # nothing is prepared again
+    monkeypatch.setattr("engine.data.prepare.list_parts", None)  # nothing is prepared again
     assert prepare(config) == made
     elsewhere = with_values(config, {"runs_dir": str(tmp_path / "elsewhere"), "data.store": f"{address}/"})
     fetched = prepare(elsewhere)
@@ -255,7 +256,7 @@ def test_prepared_data_are_made_once_and_fetched_shard_by_shard(
     assert len(list(made.glob("train-*.arrow"))) > 2
     assert there.document(0).tolist() == here.document(0).tolist()
     assert [shard.name for shard in fetched.glob("*.arrow")] == [next(iter(here.manifest.shards()))["file"]]
-    assert there.stream(0, there.tokens).tolist() == here.stream(0, here.tokens).tolist()
+    assert there.token_range(0, there.num_tokens).tolist() == here.token_range(0, here.num_tokens).tolist()
     assert len(list(fetched.glob("train-*.arrow"))) == len(list(made.glob("train-*.arrow")))
     assert prepare(elsewhere) == fetched
     assert verify(fetched).hash == verify(made).hash
@@ -282,7 +283,8 @@ def test_a_changed_shard_in_a_store_is_refused(
 def test_no_bucket_is_made_by_mistake(s3: Bucket, configured: Callable[..., Config], corpus: Path) -> None:
     config = configured(path=str(corpus), vocab_size=300, store="s3://elsewhere/prepared")
     with pytest.raises(
-        TryAgain, match=r"data\.store=s3://elsewhere/prepared cannot be written \(The specified bucket does not exist"
+        TransientError,
+        match=r"data\.store=s3://elsewhere/prepared cannot be written \(The specified bucket does not exist",
     ):
         prepare(config)
     assert s3.filesystem.ls("") == ["corpora"]
@@ -302,7 +304,7 @@ def test_an_interrupted_upload_is_taken_up_again(
 
     monkeypatch.setattr(s3.filesystem, "put_file", fails)
     with pytest.raises(
-        TryAgain, match=r"data\.store=s3://corpora/prepared cannot be written \(the connection was closed\)"
+        TransientError, match=r"data\.store=s3://corpora/prepared cannot be written \(the connection was closed\)"
     ):
         prepare(config)
     assert not prepare(with_values(config, {"data.store": None})).joinpath("store.json").exists()

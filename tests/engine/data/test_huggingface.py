@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.config import Config, replace
-from engine.data.manifest import Manifest, verify
+from engine.data.manifest import Manifest
 from engine.data.prepare import prepare
+from engine.data.remote_store import verify
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import UserError
@@ -45,7 +46,7 @@ def texts(folder: Path) -> list[str]:
     tokenizer, found = load_tokenizer(folder / "tokenizer"), []
     for name in Manifest.load(folder).splits:
         split = Split.open(folder, name)
-        found += [tokenizer.decode(split.document(i)[:-1]) for i in range(split.rows)]
+        found += [tokenizer.decode(split.document(i)[:-1]) for i in range(split.num_rows)]
     return found
 
 
@@ -81,11 +82,11 @@ def test_another_subset(configured: Callable[..., Config], dataset: Path) -> Non
 def test_a_stream_is_not_fetched_twice(
     configured: Callable[..., Config], dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine.data import hub
+    from engine.data import huggingface
 
-    monkeypatch.setattr("engine.data.prepare.HELD_BYTES", 0)
-    read, calls = hub.read, []
-    monkeypatch.setattr(hub, "read", lambda part, *rest: calls.append(part.number) or read(part, *rest))
+    monkeypatch.setattr("engine.data.prepare.MAX_CACHED_BYTES", 0)
+    read, calls = huggingface.read, []
+    monkeypatch.setattr(huggingface, "read", lambda part, *rest: calls.append(part.number) or read(part, *rest))
     config = configured(
         source="huggingface", path=str(dataset), text_column="body", stream=True, vocab_size=300, shard_tokens=1024
     )
@@ -137,7 +138,7 @@ def test_several_sources(configured: Callable[..., Config], dataset: Path, tmp_p
     assert {s["source"] for s in manifest.read_sources(folder)} == {"reviews", "book"}
     split = Split.open(folder, "train")
     assert [*split.by_source()] == ["reviews", "book"]
-    assert sum(part.tokens for part in split.by_source().values()) == split.tokens
+    assert sum(part.num_tokens for part in split.by_source().values()) == split.num_tokens
     other_weights = {name: own | {"weight": 1} for name, own in sources.items()}
     assert prepare(replace(config, data__sources=other_weights)) == folder
     for wrong, told in (
@@ -145,10 +146,10 @@ def test_several_sources(configured: Callable[..., Config], dataset: Path, tmp_p
             {"a": {"path": "x", "wieght": 2}},
             r"data\.sources\.a\.wieght is not an option of a source; did you mean 'weight'",
         ),
-        ({"a": {"path": "x", "weight": 0}}, r"data\.sources\.a\.weight=0 is no weight"),
+        ({"a": {"path": "x", "weight": 0}}, r"data\.sources\.a\.weight=0 is not a weight"),
         ({"a": {"path": 3}}, r"data\.sources\.a\.path=3 is not a text"),
         ({"a": {"source": "file"}}, r"data\.sources\.a\.source=file is not one of .*did you mean 'files'"),
-        ({"a": "x"}, r"data\.sources\.a is no source"),
+        ({"a": "x"}, r"data\.sources\.a is not a source"),
         ({"a": {"source": "huggingface"}}, r"with data\.sources\.a\.path="),
     ):
         with pytest.raises(UserError, match=told):

@@ -13,32 +13,32 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from engine.config import DataConfig
-from engine.data.stores import Fetched, is_far, open_address, store_errors
-from engine.errors import UserError, nearest
+from engine.data.filesystems import RemoteFile, is_remote, remote_errors, resolve_address
+from engine.errors import UserError, did_you_mean
 
 COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
-class File:
+class InputFile:
     """One input: where it is, its name below the path given, the split it was given for (None: by hash), what dates it."""
 
     path: str  # as its filesystem opens it
     name: str
     split: str | None
     size: int
-    stamp: str
+    version: str
     filesystem: Any
 
     @property
-    def packed(self) -> bool:
+    def is_compressed(self) -> bool:
         """Whether it is compressed, so that it cannot be entered in the middle."""
         return self.path.lower().endswith(COMPRESSED)
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
         """Its whole address, as a person would write it."""
-        return str(self.filesystem.unstrip_protocol(self.path)) if is_far(self.filesystem) else self.path
+        return str(self.filesystem.unstrip_protocol(self.path)) if is_remote(self.filesystem) else self.path
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
@@ -54,17 +54,17 @@ class File:
                 else:
                     yield raw
         except (PermissionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {self.place} ({error}): mend it or leave it out of the path") from error
+            raise UserError(f"cannot read {self.address} ({error}): mend it or leave it out of the path") from error
         except OSError as error:
-            if error.errno is not None or not self.packed:
+            if error.errno is not None or not self.is_compressed:
                 raise
-            raise UserError(f"cannot read {self.place} ({error}): mend it or leave it out of the path") from error
+            raise UserError(f"cannot read {self.address} ({error}): mend it or leave it out of the path") from error
 
     @contextmanager
     def open_stored(self) -> Iterator[IO[bytes]]:
         """Open it for reading its bytes as they are stored; those in a store come as they are asked for."""
-        if is_far(self.filesystem):
-            with Fetched(self.filesystem, self.path) as fetched:
+        if is_remote(self.filesystem):
+            with RemoteFile(self.filesystem, self.path) as fetched:
                 yield io.BufferedReader(fetched, 2**20)  # type: ignore[misc]
         else:
             with self.filesystem.open(self.path, "rb") as raw:
@@ -76,33 +76,33 @@ class File:
             return hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def bare(name: str) -> str:
+def strip_compression_suffix(name: str) -> str:
     """Return a name without the ending of its compression."""
     return name.rpartition(".")[0] if name.lower().endswith(COMPRESSED) else name
 
 
-def list_files(config: DataConfig) -> list[File]:
+def list_files(config: DataConfig) -> list[InputFile]:
     """Return the input files, sorted within each path. Raises UserError for a path where nothing is."""
     if not config.path:
         raise UserError("data.path is not set: say where the training text is with data.path=FILE_FOLDER_OR_GLOB")
     return [
-        *expand("data.test_path", config.test_path, "test"),
-        *expand("data.validation_path", config.validation_path, "validation"),
-        *expand("data.path", config.path, None),
+        *list_path("data.test_path", config.test_path, "test"),
+        *list_path("data.validation_path", config.validation_path, "validation"),
+        *list_path("data.path", config.path, None),
     ]
 
 
-def expand(key: str, value: str | None, split: str | None) -> list[File]:
+def list_path(key: str, value: str | None, split: str | None) -> list[InputFile]:
     """List the files of one path: a file, a folder, a glob, or several of these with commas between them."""
     if not value:
         return []
-    filesystem, place = open_address(f"{key}={value}", value)
-    with store_errors(f"{key}={value}", filesystem):
+    filesystem, place = resolve_address(f"{key}={value}", value)
+    with remote_errors(f"{key}={value}", filesystem):
         if "," in value and not filesystem.exists(place):
-            return [file for item in value.split(",") if item.strip() for file in expand(key, item.strip(), split)]
+            return [file for item in value.split(",") if item.strip() for file in list_path(key, item.strip(), split)]
         found, start = _find(key, value, filesystem, place)
     files = [
-        File(path, path.removeprefix(start).lstrip("/"), split, info.get("size") or 0, _stamp(info), filesystem)
+        InputFile(path, path.removeprefix(start).lstrip("/"), split, info.get("size") or 0, _stamp(info), filesystem)
         for path, info in sorted(found.items())
         if not path.endswith("/")  # an empty folder, as the web pages of some stores make it
     ]
@@ -125,7 +125,7 @@ def _find(key: str, value: str, filesystem: Any, place: str) -> tuple[dict[str, 
         return found, place[: min(i for i, letter in enumerate(place) if letter in "*?[")].rpartition("/")[0]
     parent = str(PurePosixPath(place).parent)
     there = filesystem.ls(parent, detail=False) if parent != "." and filesystem.isdir(parent) else []
-    near = nearest(PurePosixPath(place).name, [path.rstrip("/").rsplit("/", 1)[-1] for path in there])
+    near = did_you_mean(PurePosixPath(place).name, [path.rstrip("/").rsplit("/", 1)[-1] for path in there])
     raise UserError(f"{key}={value} is not there{near or ': give a file, a folder or a glob'}")
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from engine.config import DataConfig
-from engine.data.inputs import File, bare, list_files
+from engine.data.input_files import InputFile, list_files, strip_compression_suffix
 from engine.data.shards import Split
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 
-def groups_of(config: DataConfig, column: str, split: Split, tokenizer: Any) -> list[str]:
+def read_slice_values(config: DataConfig, column: str, split: Split, tokenizer: Any) -> list[str]:
     """Return the group of each row of `split`, in its order.
 
     The shards hold tokens, not columns, so the files are read again and a row is known by its tokens: those of two rows
@@ -30,10 +30,10 @@ def groups_of(config: DataConfig, column: str, split: Split, tokenizer: Any) -> 
         for texts, values in _batches(file, config, column):
             for ids, value in zip(tokenizer(texts)["input_ids"], values, strict=True):
                 group.setdefault(_digest(ids, special), value)
-    found = [group.get(_digest(split.document(i), special)) for i in range(split.rows)]
+    found = [group.get(_digest(split.document(i), special)) for i in range(split.num_rows)]
     if lacking := sum(value is None for value in found):
         raise UserError(
-            f"{lacking:,} of the {split.rows:,} {split.name} rows have nothing in column '{column}': fill it, or leave them out"
+            f"{lacking:,} of the {split.num_rows:,} {split.name} rows have nothing in column '{column}': fill it, or leave them out"
         )
     return [value for value in found if value is not None]
 
@@ -43,7 +43,9 @@ def _digest(ids: Sequence[int] | np.ndarray, special: np.ndarray) -> bytes:
     return hashlib.blake2b(kept[~np.isin(kept, special)].tobytes(), digest_size=16).digest()
 
 
-def _batches(file: File, config: DataConfig, column: str, size: int = 1024) -> Iterator[tuple[list[str], list[str]]]:
+def _batches(
+    file: InputFile, config: DataConfig, column: str, size: int = 1024
+) -> Iterator[tuple[list[str], list[str]]]:
     """Yield (texts, groups) of the rows of a file that have both."""
     texts: list[str] = []
     values: list[str] = []
@@ -59,11 +61,11 @@ def _batches(file: File, config: DataConfig, column: str, size: int = 1024) -> I
         yield texts, values
 
 
-def _rows(file: File, config: DataConfig, column: str) -> Iterator[dict[str, Any]]:
+def _rows(file: InputFile, config: DataConfig, column: str) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name = bare(file.name).lower()
+    name = strip_compression_suffix(file.name).lower()
     with file.open() as opened:
         if config.format == "parquet" or name.endswith(".parquet"):
             table = pq.ParquetFile(opened)
@@ -89,8 +91,8 @@ def _rows(file: File, config: DataConfig, column: str) -> Iterator[dict[str, Any
                 yield row
 
 
-def _need(file: File, column: str, there: list[str]) -> None:
+def _need(file: InputFile, column: str, there: list[str]) -> None:
     if column not in there:
         raise UserError(
-            f"{file.place} has no column '{column}' (evaluate.slice_column), only {', '.join(there)}{nearest(column, there)}"
+            f"{file.address} has no column '{column}' (evaluate.slice_column), only {', '.join(there)}{did_you_mean(column, there)}"
         )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.errors import TryAgain, UserError
+from engine.errors import TransientError, UserError
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # scheme -> what reads it, an extra of ours
 CREDENTIALS = {
@@ -24,7 +24,7 @@ CLIENTS = ("s3fs", "botocore", "aiobotocore", "gcsfs", "google", "aiohttp")  # p
 FETCHED = 2**23  # bytes that one request fetches ahead
 
 
-def open_address(said: str, address: str) -> tuple[Any, str]:
+def resolve_address(said: str, address: str) -> tuple[Any, str]:
     """Return the filesystem (fsspec) of an address, and the place there; `said` is how a message names it.
 
     Raises UserError without the package that reads it.
@@ -40,12 +40,12 @@ def open_address(said: str, address: str) -> tuple[Any, str]:
                 f"{said} needs a package that is not installed: pip install 'manta-train[{extra}]'"
             ) from error
         raise UserError(f"{said} cannot be opened ({error}): install what reads it, or copy it here") from error
-    if is_far(filesystem):
+    if is_remote(filesystem):
         filesystem.invalidate_cache()  # what was listed before may be of yesterday
     return filesystem, place
 
 
-def is_far(filesystem: Any) -> bool:
+def is_remote(filesystem: Any) -> bool:
     """Say whether a filesystem's files are elsewhere than on this machine's disks."""
     return filesystem is not None and "file" not in _schemes(filesystem)
 
@@ -56,18 +56,18 @@ def _schemes(filesystem: Any) -> tuple[str, ...]:
 
 
 @contextmanager
-def store_errors(said: str, filesystem: Any, done: str = "read") -> Iterator[None]:
+def remote_errors(said: str, filesystem: Any, done: str = "read") -> Iterator[None]:
     """Raise UserError for what a store's client raises, each of which has kinds of error of its own."""
     try:
         yield
     except Exception as error:
         of_store = isinstance(error, OSError) or type(error).__module__.startswith(CLIENTS)
-        if not is_far(filesystem) or not of_store or getattr(error, "errno", None) == errno.ENOSPC:
+        if not is_remote(filesystem) or not of_store or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         words = " ".join(str(error).split())[:300] or type(error).__name__
         how = CREDENTIALS.get(EXTRAS.get(_schemes(filesystem)[0], ""))
         hint = f", and your credentials ({how})" if how else ""
-        raise TryAgain(f"{said} cannot be {done} ({words}): check the address{hint}") from error
+        raise TransientError(f"{said} cannot be {done} ({words}): check the address{hint}") from error
 
 
 def put_file(filesystem: Any, source: Path, target: str) -> None:
@@ -77,13 +77,13 @@ def put_file(filesystem: Any, source: Path, target: str) -> None:
     filesystem.put_file(str(source), target)
 
 
-class Fetched(io.RawIOBase):
+class RemoteFile(io.RawIOBase):
     """A file in a store, for reading; its bytes are fetched as they are asked for, and some ahead."""
 
     def __init__(self, filesystem: Any, path: str) -> None:
         """Raise UserError where it cannot be opened; reading raises it too."""
         self._filesystem, self._said = filesystem, str(filesystem.unstrip_protocol(path))
-        with store_errors(self._said, filesystem):
+        with remote_errors(self._said, filesystem):
             self._opened = filesystem.open(path, "rb", block_size=FETCHED)
 
     def readable(self) -> bool:
@@ -96,7 +96,7 @@ class Fetched(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read as many bytes as there are, up to the buffer's size."""
-        with store_errors(self._said, self._filesystem):
+        with remote_errors(self._said, self._filesystem):
             return int(self._opened.readinto(buffer))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from engine.data.masking import mask_emails, mask_secrets, masking
+from engine.data.pii_masking import make_masker, mask_emails, mask_secrets
 
 # Put together here, so that no scanner of this repository takes them for real ones.
 LETTERS = "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zA1bC2dE3fG4"
@@ -45,7 +45,7 @@ Authorization: Bearer <secret>
 postgres://admin:<secret>@db.example.org/sales"""
     assert mask_secrets(text, counts) == expected
     assert counts == {"secrets": 3}
-    both = masking(["emails", "secrets"])
+    both = make_masker(["emails", "secrets"])
     assert both is not None
     assert both("ftp://me:pass12word@host.org me@host.org", counts) == "ftp://me:<secret>@host.org <email>"
 
@@ -56,7 +56,7 @@ def test_addresses() -> None:
     expected = "Write to <email>, <<email>> or mailto:<email>. Not a@b, @pytest.fixture, a @ b.org."
     assert mask_emails(text, counts) == expected
     assert counts == {"emails": 3}
-    assert masking([]) is None
+    assert make_masker([]) is None
 
 
 @pytest.mark.parametrize(

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from engine.config import DataConfig, source_configs
-from engine.data.inputs import File
-from engine.data.manifest import sha256
+from engine.config import DataConfig, content_options, source_configs
+from engine.data.input_files import InputFile
 from engine.data.tokenizer import has_tokenizer
 from engine.errors import UserError
+from engine.hashing import sha256_file
 
 FORMAT = 3  # raise it when the same input would give other shards
 
 
 def content_key(
-    data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, File]], preprocessor: Any
+    data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, InputFile]], preprocessor: Any
 ) -> str:
     """Hash all that decides the shards: format, options, seed, tokenizer, preprocessor, filters, and each input file's name, size and date."""
     from engine.data.filters import filter_source
 
-    options = dataclasses.asdict(data)
-    for elsewhere in (
-        "name", "sequence_length", "tokenizer", "packing", "within_documents", "stream", "image_processor", "image_size",
-        "feature_extractor", "audio_seconds", "store",
-    ):  # fmt: skip
-        del options[elsewhere]
-    options["sources"] = {
-        name: {key: value for key, value in own.items() if key not in ("weight", "stream")}
-        for name, own in data.sources.items()
-    }
+    options = content_options(data)
     if tokenizer and not tokenizer.is_dir():
         raise UserError(f"data.tokenizer={tokenizer} is no folder: give the folder of a Hugging Face tokenizer")
     if tokenizer and has_tokenizer(tokenizer):
@@ -46,7 +36,7 @@ def content_key(
         digest.update(filter_source(own.filter) if own.filter else b"")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         if tokenizer and (tokenizer / name).is_file():
-            digest.update(sha256(tokenizer / name).encode())
+            digest.update(sha256_file(tokenizer / name).encode())
     for source, path, file in files:
-        digest.update(f"{source}\x1f{path}\x1f{file.size}\x1f{file.stamp}\n".encode(errors="surrogateescape"))
+        digest.update(f"{source}\x1f{path}\x1f{file.size}\x1f{file.version}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

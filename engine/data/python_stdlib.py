@@ -1,7 +1,7 @@
-"""A real corpus on every machine: the source of the running Python's standard library.
+"""Reader of data.source=python_stdlib and python_functions: the source code of the running Python's standard library.
 
-Two readers share one split by file: `modules` (whole files) and `functions` (function bodies, labelled with their
-package). A file that is held out is held out in both.
+The two share one split by file: `read_modules` (whole files) and `read_functions` (function bodies, labeled with their
+package). A file that is held out in one is held out in the other.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from engine.config import DataConfig
-from engine.data.corpus import Document, Part, Piece, evenly, split_of
-from engine.data.inputs import File
+from engine.data.document import Document, Part, Piece, evenly_spaced, split_of
+from engine.data.input_files import InputFile
+from engine.data.kinds import DataKind, kind_of
 from engine.errors import UserError
 
 LICENSE = "PSF-2.0"
-SHORTEST_FUNCTION = 4  # lines, after masking
+MIN_FUNCTION_LINES = 4  # lines, after masking
 MASK = "_"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 WORD = re.compile(r"[^\W\d]\w*")
@@ -33,52 +34,61 @@ KEPT_WORDS = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def root() -> Path:
+def stdlib_folder() -> Path:
     """Return the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
-def paths() -> list[Path]:
+def source_paths() -> list[Path]:
     """Return its source files, sorted, without tests and third-party packages. Raises UserError where there are none."""
     found = []
-    for folder, below, names in os.walk(root()):
+    for folder, below, names in os.walk(stdlib_folder()):
         below[:] = [name for name in below if name not in SKIPPED_FOLDERS]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     if not found:
-        raise UserError(f"this Python has no source of its standard library in {root()}: use data=files data.path=...")
+        raise UserError(
+            f"this Python has no source of its standard library in {stdlib_folder()}: use data=files data.path=..."
+        )
     return sorted(found)
 
 
-def files() -> list[File]:
-    """Return the same files as inputs, named by their path below the library."""
+def list_files() -> list[InputFile]:
+    """Return the source files as inputs, named by their path below the library."""
     from fsspec.implementations.local import LocalFileSystem
 
-    local, listed = LocalFileSystem(), [(path, path.stat()) for path in paths()]
+    local, listed = LocalFileSystem(), [(path, path.stat()) for path in source_paths()]
     return [
-        File(str(path), path.relative_to(root()).as_posix(), None, facts.st_size, str(facts.st_mtime), local)
+        InputFile(
+            str(path), path.relative_to(stdlib_folder()).as_posix(), None, facts.st_size, str(facts.st_mtime), local
+        )
         for path, facts in listed
     ]
 
 
-def pieces(config: DataConfig, size: int) -> list[Piece]:
-    """Return them as pieces of work; those of `functions` have no size, since which are chosen depends on all files."""
+def list_pieces(config: DataConfig, size: int) -> list[Piece]:
+    """Return the files as pieces; for `python_functions` of size 0, so that one part has them all: the choice depends on all."""
     whole = config.source == "python_functions"
-    return [Piece(file, config.source, 0, None, 0 if whole else file.size) for file in files()]
+    return [Piece(file, config.source, 0, None, 0 if whole else file.size) for file in list_files()]
 
 
 def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:
     """Yield the documents of a part."""
     if part.config.source == "python_functions":
-        return functions(part.config, seed, counts)
-    return modules(part.config, seed, counts, {piece.file.name for piece in part.pieces})
+        return read_functions(part.config, seed, counts)
+    return read_modules(part.config, seed, counts, {piece.file.name for piece in part.pieces})
 
 
 def check(config: DataConfig) -> None:
     """Raise UserError where the library has no source."""
-    paths()
+    source_paths()
 
 
-def modules(
+def find_kind(config: DataConfig) -> DataKind:
+    """Return the kind of data: text, or labeled text."""
+    return kind_of(config, lambda: ())
+
+
+def read_modules(
     config: DataConfig, seed: int, counts: Counter[str], names: Container[str] | None = None
 ) -> Iterator[Document]:
     """Yield each source file, or those of these names, as one document."""
@@ -86,20 +96,20 @@ def modules(
         yield Document(text, split_of(f"python:{name}", seed, config), name)
 
 
-def functions(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
-    """Yield functions and methods (not those nested in them), labelled with their top-level package.
+def read_functions(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[Document]:
+    """Yield functions and methods (not those nested in them), labeled with their top-level package.
 
-    The packages are the `data.packages` folders of two modules or more that have most functions of four lines or more.
-    Removed from each function, so that it does not say where it is from:
+    The packages are the `data.packages` folders of two or more modules with the most functions of four or more lines.
+    Removed from each function, so that its text does not leak its label:
 
-    - docstrings, import statements (`pass` stands for them) and decorators, its own and those of nested functions;
+    - docstrings, import statements (replaced by `pass`) and decorators, its own and those of nested functions;
     - its own name, wherever it occurs in it;
-    - every word (of code, strings and comments alike) with the name of one of the chosen packages or of one of their
-      modules in it, case and underscores ignored; a name of less than four letters only where it is a whole part of
-      the word (`re_flags`, `reFlags`). Python's keywords and builtins stay.
+    - every word (of code, strings and comments alike) that contains the name of a chosen package or of one of its
+      modules, case and underscores ignored; a name of fewer than four letters only where it is a whole part of the
+      word (`re_flags`, `reFlags`). Python's keywords and builtins stay.
 
-    `_` stands for each removed word. The words are the same whatever the function's own package is, so a mask says
-    nothing either. Whoever is left with less than four lines is dropped. Raises UserError for less than two packages.
+    Each removed word is replaced by `_`. The same words are removed whatever the function's own package is, so a mask
+    leaks nothing either. A function with fewer than four lines left is dropped. Raises UserError for fewer than two packages.
     """
     found: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # package -> (file, own name, text)
     module_names: dict[str, set[str]] = defaultdict(set)
@@ -121,30 +131,30 @@ def functions(config: DataConfig, seed: int, counts: Counter[str]) -> Iterator[D
     chosen = ranked[: config.packages]
     if len(chosen) < 2:
         raise UserError(
-            f"this Python's standard library ({root()}) has functions of {len(chosen)} packages, too few to tell apart: "
+            f"this Python's standard library ({stdlib_folder()}) has functions of {len(chosen)} packages, too few to tell apart: "
             "install its full source or use data=files data.path=..."
         )
-    given_away = gives_away(set(chosen).union(*(module_names[package] for package in chosen)))
+    leaks = leaks_label(set(chosen).union(*(module_names[package] for package in chosen)))
     for package in sorted(chosen):
         for name, own, body in found[package]:
-            text = _masked(body, own, given_away)
-            if text.count("\n") + 1 < SHORTEST_FUNCTION:
-                counts[f"function of less than {SHORTEST_FUNCTION} lines"] += 1
+            text = _masked(body, own, leaks)
+            if text.count("\n") + 1 < MIN_FUNCTION_LINES:
+                counts[f"function of less than {MIN_FUNCTION_LINES} lines"] += 1
             else:
                 yield Document(text, split_of(f"python:{name}", seed, config), name, package)
 
 
-def balanced(labels: Sequence[str | None]) -> list[int]:
-    """Return which functions to keep: of each package at most one and a half times the median package's number, evenly spread."""
+def balance_labels(labels: Sequence[str | None]) -> list[int]:
+    """Return the indices to keep: of each label at most 1.5 times the median count of a label, evenly spaced."""
     by_label: dict[str | None, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         by_label[label].append(i)
     most = int(1.5 * statistics.median(len(group) for group in by_label.values())) if by_label else 0
-    return sorted(group[i] for group in by_label.values() for i in evenly(len(group), most))
+    return sorted(group[i] for group in by_label.values() for i in evenly_spaced(len(group), most))
 
 
-def gives_away(names: Iterable[str]) -> Callable[[str], bool]:
-    """Return a test of a word: does it contain one of these package or module names? (See `functions` for the rule.)"""
+def leaks_label(names: Iterable[str]) -> Callable[[str], bool]:
+    """Return a test of a word: does it contain one of these package or module names? (`read_functions` has the rule.)"""
     plain = {_plain(name) for name in names if not name.startswith("__")} - {""}
     inside = re.compile("|".join(sorted(map(re.escape, (name for name in plain if len(name) >= 4)))) or r"(?!)")
     known: dict[str, bool] = {}
@@ -158,8 +168,8 @@ def gives_away(names: Iterable[str]) -> Callable[[str], bool]:
     return test
 
 
-def _masked(text: str, own: str, given_away: Callable[[str], bool]) -> str:
-    return WORD.sub(lambda word: MASK if word[0] == own or given_away(word[0]) else word[0], text)
+def _masked(text: str, own: str, leaks: Callable[[str], bool]) -> str:
+    return WORD.sub(lambda word: MASK if word[0] == own or leaks(word[0]) else word[0], text)
 
 
 def _plain(word: str) -> str:
@@ -170,8 +180,8 @@ def _sources(
     counts: Counter[str], packages_only: bool = False, names: Container[str] | None = None
 ) -> Iterator[tuple[str, str]]:
     """Yield (path relative to the library, text) of each file."""
-    folder = root()
-    for path in paths():
+    folder = stdlib_folder()
+    for path in source_paths():
         name = path.relative_to(folder).as_posix()
         if (packages_only and "/" not in name) or (names is not None and name not in names):
             continue
@@ -197,7 +207,7 @@ def _function_texts(source: str) -> Iterator[tuple[str, str]]:
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
 
     for function in _outermost(tree):
-        if (function.end_lineno or 0) - function.lineno + 1 < SHORTEST_FUNCTION:
+        if (function.end_lineno or 0) - function.lineno + 1 < MIN_FUNCTION_LINES:
             continue
         start, end = place(function)
         pieces, last = [], start
@@ -237,6 +247,6 @@ def _cuts(
 
 
 def _flush_left(text: str, indent: int) -> str:
-    """Drop blank lines and the function's own indentation."""
+    """Remove blank lines and the function's own indentation."""
     first, *rest = (line.rstrip() for line in text.split("\n"))
     return "\n".join([first, *(line if line[:indent].strip() else line[indent:] for line in rest if line)])

@@ -11,25 +11,25 @@ import pytest
 import soundfile
 
 from engine.config import Config, with_values
-from engine.data.manifest import verify
+from engine.data.audio import FULL_SCALE, decode_audio, encode_wav, from_base64
 from engine.data.prepare import prepare
-from engine.data.speech import FULL_SCALE, decode, from_base64, wav
+from engine.data.remote_store import verify
 from engine.errors import UserError
-from tests.engine.data.sounds import file_of, hum, hummed_table
+from tests.engine.data.audio_samples import file_of, hum, hummed_table
 
 
 def test_samples_of_16_bits_are_kept_bit_for_bit() -> None:
     sound = np.random.default_rng(0).integers(-FULL_SCALE, FULL_SCALE, 5000).astype(np.int16)
-    assert np.array_equal(decode(wav(sound, 16000), 16000, 30), sound)
-    assert np.array_equal(decode(file_of(sound, 16000, "FLAC"), 16000, 30), sound)
+    assert np.array_equal(decode_audio(encode_wav(sound, 16000), 16000, 30), sound)
+    assert np.array_equal(decode_audio(file_of(sound, 16000, "FLAC"), 16000, 30), sound)
     stereo = np.stack([sound, sound], axis=1)
-    assert np.array_equal(decode(file_of(stereo, 16000), 16000, 30), sound)
+    assert np.array_equal(decode_audio(file_of(stereo, 16000), 16000, 30), sound)
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
 def test_a_tone_stays_where_it_is_at_any_rate(kind: str) -> None:
     for rate in (8000, 16000, 44100):
-        sound = decode(file_of(hum("two", rate), rate, kind), 16000, 30).astype(float)
+        sound = decode_audio(file_of(hum("two", rate), rate, kind), 16000, 30).astype(float)
         spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
         assert spectrum.argmax() * 16000 / len(sound) == pytest.approx(900, abs=8)
         assert np.abs(sound).max() == pytest.approx(0.5 * FULL_SCALE, rel=0.1)
@@ -38,28 +38,28 @@ def test_a_tone_stays_where_it_is_at_any_rate(kind: str) -> None:
 def test_of_what_is_too_long_a_little_is_unpacked() -> None:
     day = file_of(np.zeros(8000 * 600, np.int16), 8000, "FLAC")
     assert len(day) < 2**17
-    assert 2 * 16000 < len(decode(day, 16000, 2)) <= 4 * 16000
+    assert 2 * 16000 < len(decode_audio(day, 16000, 2)) <= 4 * 16000
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no sound", b"RIFF", wav(np.zeros(100, np.int16), 16000)[:30], b"fLaC" + bytes(60)],
+    [b"", b"no sound", b"RIFF", encode_wav(np.zeros(100, np.int16), 16000)[:30], b"fLaC" + bytes(60)],
 )
 def test_what_is_no_sound_is_a_value_error(content: bytes) -> None:
     with pytest.raises(ValueError):
-        decode(content, 16000, 30)
+        decode_audio(content, 16000, 30)
 
 
 def test_mad_headers_are_refused() -> None:
-    good = wav(np.zeros(100, np.int16), 16000)
+    good = encode_wav(np.zeros(100, np.int16), 16000)
     channels, rate = good[:22] + struct.pack("<H", 1000) + good[24:], good[:24] + struct.pack("<I", 2**31) + good[28:]
     for content in (channels, rate):
         with pytest.raises(ValueError):
-            decode(content, 16000, 30)
+            decode_audio(content, 16000, 30)
     out = io.BytesIO()
     soundfile.write(out, np.array([0.0, np.nan]), 16000, format="WAV", subtype="FLOAT")
     with pytest.raises(ValueError, match="no numbers"):
-        decode(out.getvalue(), 16000, 30)
+        decode_audio(out.getvalue(), 16000, 30)
 
 
 def test_a_request_carries_base64() -> None:
