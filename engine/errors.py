@@ -1,4 +1,4 @@
-"""The one exception for a mistake that the user can mend."""
+"""The exceptions for errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """One clear sentence that says what is wrong and what to do; a job ends with it and exit code 2."""
+    """A sentence that says what is wrong and what to do; the job prints it and ends with exit code 2."""
 
 
 class TransientError(UserError):
-    """A UserError that the same command may not meet again: a store that could not be reached, a process that was killed."""
+    """A UserError that a retry may resolve: storage that could not be reached, a process that was killed."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

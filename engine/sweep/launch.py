@@ -1,4 +1,4 @@
-"""Start a sweep on Ray Tune, show how it goes, and make the best trial's bundle the run's own. Ray is up already."""
+"""Run a sweep on Ray Tune, show its progress, and export the winner's bundle. Ray is initialized already."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from engine.sweep.start_weights import make_start_state
 from engine.sweep.stopping import grace_steps, make_stopping_rule, rungs
 from engine.sweep.successive_halving import SuccessiveHalving
 from engine.sweep.trial import FAILURE, run_trial
-from engine.sweep.trial_record import Trial, best_first, pareto_front, trial_from_dict
+from engine.sweep.trial_record import Trial, TrialTask, best_first, pareto_front, trial_from_dict
 from engine.train.job import TrainJob
 from engine.train.launch import make_job, worker_resources
 from engine.train.run_folder import RunFolder, RunStatus, now
 
-UNLIMITED_TRIALS = 10**9  # trials: the course says when it is over
-TUNE_ENVIRONMENT = {  # for Tune: no files of its own beside ours, and none of its state, which ours replaces
+UNLIMITED_TRIALS = 10**9  # for Tune: the search algorithm decides when the sweep is done
+TUNE_ENVIRONMENT = {  # no log files and no state of Tune, since the sweep writes its own
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -45,7 +45,7 @@ TUNE_ENVIRONMENT = {  # for Tune: no files of its own beside ours, and none of i
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found; also sweep.json in its folder."""
+    """The result of a sweep, also written to sweep.json in its folder."""
 
     metric: str
     mode: str
@@ -53,19 +53,19 @@ class SweepResult:
     best: Trial
     seconds: float
     metrics: list[str] = field(default_factory=list)  # all of them
-    front: list[str] = field(default_factory=list)  # with several: the trials that none is better than in all
-    importances: dict[str, float] = field(default_factory=dict)  # key -> share of the differences
-    exploits: list[dict[str, Any]] = field(default_factory=list)  # pbt, pb2: who copied whom, and when
-    bundle: dict[str, Any] = field(default_factory=dict)  # of which run the bundle is, and what it measures
+    front: list[str] = field(default_factory=list)  # with several metrics: names of the Pareto-optimal trials
+    importances: dict[str, float] = field(default_factory=dict)  # key -> share of the variance between trials
+    exploits: list[dict[str, Any]] = field(default_factory=list)  # PBT, PB2: which member copied which one, and when
+    bundle: dict[str, Any] = field(default_factory=dict)  # the run that the bundle is from, and its value
 
 
 def sweep(config: Config) -> SweepResult:
-    """Run a sweep to its end, or go on with the one of that name. Raises UserError if no trial finished.
+    """Run a sweep to its end, resuming it if it was interrupted. Raises UserError if no trial finished.
 
-    After a kill no trial that was over is repeated; one that was under way goes on from its last checkpoint
-    (train.checkpoint_every), and starts over where it had none.
+    After a kill, trials that are over are not repeated; a running trial resumes from its last checkpoint
+    (train.checkpoint_every), or starts over if it had none.
     """
-    started = time.monotonic()
+    started_at = time.monotonic()
     space = parse_search_space(config)
     run = RunFolder.create_or_resume(config)
     file = run.path / "sweep.json"
@@ -85,7 +85,7 @@ def sweep(config: Config) -> SweepResult:
         state = "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         run.write_status(replace(status, state=state, updated=now(), message=str(error)[:500]))
         raise
-    result = replace(result, seconds=time.monotonic() - started)
+    result = replace(result, seconds=time.monotonic() - started_at)
     file.write_text(json.dumps(asdict(result)))
     winners.delete_trial_checkpoints(run, result.best.name)
     run.write_status(replace(status, state="finished", step=len(result.trials), loss=result.best.value, updated=now()))
@@ -96,42 +96,42 @@ def sweep(config: Config) -> SweepResult:
 def run_and_select(
     config: Config, job: TrainJob, space: SearchSpace, run: RunFolder, metrics: list[str], modes: list[str]
 ) -> SweepResult:
-    """Run the trials that are left, and write the bundle of the best."""
-    course, place = make_search_algorithm(config, job, space, metrics, modes)
-    with ProgressTable(course.total, config.train.max_steps, metrics[0], modes[0]) as board:
-        board.show(course.trials.values())
-        if not course.done:
-            run_trials(config, job, run, course, metrics, lambda: board.show(course.trials.values()))
-    trials = [course.trials[index] for index in sorted(course.trials)]
+    """Run the remaining trials, select the winner and export its bundle."""
+    algorithm, place = make_search_algorithm(config, job, space, metrics, modes)
+    with ProgressTable(algorithm.total, config.train.max_steps, metrics[0], modes[0]) as table:
+        table.show(algorithm.trials.values())
+        if not algorithm.is_done:
+            run_trials(config, job, run, algorithm, metrics, lambda: table.show(algorithm.trials.values()))
+    trials = [algorithm.trials[index] for index in sorted(algorithm.trials)]
     best = best_first(trials, modes[0])
     if not best:
         reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "none finished"
         raise UserError(f"no trial of sweep '{config.name}' finished ({reasons}): see {run.logs}")
-    chosen = None
+    winner = None
     if config.sweep.retrain_steps:
-        chosen = winners.retrain(job, best[0], place, config.sweep.retrain_steps)
+        winner = winners.retrain(job, best[0], place, config.sweep.retrain_steps)
     elif config.sweep.soup:
-        chosen = winners.soup(job, trials, place, metrics[0], modes[0])
-    chosen = chosen or winners.winner_of_trial(job, best[0], place)
-    winners.write_sweep_bundle(chosen, run)
+        winner = winners.soup(job, trials, place, metrics[0], modes[0])
+    winner = winner or winners.winner_of_trial(job, best[0], place)
+    winners.write_sweep_bundle(winner, run)
     return SweepResult(
         metrics[0], modes[0], trials, best[0], 0.0, metrics,
         front=[trial.name for trial in pareto_front(trials, metrics, modes)] if len(metrics) > 1 else [],
         importances=importances(space, trials, modes[0]),
-        exploits=[asdict(e) for e in course.state.exploits] if isinstance(course, PopulationBasedTraining) else [],
-        bundle={"name": chosen.job.config.name, "value": winners.winner_value(chosen, metrics[0]), "step": chosen.line["step"]},
+        exploits=[asdict(e) for e in algorithm.state.exploits] if isinstance(algorithm, PopulationBasedTraining) else [],
+        bundle={"name": winner.job.config.name, "value": winners.winner_value(winner, metrics[0]), "step": winner.line["step"]},
     )  # fmt: skip
 
 
 def base_job(config: Config, run: RunFolder) -> TrainJob:
-    """Prepare the data, and return the job of which each trial changes some keys."""
+    """Prepare the data, and return the job of which each trial changes some options."""
     job = make_job(config)
-    every = perturbation_interval(config) if config.sweep.scheduler in ("pbt", "pb2") else grace_steps(config)
+    evaluate_every = perturbation_interval(config) if config.sweep.scheduler in ("pbt", "pb2") else grace_steps(config)
     values = {
         "runs_dir": str((run.path / "trials").absolute()),
-        "train.evaluate_every": config.train.evaluate_every or every,
-        "train.keep_checkpoints": 1,  # the latest, for a sweep that goes on after a kill
-        "tracking.enabled": False,  # the sweep itself logs its trials, and after the last of them
+        "train.evaluate_every": config.train.evaluate_every or evaluate_every,
+        "train.keep_checkpoints": 1,  # the latest, to resume from
+        "tracking.enabled": False,  # the sweep logs its trials when it has ended
     }
     return TrainJob(with_values(job.config, values), job.data_folder, job.start_bundle, exports_bundle=False)
 
@@ -139,9 +139,9 @@ def base_job(config: Config, run: RunFolder) -> TrainJob:
 def make_search_algorithm(
     config: Config, job: TrainJob, space: SearchSpace, metrics: Sequence[str], modes: Sequence[str]
 ) -> tuple[SearchAlgorithm, PlaceTrial]:
-    """Return how the sweep goes, as far as it has come, and what places its trials."""
-    slots, share = trial_share(config, resources_for(config))
-    place = TrialPlacement(config, job, MemoryCheck(config, slots, share.get("GPU", 0.0)))
+    """Return the search algorithm, resumed if the sweep was interrupted, and the function that places its trials."""
+    slots, resources = trial_share(config, resources_for(config))
+    place = TrialPlacement(config, job, MemoryCheck(config, slots, resources.get("GPU", 0.0)))
     folder = Path(job.config.runs_dir)
     if config.sweep.scheduler in ("pbt", "pb2"):
         explore = pbt_explore(space) if config.sweep.scheduler == "pbt" else pb2_explore(space, modes[0])
@@ -153,28 +153,28 @@ def make_search_algorithm(
 
 
 class TrialPlacement:
-    """Finds what a trial takes: a micro-batch that fits, and data that are prepared as its values ask."""
+    """Finds a micro-batch that fits a trial, and prepares the data that its params need."""
 
-    def __init__(self, config: Config, base: TrainJob, room: MemoryCheck) -> None:
-        """Begin with the data of the base job."""
-        self._config, self._base, self._room = config, base, room
-        self._data = {self._facts(config): base.data_folder}
+    def __init__(self, config: Config, base: TrainJob, memory_check: MemoryCheck) -> None:
+        """Start with the data of the base job."""
+        self._config, self._base, self._memory_check = config, base, memory_check
+        self._data_folders = {self._data_key(config): base.data_folder}
 
     def __call__(self, params: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-        """Return the values, with another micro-batch if need be, and the folder of the data. Raises UserError if none fits."""
+        """Return the params, with a smaller micro-batch if needed, and the data folder. Raises UserError if none fits."""
         config = with_values(self._config, params)
         start = {"bundle": str(self._base.start_bundle)} if self._base.start_bundle else {}
-        fitting, reason = self._room.fitted(with_values(config, start))
+        fitting, reason = self._memory_check.fit_micro_batch(with_values(config, start))
         if fitting is None:
             raise UserError(reason)
         if fitting.train.micro_batch != config.train.micro_batch:
             params = params | {"train.micro_batch": fitting.train.micro_batch}
-        facts = self._facts(config)
-        if facts not in self._data:
-            self._data[facts] = make_job(config).data_folder
-        return params, self._data[facts]
+        key = self._data_key(config)
+        if key not in self._data_folders:
+            self._data_folders[key] = make_job(config).data_folder
+        return params, self._data_folders[key]
 
-    def _facts(self, config: Config) -> str:
+    def _data_key(self, config: Config) -> str:
         return json.dumps({k: v for k, v in flatten(config).items() if k.startswith(("data.", "objective.name"))})
 
 
@@ -182,11 +182,11 @@ def run_trials(
     config: Config,
     job: TrainJob,
     run: RunFolder,
-    course: SearchAlgorithm,
+    algorithm: SearchAlgorithm,
     metrics: Sequence[str],
     show: Callable[[], None],
 ) -> None:
-    """Run the trials of a course through Ray Tune, whose worker processes go on from trial to trial."""
+    """Run the trials of a search algorithm on Ray Tune, which reuses worker processes from trial to trial."""
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig
@@ -194,110 +194,108 @@ def run_trials(
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ |= TUNE_ENVIRONMENT
-    slots, share = trial_share(config, resources_for(config))
-    if course.in_parts:
+    slots, resources = trial_share(config, resources_for(config))
+    if algorithm.has_partial_tasks:
         job = replace(job, config=with_values(job.config, {"schedule.total_steps": config.total_steps}))
-    state = [ray.put(make_start_state(job))]  # once, for every process of every trial; the list keeps it a reference
+    state = [ray.put(make_start_state(job))]  # once for all trials; in a list, so that Ray passes the reference
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, spec=job.to_dict(), metrics=list(metrics), resources=share, state=state),
-        tune.PlacementGroupFactory([share] * config.train.workers),
+        tune.with_parameters(run_trial, spec=job.to_dict(), metrics=list(metrics), resources=resources, state=state),
+        tune.PlacementGroupFactory([resources] * config.train.workers),
     )
     folder = (run.path / "tune").absolute()
     shutil.rmtree(folder, ignore_errors=True)
-    searcher, judge = tune_adapters(course, Recovery(config.train.max_failures), run, slots, show)
+    searcher, scheduler = tune_adapters(algorithm, Recovery(config.train.max_failures), run, slots, show)
     tuner = tune.Tuner(
         trainable,
         run_config=RunConfig(
             name=folder.name, storage_path=str(folder.parent), verbose=0, failure_config=FailureConfig(0)
         ),
         tune_config=tune.TuneConfig(
-            num_samples=UNLIMITED_TRIALS, scheduler=judge, search_alg=searcher, reuse_actors=True
+            num_samples=UNLIMITED_TRIALS, scheduler=scheduler, search_alg=searcher, reuse_actors=True
         ),
     )
     tuner.fit()
-    if not all(trial.over for trial in course.trials.values()) or not course.done:
-        raise KeyboardInterrupt  # which Tune has swallowed, with its trials
+    if not all(trial.is_over for trial in algorithm.trials.values()) or not algorithm.is_done:
+        raise KeyboardInterrupt  # Tune ended its trials on Ctrl-C, and did not raise it
 
 
 def tune_adapters(
-    course: SearchAlgorithm, recovery: Recovery, run: RunFolder, slots: int, show: Callable[[], None]
+    algorithm: SearchAlgorithm, recovery: Recovery, run: RunFolder, slots: int, show: Callable[[], None]
 ) -> tuple[Any, Any]:
-    """Return the searcher and the scheduler by which Tune asks the course for trials and tells it what becomes of them."""
+    """Return Tune's searcher and scheduler that request tasks of the search algorithm and forward reports and ends to it."""
     from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher
 
-    under_way: dict[str, dict[str, Any]] = {}  # Tune's id of a trial -> its task
-    failures: dict[str, str] = {}
-    keeps: list[bool] = []
+    running: dict[str, TrialTask] = {}  # Tune's trial id -> task
+    errors: dict[str, str] = {}
+    is_cache_sized: list[bool] = []
 
-    class Ask(Searcher):  # type: ignore[misc]
-        """Hands out the course's tasks, `slots` at a time."""
+    class TaskSource(Searcher):  # type: ignore[misc]
+        """Gives the algorithm's tasks to Tune, `slots` at a time."""
 
         def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
             return True
 
         def suggest(self, trial_id: str) -> Any:
-            task = (recovery.next() or course.next()) if len(under_way) < slots else None
+            task = (recovery.next_task() or algorithm.next_task()) if len(running) < slots else None
             show()
-            if task is None:  # one that is under way may be lost, and begun again
-                return Searcher.FINISHED if course.done and not under_way else None
-            under_way[trial_id] = task
-            return task
+            if task is None:  # not finished while a task runs: it may lose a worker and be restarted
+                return Searcher.FINISHED if algorithm.is_done and not running else None
+            running[trial_id] = task
+            return asdict(task)
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            if result is None and not error:  # Tune is being interrupted: the trial is not over
+            if result is None and not error:  # Tune is interrupted: the trial is not over
                 return
-            task, reason = under_way.pop(trial_id), failures.pop(trial_id, None)
+            task, reason = running.pop(trial_id), errors.pop(trial_id, None)
             if error:
-                trial = course.trials[task["index"]]
+                trial = algorithm.trials[task.index]
                 folder = RunFolder(trial_folder(run, trial))
-                again, reason = recovery.judge(trial, task, folder.logs)
-                if again:
-                    told = f"trial {trial.name} is begun again: {reason} (restart {trial.losses})"
-                    folder.log_event(told)
-                    console.print(f"warning: {told}", markup=False)
+                is_restarted, reason = recovery.handle_error(trial, task, folder.logs)
+                if is_restarted:
+                    event = f"trial {trial.name} is restarted: {reason} (restart {trial.losses})"
+                    folder.log_event(event)
+                    console.print(f"warning: {event}", markup=False)
                     return
-            course.end(task["index"], reason)
+            algorithm.on_end(task.index, reason)
             show()
 
         def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-            """Save nothing: the course's own folder has it all."""
+            """Save nothing: the state is in the trials' folders."""
 
         def __reduce__(self) -> Any:
-            return object, ()  # Tune keeps a picture of it, which nobody reads
+            return object, ()  # Tune pickles it, and nothing reads the result
 
-    class Judge(FIFOScheduler):  # type: ignore[misc]
-        """Tells the course of each report, and Tune what follows from it."""
+    class ReportForwarder(FIFOScheduler):  # type: ignore[misc]
+        """Forwards reports to the algorithm, and stops the trials that it stops."""
 
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-            """Have Tune keep the processes of all trials: else of several that end at once only one stays warm."""
-            if not keeps:
-                keeps.append(True)
-                with contextlib.suppress(
-                    AttributeError
-                ):  # it has no public way to say so; without it it is only slower
+            """Make Tune keep the processes of all slots: by default it keeps one of several that end at once."""
+            if not is_cache_sized:
+                is_cache_sized.append(True)
+                with contextlib.suppress(AttributeError):  # a private attribute; without it the sweep is only slower
                     tune_controller._tune_controller._actor_cache.increase_max(trial.placement_group_factory, slots)
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if trial.trial_id not in under_way:
+            if trial.trial_id not in running:
                 return str(FIFOScheduler.CONTINUE)
             if FAILURE in result:
-                failures[trial.trial_id] = result[FAILURE][:300]
+                errors[trial.trial_id] = result[FAILURE][:300]
                 return str(FIFOScheduler.CONTINUE)
-            figures = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-            index = under_way[trial.trial_id]["index"]
-            stop = course.report(index, result["step"], figures, result["process"])
+            metrics = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+            index = running[trial.trial_id].index
+            stop = algorithm.on_report(index, result["step"], metrics, result["process"])
             show()
             return str(FIFOScheduler.STOP if stop else FIFOScheduler.CONTINUE)
 
         def __reduce__(self) -> Any:
-            return object, ()  # Tune keeps a picture of it, which nobody reads
+            return object, ()  # Tune pickles it, and nothing reads the result
 
-    return Ask(), Judge()
+    return TaskSource(), ReportForwarder()
 
 
 def resources_for(config: Config) -> dict[str, float]:
-    """Return the cores and GPUs of the nodes where trials can run: of those with GPUs only, unless a worker takes none."""
+    """Return the cores and GPUs of the nodes where trials can run: of GPU nodes only, unless workers use no GPU."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -306,24 +304,24 @@ def resources_for(config: Config) -> dict[str, float]:
 
 
 def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[str, float]]:
-    """Return how many trials run at a time and the resources of each worker of theirs.
+    """Return the number of concurrent trials, and the resources of each of their workers.
 
-    A trial gets what its workers ask for; where they ask for no cores, the trials that run at a time share these.
+    A trial gets the resources that its workers request; without train.cpus_per_worker, concurrent trials share the cores.
     """
     workers, concurrent = config.train.workers, config.sweep.concurrent
-    asked = worker_resources(config, cluster)
-    fits = {kind: int(cluster[kind] / (each * workers) + 1e-6) for kind, each in asked.items()}
+    requested = worker_resources(config, cluster)
+    fits = {kind: int(cluster[kind] / (each * workers) + 1e-6) for kind, each in requested.items()}
     if config.train.cpus_per_worker is not None:
-        most = min(fits.values())
-        return min(concurrent or most, most), asked
+        slots = min(fits.values())
+        return min(concurrent or slots, slots), requested
     cpus = cluster.get("CPU", 1.0)
     trials = num_trials(parse_search_space(config), config) if config.sweep.space else config.sweep.trials
-    if "GPU" in asked:  # and half a core a worker at least
+    if "GPU" in requested:  # with at least half a core per worker
         slots = max(1, min(concurrent or trials, fits["GPU"], int(2 * cpus / workers)))
     else:
         slots = concurrent or max(1, int(cpus / workers))
     slots = min(slots, trials)
-    return slots, asked | {"CPU": int(100 * max(0.5, cpus / slots / workers)) / 100}
+    return slots, requested | {"CPU": int(100 * max(0.5, cpus / slots / workers)) / 100}
 
 
 def read_result(file: Path) -> SweepResult:
@@ -333,31 +331,33 @@ def read_result(file: Path) -> SweepResult:
     return SweepResult(trials=trials, **{**tree, "best": trial_from_dict(tree["best"])})
 
 
-def is_complete(done: SweepResult, space: SearchSpace, config: Config) -> bool:
-    """Tell whether a finished sweep is what is asked for now, and not more trials or longer ones."""
-    return done.best.budget == config.train.max_steps and len(done.trials) >= num_trials(space, config)
+def is_complete(result: SweepResult, space: SearchSpace, config: Config) -> bool:
+    """Return whether a finished sweep covers the config, which may ask for more or longer trials."""
+    return result.best.budget == config.train.max_steps and len(result.trials) >= num_trials(space, config)
 
 
 def log_to_mlflow(config: Config, result: SweepResult) -> None:
-    """Log the sweep to MLflow: a run, and a child run for each trial."""
+    """Log the sweep to MLflow: a parent run, and a child run for each trial."""
     if not config.tracking.enabled:
         return
     from engine.train.run_monitor import suppress_tracking_errors
     from engine.train.tracking import TrackedRun
 
-    moment = int(time.time() * 1000)
+    timestamp_ms = int(time.time() * 1000)
     with suppress_tracking_errors():
         parent = TrackedRun(config)
         for trial in result.trials:
-            params = {} if trial.state == "refused" else trial.params  # they may contradict each other
+            params = {} if trial.state == "refused" else trial.params  # they may be contradictory
             child = TrackedRun(with_values(config, {**params, "name": trial.name}), parent.id)
-            child.log([{"step": step, f"validation_{result.metric}": value} for step, value in trial.curve], moment)
+            child.log(
+                [{"step": step, f"validation_{result.metric}": value} for step, value in trial.curve], timestamp_ms
+            )
             child.tag("manta.ended", trial.state + (f": {trial.reason}" if trial.reason else ""))
             child.end("FAILED" if trial.state in ("failed", "refused") else "FINISHED")
-        parent.log([{"step": result.best.steps, f"validation_{result.metric}": result.best.value}], moment)
+        parent.log([{"step": result.best.steps, f"validation_{result.metric}": result.best.value}], timestamp_ms)
         parent.end("FINISHED")
 
 
 def trial_folder(run: RunFolder, trial: Trial) -> Path:
-    """Return where a trial's metrics and logs are."""
+    """Return the folder of a trial's metrics and logs."""
     return run.path / "trials" / trial.name

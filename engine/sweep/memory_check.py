@@ -1,4 +1,4 @@
-"""Whether a trial fits its workers' memory, told by the plan before the trial takes anything."""
+"""Checks by the planner's memory model, before a trial starts, whether it fits in its workers' memory."""
 
 from __future__ import annotations
 
@@ -8,59 +8,67 @@ from typing import Any
 import psutil
 
 from engine.config import Config, select, with_values
-from engine.plan.plan import KEPT, meta_model
+from engine.plan.plan import MALLOC_RESERVE, meta_model
 
 
 class MemoryCheck:
-    """The memory that a worker of a trial has, and what trials need of it. What was computed once is remembered."""
+    """The memory of a trial's worker, and the memory that trials need. Parameter counts are cached."""
 
     def __init__(self, config: Config, slots: int, gpus: float = 0.0) -> None:
-        """`slots`: trials that run at a time; `gpus`: what each of their workers gets, a fraction or more; 0: none."""
+        """`slots`: number of concurrent trials; `gpus`: of each worker, possibly a fraction; 0: none."""
         self._slots, self._gpus = slots, gpus
         self._sizes: dict[str, Any] = {}
-        self.bytes = self._of_a_worker(config)
+        self.worker_memory_bytes = self._worker_memory_bytes(config)
 
-    def _of_a_worker(self, config: Config) -> float | None:
-        """Return the bytes of a worker's device that a trial may use; None where that is not known here."""
+    def _worker_memory_bytes(self, config: Config) -> float | None:
+        """Return the memory of a worker's device that a trial may use; None if it is unknown."""
         import torch
 
         from engine.train.devices import DEVICES, RESERVED_FRACTION
 
-        share = min(1.0, self._gpus or 1.0)
+        fraction = min(1.0, self._gpus or 1.0)
         if config.plan.device != "here":
-            return DEVICES[config.plan.device].bytes * (1 - RESERVED_FRACTION) * share
-        if self._gpus:  # of another machine, perhaps
-            here = torch.cuda.is_available()
-            return torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED_FRACTION) * share if here else None
-        return psutil.virtual_memory().total * (1 - KEPT) / (config.train.workers * self._slots)
+            return DEVICES[config.plan.device].bytes * (1 - RESERVED_FRACTION) * fraction
+        if self._gpus:  # maybe on another machine
+            has_gpu = torch.cuda.is_available()
+            return (
+                torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED_FRACTION) * fraction
+                if has_gpu
+                else None
+            )
+        return psutil.virtual_memory().total * (1 - MALLOC_RESERVE) / (config.train.workers * self._slots)
 
-    def fitted(self, config: Config) -> tuple[Config | None, str]:
-        """Return the config with a micro-batch that fits, or None and the reason why none does."""
-        if self.bytes is None:
+    def fit_micro_batch(self, config: Config) -> tuple[Config | None, str]:
+        """Return the config with a micro-batch that fits, or None and the reason if none does."""
+        if self.worker_memory_bytes is None:
             return config, ""
-        asked = config.train.micro_batch
-        micro = asked or 1  # where none is asked for, the trial finds the largest itself
-        while (needed := self._need(with_values(config, {"train.micro_batch": micro}))) > self.bytes:
-            if micro == 1:
+        requested = config.train.micro_batch
+        micro_batch = requested or 1  # if none is given, the trial finds the largest itself
+        while (
+            needed := self._needed_bytes(with_values(config, {"train.micro_batch": micro_batch}))
+        ) > self.worker_memory_bytes:
+            if micro_batch == 1:
                 return None, (
-                    f"its workers would need {needed / 2**30:.2f} GiB each with one sample at a time, and have "
-                    f"{self.bytes / 2**30:.2f} (computed)"
+                    f"its workers would need {needed / 2**30:.2f} GiB each with a micro-batch of 1, and have "
+                    f"{self.worker_memory_bytes / 2**30:.2f} (computed)"
                 )
-            micro //= 2
-        return (with_values(config, {"train.micro_batch": micro}) if asked and micro < asked else config), ""
+            micro_batch //= 2
+        return (
+            with_values(config, {"train.micro_batch": micro_batch}) if requested and micro_batch < requested else config
+        ), ""
 
-    def _need(self, config: Config) -> float:
-        from engine.plan.memory import memory, on_processor
+    def _needed_bytes(self, config: Config) -> float:
+        from engine.plan.memory import peak_memory, runs_on_cpu
         from engine.train.hardware import precision
 
-        need = memory(config, self._sizes_of(config), config.zero.stage, precision(config.train))
-        return need.total + (need.host if on_processor(config) else 0)
+        need = peak_memory(config, self._model_sizes(config), config.zero.stage, precision(config.train))
+        return need.total + (need.host if runs_on_cpu(config) else 0)
 
-    def _sizes_of(self, config: Config) -> Any:
-        """Count the parameters of a model, once for each shape, on the meta device."""
-        from engine.plan.memory import Sizes
+    def _model_sizes(self, config: Config) -> Any:
+        """Return the parameter counts of a model, computed on the meta device once for each model config."""
+        from engine.plan.memory import ModelSizes
 
         key = json.dumps(select(config, "parameter_count"), sort_keys=True)
         if key not in self._sizes:
-            self._sizes[key] = Sizes.of(meta_model(config), config)
+            self._sizes[key] = ModelSizes.from_model(meta_model(config), config)
         return self._sizes[key]

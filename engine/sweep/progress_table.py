@@ -1,4 +1,4 @@
-"""What a user sees of a sweep: a live table on a terminal, a line for each trial that is over, or waits, elsewhere."""
+"""Progress of a sweep: a live table on a terminal, else a line for each trial that is over or paused."""
 
 from __future__ import annotations
 
@@ -14,86 +14,90 @@ from rich.table import Table
 from engine.progress import console
 from engine.sweep.trial_record import PAUSED, Trial, best_first, current_best
 
-MAX_ROWS = 12  # of the table, at most
-REFRESH_S = 0.25  # between two pictures of it
+MAX_ROWS = 12  # of the table
+REFRESH_S = 0.25  # between updates of the table
 
 
 class ProgressTable:
-    """Shows the trials: `with Board(16, 90, "accuracy", "max") as board: board.show(trials)`."""
+    """Shows the trials: `with ProgressTable(16, 90, "accuracy", "max") as table: table.show(trials)`."""
 
     def __init__(self, total: int, steps: int, metric: str, mode: str) -> None:
-        """Expect `total` trials of `steps` steps at most."""
+        """Expect `total` trials of at most `steps` steps."""
         self._total, self._steps, self._metric, self._mode = total, steps, metric, mode
         self._live: Live | None = None
-        self._told: set[tuple[int, str, int]] = set()
-        self._shown = 0.0
+        self._printed: set[tuple[int, str, int]] = set()
+        self._refreshed_at = 0.0
 
     def __enter__(self) -> ProgressTable:
-        """Begin to show."""
-        self._began, self._at_start = time.monotonic(), -1.0
+        """Start the live table."""
+        self._started_at, self._initial_progress = time.monotonic(), -1.0
         if console.is_terminal:
             self._live = Live(console=console, auto_refresh=False, transient=False)
             self._live.start()
         return self
 
     def show(self, trials: Iterable[Trial]) -> None:
-        """Show how the trials stand."""
+        """Show the state of the trials."""
         known = list(trials)
-        if self._at_start < 0:  # what an earlier command has done says nothing of this one's speed
-            self._at_start = self._progress(known)
+        if self._initial_progress < 0:  # progress of an earlier command does not count for this one's speed
+            self._initial_progress = self._progress(known)
         if self._live:
-            if time.monotonic() - self._shown > REFRESH_S or self._progress(known) >= 1:
-                self._shown = time.monotonic()
-                self._live.update(self.table(known), refresh=True)
+            if time.monotonic() - self._refreshed_at > REFRESH_S or self._progress(known) >= 1:
+                self._refreshed_at = time.monotonic()
+                self._live.update(self.render(known), refresh=True)
             return
         for trial in known:
-            rests = trial.over or trial.state == PAUSED
-            if rests and (trial.index, trial.state, trial.steps) not in self._told:
-                self._told.add((trial.index, trial.state, trial.steps))
-                console.print(f"trial     {self._line(trial)}  ({self._standing(known)})", markup=False)
+            is_resting = trial.is_over or trial.state == PAUSED
+            if is_resting and (trial.index, trial.state, trial.steps) not in self._printed:
+                self._printed.add((trial.index, trial.state, trial.steps))
+                console.print(f"trial     {self._line(trial)}  ({self._summary(known)})", markup=False)
 
-    def table(self, trials: list[Trial]) -> Table:
-        """Return the table: those that run, then the best of those that are over, then the others."""
-        found = Table(title=f"sweep: {self._standing(trials)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    def render(self, trials: list[Trial]) -> Table:
+        """Return the table: running and paused trials, then those with a result, the best first, then the others."""
+        table = Table(title=f"sweep: {self._summary(trials)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
         keys = sorted({key for trial in trials for key in trial.params})
         for column in ("trial", "", "step", self._metric, *keys, "why"):
-            found.add_column(column, no_wrap=column not in (*keys, "why"), overflow="ellipsis")
+            table.add_column(column, no_wrap=column not in (*keys, "why"), overflow="ellipsis")
         best = best_first(trials, self._mode)
-        order = [t for t in trials if not t.over] + best + [t for t in trials if t.over and not t.usable]
+        order = [t for t in trials if not t.is_over] + best + [t for t in trials if t.is_over and not t.has_result]
         for trial in order[:MAX_ROWS]:
             values = (format_value(trial.params[key]) if key in trial.params else "" for key in keys)
-            found.add_row(
+            table.add_row(
                 trial.name, trial.state, f"{trial.steps}/{self._steps}", format_value(trial.value), *values, trial.reason[:60],
                 style="bold" if best and trial is best[0] else "",
             )  # fmt: skip
         if len(order) > MAX_ROWS:
-            found.add_row(f"and {len(order) - MAX_ROWS} more")
-        return found
+            table.add_row(f"and {len(order) - MAX_ROWS} more")
+        return table
 
     def _line(self, trial: Trial) -> str:
         params = " ".join(f"{key}={format_value(value)}" for key, value in trial.params.items())
         why = f": {trial.reason[:200]}" if trial.reason else ""
         return f"{trial.name} {trial.state} at step {trial.steps}, {self._metric} {format_value(trial.value)}, {params}{why}"
 
-    def _standing(self, trials: list[Trial]) -> str:
+    def _summary(self, trials: list[Trial]) -> str:
         best = current_best(trials, self._mode)
-        over, done = sum(trial.over for trial in trials), self._progress(trials)
-        told = f"best {format_value(best.value)} by {best.name}, " if best else ""
-        seconds = time.monotonic() - self._began
-        left = seconds * (1 - done) / (done - self._at_start) if done > self._at_start >= 0 else math.nan
-        return f"{told}{over} of {self._total} over, {seconds:.0f} s" + (f", {left:.0f} s left" if left == left else "")
+        over, done = sum(trial.is_over for trial in trials), self._progress(trials)
+        best_text = f"best {format_value(best.value)} by {best.name}, " if best else ""
+        seconds = time.monotonic() - self._started_at
+        left = (
+            seconds * (1 - done) / (done - self._initial_progress) if done > self._initial_progress >= 0 else math.nan
+        )
+        return f"{best_text}{over} of {self._total} over, {seconds:.0f} s" + (
+            f", {left:.0f} s left" if left == left else ""
+        )
 
     def _progress(self, trials: list[Trial]) -> float:
-        return sum(1.0 if t.over else min(1.0, t.steps / self._steps) for t in trials) / max(1, self._total)
+        return sum(1.0 if t.is_over else min(1.0, t.steps / self._steps) for t in trials) / max(1, self._total)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop showing; the last state stays on the screen."""
+        """Stop the live table; its last state stays on the screen."""
         if self._live:
             self._live.stop()
 
 
 def format_value(value: Any) -> str:
-    """Return a value in a few characters."""
+    """Format a value in a few characters."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

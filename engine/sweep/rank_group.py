@@ -1,8 +1,8 @@
-"""The ranks of trials with several workers: Tune's own process is rank 0, the others are actors beside it that stay warm.
+"""The ranks of trials with several workers: Tune's trial process is rank 0, the other ranks are actors that it keeps.
 
-The processes, their imports and their process group go on from trial to trial. A trial that is stopped ends on all ranks at
-once: after each validation they tell each other whether to go on. One that has lost a rank is over, and its trial is begun
-again by another: a rank that waits for one that is gone cannot go on, so the process of rank 0 ends, and with it its actors.
+Processes, their imports and their process group are reused from trial to trial. A stopped trial ends on all ranks at once:
+after each validation the ranks exchange whether to continue. If a rank is lost, its trial is restarted in other processes:
+ranks cannot continue in a collective without it, so rank 0's process exits, and with it its actors.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ from engine.train.run_folder import RunFolder
 from engine.train.watchdog import SLOW_FACTOR
 from engine.train.worker import train_worker
 
-END_TIMEOUT_S = 60.0  # that the other ranks may take to end a trial after rank 0 has
-POLL_S = 1.0  # between looks at how the other ranks are
-NOTICE_S = (
-    5.0  # that rank 0 has to notice by itself that one is gone: its connection is closed, unless a whole node went
-)
+END_TIMEOUT_S = 60.0  # for the other ranks to end a trial after rank 0
+POLL_S = 1.0  # between checks of the other ranks
+NOTICE_S = 5.0  # for rank 0 to notice a lost rank itself: by its closed connection, unless the whole node is lost
 
 
 class TrialStopped(Exception):
@@ -42,66 +40,67 @@ class TrialStopped(Exception):
 
 
 class RankGroup:
-    """All ranks, as rank 0 sees them."""
+    """All ranks of a trial, as rank 0 sees them."""
 
     def __init__(self, job: TrainJob, resources: dict[str, float]) -> None:
-        """Start the other ranks in the bundles of this trial's placement group, each with `resources`, and meet them.
+        """Start the other ranks on the bundles of the trial's placement group, each with `resources`, and join them.
 
-        Raises Lost where one is gone before it has come.
+        Raises WorkerLost if one is lost before it has joined.
         """
-        self.whole = True  # whether all ranks are ready for another trial
-        world, here = job.config.train.workers, ray.util.get_current_placement_group()
+        self.is_intact = True  # whether all ranks can train another trial
+        world_size, placement_group = job.config.train.workers, ray.util.get_current_placement_group()
         actor: Any = ray.remote(RankActor)
-        assert here is not None
-        self._others = [
+        assert placement_group is not None
+        self._actors = [
             actor.options(
                 num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(here, placement_group_bundle_index=rank),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group, placement_group_bundle_index=rank
+                ),
             ).remote()
-            for rank in range(1, world)
+            for rank in range(1, world_size)
         ]  # fmt: skip
-        asked = [other.node.remote() for other in self._others]
-        raise_first(collect_errors(asked, asked))
-        nodes = [ray.get_runtime_context().get_node_id(), *ray.get(asked)]
-        beside = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
+        node_ids = [actor.node_id.remote() for actor in self._actors]
+        raise_first(collect_errors(node_ids, node_ids))
+        nodes = [ray.get_runtime_context().get_node_id(), *ray.get(node_ids)]
+        local_ranks = [(nodes[:rank].count(node), nodes.count(node)) for rank, node in enumerate(nodes)]
         address = open_port(ray.util.get_node_ip_address())
-        limit_s = job.config.train.hang_timeout_s * SLOW_FACTOR
+        timeout_s = job.config.train.hang_timeout_s * SLOW_FACTOR
         joining = [
-            other.join.remote(rank, world, address, beside[rank], limit_s) for rank, other in enumerate(self._others, 1)
+            actor.join.remote(rank, world_size, address, local_ranks[rank], timeout_s)
+            for rank, actor in enumerate(self._actors, 1)
         ]
         with watch_ranks(joining, RunFolder(job.config.run_dir).logs):
-            self.group = join_process_group(0, world, address, beside[0], limit_s)
+            self.group = join_process_group(0, world_size, address, local_ranks[0], timeout_s)
         raise_first(collect_errors(joining, joining))
 
-    def work(self, job: TrainJob, state: list[ray.ObjectRef], report: Callable[[Metrics], None]) -> Metrics:
-        """Train on all ranks; return the last metrics. Where `report` raises SystemExit, all of them end, and it is raised.
+    def train(self, job: TrainJob, state: list[ray.ObjectRef], report: Callable[[Metrics], None]) -> Metrics:
+        """Train on all ranks; return the last metrics. If `report` raises SystemExit, all ranks end, and it is raised.
 
-        Raises Lost where the process of a rank is gone, and otherwise what this rank or else another one has raised.
+        Raises WorkerLost if a rank's process is lost, else the error of this rank, else that of another one.
         """
-        beside = [other.work.remote(job.to_dict(), state) for other in self._others]
-        mine: Exception | None = None
-        last: Metrics = {}
+        results = [actor.train.remote(job.to_dict(), state) for actor in self._actors]
+        own_error: Exception | None = None
+        metrics: Metrics = {}
         try:
-            with watch_ranks(beside, RunFolder(job.config.run_dir).logs):
-                last = train_worker(
-                    job,
-                    self.group,
-                    on_step=self._telling(job, report),
-                    model_factory=start_state_factory(ray.get(state[0])),
+            with watch_ranks(results, RunFolder(job.config.run_dir).logs):
+                factory = start_state_factory(ray.get(state[0]))
+                metrics = train_worker(
+                    job, self.group, on_step=self._report_and_sync(job, report), model_factory=factory
                 )
         except Exception as error:
-            mine = error
+            own_error = error
         finally:
-            ended, late = ray.wait(beside, num_returns=len(beside), timeout=END_TIMEOUT_S)
-            theirs = collect_errors(beside, ended)
-            gone = [fault for fault in theirs if isinstance(fault, WorkerLost)]
-            self.whole = not (gone or late)
-        silent = [WorkerLost("a worker of its does not come to the end")] if late else []
-        raise_first([*gone, *([mine] if mine else []), *theirs, *silent])
-        return last
+            ended, late = ray.wait(results, num_returns=len(results), timeout=END_TIMEOUT_S)
+            errors = collect_errors(results, ended)
+            lost = [error for error in errors if isinstance(error, WorkerLost)]
+            self.is_intact = not (lost or late)
+        timed_out = [WorkerLost("one of its workers does not end")] if late else []
+        raise_first([*lost, *([own_error] if own_error else []), *errors, *timed_out])
+        return metrics
 
-    def _telling(self, job: TrainJob, report: Callable[[Metrics], None]) -> Callable[[Metrics], None]:
-        def tell(line: Metrics) -> None:
+    def _report_and_sync(self, job: TrainJob, report: Callable[[Metrics], None]) -> Callable[[Metrics], None]:
+        def on_step(line: Metrics) -> None:
             if not is_stop_point(line, job):
                 return
             try:
@@ -111,30 +110,31 @@ class RankGroup:
                 raise
             self.group.all_reduce_ints(0)
 
-        return tell
+        return on_step
 
 
 class RankActor:
-    """One of the other ranks: an actor."""
+    """The Ray actor of a rank other than 0."""
 
-    def node(self) -> str:
-        """Return the node that it is on."""
+    def node_id(self) -> str:
+        """Return the id of the actor's node."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def join(self, *place: Any) -> None:
-        """Take a place in the process group."""
-        self._group = join_process_group(*place)
+    def join(self, *args: Any) -> None:
+        """Join the process group."""
+        self._group = join_process_group(*args)
 
-    def work(self, spec: dict[str, Any], state: list[ray.ObjectRef]) -> None:
+    def train(self, spec: dict[str, Any], state: list[ray.ObjectRef]) -> None:
         """Train until the end, or until rank 0 says that the trial is stopped."""
         job = TrainJob.from_dict(spec)
 
-        def heed(line: Metrics) -> None:
+        def stop_with_rank_0(line: Metrics) -> None:
             if is_stop_point(line, job) and self._group.all_reduce_ints(0)[0]:
                 raise TrialStopped
 
         try:
-            train_worker(job, self._group, on_step=heed, model_factory=start_state_factory(ray.get(state[0])))
+            factory = start_state_factory(ray.get(state[0]))
+            train_worker(job, self._group, on_step=stop_with_rank_0, model_factory=factory)
         except TrialStopped:
             pass
         finally:
@@ -142,57 +142,57 @@ class RankActor:
 
 
 def is_stop_point(line: Metrics, job: TrainJob) -> bool:
-    """Tell whether a trial may be stopped after the step of this line: its validation has just been reported."""
+    """Return whether a trial may be stopped after the step of this line, whose validation has just been reported."""
     return line["step"] < job.config.train.max_steps and any(name.startswith("validation_") for name in line)
 
 
 def join_process_group(
-    rank: int, world: int, address: tuple[str, int], beside: tuple[int, int], limit_s: float
+    rank: int, world_size: int, address: tuple[str, int], local_rank: tuple[int, int], timeout_s: float
 ) -> ProcessGroup:
-    """Join the process group of a team; `beside`: which of the ranks on this node this is, and how many they are."""
+    """Join the process group of a trial; `local_rank`: the rank's number among those of its node, and their number."""
     cuda = torch.cuda.is_available()
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(beside[1]),
-        LOCAL_RANK="0" if cuda else str(beside[0]),  # a rank sees the one GPU that Ray gave it
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(local_rank[1]),
+        LOCAL_RANK="0" if cuda else str(local_rank[0]),  # a rank sees only the one GPU that Ray gave it
     )  # fmt: skip
-    init_process_group(rank, world, address, ray.util.get_node_ip_address(), cuda, timedelta(seconds=limit_s))
-    return ProcessGroup(rank, world, torch.device("cuda" if cuda else "cpu"))
+    init_process_group(rank, world_size, address, ray.util.get_node_ip_address(), cuda, timedelta(seconds=timeout_s))
+    return ProcessGroup(rank, world_size, torch.device("cuda" if cuda else "cpu"))
 
 
 @contextlib.contextmanager
-def watch_ranks(beside: Sequence[ray.ObjectRef], logs: Path) -> Iterator[None]:
-    """End this process, with the reason in `logs`, if in the block another rank fails and this one does not notice.
+def watch_ranks(results: Sequence[ray.ObjectRef], logs: Path) -> Iterator[None]:
+    """Exit this process, with the reason in `logs`, if another rank fails during the block and this one does not notice.
 
-    It would wait for it in a collective, which nothing ends where a node is gone without closing its connections.
+    This rank would wait for it in a collective, which never ends if a node is lost without closing its connections.
     """
-    over = threading.Event()
+    done = threading.Event()
 
     def watch() -> None:
-        waiting = {answer: rank for rank, answer in enumerate(beside, 1)}
-        while waiting and not over.is_set():
-            for answer in ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]:
-                fault = error_of(answer, waiting.pop(answer))
-                if fault and not over.wait(NOTICE_S):
-                    write_failure_reason(logs, fault)
+        pending = {result: rank for rank, result in enumerate(results, 1)}
+        while pending and not done.is_set():
+            for result in ray.wait(list(pending), num_returns=1, timeout=POLL_S)[0]:
+                error = error_of(result, pending.pop(result))
+                if error and not done.wait(NOTICE_S):
+                    write_failure_reason(logs, error)
                     os._exit(1)
 
-    threading.Thread(target=watch, name="watch", daemon=True).start()
+    threading.Thread(target=watch, name="watch-ranks", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        done.set()
 
 
-def collect_errors(beside: Sequence[ray.ObjectRef], ended: Sequence[ray.ObjectRef]) -> list[Exception]:
-    """Return what went wrong with the other ranks, of those that have ended; waits for these."""
-    told = (error_of(answer, rank) for rank, answer in enumerate(beside, 1) if answer in ended)
-    return [fault for fault in told if fault]
+def collect_errors(results: Sequence[ray.ObjectRef], ended: Sequence[ray.ObjectRef]) -> list[Exception]:
+    """Return the errors of those ranks other than 0 whose result is in `ended`; waits for these."""
+    errors = (error_of(result, rank) for rank, result in enumerate(results, 1) if result in ended)
+    return [error for error in errors if error]
 
 
-def error_of(answer: ray.ObjectRef, rank: int) -> Exception | None:
-    """Return what a rank has raised, Lost where its process is gone, None where its work is done."""
+def error_of(result: ray.ObjectRef, rank: int) -> Exception | None:
+    """Return the error that a rank has raised, WorkerLost if its process is lost, None if it succeeded."""
     try:
-        ray.get(answer)
+        ray.get(result)
     except ray.exceptions.RayActorError:
         return WorkerLost(f"its worker {rank} was lost")
     except ray.exceptions.RayTaskError as error:
@@ -200,7 +200,7 @@ def error_of(answer: ray.ObjectRef, rank: int) -> Exception | None:
     return None
 
 
-def raise_first(found: Sequence[Exception]) -> None:
-    """Raise the first of these, if there is one."""
-    if found:
-        raise found[0]
+def raise_first(errors: Sequence[Exception]) -> None:
+    """Raise the first of these errors, if there is one."""
+    if errors:
+        raise errors[0]

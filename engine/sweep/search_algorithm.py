@@ -1,4 +1,4 @@
-"""Which trial is next, what it reports, and how it ends: a search over independent trials. No Ray in it."""
+"""Search algorithms: which trial runs next, what follows from its reports, and how it ends. Uses no Ray."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ from typing import Any, Protocol
 
 from engine.config import Config
 from engine.errors import UserError
-from engine.sweep import trial_record
 from engine.sweep.searchers import Searcher
 from engine.sweep.stopping import StoppingRule
-from engine.sweep.trial_record import PAUSED, Trial
+from engine.sweep.trial_record import PAUSED, Trial, TrialTask, read_trial, write_trial
 
-PlaceTrial = Callable[
-    [dict[str, Any]], tuple[dict[str, Any], Path]
-]  # params -> those that fit, the folder of their data
+# params -> params with a micro-batch that fits, folder of the prepared data. Raises UserError if the trial cannot run.
+PlaceTrial = Callable[[dict[str, Any]], tuple[dict[str, Any], Path]]
 
 
 class SearchAlgorithm(Protocol):
-    """How a sweep goes: `launch` asks it for trials while there is room for one, and tells it what becomes of them."""
+    """Drives a sweep: `launch` requests tasks while it has a free slot, and reports results and ends of trials."""
 
     trials: dict[int, Trial]
-    total: int  # trials in all
-    in_parts: bool  # whether a task may be a part of a trial, whose schedule is that of the whole
+    total: int  # number of trials
+    has_partial_tasks: bool  # whether a task may be a part of a trial, with the schedule of the whole trial
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether nothing is left to be started."""
 
-    def next(self) -> dict[str, Any] | None:
-        """Return the task of the next trial; None where it must wait for others."""
+    def next_task(self) -> TrialTask | None:
+        """Return the next task; None if it depends on running trials."""
 
-    def report(self, index: int, step: int, figures: dict[str, float], process: int) -> bool:
-        """Hear of a validation; return whether the trial is to end with it."""
+    def on_report(self, index: int, step: int, metrics: dict[str, float], process: int) -> bool:
+        """Handle a trial's validation result; return whether to stop the trial."""
 
-    def end(self, index: int, reason: str | None) -> None:
-        """Hear that a trial has ended, with the reason where it failed."""
+    def on_end(self, index: int, error: str | None) -> None:
+        """Handle the end of a trial's task; `error`: the reason if it failed."""
 
 
 class IndependentTrials:
-    """Independent trials, of which a rule may stop some early."""
+    """Independent trials, some of which a stopping rule may stop early."""
 
-    in_parts = False
+    has_partial_tasks = False
 
     def __init__(
         self,
@@ -54,83 +52,82 @@ class IndependentTrials:
         rule: StoppingRule,
         place: PlaceTrial,
     ) -> None:
-        """Begin, or go on with the trials whose records are in `folder`."""
+        """Start, or resume with the trials whose records are in `folder`."""
         self._config, self._folder, self._metrics = config, folder, metrics
         self._searcher, self._rule, self._place = searcher, rule, place
-        self._began: dict[int, float] = {}
+        self._started_at: dict[int, float] = {}
         self._stopped: set[int] = set()
         self.total = len(searcher)
-        self.trials = self._known()
+        self.trials = self._read_trials()
 
-    def _known(self) -> dict[int, Trial]:
-        """Read what an earlier command has left, and tell the rule of it."""
-        found = {}
+    def _read_trials(self) -> dict[int, Trial]:
+        """Read the records of an earlier command, and replay their curves to the stopping rule."""
+        trials = {}
         for index in range(self.total):
-            trial = trial_record.read_trial(self._folder / trial_name(self._config, index))
-            kept = trial and (trial.over or (self.in_parts and trial.state == PAUSED))
-            if trial and kept and trial.budget == self._config.train.max_steps:
-                found[index] = trial
+            trial = read_trial(self._folder / trial_name(self._config, index))
+            is_kept = trial and (trial.is_over or (self.has_partial_tasks and trial.state == PAUSED))
+            if trial and is_kept and trial.budget == self._config.train.max_steps:
+                trials[index] = trial
                 for step, value in trial.curve:
-                    self._rule.stops(index, step, value)
-        return found
+                    self._rule.should_stop(index, step, value)
+        return trials
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether every trial has been started."""
         return len(self.trials) == self.total
 
-    def next(self) -> dict[str, Any] | None:
-        """Return the task of the next trial; those that cannot be trained at all are noted and passed over."""
+    def next_task(self) -> TrialTask | None:
+        """Return the task of the next trial; trials that cannot run are recorded as refused and skipped."""
         for index in range(self.total):
             if index not in self.trials:
-                params = self._searcher.ask(index, list(self.trials.values()))
+                params = self._searcher.suggest_params(index, list(self.trials.values()))
                 name, steps = trial_name(self._config, index), self._config.train.max_steps
                 self.trials[index] = trial = Trial(index, name, params, steps)
-                self._began[index] = time.monotonic()
+                self._started_at[index] = time.monotonic()
                 try:
                     fitting, data = self._place(params)
                 except UserError as error:
                     trial.state, trial.reason = "refused", str(error)
-                    trial_record.write_trial(self._folder / name, trial)
+                    write_trial(self._folder / name, trial)
                     continue
-                return self._task(trial, fitting, data)
+                return self._make_task(trial, fitting, data)
         return None
 
-    def _task(self, trial: Trial, params: dict[str, Any], data: Path) -> dict[str, Any]:
-        """Return the task of going on with a trial, with values that fit."""
-        return {"index": trial.index, "name": trial.name, "params": params, "since": trial.steps,
-                "until": self._until(trial), "data": str(data)}  # fmt: skip
+    def _make_task(self, trial: Trial, params: dict[str, Any], data: Path) -> TrialTask:
+        """Return the task that starts or continues a trial, with params that fit."""
+        return TrialTask(trial.index, trial.name, params, trial.steps, self._end_step(trial), str(data))
 
-    def _until(self, trial: Trial) -> int:
-        """Return the step with which the trial's next task ends."""
+    def _end_step(self, trial: Trial) -> int:
+        """Return the last step of the trial's next task."""
         return trial.budget
 
-    def report(self, index: int, step: int, figures: dict[str, float], process: int) -> bool:
-        """Hear of a validation; return whether the rule stops the trial."""
+    def on_report(self, index: int, step: int, metrics: dict[str, float], process: int) -> bool:
+        """Handle a validation result; return whether the stopping rule stops the trial."""
         trial = self.trials[index]
         first, *others = self._metrics
-        trial.hear(step, figures[first], {name: figures[name] for name in others})
+        trial.record_validation(step, metrics[first], {name: metrics[name] for name in others})
         trial.process = process
-        if self._rule.stops(index, step, figures[first]) and step < trial.budget:
+        if self._rule.should_stop(index, step, metrics[first]) and step < trial.budget:
             self._stopped.add(index)
         return index in self._stopped
 
-    def end(self, index: int, reason: str | None) -> None:
-        """Note how a trial ended."""
+    def on_end(self, index: int, error: str | None) -> None:
+        """Record how a trial's task ended."""
         trial = self.trials[index]
-        trial.state = "failed" if reason is not None else self._ended(trial)
-        trial.reason = reason or ""
-        trial.seconds += time.monotonic() - self._began[index]
+        trial.state = "failed" if error is not None else self._end_state(trial)
+        trial.reason = error or ""
+        trial.seconds += time.monotonic() - self._started_at[index]
         if self._config.train.keep_best and trial.state == "finished":
-            pick = min if self._rule.mode == "min" else max
-            trial.value = pick(value for _, value in trial.curve)
-        trial_record.write_trial(self._folder / trial.name, trial)
+            best = min if self._rule.mode == "min" else max
+            trial.value = best(value for _, value in trial.curve)
+        write_trial(self._folder / trial.name, trial)
 
-    def _ended(self, trial: Trial) -> str:
-        """Return the state of a trial whose task has ended."""
+    def _end_state(self, trial: Trial) -> str:
+        """Return the state of a trial whose task has ended without an error."""
         return "stopped early" if trial.index in self._stopped else "finished"
 
 
 def trial_name(config: Config, index: int) -> str:
-    """Name a trial by its sweep and its index."""
+    """Return a trial's name: the sweep's name and the index."""
     return f"{config.name}-{index:03d}"

@@ -1,4 +1,4 @@
-"""What became of each trial of a sweep: kept in its own folder as soon as it is over, so that nothing is done twice."""
+"""Trials of a sweep: the task of training one, and its record, which is written to the trial's folder when it has ended."""
 
 from __future__ import annotations
 
@@ -11,93 +11,105 @@ from typing import Any
 
 from engine.atomic_write import write_atomically
 
-RECORD = "trial.json"
-PAUSED = "paused"  # the state of a trial that waits for others to come as far
+RECORD_FILE = "trial.json"
+PAUSED = "paused"  # the state of a trial that waits at a rung for other trials
 FINAL_STATES = ("finished", "stopped early", "failed", "refused")
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """A part of a trial, or all of it, to be trained by a worker. Ray Tune carries it there as the trial's config."""
+
+    index: int
+    name: str
+    params: dict[str, Any]  # dotted key -> value
+    start_step: int  # the trial's step before the task
+    end_step: int
+    data_folder: str  # of the prepared data
 
 
 @dataclass
 class Trial:
-    """One trial: what differs in it, and how it went."""
+    """The record of one trial: its params, state and results."""
 
     index: int
     name: str
     params: dict[str, Any]
-    budget: int = 0  # steps that it was to take
-    steps: int = 0  # steps that it took
+    budget: int = 0  # steps of the whole trial
+    steps: int = 0  # steps done
     value: float | None = None  # of the sweep's first metric, at the last report
-    others: dict[str, float] = field(default_factory=dict)  # the further metrics, at the last report
-    state: str = "running"  # or PAUSED; then one of OVER; refused: no process ever had it
+    others: dict[str, float] = field(default_factory=dict)  # further metrics, at the last report
+    state: str = "running"  # or PAUSED, or one of FINAL_STATES; refused: it never ran
     reason: str = ""  # why it failed or was refused
-    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, metric)
-    seconds: float = 0.0  # from its start to its end
-    process: int = 0  # that trained it last
-    losses: int = 0  # times that a process of its was lost, after which it was begun again
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, first metric)
+    seconds: float = 0.0  # of training
+    process: int = 0  # id of the process that trained it last
+    losses: int = 0  # times that a worker was lost and the trial restarted
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more is to be done for it."""
+    def is_over(self) -> bool:
+        """Whether the trial will not run again."""
         return self.state in FINAL_STATES
 
     @property
-    def usable(self) -> bool:
-        """Whether it came to its end with a finite figure."""
+    def has_result(self) -> bool:
+        """Whether it finished with a finite value."""
         return self.state == "finished" and self.value is not None and math.isfinite(self.value)
 
-    def hear(self, step: int, value: float, others: dict[str, float]) -> None:
-        """Note a validation; one that was taken again after a kill counts once."""
+    def record_validation(self, step: int, value: float, others: dict[str, float]) -> None:
+        """Add a validation result; one that is repeated after a restart replaces the former."""
         self.curve = [(s, v) for s, v in self.curve if s < step] + [(step, value)]
         self.steps, self.value, self.others = step, value, others
 
 
 def write_trial(folder: Path, trial: Trial) -> None:
-    """Keep a trial's record, whole or not at all."""
+    """Write a trial's record atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RECORD, json.dumps(asdict(trial)))
+    write_atomically(folder / RECORD_FILE, json.dumps(asdict(trial)))
 
 
 def read_trial(folder: Path) -> Trial | None:
-    """Return the record in a trial's folder; None where the trial is neither over nor paused."""
-    file = folder / RECORD
+    """Return the record in a trial's folder; None for a trial that is neither over nor paused."""
+    file = folder / RECORD_FILE
     return trial_from_dict(json.loads(file.read_text())) if file.exists() else None
 
 
 def trial_from_dict(tree: dict[str, Any]) -> Trial:
-    """Turn `asdict` of a trial into the trial again."""
+    """Return the trial whose `asdict` this is."""
     return Trial(**tree | {"curve": [(step, value) for step, value in tree["curve"]]})
 
 
 def best_first(trials: Iterable[Trial], mode: str) -> list[Trial]:
-    """Return the trials that came to their end, the best first; of equal ones the earlier."""
+    """Return the trials with a result, the best first; equal ones by index."""
     sign = 1 if mode == "min" else -1
     return sorted(
-        (trial for trial in trials if trial.usable), key=lambda trial: (sign * (trial.value or 0.0), trial.index)
+        (trial for trial in trials if trial.has_result), key=lambda trial: (sign * (trial.value or 0.0), trial.index)
     )
 
 
 def current_best(trials: Iterable[Trial], mode: str) -> Trial | None:
-    """Return the best of those that came to their end; where none has, of those that came farthest."""
+    """Return the best trial with a result; if there is none, the best of the paused trials with the most steps."""
     known = list(trials)
     if best := best_first(known, mode):
         return best[0]
-    waiting = [trial for trial in known if trial.state == PAUSED and trial.value is not None]
-    farthest = [trial for trial in waiting if trial.steps == max(trial.steps for trial in waiting)]
+    paused = [trial for trial in known if trial.state == PAUSED and trial.value is not None]
+    farthest = [trial for trial in paused if trial.steps == max(trial.steps for trial in paused)]
     sign = 1 if mode == "min" else -1
     return min(farthest, key=lambda trial: (sign * (trial.value or 0.0), trial.index), default=None)
 
 
 def pareto_front(trials: Iterable[Trial], metrics: list[str], modes: list[str]) -> list[Trial]:
-    """Return the finished trials that no other one is better than, or equal to, in all metrics and better in one."""
+    """Return the finished trials that no other trial dominates (at least as good in all metrics, and better in one)."""
     signs = [1 if mode == "min" else -1 for mode in modes]
-    found = best_first(trials, modes[0])
+    finished = best_first(trials, modes[0])
     costs = {
         trial.index: [signs[0] * (trial.value or 0.0)]
         + [sign * trial.others[name] for sign, name in zip(signs[1:], metrics[1:], strict=True)]
-        for trial in found
+        for trial in finished
     }
 
-    def beaten(one: Trial) -> bool:
-        mine = costs[one.index]
-        return any(all(a <= b for a, b in zip(theirs, mine)) and theirs != mine for theirs in costs.values())
+    def is_dominated(trial: Trial) -> bool:
+        own = costs[trial.index]
+        return any(all(a <= b for a, b in zip(other, own)) and other != own for other in costs.values())
 
-    return [trial for trial in found if not beaten(trial)]
+    return [trial for trial in finished if not is_dominated(trial)]

@@ -1,4 +1,4 @@
-"""Trials on fractions of a GPU, with GPUs that Ray only counts: which run at a time, and on which device."""
+"""Trials on fractions of a GPU, with logical GPUs of Ray: how many run concurrently, and on which device."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
 """
 
 
-def run_trial(task: dict[str, Any], spec: dict[str, Any], **given: Any) -> None:
-    """Be a trial that leaves what Ray gave it, and when it ran."""
+def run_trial(config: dict[str, Any], spec: dict[str, Any], **options: Any) -> None:
+    """Run a trial, and write the resources that Ray assigned to it and when it ran."""
     import ray
 
-    began = time.time()
+    started = time.time()
     devices, process = os.environ.get("CUDA_VISIBLE_DEVICES"), os.getpid()
-    found = {"gpus": ray.get_gpu_ids(), "devices": devices, "process": process, "resources": given["resources"]}
+    record = {"gpus": ray.get_gpu_ids(), "devices": devices, "process": process, "resources": options["resources"]}
     try:
-        trial.run_trial(task, spec, **given)
+        trial.run_trial(config, spec, **options)
     finally:
-        file = Path(spec["config"]["runs_dir"]) / f"{task['name']}.json"
-        file.write_text(json.dumps(found | {"began": began, "ended": time.time()}))
+        file = Path(spec["config"]["runs_dir"]) / f"{config['name']}.json"
+        file.write_text(json.dumps(record | {"started": started, "ended": time.time()}))
 
 
-def test_trials_share_gpus_and_the_cores_beside_them(tiny: Config) -> None:
+def test_trials_share_gpus_and_cores(tiny: Config) -> None:
     def share(gpus: float | None, cluster: dict[str, float], **values: Any) -> tuple[int, dict[str, float]]:
-        given = {f"{key.replace('__', '.')}": value for key, value in values.items()}
-        return trial_share(with_values(tiny, {"train.gpus_per_worker": gpus, **given}), cluster)
+        options = {f"{key.replace('__', '.')}": value for key, value in values.items()}
+        return trial_share(with_values(tiny, {"train.gpus_per_worker": gpus, **options}), cluster)
 
     assert share(0.5, {"CPU": 4.0, "GPU": 1.0}) == (2, {"CPU": 2.0, "GPU": 0.5})
     assert share(None, {"CPU": 4.0, "GPU": 1.0}) == (1, {"CPU": 4.0, "GPU": 1.0})
     assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__trials=40) == (16, {"CPU": 1.0, "GPU": 0.25})
-    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}) == (8, {"CPU": 2.0, "GPU": 0.25})  # of eight trials
+    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}) == (8, {"CPU": 2.0, "GPU": 0.25})  # limited by the number of trials
     assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__concurrent=2) == (2, {"CPU": 8.0, "GPU": 0.25})
     assert share(0.1, {"CPU": 2.0, "GPU": 1.0}) == (4, {"CPU": 0.5, "GPU": 0.1})  # half a core each
     assert share(1.0, {"CPU": 16.0, "GPU": 4.0}, train__workers=2) == (2, {"CPU": 4.0, "GPU": 1.0})
@@ -66,13 +66,13 @@ def test_trials_share_gpus_and_the_cores_beside_them(tiny: Config) -> None:
         share(0.5, {"CPU": 4.0})
 
 
-def test_several_workers_take_whole_gpus(tiny: Config) -> None:
+def test_trials_with_several_workers_need_whole_gpus(tiny: Config) -> None:
     with pytest.raises(UserError, match=r"several of train\.workers 2 on one GPU"):
         with_values(tiny, {"train.workers": 2, "train.gpus_per_worker": 0.5})
 
 
 @pytest.mark.slow
-def test_two_trials_at_half_a_gpu_run_side_by_side_on_the_same_one(tiny_functions: Config) -> None:
+def test_two_trials_with_half_a_gpu_each_run_concurrently_on_the_same_gpu(tiny_functions: Config) -> None:
     config = of(
         tiny_functions, "halves", sweep__trials=4, sweep__concurrent=None, sweep__scheduler="none", train__max_steps=60,
         train__gpus_per_worker=0.5, cluster__cpus=2,
@@ -85,12 +85,12 @@ def test_two_trials_at_half_a_gpu_run_side_by_side_on_the_same_one(tiny_function
         [sys.executable, "-c", DRIVER, str(file)], cwd=ROOT, env=clean, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(one.read_text()) for one in sorted((config.run_dir / "trials").glob("*.json"))]
-    assert len(told) == 4
-    assert all(one["gpus"] == [0] and one["devices"] == "0" for one in told)
-    assert all(one["resources"] == {"CPU": 1.0, "GPU": 0.5} for one in told)
-    first, second = told[:2]
+    records = [json.loads(path.read_text()) for path in sorted((config.run_dir / "trials").glob("*.json"))]
+    assert len(records) == 4
+    assert all(record["gpus"] == [0] and record["devices"] == "0" for record in records)
+    assert all(record["resources"] == {"CPU": 1.0, "GPU": 0.5} for record in records)
+    first, second = records[:2]
     assert first["process"] != second["process"]
-    assert first["began"] < second["ended"]
-    assert second["began"] < first["ended"]
-    assert len({one["process"] for one in told}) == 2  # and the others after them, in the same two
+    assert first["started"] < second["ended"]
+    assert second["started"] < first["ended"]
+    assert len({record["process"] for record in records}) == 2  # the later trials reuse the two processes

@@ -1,4 +1,4 @@
-"""What a user sees of a sweep."""
+"""The progress table of a sweep, on a terminal and without one."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ TRIALS = [
 ]
 
 
-def test_off_a_terminal_each_trial_that_is_over_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = io.StringIO()
-    monkeypatch.setattr(module, "console", Console(file=told, width=200))
-    with ProgressTable(5, 6, "accuracy", "max") as board:
-        board.show(TRIALS[:1])
-        board.show(TRIALS)
-        board.show(TRIALS)
-    lines = told.getvalue().splitlines()
+def test_without_a_terminal_each_trial_that_is_over_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=output, width=200))
+    with ProgressTable(5, 6, "accuracy", "max") as table:
+        table.show(TRIALS[:1])
+        table.show(TRIALS)
+        table.show(TRIALS)
+    lines = output.getvalue().splitlines()
     assert len(lines) == 3
     assert "s-000 finished at step 6, accuracy 0.5, optim.lr=0.001" in lines[0]
     assert "no number" in lines[1]
     assert "best 0.7 by s-002, 3 of 5 over" in lines[2]
 
 
-def test_a_terminal_shows_a_table_with_those_that_run_first() -> None:
-    board = ProgressTable(5, 6, "accuracy", "max")
-    with board:
-        board.show([])
-        table = board.table(TRIALS)
-    told = io.StringIO()
-    Console(file=told, width=200).print(table)
-    names = [line.split()[0] for line in told.getvalue().splitlines() if line.startswith("s-0")]
+def test_a_terminal_shows_a_table_with_running_trials_first() -> None:
+    table = ProgressTable(5, 6, "accuracy", "max")
+    with table:
+        table.show([])
+        rendered = table.render(TRIALS)
+    output = io.StringIO()
+    Console(file=output, width=200).print(rendered)
+    names = [line.split()[0] for line in output.getvalue().splitlines() if line.startswith("s-0")]
     assert names == ["s-003", "s-002", "s-000", "s-001"]
-    assert "3 of 5 over" in told.getvalue()
+    assert "3 of 5 over" in output.getvalue()

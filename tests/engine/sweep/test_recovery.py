@@ -1,4 +1,4 @@
-"""A trial that loses a process goes on, so many times; one that fails does not; and what it comes to is the same."""
+"""A trial that lost a worker is restarted up to a limit, with the same results; a trial that failed is not."""
 
 from __future__ import annotations
 
@@ -23,93 +23,93 @@ from engine.config import Config, to_dict, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.sweep.launch import SweepResult, read_result, sweep
-from engine.sweep.trial_record import Trial
-from engine.sweep.recovery import WorkerLost, Recovery, clear_failure_reason, write_failure_reason
+from engine.sweep.recovery import Recovery, WorkerLost, clear_failure_reason, write_failure_reason
+from engine.sweep.trial_record import Trial, TrialTask
 from engine.train.run_folder import RunFolder
 from tests.engine.train.test_elastic import ROOT, slow_nodes, wait
 
 STEPS = 12
 
 
-def test_a_lost_trial_is_begun_again_so_many_times(tmp_path: Path) -> None:
-    recovery, trial, task = Recovery(2), Trial(0, "s-000", {}), {"index": 0}
-    assert recovery.next() is None
-    assert recovery.judge(trial, task, tmp_path) == (True, "its worker 0 was lost")
+def test_a_lost_trial_is_restarted_up_to_the_limit(tmp_path: Path) -> None:
+    recovery, trial, task = Recovery(2), Trial(0, "s-000", {}), TrialTask(0, "s-000", {}, 0, 6, "data")
+    assert recovery.next_task() is None
+    assert recovery.handle_error(trial, task, tmp_path) == (True, "its worker 0 was lost")
     write_failure_reason(tmp_path, WorkerLost("its worker 1 was lost"))
-    assert recovery.judge(trial, task, tmp_path) == (True, "its worker 1 was lost")
-    assert [recovery.next(), recovery.next(), recovery.next()] == [task, task, None]
-    again, why = recovery.judge(trial, task, tmp_path)
-    assert not again
-    assert why == "its worker 1 was lost, after 2 restarts (train.max_failures)"
-    assert recovery.next() is None
-    assert Recovery(-1).judge(trial, task, tmp_path)[0]
-    assert not Recovery(0).judge(Trial(1, "s-001", {}), task, tmp_path)[0]
+    assert recovery.handle_error(trial, task, tmp_path) == (True, "its worker 1 was lost")
+    assert [recovery.next_task(), recovery.next_task(), recovery.next_task()] == [task, task, None]
+    is_restarted, reason = recovery.handle_error(trial, task, tmp_path)
+    assert not is_restarted
+    assert reason == "its worker 1 was lost, after 2 restarts (train.max_failures)"
+    assert recovery.next_task() is None
+    assert Recovery(-1).handle_error(trial, task, tmp_path)[0]
+    assert not Recovery(0).handle_error(Trial(1, "s-001", {}), task, tmp_path)[0]
 
 
-def test_one_that_failed_is_not_begun_again(tmp_path: Path) -> None:
-    recovery, trial = Recovery(2), Trial(0, "s-000", {})
+def test_a_failed_trial_is_not_restarted(tmp_path: Path) -> None:
+    recovery, trial, task = Recovery(2), Trial(0, "s-000", {}), TrialTask(0, "s-000", {}, 0, 6, "data")
     write_failure_reason(tmp_path, WorkerLost("its worker 1 was lost"))
     write_failure_reason(tmp_path, UserError("step 3: no number"))
-    assert recovery.judge(trial, {"index": 0}, tmp_path) == (False, "step 3: no number")
+    assert recovery.handle_error(trial, task, tmp_path) == (False, "step 3: no number")
     clear_failure_reason(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def of(config: Config, name: str, **values: Any) -> Config:
-    """Configure a sweep whose trials are all alike, on two workers each."""
-    given = {"name": name, "job": "sweep", "sweep.space": {"optim.lr": {"choice": [3e-3]}}, "sweep.scheduler": "none",
+    """Configure a sweep with identical trials of two workers each."""
+    options = {"name": name, "job": "sweep", "sweep.space": {"optim.lr": {"choice": [3e-3]}}, "sweep.scheduler": "none",
              "train.workers": 2, "zero.stage": 2, "train.max_steps": STEPS, "train.checkpoint_every": 2,
              "train.evaluate_every": 3, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
-    return with_values(config, given | {key.replace("__", "."): value for key, value in values.items()})
+    return with_values(config, options | {key.replace("__", "."): value for key, value in values.items()})
 
 
 def process_of(trial: RunFolder, rank: int) -> int:
-    """Return the process that is a rank of a trial now: its heartbeat says so."""
+    """Return the process id of a trial's rank, from its heartbeat file."""
     return int(trial.heartbeat(rank).read_text().split()[0])
 
 
 @contextlib.contextmanager
-def kills(config: Config, wanted: dict[str, tuple[int, int]], times: int = 1) -> Iterator[list[int]]:
-    """Kill, of each trial named, a rank once the trial has taken so many steps, `times` in all; yield their process ids."""
-    over, killed = threading.Event(), list[int]()
+def kill_ranks(config: Config, targets: dict[str, tuple[int, int]], times: int = 1) -> Iterator[list[int]]:
+    """Kill ranks: `targets` maps a trial's name to (rank, steps before the kill); `times` per trial. Yield the killed pids."""
+    done, killed = threading.Event(), list[int]()
 
-    def look() -> None:
-        left = dict.fromkeys(wanted, times)
-        while any(left.values()) and not over.is_set():
-            for name, (rank, after) in wanted.items():
+    def watch() -> None:
+        remaining = dict.fromkeys(targets, times)
+        while any(remaining.values()) and not done.is_set():
+            for name, (rank, after) in targets.items():
                 trial = RunFolder(config.run_dir / "trials" / name)
                 with contextlib.suppress(OSError, IndexError, ValueError, psutil.NoSuchProcess):
                     steps = trial.metrics_file.read_bytes().count(b"\n")
                     process = psutil.Process(process_of(trial, rank))
-                    if left[name] and steps >= after and process.pid not in killed and process.pid != os.getpid():
+                    if remaining[name] and steps >= after and process.pid not in killed and process.pid != os.getpid():
                         process.send_signal(signal.SIGKILL)
                         killed.append(process.pid)
-                        left[name] -= 1
+                        remaining[name] -= 1
             time.sleep(0.005)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield killed
     finally:
-        over.set()
+        done.set()
         thread.join()
 
 
 def curves(config: Config, result: SweepResult) -> list[list[dict[str, Any]]]:
-    """Return what each trial has logged of its steps that doesn't depend on the time."""
+    """Return each trial's logged metrics that do not depend on time."""
     kept = ("step", "loss", "tokens", "samples_hash", "gradient_norm", "validation_loss")
     folders = [RunFolder(config.run_dir / "trials" / trial.name) for trial in result.trials]
     return [[{k: line[k] for k in kept if k in line} for line in folder.metrics()] for folder in folders]
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_trial_goes_on_after_a_worker_of_its_was_killed(
+def test_a_trial_resumes_after_one_of_its_workers_was_killed(
     ray: None, tiny_functions: Config, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
     config = of(tiny_functions, f"shot{rank}", sweep__trials=2, sweep__concurrent=1)
     name = f"shot{rank}-000"
-    with kills(config, {name: (rank, 4)}) as killed:
+    with kill_ranks(config, {name: (rank, 4)}) as killed:
         result = sweep(config)
     assert len(killed) == 1
     assert [(trial.state, trial.losses) for trial in result.trials] == [("finished", 1), ("finished", 0)]
@@ -117,16 +117,14 @@ def test_a_trial_goes_on_after_a_worker_of_its_was_killed(
     assert [line["step"] for line in undisturbed] == list(range(1, STEPS + 1))
     assert shot == undisturbed  # bit for bit
     assert result.trials[0].curve == result.trials[1].curve
-    assert f"trial {name} is begun again: its worker {rank} was lost (restart 1)" in capsys.readouterr().out
+    assert f"trial {name} is restarted: its worker {rank} was lost (restart 1)" in capsys.readouterr().out
     assert f"worker {rank} was lost" in RunFolder(config.run_dir / "trials" / name).events.read_text()
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_lost_again_and_again_gives_up_and_others_are_unharmed(
-    ray: None, tiny_functions: Config
-) -> None:
+def test_a_trial_that_is_lost_too_often_fails_and_others_are_unaffected(ray: None, tiny_functions: Config) -> None:
     config = of(tiny_functions, "doomed", sweep__trials=2, sweep__concurrent=2, train__max_failures=1)
-    with kills(config, {"doomed-000": (1, 0)}, times=2):
+    with kill_ranks(config, {"doomed-000": (1, 0)}, times=2):
         result = sweep(config)
     assert [trial.state for trial in result.trials] == ["failed", "finished"]
     assert result.trials[0].reason == "its worker 1 was lost, after 1 restarts (train.max_failures)"
@@ -147,12 +145,12 @@ sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[state.ClusterState]:
-    with slow_nodes(tmp_path, 3) as found:
-        yield found
+    with slow_nodes(tmp_path, 3) as nodes:
+        yield nodes
 
 
 @pytest.mark.slow
-def test_a_trial_whose_node_goes_is_begun_again_on_those_that_are_left(
+def test_a_trial_whose_node_is_lost_is_restarted_on_the_remaining_nodes(
     tiny_functions: Config, nodes: state.ClusterState, tmp_path: Path
 ) -> None:
     prepare(tiny_functions)
@@ -160,8 +158,8 @@ def test_a_trial_whose_node_goes_is_begun_again_on_those_that_are_left(
                 cluster__address="auto")  # fmt: skip
     (tmp_path / "moved.yaml").write_text(yaml.safe_dump(to_dict(config)))
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": nodes.token_path}
-    with (tmp_path / "said.txt").open("wb") as said, subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "moved.yaml")], cwd=ROOT, env=environment, stdout=said, stderr=said
+    with (tmp_path / "output.txt").open("wb") as output, subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "moved.yaml")], cwd=ROOT, env=environment, stdout=output, stderr=output
     ) as process:  # fmt: skip
         try:
             trial = RunFolder(config.run_dir / "trials" / "moved-000")
@@ -170,7 +168,7 @@ def test_a_trial_whose_node_goes_is_begun_again_on_those_that_are_left(
             lost = next(raylet for raylet in raylets if "--head" not in raylet.cmdline())
             for kin in (lost, *lost.children(recursive=True)):
                 kin.kill()
-            assert process.wait(300) == 0, (tmp_path / "said.txt").read_text()
+            assert process.wait(300) == 0, (tmp_path / "output.txt").read_text()
         finally:
             process.terminate()
     result = read_result(config.run_dir / "sweep.json")

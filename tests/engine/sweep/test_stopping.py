@@ -1,4 +1,4 @@
-"""The rules that stop trials, on made-up reports."""
+"""Stopping rules, on synthetic reports."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from engine.config import Config, with_values
 from engine.sweep.stopping import MedianStoppingRule, StoppingRule, make_stopping_rule, rungs
 
 
-def test_the_median_rule_compares_means_of_trials_that_came_as_far() -> None:
-    rule = MedianStoppingRule("min", grace=2)
+def test_the_median_rule_compares_with_the_means_of_trials_at_the_same_step() -> None:
+    rule = MedianStoppingRule("min", grace_steps=2)
     for index, loss in enumerate((1.0, 2.0, 3.0)):
-        assert not rule.stops(index, 1, loss + 1)
-        assert not rule.stops(index, 2, loss)
-    assert not rule.stops(3, 1, 9.0)  # within its grace
-    assert rule.stops(3, 2, 9.0)  # its best, 9, is above the median of 1.5, 2.5 and 3.5
-    assert not rule.stops(4, 2, 2.4)
-    assert not rule.stops(4, 3, 9.0)  # nobody else has come as far
+        assert not rule.should_stop(index, 1, loss + 1)
+        assert not rule.should_stop(index, 2, loss)
+    assert not rule.should_stop(3, 1, 9.0)  # within the grace period
+    assert rule.should_stop(3, 2, 9.0)  # its best, 9, is above the median of 1.5, 2.5 and 3.5
+    assert not rule.should_stop(4, 2, 2.4)
+    assert not rule.should_stop(4, 3, 9.0)  # no other trial has reached step 3
 
 
-def test_a_config_chooses_its_rule(tiny: Config) -> None:
+def test_the_config_selects_the_rule(tiny: Config) -> None:
     config = with_values(tiny, {"train.max_steps": 27, "sweep.reduction": 3})
     assert rungs(config) == [3, 9]
     assert rungs(with_values(config, {"sweep.grace_steps": 1})) == [1, 3, 9]
-    kinds = {"median": MedianStoppingRule, "none": StoppingRule}
-    for name, kind in kinds.items():
-        assert type(make_stopping_rule(with_values(config, {"sweep.scheduler": name}), "min")) is kind
+    rules = {"median": MedianStoppingRule, "none": StoppingRule}
+    for name, rule in rules.items():
+        assert type(make_stopping_rule(with_values(config, {"sweep.scheduler": name}), "min")) is rule

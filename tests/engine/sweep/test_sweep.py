@@ -1,4 +1,4 @@
-"""Real sweeps on Ray Tune: trials, the best one's bundle, what is kept of the others, and going on after a kill."""
+"""Sweeps on Ray Tune: trials, the bundle of the best one, what is kept of the others, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from engine.evaluate.sweep_page import write_sweep_page
 from engine.sweep import launch
 from engine.sweep.launch import SweepResult, base_job, make_search_algorithm, run_trials, sweep, trial_share
 from engine.sweep.population import PopulationBasedTraining
-from engine.sweep.trial_record import read_trial
 from engine.sweep.recovery import Recovery
 from engine.sweep.search_space import parse_search_space
 from engine.sweep.trial import trial_job
+from engine.sweep.trial_record import TrialTask, read_trial
 from engine.train.checkpoint import Checkpoint, step_folder
 from engine.train.run_folder import RunFolder
 from engine.train.worker import single_process_group, train_worker
@@ -39,13 +39,13 @@ ROOT = Path(__file__).parents[3]
 
 def of(config: Config, name: str, **values: Any) -> Config:
     """Configure a sweep of four trials of six steps."""
-    given = {"name": name, "job": "sweep", "sweep.space": SPACE, "sweep.trials": 4, "sweep.concurrent": 2,
+    options = {"name": name, "job": "sweep", "sweep.space": SPACE, "sweep.trials": 4, "sweep.concurrent": 2,
              "sweep.grace_steps": 2, "train.max_steps": 6, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
-    return with_values(config, given | {key.replace("__", "."): value for key, value in values.items()})
+    return with_values(config, options | {key.replace("__", "."): value for key, value in values.items()})
 
 
 def check_result(config: Config, result: SweepResult) -> None:
-    """Check what holds of every sweep."""
+    """Check what is true of every sweep."""
     finished = [trial for trial in result.trials if trial.state == "finished"]
     assert result.best.value == min(trial.value for trial in finished if trial.value is not None)
     for trial in result.trials:
@@ -74,21 +74,21 @@ def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
     assert trial_share(with_values(tiny, {"train.cpus_per_worker": 2.0}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
 
 
-def test_tune_keeps_no_picture_of_a_terminal_or_a_course(tmp_path: Path) -> None:
-    lock = threading.Lock()  # as a live table has one
-    for one in launch.tune_adapters(lock, Recovery(0), RunFolder(tmp_path), 1, lambda: None):  # type: ignore[arg-type]
-        cloudpickle.dumps(one)
+def test_tune_does_not_pickle_the_terminal_or_the_algorithm(tmp_path: Path) -> None:
+    lock = threading.Lock()  # which cannot be pickled, like that of a live table
+    for adapter in launch.tune_adapters(lock, Recovery(0), RunFolder(tmp_path), 1, lambda: None):  # type: ignore[arg-type]
+        cloudpickle.dumps(adapter)
 
 
-def test_a_sweep_stops_the_bad_and_keeps_the_best(ray: None, tiny_functions: Config) -> None:
+def test_a_sweep_stops_bad_trials_and_keeps_the_best(ray: None, tiny_functions: Config) -> None:
     config = of(tiny_functions, "sweep", tracking__enabled=True)
     result = sweep(config)
     assert len(result.trials) == 4
     assert {trial.state for trial in result.trials} <= {"finished", "stopped early"}
-    assert len({trial.process for trial in result.trials}) <= 2  # two processes, warm from part to part
+    assert len({trial.process for trial in result.trials}) <= 2  # two processes, reused from task to task
     check_result(config, result)
     assert result.bundle["name"] == result.best.name
-    assert sweep(config) == result  # nothing is done twice
+    assert sweep(config) == result  # nothing is repeated
 
     from mlflow import MlflowClient
 
@@ -102,14 +102,14 @@ def test_a_sweep_stops_the_bad_and_keeps_the_best(ray: None, tiny_functions: Con
     assert float(best.data.params["optim.lr"]) == result.best.params["optim.lr"]
 
 
-def test_a_trial_that_fails_or_cannot_be_does_so_alone(ray: None, tiny_functions: Config) -> None:
+def test_a_failed_or_refused_trial_does_not_affect_the_others(ray: None, tiny_functions: Config) -> None:
     config = of(
         tiny_functions, "part", sweep__scheduler="none", sweep__searcher="grid", optim__clip=0.0, sweep__concurrent=1,
         sweep__space={"optim.lr": {"choice": [1e30, 1e-3]}, "train.micro_batch": {"choice": [4, 16]},
                       "train.global_batch": {"choice": [8]}},
         sweep__metric=None, sweep__mode=None,
     )  # fmt: skip
-    # One by one each of these is right, as far as the base config goes.
+    # Each value is valid by itself with the base config.
     config = with_values(config, {"train.global_batch": 16})
     result = sweep(config)
     states = {(t.params["optim.lr"], t.params["train.micro_batch"]): t for t in result.trials}
@@ -119,89 +119,94 @@ def test_a_trial_that_fails_or_cannot_be_does_so_alone(ray: None, tiny_functions
     assert [states[lr, 16].state for lr in (1e-3, 1e30)] == ["refused", "refused"]
     assert "train.micro_batch 16 is more than" in states[1e-3, 16].reason
     assert not (config.run_dir / "trials" / states[1e-3, 16].name / "metrics.jsonl").exists()
-    assert states[1e-3, 4].process != 0  # the process outlived the failure before
+    assert states[1e-3, 4].process != 0  # the process survived the failure before
     assert result.best is states[1e-3, 4]
 
 
 @pytest.mark.slow
-def test_a_trial_out_of_memory_fails_alone(ray: None, tiny_functions: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.MemoryCheck, "fitted", lambda self, config: (config, ""))  # the plan would refuse it
+def test_a_trial_that_runs_out_of_memory_does_not_affect_the_others(
+    ray: None, tiny_functions: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        launch.MemoryCheck, "fit_micro_batch", lambda self, config: (config, "")
+    )  # which would refuse it
     config = of(tiny_functions, "large", sweep__scheduler="none", sweep__searcher="grid", sweep__concurrent=1,
                 sweep__space={"model.intermediate_size": {"choice": [10**13, 64]}})  # fmt: skip
     result = sweep(config)
     assert [trial.state for trial in result.trials] == ["failed", "finished"]
     assert "can't allocate memory" in result.trials[0].reason
-    assert result.trials[0].losses == 0  # no other try would change it
+    assert result.trials[0].losses == 0  # a restart would not help
 
 
-def lineage(course: PopulationBasedTraining, member: int) -> list[dict[str, Any]]:
-    """Return the values that a member's weights were trained with, round by round."""
-    found: list[dict[str, Any]] = []
-    rounds = [past.params for past in course.state.rounds] + [course.state.params]
+def lineage(pbt: PopulationBasedTraining, member: int) -> list[dict[str, Any]]:
+    """Return the params that a member's weights were trained with, round by round."""
+    params: list[dict[str, Any]] = []
+    rounds = [result.params for result in pbt.state.rounds] + [pbt.state.params]
     for at in reversed(range(len(rounds))):
-        found.insert(0, rounds[at][member])
-        step = at * course.state.interval
-        member = next((e.donor for e in course.state.exploits if e.step == step and e.member == member), member)
-    return found
+        params.insert(0, rounds[at][member])
+        step = at * pbt.state.interval
+        member = next((e.donor for e in pbt.state.exploits if e.step == step and e.member == member), member)
+    return params
 
 
-def test_a_model_that_exploits_goes_on_from_its_donor_s_checkpoint(ray: None, tiny_functions: Config) -> None:
+def test_a_member_that_exploits_resumes_from_the_donors_checkpoint(ray: None, tiny_functions: Config) -> None:
     config = of(tiny_functions, "pbt", sweep__scheduler="pbt", sweep__interval=2, train__micro_batch=4,
                 sweep__concurrent=None, train__cpus_per_worker=1.0)  # fmt: skip
     run, space = RunFolder.create_or_resume(config), parse_search_space(config)
     base = base_job(config, run)
     base = type(base)(
         with_values(base.config, {"train.keep_checkpoints": 9}), base.data_folder, base.start_bundle, False
-    )  # to look at
-    course, _ = make_search_algorithm(config, base, space, ["loss"], ["min"])
-    assert isinstance(course, PopulationBasedTraining)
-    run_trials(config, base, run, course, ["loss"], lambda: None)
-    exploits = course.state.exploits
+    )  # for inspection below
+    pbt, _ = make_search_algorithm(config, base, space, ["loss"], ["min"])
+    assert isinstance(pbt, PopulationBasedTraining)
+    run_trials(config, base, run, pbt, ["loss"], lambda: None)
+    exploits = pbt.state.exploits
     assert len(exploits) == 2
     assert [e.step for e in exploits] == [2, 4]
-    assert all(trial.state == "finished" and trial.steps == 6 for trial in course.trials.values())
+    assert all(trial.state == "finished" and trial.steps == 6 for trial in pbt.trials.values())
     later = {
         e.step: {other.member for other in exploits if other.step > e.step} for e in exploits
-    }  # whose folders are new since
-    standing = [e for e in exploits if not later[e.step] & {e.member, e.donor}]
-    assert exploits[-1] in standing
-    for exploit in standing:  # bit for bit, moments and place in the data too
-        donor, clone = (
-            Checkpoint(
-                step_folder(RunFolder(config.run_dir / "trials" / course.trials[i].name).checkpoints, exploit.step)
-            )
+    }  # members whose folders have changed since
+    unchanged = [e for e in exploits if not later[e.step] & {e.member, e.donor}]
+    assert exploits[-1] in unchanged
+    for exploit in unchanged:  # bit for bit, including moments and data position
+        donor, member_checkpoint = (
+            Checkpoint(step_folder(RunFolder(config.run_dir / "trials" / pbt.trials[i].name).checkpoints, exploit.step))
             for i in (exploit.donor, exploit.member)
         )
-        assert donor.state == clone.state
+        assert donor.state == member_checkpoint.state
         for name in donor.shapes:
-            mine, theirs = clone.tensors(name), donor.tensors(name)
+            mine, theirs = member_checkpoint.tensors(name), donor.tensors(name)
             assert list(mine) == list(theirs)
             assert all(torch.equal(mine[kind], theirs[kind]) for kind in mine)
         at = exploit.step // 2
         assert (
-            exploit.params == course.state.params[exploit.member]
+            exploit.params == pbt.state.params[exploit.member]
             if at == 2
-            else course.state.rounds[at].params[exploit.member]
+            else pbt.state.rounds[at].params[exploit.member]
         )
 
-    # What came of the last exploit is what one process makes that trains with its line's values, step by step.
+    # The result of the last exploit equals training in one process with the params of its lineage, round by round.
     member, threads = exploits[-1].member, torch.get_num_threads()
     torch.set_num_threads(1)
     (config.run_dir / "trials" / "again" / "logs").mkdir(parents=True)
-    staged = type(base)(with_values(base.config, {"schedule.total_steps": 6}), base.data_folder, base.start_bundle, False)
-    for at, params in enumerate(lineage(course, member)):
-        train_worker(trial_job({"name": "again", "params": params, "until": 2 * at + 2, "data": base.data_folder}, staged), single_process_group())
+    staged = type(base)(
+        with_values(base.config, {"schedule.total_steps": 6}), base.data_folder, base.start_bundle, False
+    )
+    for at, params in enumerate(lineage(pbt, member)):
+        task = TrialTask(0, "again", params, 2 * at, 2 * at + 2, str(base.data_folder))
+        train_worker(trial_job(task, staged), single_process_group())
     torch.set_num_threads(threads)
-    again, clone = (
+    again, trained = (
         Checkpoint(step_folder(RunFolder(config.run_dir / "trials" / name).checkpoints, 6))
-        for name in ("again", course.trials[member].name)
+        for name in ("again", pbt.trials[member].name)
     )
     for name in again.shapes:
-        assert all(torch.equal(again.tensors(name)[kind], clone.tensors(name)[kind]) for kind in again.tensors(name))
+        assert all(torch.equal(again.tensors(name)[kind], trained.tensors(name)[kind]) for kind in again.tensors(name))
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_with_more_trials(ray: None, tiny_functions: Config) -> None:
+def test_a_finished_sweep_can_be_extended_by_more_trials(ray: None, tiny_functions: Config) -> None:
     config = of(tiny_functions, "more", sweep__trials=2)
     result = sweep(config)
     more = with_values(
@@ -228,7 +233,7 @@ def test_a_soup_is_kept_only_if_it_is_better(ray: None, tiny_functions: Config) 
 
 @pytest.fixture
 def killed(tiny_functions: Config) -> tuple[Config, int]:
-    """Start `manta sweep` in a process of its own and kill it, with all its children, once two trials are over or wait at a rung."""
+    """Start `manta sweep` in a separate process, and kill it with all its children once two trials are over or paused."""
     from engine.data.prepare import prepare
 
     prepare(tiny_functions)
@@ -253,24 +258,24 @@ def killed(tiny_functions: Config) -> tuple[Config, int]:
     driver.wait()
     _, alive = psutil.wait_procs([child for child in children if "RuntimeEnv" not in child.name()], timeout=60)
     assert not [process for process in alive if "run_trial" in process.name() or "ImplicitFunc" in process.name()]
-    for process in alive:  # Ray's agents look for their raylet now and then only
+    for process in alive:  # Ray's agents notice the lost raylet only after a while
         process.kill()
     return config, len(list(trials.glob("*/trial.json")))
 
 
 def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -> None:
-    config, at_rest = killed
-    assert at_rest >= 2
+    config, num_recorded = killed
+    assert num_recorded >= 2
     assert not (config.run_dir / "sweep.json").exists()
     before = {}
-    for file in (config.run_dir / "trials").glob("*/trial.json"):  # over, or waiting at a rung
+    for file in (config.run_dir / "trials").glob("*/trial.json"):  # over or paused
         trial = read_trial(file.parent)
         assert trial is not None
         before[trial.index] = (file.parent / "metrics.jsonl").read_bytes().splitlines()[: trial.steps]
         assert len(before[trial.index]) == trial.steps
     result = sweep(config)
     assert len(result.trials) == 4
-    for index, lines in before.items():  # with the times at which they were written
+    for index, lines in before.items():  # including the times at which they were written
         file = config.run_dir / "trials" / result.trials[index].name / "metrics.jsonl"
         assert file.read_bytes().splitlines()[: len(lines)] == lines
     space = parse_search_space(config)
@@ -283,7 +288,7 @@ def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -
 
 
 @pytest.mark.slow
-def test_trials_of_several_workers_stay_warm_and_stop_together(ray: None, tiny_functions: Config) -> None:
+def test_ranks_of_a_trial_are_reused_and_stop_together(ray: None, tiny_functions: Config) -> None:
     config = of(
         tiny_functions, "wide", sweep__searcher="grid", train__workers=2, zero__stage=2, sweep__concurrent=1,
         sweep__space={"optim.lr": {"choice": [3e-3, 1e-6]}, "data.vocab_size": {"choice": [512, 400]}},
@@ -298,7 +303,7 @@ def test_trials_of_several_workers_stay_warm_and_stop_together(ray: None, tiny_f
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{"sweep__searcher": "bohb", "sweep__scheduler": "hyperband"}, {"sweep__scheduler": "median"},
                                   {"sweep__scheduler": "pb2", "sweep__interval": 2}])  # fmt: skip
-def test_the_other_ways_to_search(ray: None, tiny_functions: Config, more: dict[str, Any]) -> None:
+def test_other_searchers_and_schedulers(ray: None, tiny_functions: Config, more: dict[str, Any]) -> None:
     name = "-".join(str(value) for value in more.values())
     config = of(tiny_functions, f"by-{name}", sweep__trials=6, **more)
     result = sweep(config)
@@ -308,7 +313,7 @@ def test_the_other_ways_to_search(ray: None, tiny_functions: Config, more: dict[
 
 
 @pytest.mark.slow
-def test_several_metrics_have_a_front(ray: None, tiny_functions: Config) -> None:
+def test_several_metrics_have_a_pareto_front(ray: None, tiny_functions: Config) -> None:
     config = of(tiny_functions, "two", sweep__searcher="tpe", sweep__metric="loss+accuracy", sweep__mode="min+max")
     result = sweep(config)
     assert result.best.name in result.front

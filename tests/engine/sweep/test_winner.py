@@ -1,4 +1,4 @@
-"""A soup of trials that LoRA trained, of whatever rank, is made of their merged weights."""
+"""A model soup of LoRA trials averages their merged weights, whatever their ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.sweep.winner import ModelSoup, Winner
+from engine.sweep.winner import SoupEvaluator, Winner
 from engine.train.job import TrainJob
 from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.train.ranks import run_here
@@ -25,11 +25,11 @@ def test_a_soup_averages_merged_weights(tiny: Config, tmp_path: Path) -> None:
         for rank in (2, 4)
     ]
     winners = [Winner(job, lines[-1]) for job, lines in zip(jobs, run_here(jobs), strict=True)]
-    kitchen = ModelSoup(winners[0])
+    evaluator = SoupEvaluator(winners[0])
     for winner in winners:
         model: Any = Bundle.open(winner.job.config.run_dir / "bundle").model()
-        weights = kitchen.weights(winner)
+        weights = evaluator.load_weights(winner)
         assert list(weights) == [name for name, _ in model.named_parameters()]
         assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
-        measured = kitchen.measure(weights)["loss"]
-        assert measured == pytest.approx(winner.line["validation_loss"], abs=1e-4)
+        loss = evaluator.evaluate(weights)["loss"]
+        assert loss == pytest.approx(winner.line["validation_loss"], abs=1e-4)

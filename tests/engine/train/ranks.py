@@ -1,4 +1,4 @@
-"""Runs a training job on several ranks, in processes of its own, without Ray."""
+"""Runs training jobs on several ranks, in separate processes, without Ray."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ IMPORTS = [
 ]  # fmt: skip
 
 
-def run_ranks(jobs: list[TrainJob], world: int) -> list[list[dict[str, Any]]]:
-    """Run the jobs one after the other on one group of `world` processes; return each one's metric lines."""
-    on_ranks(work_on, world, json.dumps([job.to_dict() for job in jobs]))
+def run_ranks(jobs: list[TrainJob], world_size: int) -> list[list[dict[str, Any]]]:
+    """Run the jobs one after the other on one group of `world_size` processes; return each job's metric lines."""
+    on_ranks(train_jobs, world_size, json.dumps([job.to_dict() for job in jobs]))
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
 def run_here(jobs: list[TrainJob]) -> list[list[dict[str, Any]]]:
-    """Run the jobs one after the other in this process, on one rank; return each one's metric lines."""
+    """Run the jobs one after the other in this process, on one rank; return each job's metric lines."""
     from engine.train.worker import single_process_group, train_worker
 
     for job in jobs:
@@ -39,24 +39,24 @@ def run_here(jobs: list[TrainJob]) -> list[list[dict[str, Any]]]:
     return [list(RunFolder(job.config.run_dir).metrics()) for job in jobs]
 
 
-def on_ranks(function: Callable[..., None], world: int, *args: object, fresh: bool = False) -> None:
-    """Call `function(rank, world, *args)` in each process of a group of `world`. Raises what one of them raises.
+def on_ranks(function: Callable[..., None], world_size: int, *args: object, fresh: bool = False) -> None:
+    """Call `function(rank, world_size, *args)` in each process of a group. Raises what one of them raises.
 
-    They are forks of a process that has done all imports, which are most of the time of a short job; with `fresh` they
-    share nothing, so that their memory can be measured.
+    The processes are forked from one that has done all imports, which take most of the time of a short job; with `fresh`
+    they are new processes that share no memory, so that their memory can be measured.
     """
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     if not fresh:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # asked for when DeepSpeed is imported
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
         multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTS)
     with tempfile.TemporaryDirectory() as folder:
-        given = (world, dict(environment), f"{folder}/store", function, args)
-        mp.start_processes(_rank, given, nprocs=world, start_method="spawn" if fresh else "forkserver")
+        process_args = (world_size, dict(environment), f"{folder}/store", function, args)
+        mp.start_processes(_rank, process_args, nprocs=world_size, start_method="spawn" if fresh else "forkserver")
 
 
 def _rank(
     rank: int,
-    world: int,
+    world_size: int,
     environment: dict[str, str],
     store: str,
     function: Callable[..., None],
@@ -64,17 +64,17 @@ def _rank(
 ) -> None:
     os.environ.clear()
     os.environ.update(
-        environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
+        environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    function(rank, world, *args)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    function(rank, world_size, *args)
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # a thread of torch that asks for the interpreter while it is taken down ends the process with SIGABRT
+    os._exit(0)  # a thread of torch that takes the GIL during interpreter shutdown would end the process with SIGABRT
 
 
-def work_on(rank: int, world: int, specs: str) -> None:
+def train_jobs(rank: int, world_size: int, specs: str) -> None:
     """Run one rank of each job in `specs`, the jobs as JSON."""
     from engine.train.process_group import ProcessGroup
     from engine.train.worker import train_worker
@@ -82,7 +82,7 @@ def work_on(rank: int, world: int, specs: str) -> None:
     for spec in json.loads(specs):
         job = TrainJob.from_dict(spec)
         RunFolder(job.config.run_dir).logs.mkdir(parents=True, exist_ok=True)
-        train_worker(job, ProcessGroup(rank, world, torch.device("cpu")))
+        train_worker(job, ProcessGroup(rank, world_size, torch.device("cpu")))
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

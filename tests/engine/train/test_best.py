@@ -1,4 +1,4 @@
-"""The best step of a run: its checkpoint is kept, the bundle is its own, and a run that gets no better ends."""
+"""The best step of a run: its checkpoint is kept and exported, and a run that does not improve ends early."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from engine.train.job import TrainJob
 from engine.train.train_state import TrainState
 from tests.engine.train.ranks import run_ranks
 
-WILD = {  # a rate at which the validation loss soon goes up
+HIGH_LR = {  # a learning rate at which the validation loss soon rises
     "optim.lr": 0.3, "schedule.kind": "constant", "schedule.warmup_steps": 0, "train.max_steps": 60,
     "train.evaluate_every": 1, "train.keep_checkpoints": 1, "train.keep_best": True, "train.patience": 3,
 }  # fmt: skip
 
 
-def test_the_bundle_is_the_best_steps_and_the_run_ends_early(tiny: Config) -> None:
-    config = with_values(tiny, WILD | {"name": "wild", "zero.stage": 1, "train.workers": 2})
+def test_the_bundle_is_of_the_best_step_and_the_run_ends_early(tiny: Config) -> None:
+    config = with_values(tiny, HIGH_LR | {"name": "high-lr", "zero.stage": 1, "train.workers": 2})
     (lines,) = run_ranks([TrainJob(config, prepare(config))], 2)
     values = [line["validation_loss"] for line in lines]
     best = 1 + values.index(min(values))
@@ -40,7 +40,7 @@ def test_the_bundle_is_the_best_steps_and_the_run_ends_early(tiny: Config) -> No
     assert manifest["evaluation"]["validation_loss"] == min(values)
 
 
-def test_judging() -> None:
+def test_validations_update_the_best_value() -> None:
     state = TrainState(step=4).after_validation(2.0, "min")
     assert (state.best, state.best_step, state.evals_since_best) == (2.0, 4, 0)
     state = state.after_step(1, 1, 1).after_validation(2.0, "min")

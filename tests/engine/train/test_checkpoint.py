@@ -1,4 +1,4 @@
-"""Pieces in, pieces out, at any split; and nothing torn is ever used."""
+"""Checkpoints: fragments are read back at any sharding, and an invalid checkpoint is never used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import BrokenCheckpoint, Checkpoint, CheckpointWriter, step_folder, step_folders
-from engine.train.process_group import ProcessGroup
 from engine.train.job import TrainJob
+from engine.train.process_group import ProcessGroup
 from engine.train.run_folder import RunFolder
 from engine.train.train_state import TrainState
 from engine.train.worker import single_process_group, train_worker
@@ -29,37 +29,37 @@ from engine.train.zero import Fragment
 FULL = {"a.weight": torch.arange(12.0).view(3, 4), "b:odd.name": torch.arange(7.0)}
 
 
-def pieces(rank: int, world: int) -> Iterator[Fragment]:
+def fragments(rank: int, world_size: int) -> Iterator[Fragment]:
     for name, full in FULL.items():
-        part = -(-full.numel() // world)
-        flat = full.flatten()[rank * part : (rank + 1) * part].clone()
+        size = -(-full.numel() // world_size)
+        flat = full.flatten()[rank * size : (rank + 1) * size].clone()
         if flat.numel():
-            yield Fragment(name, tuple(full.shape), rank * part, {"weight": flat, "exp_avg": flat * 2})
+            yield Fragment(name, tuple(full.shape), rank * size, {"weight": flat, "exp_avg": flat * 2})
 
 
-def write(folder: Path, step: int, world: int = 2, keep: int = 2) -> Path:
-    writers = [CheckpointWriter(folder, rank, world, keep) for rank in range(world)]
+def write(folder: Path, step: int, world_size: int = 2, keep: int = 2) -> Path:
+    writers = [CheckpointWriter(folder, rank, world_size, keep) for rank in range(world_size)]
     for rank, writer in enumerate(writers):
-        writer.save(pieces(rank, world), TrainState(step=step, samples=8 * step), {"config": "c"})
+        writer.save(fragments(rank, world_size), TrainState(step=step, samples=8 * step), {"config": "c"})
     for writer in writers:
         writer.wait()
         assert not writer.has_failed
     return step_folder(folder, step)
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-def test_pieces_come_back_at_any_split(tmp_path: Path, world: int) -> None:
-    checkpoint = Checkpoint(write(tmp_path, 3, world))
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_fragments_are_read_back_at_any_sharding(tmp_path: Path, world_size: int) -> None:
+    checkpoint = Checkpoint(write(tmp_path, 3, world_size))
     checkpoint.verify()
     assert checkpoint.state == TrainState(step=3, samples=24)
     for name, weight in checkpoint.weights().items():
         assert torch.equal(weight, FULL[name])
-    into = torch.empty(5)
-    checkpoint.copy_into("exp_avg", "a.weight", 4, into)
-    assert into.tolist() == [8.0, 10.0, 12.0, 14.0, 16.0]
+    target = torch.empty(5)
+    checkpoint.copy_into("exp_avg", "a.weight", 4, target)
+    assert target.tolist() == [8.0, 10.0, 12.0, 14.0, 16.0]
 
 
-def test_a_save_holds_the_moment_however_slow_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_has_the_values_of_its_step_even_if_the_copy_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, copy = torch.arange(1000.0), CheckpointWriter._copy
 
     def slow(*args: Any) -> Any:
@@ -75,7 +75,7 @@ def test_a_save_holds_the_moment_however_slow_the_copy(tmp_path: Path, monkeypat
     assert torch.equal(Checkpoint(step_folder(tmp_path, 1)).weights()["a"], torch.arange(1000.0))
 
 
-def test_only_the_latest_are_kept(tmp_path: Path) -> None:
+def test_only_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step, keep=2)
     assert step_folders(tmp_path) == [step_folder(tmp_path, 4), step_folder(tmp_path, 3)]
@@ -88,7 +88,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-HARM = [
+DAMAGES = [
     (flip, "was changed"),
     (lambda path: path.write_bytes(path.read_bytes()[:-3]), "bytes, not"),
     (lambda path: path.unlink(), "is missing"),
@@ -96,47 +96,47 @@ HARM = [
 ]
 
 
-@pytest.mark.parametrize(("harm", "said"), HARM)
-def test_harm_is_named(tmp_path: Path, harm: object, said: str) -> None:
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damage_is_reported_with_the_file(tmp_path: Path, damage: object, message: str) -> None:
     folder = write(tmp_path, 1)
     file = sorted(folder.glob("*.safetensors"))[1]
-    harm(file)  # type: ignore[operator]
-    with pytest.raises(BrokenCheckpoint, match=said) as caught:
+    damage(file)  # type: ignore[operator]
+    with pytest.raises(BrokenCheckpoint, match=message) as caught:
         Checkpoint(folder).verify()
     assert (file.name if "manifest" not in str(caught.value) else "manifest.json") in str(caught.value)
 
 
-def test_the_one_before_is_used_and_never_a_silent_fresh_start(
+def test_the_previous_checkpoint_is_used_and_never_a_silent_restart_from_scratch(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, group = prepare(tiny), single_process_group()
     values = {"schedule.total_steps": 15, "train.checkpoint_every": 3, "zero.stage": 1, "optim.lr": 2e-3}
-    harmed, straight = (
-        with_values(tiny, values | {"name": name, "train.max_steps": 15}) for name in ("harmed", "unharmed")
+    damaged, straight = (
+        with_values(tiny, values | {"name": name, "train.max_steps": 15}) for name in ("damaged", "undamaged")
     )
-    run = RunFolder(harmed.run_dir)
-    for config in (harmed, straight):
+    run = RunFolder(damaged.run_dir)
+    for config in (damaged, straight):
         RunFolder(config.run_dir).logs.mkdir(parents=True)
     train_worker(TrainJob(straight, data), group)
-    train_worker(TrainJob(with_values(harmed, {"train.max_steps": 6}), data), group)
-    for until, (harm, said) in zip((9, 12, 15, 15), HARM, strict=True):
+    train_worker(TrainJob(with_values(damaged, {"train.max_steps": 6}), data), group)
+    for max_steps, (damage, message) in zip((9, 12, 15, 15), DAMAGES, strict=True):
         latest = step_folders(run.checkpoints)[0]
-        harm(next(latest.glob("*.safetensors")))
-        train_worker(TrainJob(with_values(harmed, {"train.max_steps": until}), data), group)
-        assert said in capsys.readouterr().out
-        assert said in run.events.read_text()
+        damage(next(latest.glob("*.safetensors")))
+        train_worker(TrainJob(with_values(damaged, {"train.max_steps": max_steps}), data), group)
+        assert message in capsys.readouterr().out
+        assert message in run.events.read_text()
         assert (run.checkpoints / f"broken-{latest.name}").exists()
     for name in ("step", "loss", "samples_hash"):
         assert [line[name] for line in run.metrics()] == [
             line[name] for line in RunFolder(straight.run_dir).metrics()
         ], name
-    for found in step_folders(run.checkpoints):
-        flip(next(found.glob("*.safetensors")))
+    for folder in step_folders(run.checkpoints):
+        flip(next(folder.glob("*.safetensors")))
     with pytest.raises(UserError, match=r"no checkpoint of .* is valid"):
-        train_worker(TrainJob(harmed, data), group)
+        train_worker(TrainJob(damaged, data), group)
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 1)
     code = (
         "import sys, torch; from pathlib import Path; from engine.train.checkpoint import CheckpointWriter;"
@@ -153,7 +153,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) ->
     Checkpoint(step_folder(tmp_path, 1)).verify()
 
 
-def test_a_full_disk_is_told_and_the_one_before_stays_whole(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_stays_valid(tmp_path: Path) -> None:
     write(tmp_path, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = CheckpointWriter(tmp_path, 0, 1, 2)

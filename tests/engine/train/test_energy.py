@@ -1,4 +1,4 @@
-"""Joules from a machine's counters, or estimated, over all restarts of a run."""
+"""Energy from hardware counters, or estimated, over all restarts of a run."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def package(powercap: Path, name: str, microjoules: int) -> Path:
     return folder / "energy_uj"
 
 
-def test_the_packages_counters_are_read_over_their_ends(tmp_path: Path) -> None:
+def test_counters_of_cpu_packages_are_read_across_their_wrap_around(tmp_path: Path) -> None:
     first, second = package(tmp_path, "intel-rapl:0", 10_000_000), package(tmp_path, "intel-rapl:1", 90_000_000)
-    core = package(tmp_path, "intel-rapl:0:0", 0)  # a part of the first package
+    core = package(tmp_path, "intel-rapl:0:0", 0)  # a zone within the first package
     unreadable = tmp_path / "intel-rapl:2"
     unreadable.mkdir()
     assert len(rapl_counters(tmp_path)) == 2
     meter = EnergyMeter(CPU, world_size=4, powercap=tmp_path)
     first.write_text("12500000")
-    second.write_text("5000000")  # began again: 10 J to the end, 5 since
+    second.write_text("5000000")  # wrapped: 10 J to the end of the range, 5 J since
     core.write_text("70000000")
     assert meter.lap() == {"energy_measured_j": pytest.approx(2.5 + 15)}
     assert meter.lap() == {"energy_measured_j": 0.0}
 
 
-def test_without_a_counter_it_is_estimated_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_counter_energy_is_estimated_and_marked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 110.0, 110.5])
     monkeypatch.setattr("engine.train.energy.time.monotonic", lambda: next(now))
     meter = EnergyMeter(CPU, world_size=3, powercap=tmp_path)
@@ -43,7 +43,7 @@ def test_without_a_counter_it_is_estimated_and_says_so(tmp_path: Path, monkeypat
     assert meter.lap() == {"energy_estimated_j": pytest.approx(0.5 * watts)}
 
 
-def test_a_counter_without_an_end_and_the_sum_of_a_run() -> None:
+def test_a_counter_without_a_range_and_the_total_of_a_run() -> None:
     counts = iter([5.0, 7.0, 7.5])
     counter = EnergyCounter(lambda: next(counts))
     assert (counter.lap(), counter.lap()) == (2.0, 0.5)

@@ -22,8 +22,8 @@ from engine.train.job import TrainJob
 from tests.engine.train.ranks import losses, run_ranks
 
 STEPS = 30
-LONG = {"train.max_steps": STEPS, "optim.lr": 2e-3, "train.checkpoint_every": STEPS}  # at 1e-2 rounding grows past 1e-5
-RAGGED = {  # short documents, not cut to fill a sample: samples have unequal counts of tokens, and so have the ranks
+LONG = {"train.max_steps": STEPS, "optim.lr": 2e-3, "train.checkpoint_every": STEPS}  # at 1e-2 rounding differences exceed 1e-5
+RAGGED = {  # short documents, not split to fill samples: samples, and so ranks, have different token counts
     "data.source": "files", "data.name": "ragged", "data.packing": "best_fit", "data.max_documents": None,
 }  # fmt: skip
 LAYOUTS: dict[int, list[tuple[str, dict[str, object]]]] = {  # by the number of ranks
@@ -46,27 +46,27 @@ def job(config: Config, name: str, changes: dict[str, object], workers: int) -> 
 
 @pytest.fixture(scope="module")
 def curves(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    found, draw, texts = {}, random.Random(0), tmp_path_factory.mktemp("texts") / "short.jsonl"
+    curves, rng, texts = {}, random.Random(0), tmp_path_factory.mktemp("texts") / "short.jsonl"
     words = Path(random.__file__).read_text().split()
-    documents = [" ".join(draw.sample(words, draw.randint(3, 12))) for _ in range(800)]
+    documents = [" ".join(rng.sample(words, rng.randint(3, 12))) for _ in range(800)]
     texts.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     tiny = with_values(tiny, {"data.path": str(texts)})
-    for world, layouts in LAYOUTS.items():
-        jobs = [job(tiny, name, LONG | changes, world) for name, changes in layouts]
-        found.update(zip([name for name, _ in layouts], run_ranks(jobs, world), strict=True))
-    return found
+    for world_size, layouts in LAYOUTS.items():
+        jobs = [job(tiny, name, LONG | changes, world_size) for name, changes in layouts]
+        curves.update(zip([name for name, _ in layouts], run_ranks(jobs, world_size), strict=True))
+    return curves
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layout_gives_the_same_curve(curves: dict[str, list[dict[str, Any]]], name: str) -> None:
-    lines, wanted = curves[name], curves["ragged" if "ragged" in name else "stage0"]
+    lines, expected = curves[name], curves["ragged" if "ragged" in name else "stage0"]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert losses(lines) == pytest.approx(losses(wanted), abs=1e-5)
-    norms = [line["grad_norm"] for line in wanted]
+    assert losses(lines) == pytest.approx(losses(expected), abs=1e-5)
+    norms = [line["grad_norm"] for line in expected]
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
-    for same in ("samples_hash", "tokens"):
-        assert [line[same] for line in lines] == [line[same] for line in wanted]
-    assert lines[-1]["validation_loss"] == pytest.approx(wanted[-1]["validation_loss"], abs=1e-5)
+    for key in ("samples_hash", "tokens"):
+        assert [line[key] for line in lines] == [line[key] for line in expected]
+    assert lines[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], abs=1e-5)
 
 
 def test_ragged_samples_have_unequal_counts(curves: dict[str, list[dict[str, Any]]]) -> None:
@@ -86,30 +86,30 @@ def test_an_epoch_sees_each_sample_once(curves: dict[str, list[dict[str, Any]]],
     assert curves["two2"][-1]["samples_hash"] == hash_hex(first)
 
 
-def travel(tiny: Config, name: str, stops: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Run to each stop in turn: (last step, ZeRO stage, ranks); return the lines of the whole way."""
-    for until, stage, workers in stops:
-        leg = {"zero.stage": stage, "train.max_steps": until, "schedule.total_steps": STEPS}
-        (lines,) = run_ranks([job(tiny, name, LONG | leg, workers)], workers)
+def run_in_parts(tiny: Config, name: str, parts: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """Run in parts (last step, ZeRO stage, ranks), each resuming the one before; return all lines."""
+    for until, stage, workers in parts:
+        changes = {"zero.stage": stage, "train.max_steps": until, "schedule.total_steps": STEPS}
+        (lines,) = run_ranks([job(tiny, name, LONG | changes, workers)], workers)
     return lines
 
 
-def test_resume_goes_through_stages_and_worker_counts(curves: dict[str, list[dict[str, Any]]], tiny: Config) -> None:
-    lines = travel(tiny, "travels", [(2, 1, 2), (4, 3, 1), (6, 0, 2)])
+def test_resuming_with_other_stages_and_worker_counts(curves: dict[str, list[dict[str, Any]]], tiny: Config) -> None:
+    lines = run_in_parts(tiny, "in-parts", [(2, 1, 2), (4, 3, 1), (6, 0, 2)])
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert losses(lines) == pytest.approx(losses(curves["stage0"])[:6], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_resume_goes_through_all_of_them_twice_over(curves: dict[str, list[dict[str, Any]]], tiny: Config) -> None:
-    ways = zip(range(4, STEPS + 1, 4), (1, 3, 2, 0) * 2, (2, 4, 1) * 3, strict=False)
-    lines = travel(tiny, "travels-far", list(ways))
+def test_resuming_with_all_stages_and_worker_counts_twice(curves: dict[str, list[dict[str, Any]]], tiny: Config) -> None:
+    parts = zip(range(4, STEPS + 1, 4), (1, 3, 2, 0) * 2, (2, 4, 1) * 3, strict=False)
+    lines = run_in_parts(tiny, "in-many-parts", list(parts))
     assert len(lines) == 28
     assert losses(lines) == pytest.approx(losses(curves["stage0"])[:28], abs=1e-5)
     assert lines[-1]["samples_hash"] == curves["stage0"][27]["samples_hash"]
 
 
-def test_stopping_and_going_on_is_bit_for_bit_the_straight_run(tiny: Config) -> None:
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tiny: Config) -> None:
     data = prepare(tiny)
     straight = with_values(tiny, {"name": "straight", "zero.stage": 2})
     halves = [
@@ -126,7 +126,7 @@ def test_stopping_and_going_on_is_bit_for_bit_the_straight_run(tiny: Config) -> 
         assert torch.equal(weight, theirs.weights()[name]), name
 
 
-def test_what_is_masked_does_not_depend_on_the_layout(tiny: Config) -> None:
+def test_masking_does_not_depend_on_the_layout(tiny: Config) -> None:
     masked = with_values(
         tiny, {"model.type": "bert", "model.num_key_value_heads": None, "objective.name": "masked_lm", "zero.stage": 0}
     )

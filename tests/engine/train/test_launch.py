@@ -1,4 +1,4 @@
-"""Training through real Ray Train workers: the same curve as without Ray, also when a worker is killed."""
+"""Training with Ray Train workers: the same curve as without Ray, also if workers are killed or stopped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from engine.train.worker import single_process_group, train_worker
 from tests.engine.train.ranks import run_ranks
 from tests.ports import listened
 
-LONG = {  # a rate at which rounding, which differs between layouts, does not grow to 1e-5 in so many steps
+LONG = {  # a learning rate at which rounding differences between layouts stay below 1e-5
     "train.max_steps": 60, "train.checkpoint_every": 5, "optim.lr": 2e-3,
 }  # fmt: skip
 
@@ -45,27 +45,27 @@ def alone(tiny: Config) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def two(tiny: Config) -> list[dict[str, object]]:
-    """Return the lines of the undisturbed run on two ranks, without Ray."""
+    """Return the lines of the uninterrupted run on two ranks, without Ray."""
     config = with_values(tiny, {"name": "two", "train.workers": 2, "zero.stage": 2, **LONG})
     (lines,) = run_ranks([TrainJob(config, prepare(tiny))], 2)
     return lines
 
 
-def train_workers() -> list[psutil.Process]:
-    found = []
+def worker_processes() -> list[psutil.Process]:
+    workers = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
-class Harm(threading.Thread):
-    """Sends signals to a worker of a run, each once the run has come to a step."""
+class SignalSender(threading.Thread):
+    """Sends signals to workers of a run, each when the run has reached a step."""
 
     def __init__(self, run: RunFolder, signals: list[tuple[int, signal.Signals]]) -> None:
         super().__init__(daemon=True)
-        self.run_folder, self.signals, self.victims = run, signals, [0]
+        self.run_folder, self.signals, self.killed_pids = run, signals, [0]
         self.listened: set[str] = set()  # addresses that the workers listened on
 
     def run(self) -> None:
@@ -73,34 +73,34 @@ class Harm(threading.Thread):
             deadline = time.monotonic() + 120
             worker: psutil.Process | None = None
             while time.monotonic() < deadline:
-                if worker is None or not worker.is_running():  # the list of processes takes long beside a step
-                    worker = next((p for p in train_workers()[::-1] if p.pid not in self.victims), None)
+                if worker is None or not worker.is_running():  # listing processes takes long compared to a step
+                    worker = next((p for p in worker_processes()[::-1] if p.pid not in self.killed_pids), None)
                 elif (
                     self.run_folder.metrics_file.exists()
                     and self.run_folder.metrics_file.read_bytes().count(b"\n") >= step
                 ):
-                    self.listened |= listened(train_workers())
-                    self.victims.append(worker.pid)
+                    self.listened |= listened(worker_processes())
+                    self.killed_pids.append(worker.pid)
                     worker.send_signal(number)
                     break
                 time.sleep(0.01)
 
 
-def harmed(config: Config, signals: list[tuple[int, signal.Signals]]) -> Harm:
-    harm = Harm(RunFolder(config.run_dir), signals)
-    harm.start()
-    outcome = train(config)
-    harm.join()
-    assert len(harm.victims) == len(signals) + 1, "the run was over before all harm was done"
-    assert outcome.last_metrics["step"] == config.train.max_steps
-    return harm
+def train_with_signals(config: Config, signals: list[tuple[int, signal.Signals]]) -> SignalSender:
+    sender = SignalSender(RunFolder(config.run_dir), signals)
+    sender.start()
+    result = train(config)
+    sender.join()
+    assert len(sender.killed_pids) == len(signals) + 1, "the run ended before all signals were sent"
+    assert result.last_metrics["step"] == config.train.max_steps
+    return sender
 
 
-def assert_undisturbed(config: Config, lines: list[dict[str, object]]) -> None:
-    """Assert that a run's curve and weights are, bit for bit, those of the run on two ranks."""
-    found = list(RunFolder(config.run_dir).metrics())
+def assert_same_as_uninterrupted(config: Config, lines: list[dict[str, object]]) -> None:
+    """Assert that a run's curve and weights are bit for bit those of the uninterrupted run on two ranks."""
+    own = list(RunFolder(config.run_dir).metrics())
     for name in ("step", "loss", "grad_norm", "samples_hash", "tokens"):
-        assert [line[name] for line in found] == [line[name] for line in lines], name
+        assert [line[name] for line in own] == [line[name] for line in lines], name
     ours, theirs = (
         Checkpoint(step_folders(folder / "checkpoints")[0])
         for folder in (config.run_dir, config.run_dir.parent / "two")
@@ -115,13 +115,13 @@ def two_workers(tiny: Config, name: str, **changes: object) -> Config:
     return with_values(tiny, layout | LONG | {f"train.{key}": value for key, value in changes.items()})
 
 
-def test_a_killed_and_a_stopped_worker_change_nothing(
+def test_killed_and_stopped_workers_do_not_change_the_result(
     ray: None, tiny: Config, alone: list[dict[str, float]], two: list[dict[str, object]]
 ) -> None:
     config = two_workers(tiny, "killed", max_failures=4, hang_timeout_s=5.0)
-    harm = harmed(config, [(11, signal.SIGKILL), (25, signal.SIGSTOP)])
-    assert_undisturbed(config, two)
-    assert harm.listened == {"127.0.0.1"}
+    sender = train_with_signals(config, [(11, signal.SIGKILL), (25, signal.SIGSTOP)])
+    assert_same_as_uninterrupted(config, two)
+    assert sender.listened == {"127.0.0.1"}
     run = RunFolder(config.run_dir)
     lines = list(run.metrics())
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-5)
@@ -130,40 +130,40 @@ def test_a_killed_and_a_stopped_worker_change_nothing(
     assert (status.state, status.step) == ("finished", 60)
     assert (run.bundle / "manta.json").exists()
     assert "worker-0.log" in {path.name for path in run.logs.iterdir()}
-    # What befell it is told, with the stacks of the stopped rank and of the one that waited for it.
+    # Events are logged, with the stacks of the stopped rank and of the one that waited for it.
     events = run.events.read_text()
     assert re.search(r"worker .* was lost", events)
     assert re.search(r"worker .* made no progress for 5 s \(worker [01] is stopped\)", events)
     for rank in (0, 1):
         assert "train_step" in run.stacks(rank).read_text(), rank
-    assert not psutil.pid_exists(harm.victims[-1])
-    # The same command once more has nothing to do.
+    assert not psutil.pid_exists(sender.killed_pids[-1])
+    # The same command again has nothing to do.
     assert train(config).last_metrics["loss"] == lines[-1]["loss"]
-    assert run.status() == status  # which says when it was written
+    assert run.status() == status  # which has the time of the last write
 
 
 @pytest.mark.slow
-def test_five_kills_at_random_steps_change_nothing(ray: None, tiny: Config, two: list[dict[str, object]]) -> None:
+def test_five_kills_at_random_steps_do_not_change_the_result(ray: None, tiny: Config, two: list[dict[str, object]]) -> None:
     config = two_workers(tiny, "killed-often", max_failures=5)
     steps = sorted(random.Random(1).sample(range(3, 56), 5))
-    harmed(config, [(step, signal.SIGKILL) for step in steps])
-    assert_undisturbed(config, two)
+    train_with_signals(config, [(step, signal.SIGKILL) for step in steps])
+    assert_same_as_uninterrupted(config, two)
     blocks = Blocks(Split.open(prepare(tiny), "train"), 32)
     order = DataOrder(len(blocks), 8, tiny.seed)
-    wanted = hash_hex(add_hashes(ids_hash(order.sample_ids(step)) for step in range(60)))
-    assert list(RunFolder(config.run_dir).metrics())[-1]["samples_hash"] == wanted
+    expected = hash_hex(add_hashes(ids_hash(order.sample_ids(step)) for step in range(60)))
+    assert list(RunFolder(config.run_dir).metrics())[-1]["samples_hash"] == expected
 
 
 def test_too_many_failures_end_the_run_with_the_reason(ray: None, tiny: Config) -> None:
     config = two_workers(tiny, "hung", max_failures=0, hang_timeout_s=4.0)
-    harm = Harm(RunFolder(config.run_dir), [(5, signal.SIGSTOP)])
-    harm.start()
+    sender = SignalSender(RunFolder(config.run_dir), [(5, signal.SIGSTOP)])
+    sender.start()
     with pytest.raises(UserError, match=r"made no progress for 4 s .*is stopped.*: see .*worker-0.log"):
         train(config)
-    harm.join()
+    sender.join()
 
 
-def test_a_finished_run_goes_on_when_asked_for_more_steps(
+def test_a_finished_run_continues_with_more_steps(
     ray: None, tiny: Config, alone: list[dict[str, float]]
 ) -> None:
     config = with_values(
@@ -185,7 +185,7 @@ def test_a_finished_run_goes_on_when_asked_for_more_steps(
     assert latest.state.step == 10
 
 
-def test_a_loss_that_is_no_number_ends_in_one_sentence_without_restarts(ray: None, tiny: Config) -> None:
+def test_a_nan_loss_ends_the_run_with_a_reason_and_no_restart(ray: None, tiny: Config) -> None:
     config = with_values(
         tiny, {"name": "nan", "train.cpus_per_worker": 1.0, "optim.lr": 1e30, "optim.clip": 0.0, "zero.stage": 0}
     )
@@ -199,7 +199,7 @@ def test_a_loss_that_is_no_number_ends_in_one_sentence_without_restarts(ray: Non
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (
             {"train.workers": 64},
@@ -211,8 +211,8 @@ def test_a_loss_that_is_no_number_ends_in_one_sentence_without_restarts(ray: Non
         ),
     ],
 )
-def test_more_than_there_is_is_refused(tiny: Config, values: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_more_resources_than_the_cluster_has_are_refused(tiny: Config, values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         worker_resources(with_values(tiny, values), {"CPU": 2.0})
 
 

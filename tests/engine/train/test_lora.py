@@ -1,4 +1,4 @@
-"""A LoRA fine-tune is a training like any other: one curve in all layouts, bit for bit on resume, from the object store too."""
+"""LoRA fine-tuning: the same curve in all layouts, bit for bit on resume, and from a start state in the object store."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
-from engine.serve.llm.lora import pin_adapters, load_adapter
-from engine.sweep.start_weights import start_state_factory, make_start_state
+from engine.serve.llm.lora import load_adapter, pin_adapters
+from engine.sweep.start_weights import make_start_state, start_state_factory
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.init_model import make_model
 from engine.train.job import TrainJob
@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tuned(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
-    """A fine-tune of a fresh bundle by LoRA."""
+    """Return a LoRA fine-tuning job of a random bundle."""
     runs = tmp_path_factory.mktemp("lora")
     base = fresh_bundle(tiny, runs / "base" / "bundle").folder
     config = with_values(
@@ -50,12 +50,12 @@ def weights(job: TrainJob) -> dict[str, torch.Tensor]:
     return Checkpoint(step_folders(job.config.run_dir / "checkpoints")[0]).weights()
 
 
-def test_one_curve_in_all_layouts(tuned: TrainJob) -> None:
+def test_all_layouts_give_the_same_curve(tuned: TrainJob) -> None:
     jobs = [named(tuned, name, **{"train.workers": 2, **change}) for name, change in LAYOUTS.items()]
-    found = dict(zip(LAYOUTS, run_ranks(jobs, 2), strict=True))
+    curves = dict(zip(LAYOUTS, run_ranks(jobs, 2), strict=True))
     (alone,) = run_here([named(tuned, "alone")])
     assert alone[0]["loss"] - alone[-1]["loss"] > 0.05  # it learns
-    for name, lines in found.items():
+    for name, lines in curves.items():
         assert losses(lines) == pytest.approx(losses(alone), abs=1e-5), name
     start = make_model(tuned, tuned.objective())
     frozen = {name for name, p in start.named_parameters() if not p.requires_grad}
@@ -65,7 +65,7 @@ def test_one_curve_in_all_layouts(tuned: TrainJob) -> None:
             assert torch.equal(after[name], p) == (name in frozen), name
 
 
-def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: TrainJob) -> None:
+def test_resume_is_bit_equal_and_the_bundle_has_the_merged_adapter(tuned: TrainJob) -> None:
     until = {"schedule.total_steps": 6}
     straight, *halves = (
         named(tuned, name, **until, **{"train.max_steps": steps})
@@ -79,8 +79,10 @@ def test_resume_is_bit_equal_and_the_bundle_is_the_adapter_merged(tuned: TrainJo
     bundle = Bundle.open(folder / "bundle")
     bundle.verify()
     merged: Any = bundle.model()
-    base = AutoModelForCausalLM.from_pretrained(tuned.start, dtype=torch.float32)
-    served = load_adapter("mine", pin_adapters({"mine": str(folder / "adapter")})["mine"], base)  # as the endpoint reads it
+    base = AutoModelForCausalLM.from_pretrained(tuned.start_bundle, dtype=torch.float32)
+    served = load_adapter(
+        "mine", pin_adapters({"mine": str(folder / "adapter")})["mine"], base
+    )  # as the endpoint reads it
     assert sum(side.numel() for pair in served.values() for side in pair) == sum(
         p.numel() for p in make_model(straight, straight.objective()).parameters() if p.requires_grad
     )

@@ -16,10 +16,10 @@ from engine.train.job import TrainJob
 from engine.train.meter import PHASES, StepMeter
 from tests.engine.train.ranks import losses, run_ranks
 
-IN_A_STEP = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]
+STEP_PHASES = [f"{phase}_s" for phase in PHASES if phase != "evaluation"]
 
 
-def test_phases_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phases_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     meter = StepMeter(torch.device("cpu"), flops_per_token=10.0, peak_flops=1e6, datasheet_flops=2e6)
@@ -32,12 +32,12 @@ def test_phases_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     with meter.phase("communication"):  # part of the evaluation
         now[0] += 4
     meter.add_tokens(500)
-    found = meter.end_step()
-    assert (found["forward_s"], found["communication_s"], found["evaluation_s"]) == (5, 1, 4)
-    assert found["seconds"] == sum(found[name] for name in IN_A_STEP) == 6
-    assert found["tokens_per_s"] == pytest.approx(500 / 6)
-    assert found["mfu"] == pytest.approx(500 * 10 / 6 / 1e6)
-    assert found["mfu_datasheet"] == pytest.approx(found["mfu"] / 2)
+    metrics = meter.end_step()
+    assert (metrics["forward_s"], metrics["communication_s"], metrics["evaluation_s"]) == (5, 1, 4)
+    assert metrics["seconds"] == sum(metrics[name] for name in STEP_PHASES) == 6
+    assert metrics["tokens_per_s"] == pytest.approx(500 / 6)
+    assert metrics["mfu"] == pytest.approx(500 * 10 / 6 / 1e6)
+    assert metrics["mfu_datasheet"] == pytest.approx(metrics["mfu"] / 2)
     assert meter.end_step()["seconds"] == 0
 
 
@@ -57,23 +57,23 @@ def test_devices_are_known_by_name_and_memory(name: str, gibibytes: float, known
     assert known_device(name, gibibytes * 2**30) is (DEVICES[known] if known else None)
 
 
-def test_every_step_says_where_its_time_went(tiny: Config) -> None:
+def test_every_step_logs_the_time_of_each_phase(tiny: Config) -> None:
     data = prepare(tiny)
     values = {"name": "split", "zero.stage": 2, "train.workers": 2, "train.evaluate_every": 2}
     (lines,) = run_ranks([TrainJob(with_values(tiny, values), data)], 2)
     for line in lines:
-        parts = [line[name] for name in IN_A_STEP]
+        parts = [line[name] for name in STEP_PHASES]
         assert sum(parts) == pytest.approx(line["seconds"], rel=1e-6)
         assert all(line[f"{phase}_s"] > 0 for phase in ("data", "forward", "backward", "optimizer", "communication"))
         assert (line["evaluation_s"] > 0) == (line["step"] % 2 == 0)
-        if line["step"] != 4:  # which may wait for the copy of the checkpoint before
+        if line["step"] != 4:  # step 4 may wait for the copy of the previous checkpoint
             assert (line["checkpoint_s"] > 0) == (line["step"] % 3 == 0)
         assert line["communication_s"] < line["seconds"]
         assert 0 < line["mfu"] < 1
         assert 2**24 < line["peak_memory_bytes"] < 2**34
 
 
-def test_a_profile_changes_nothing_and_leaves_a_trace_and_a_page(tiny: Config) -> None:
+def test_profiling_changes_no_loss_and_writes_traces_and_a_summary(tiny: Config) -> None:
     data = prepare(tiny)
     plain = with_values(tiny, {"name": "unprofiled", "train.workers": 2, "train.max_steps": 7})
     profiled = with_values(plain, {"name": "profiled", "profile": True})

@@ -1,4 +1,4 @@
-"""Parameter groups, Muon and the moving average: the same curve in every layout, bit for bit on resume."""
+"""Parameter groups, Muon and the EMA: the same curve in every layout, bit for bit on resume."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def names_of(built: Any, groups: list[dict[str, Any]]) -> list[set[str]]:
     return [{names[id(p)] for p in group["params"]} for group in groups]
 
 
-def test_patterns_choose_rate_and_decay(tiny: Config) -> None:
+def test_patterns_select_learning_rate_and_weight_decay(tiny: Config) -> None:
     built = model(tiny)
     optim = OptimConfig(groups={"embed": {"lr": 0.5, "weight_decay": 0}, r"layers\.1\.mlp": {"lr": 2}})
     groups = parameter_groups(built, optim)
     assert sum(len(group["params"]) for group in groups) == len(list(built.parameters()))
     for names, group in zip(names_of(built, groups), groups, strict=True):
         for name in names:
-            wanted = (0.5, 0.0) if "embed" in name else (2.0, 0.1) if "layers.1.mlp" in name else (1.0, None)
-            assert group["lr_factor"] == wanted[0], name
-            assert group["weight_decay"] == (wanted[1] if wanted[1] is not None else 0.0 if "norm" in name else 0.1)
+            expected = (0.5, 0.0) if "embed" in name else (2.0, 0.1) if "layers.1.mlp" in name else (1.0, None)
+            assert group["lr_factor"] == expected[0], name
+            assert group["weight_decay"] == (expected[1] if expected[1] is not None else 0.0 if "norm" in name else 0.1)
     with pytest.raises(UserError, match="'emb_' matches no trained parameter; names are like model"):
         parameter_groups(built, OptimConfig(groups={"emb_": {"lr": 0.5}}))
 
 
 @pytest.mark.parametrize(
-    ("groups", "said"),
+    ("groups", "message"),
     [
         ({"a": {"lrr": 1}}, "lrr is not one of lr, weight_decay; did you mean 'lr'?"),
         ({"a": {"lr": -1}}, "lr=-1 is not a number of 0 or more"),
@@ -58,19 +58,19 @@ def test_patterns_choose_rate_and_decay(tiny: Config) -> None:
         ({"a": 3}, "3 is not one of lr, weight_decay"),
     ],
 )
-def test_a_wrong_group_is_one_sentence(groups: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+def test_an_invalid_group_is_refused_with_a_reason(groups: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
         with_values(Config(), {"optim.groups": groups})
 
 
-def test_singular_values_come_near_one() -> None:
+def test_orthogonalize_brings_singular_values_close_to_one() -> None:
     torch.manual_seed(0)
     for shape in ((8, 24), (24, 8), (16, 16)):
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
         assert 0.6 < values[:-1].min() <= values.max() < 1.3
 
 
-def test_muon_by_hand(tiny: Config) -> None:
+def test_muon_equals_the_formula(tiny: Config) -> None:
     built = model(tiny)
     optimizer = make_optimizer(built, OptimConfig(name="muon", lr=0.1, momentum=0.9, weight_decay=0.2), torch.float32)
     assert isinstance(optimizer, Muon)
@@ -101,17 +101,17 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def test_muon_groups_and_average_are_the_same_in_every_layout(tiny: Config) -> None:
+def test_muon_groups_and_ema_are_the_same_in_every_layout(tiny: Config) -> None:
     data = prepare(tiny)
     alone = [("m0", {"zero.stage": 0}), ("m3", {"zero.stage": 3})]
     two = [(f"n{stage}", {"zero.stage": stage, "train.workers": 2}) for stage in range(4)]
-    found = []
-    for world, layouts in ((1, alone), (2, two)):
+    runs = []
+    for world_size, layouts in ((1, alone), (2, two)):
         jobs = [TrainJob(with_values(tiny, {**EVERYTHING, **change, "name": name}), data) for name, change in layouts]
-        found += list(zip([job.config for job in jobs], run_ranks(jobs, world), strict=True))
-    first, lines = found[0]
+        runs += list(zip([job.config for job in jobs], run_ranks(jobs, world_size), strict=True))
+    first, lines = runs[0]
     averages = Checkpoint(step_folders(first.run_dir / "checkpoints")[0]).weights("ema")
-    for config, others in found[1:]:
+    for config, others in runs[1:]:
         assert losses(others) == pytest.approx(losses(lines), abs=1e-5), config.name
         for step in (2, 5):
             assert others[step]["validation_loss"] == pytest.approx(lines[step]["validation_loss"], abs=1e-5)
@@ -143,7 +143,7 @@ def test_resume_is_bit_for_bit(tiny: Config, precision: str) -> None:
             assert not torch.equal(average[key], ours.weights()[key])
 
 
-def test_the_average_by_hand(tiny: Config) -> None:
+def test_the_ema_equals_the_formula(tiny: Config) -> None:
     data = prepare(tiny)
     config = with_values(
         tiny, {"name": "average", "train.ema": 0.5, "train.checkpoint_every": 1, "train.keep_checkpoints": 9}
@@ -153,14 +153,16 @@ def test_the_average_by_hand(tiny: Config) -> None:
     from engine.train.init_model import make_model
 
     name = "model.layers.0.mlp.up_proj.weight"
-    average = dict(make_model(TrainJob(config, data), TrainJob(config, data).objective()).named_parameters())[name].detach()
+    average = dict(make_model(TrainJob(config, data), TrainJob(config, data).objective()).named_parameters())[
+        name
+    ].detach()
     for update, folder in enumerate(folders, start=1):
         decay = min(0.5, (1 + update) / (10 + update))
         average = decay * average + (1 - decay) * Checkpoint(folder).weights()[name]
         torch.testing.assert_close(Checkpoint(folder).weights("ema")[name], average, rtol=1e-5, atol=1e-7)
 
 
-def test_an_average_asked_for_later_begins_with_the_weights(tiny: Config) -> None:
+def test_an_ema_turned_on_later_starts_at_the_weights(tiny: Config) -> None:
     data = prepare(tiny)
     halves = [
         with_values(tiny, {"name": "later", "train.max_steps": until, "schedule.total_steps": 6, "train.ema": ema})
@@ -170,11 +172,11 @@ def test_an_average_asked_for_later_begins_with_the_weights(tiny: Config) -> Non
     after, before = step_folders(halves[0].run_dir / "checkpoints")[:2]
     for name, average in Checkpoint(after).weights("ema").items():
         decay = 5 / 14  # of the fourth update
-        wanted = decay * Checkpoint(before).weights()[name] + (1 - decay) * Checkpoint(after).weights()[name]
-        torch.testing.assert_close(average, wanted, rtol=1e-5, atol=1e-7)
+        expected = decay * Checkpoint(before).weights()[name] + (1 - decay) * Checkpoint(after).weights()[name]
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_another_optimizers_checkpoint_is_refused(tiny: Config) -> None:
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny: Config) -> None:
     data = prepare(tiny)
     configs = [
         with_values(tiny, {"name": "changed", "train.max_steps": until, "schedule.total_steps": 6, "optim.name": name})
@@ -184,6 +186,6 @@ def test_another_optimizers_checkpoint_is_refused(tiny: Config) -> None:
         run_here([TrainJob(config, data) for config in configs])
 
 
-def test_an_average_to_use_must_be_kept() -> None:
+def test_using_the_ema_requires_keeping_it() -> None:
     with pytest.raises(UserError, match=r"set its decay with train\.ema=0\.999"):
         with_values(Config(), {"train.use_ema": True})

@@ -1,4 +1,4 @@
-"""Whatever happens while a checkpoint is written, there is a whole one; and a full disk is not the end."""
+"""Failures while a checkpoint is written: there is always a valid one, and a full disk does not end the run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import TrainJob
 from engine.train.run_folder import MetricsLog, RunFolder
-from tests.engine.train.ranks import losses, on_ranks, run_ranks, work_on
+from tests.engine.train.ranks import losses, on_ranks, run_ranks, train_jobs
 
-# Saves a checkpoint of two ranks over one that is there, in a fork for each line of checkpoint.py that the save runs
-# through, which is killed before that line; tells which checkpoint is then the latest whole one, and its weight.
+# For each line of checkpoint.py that a save executes: saves a second checkpoint of two ranks in a fork that is killed
+# before that line, and prints which checkpoint is then the latest valid one, and its weight.
 KILLED_AT_EACH_LINE = """
 import json, os, shutil, signal, sys, threading
 from pathlib import Path
 import torch
 from engine.train import checkpoint
-from engine.train.checkpoint import CheckpointWriter, latest_whole
-from engine.train.process_group import Group
+from engine.train.checkpoint import CheckpointWriter, latest_valid
+from engine.train.process_group import ProcessGroup
 from engine.train.run_folder import MetricsLog, RunFolder
 from engine.train.train_state import TrainState
 from engine.train.zero import Fragment
@@ -44,8 +44,8 @@ def save(run, step):
     for writer in writers:
         writer.wait()
 
-def killing(at):
-    left = [at]
+def kill_at(line):
+    left = [line]
     def trace(frame, event, arg):
         if frame.f_code.co_filename != checkpoint.__file__:
             return None
@@ -56,22 +56,22 @@ def killing(at):
         return trace
     return trace
 
-root, at = Path(sys.argv[1]), 0
+root, line = Path(sys.argv[1]), 0
 before = RunFolder(root / "before")
 before.logs.mkdir(parents=True)
 save(before, 1)
 while True:
-    at += 1
+    line += 1
     run = RunFolder(root / "run")
     shutil.rmtree(run.path, ignore_errors=True)
     shutil.copytree(before.path, run.path)
     child = os.fork()
     if child == 0:
-        threading.settrace(killing(at))  # of the threads that write
+        threading.settrace(kill_at(line))  # of the writer threads
         save(run, 2)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    latest = latest_whole(run, Group(0, 1, torch.device("cpu")))
+    latest = latest_valid(run, ProcessGroup(0, 1, torch.device("cpu")))
     weight = latest.weights()["a"]
     left = sorted(path.name for path in run.checkpoints.iterdir())
     print("FOUND", json.dumps([os.WIFSIGNALED(status), latest.state.step, weight.unique().tolist(), left]))
@@ -80,17 +80,17 @@ while True:
 """
 
 
-def test_a_kill_at_any_line_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_line_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AT_EACH_LINE, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    assert len(found) > 60  # lines of a save
-    steps = [step for _, step, _, _ in found]
+    outcomes = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(outcomes) > 60  # executed lines of a save
+    steps = [step for _, step, _, _ in outcomes]
     assert set(steps) == {1, 2}
-    assert [killed for killed, _, _, _ in found] == [True] * (len(found) - 1) + [False]
-    for _, step, weights, left in found:
+    assert [killed for killed, _, _, _ in outcomes] == [True] * (len(outcomes) - 1) + [False]
+    for _, step, weights, left in outcomes:
         assert weights == [float(step)]
         assert left in (["step-00000001"], ["step-00000001", "step-00000002"], ["step-00000002"])
     assert "is an incomplete checkpoint: it is removed" in done.stdout
@@ -98,69 +98,69 @@ def test_a_kill_at_any_line_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of four megabytes."""
+    """Mount a disk of four megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("a small disk can be mounted by root only")
+        pytest.skip("only root can mount a small disk")
     try:
         yield disk
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-FULL, FREE = 4, 7  # before the step at this place of the data order the disk is filled, and emptied
+FULL, FREE = 4, 7  # data steps before which the disk is filled, and emptied
 
 
-def on_a_full_disk(rank: int, world: int, specs: str, filler: str) -> None:
-    """Run jobs while other files take all room on the checkpoints' disk for a while."""
+def train_on_a_full_disk(rank: int, world_size: int, specs: str, filler: str) -> None:
+    """Run jobs while another file fills the checkpoints' disk for some steps."""
     from engine.train import loop
 
-    sound = loop.train_step
+    original = loop.train_step
 
     def train_step(run: Any) -> Any:
-        run.writer.wait()  # so that it is known which save meets the full disk
+        run.writer.wait()  # so that it is known which save fails
         run.group.barrier()
-        if run.state.place == FULL and rank == 0:
+        if run.state.data_step == FULL and rank == 0:
             with open(filler, "wb") as file:
                 file.write(bytes(shutil.disk_usage(Path(filler).parent).free - 100_000))
-        if run.state.place == FREE:
+        if run.state.data_step == FREE:
             Path(filler).unlink(missing_ok=True)
         run.group.barrier()
-        return sound(run)
+        return original(run)
 
     loop.train_step = train_step
     for spec in json.loads(specs):
         try:
-            work_on(rank, world, json.dumps([spec]))
+            train_jobs(rank, world_size, json.dumps([spec]))
         except UserError as error:
             (RunFolder(TrainJob.from_dict(spec).config.run_dir).logs / f"failed-{rank}.txt").write_text(str(error))
 
 
-def test_training_goes_on_or_stops_at_a_full_disk_and_the_last_checkpoint_is_whole(
+def test_training_continues_or_stops_at_a_full_disk_and_the_last_checkpoint_is_valid(
     tiny: Config, small_disk: Path
 ) -> None:
     data = prepare(tiny)
     layout = {"train.workers": 2, "zero.stage": 2, "train.max_steps": 12, "train.checkpoint_every": 3}
     jobs = {}
-    for name, choice in (("disk-goes-on", "go_on"), ("disk-stops", "stop"), ("disk-free", "go_on")):
+    for name, choice in (("disk-continues", "go_on"), ("disk-stops", "stop"), ("disk-free", "go_on")):
         job = TrainJob(with_values(tiny, layout | {"name": name, "train.on_failed_save": choice}), data)
         job.config.run_dir.mkdir(parents=True)
         jobs[name] = job
         if name != "disk-free":
             (small_disk / name).mkdir()
             RunFolder(job.config.run_dir).checkpoints.symlink_to(small_disk / name)
-    harmed = [jobs["disk-goes-on"], jobs["disk-stops"]]
-    on_ranks(on_a_full_disk, 2, json.dumps([job.to_dict() for job in harmed]), str(small_disk / "filler"))
-    (undisturbed,) = run_ranks([jobs["disk-free"]], 2)
+    affected = [jobs["disk-continues"], jobs["disk-stops"]]
+    on_ranks(train_on_a_full_disk, 2, json.dumps([job.to_dict() for job in affected]), str(small_disk / "filler"))
+    (unaffected,) = run_ranks([jobs["disk-free"]], 2)
 
-    run = RunFolder(jobs["disk-goes-on"].config.run_dir)
+    run = RunFolder(jobs["disk-continues"].config.run_dir)
     lines = list(run.metrics())
-    assert losses(lines) == losses(undisturbed)
-    told = {line["step"]: line["save_fault"] for line in lines if "save_fault" in line}
-    assert list(told) == [7]
-    assert "No space left on device" in told[7]
+    assert losses(lines) == losses(unaffected)
+    faults = {line["step"]: line["save_fault"] for line in lines if "save_fault" in line}
+    assert list(faults) == [7]
+    assert "No space left on device" in faults[7]
     assert [folder.name for folder in step_folders(run.checkpoints)] == ["step-00000012", "step-00000009"]
     assert (run.bundle / "manta.json").exists()
 
@@ -173,16 +173,16 @@ def test_training_goes_on_or_stops_at_a_full_disk_and_the_last_checkpoint_is_who
     (left,) = step_folders(run.checkpoints)
     assert left.name == "step-00000003"
     Checkpoint(left).verify()
-    assert os.listdir(run.checkpoints) == ["step-00000003"]  # the room of the failed one is free again
+    assert os.listdir(run.checkpoints) == ["step-00000003"]  # the failed one's disk space is free again
 
 
-def test_the_lines_of_a_log_wait_for_room(tmp_path: Path) -> None:
+def test_metric_lines_wait_for_disk_space(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     log = MetricsLog(run, 0)
     log({"step": 1, "loss": 1.0})
-    room = run.metrics_file.stat().st_size + 10  # for a part of a line
+    limit_bytes = run.metrics_file.stat().st_size + 10  # enough for a part of a line
     before, (soft, hard) = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
         log({"step": 2, "loss": 2.0})
         assert [line["step"] for line in run.metrics()] == [1]
@@ -191,6 +191,6 @@ def test_the_lines_of_a_log_wait_for_room(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
     log({"step": 3, "loss": 3.0})
     assert [line["loss"] for line in run.metrics()] == [1.0, 2.0, 3.0]
-    log({"step": 2, "loss": 2.5})  # taken again after a roll-back
+    log({"step": 2, "loss": 2.5})  # repeated after a rollback
     log.close()
     assert [line["loss"] for line in run.metrics()] == [1.0, 2.5]

@@ -1,4 +1,4 @@
-"""The learning rate by hand."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.train.schedule import learning_rate
         ("wsd", [0.5, 1.0, 1.0, 1.0, 1.0, 0.55, 0.1]),
     ],
 )
-def test_rates(kind: str, rates: list[float]) -> None:
+def test_learning_rates_of_each_schedule(kind: str, rates: list[float]) -> None:
     values = {"schedule.kind": kind, "schedule.warmup_steps": 2, "train.max_steps": 7, "optim.lr": 1.0}
     config = with_values(Config(), values | {"schedule.decay_fraction": 0.5})
     assert [learning_rate(config, step) for step in range(7)] == pytest.approx(rates)

@@ -1,4 +1,4 @@
-"""Sequences that ranks share give the curve of those that they don't: causal and bidirectional, padded, packed, at each stage."""
+"""Sequence parallelism gives the same curve: causal and bidirectional, padded, packed, at each ZeRO stage."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from engine.config import Config, with_values
 from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.objectives.contract import Batch
-from engine.train.process_group import ProcessGroup
 from engine.train.job import TrainJob
 from engine.train.launch import check_job
+from engine.train.process_group import ProcessGroup
 from engine.train.sequence_parallel import AllToAll, SequenceParallel
 from tests.engine.train.ranks import losses, on_ranks, run_ranks
 
 Lines = list[dict[str, Any]]
-# Four heads with two of keys and values, which four ranks cannot share out; 61 tokens are no multiple of anything.
+# Four heads and two key-value heads, which four ranks cannot split; 61 tokens are not divisible by the group size.
 LLAMA: dict[str, object] = {"model.num_attention_heads": 4, "model.num_key_value_heads": 2, "data.sequence_length": 61}
 NO_GROUPS: dict[str, object] = {"model.num_attention_heads": 4, "model.num_key_value_heads": None}
 BERT: dict[str, object] = {
@@ -31,15 +31,15 @@ MODELS = {
 }  # fmt: skip
 
 
-def run(tiny: Config, world: int, layouts: list[tuple[str, int, dict[str, object]]]) -> list[Lines]:
-    """Train in each layout: a model's name, how many ranks share a sequence, other options."""
+def run(tiny: Config, world_size: int, layouts: list[tuple[str, int, dict[str, object]]]) -> list[Lines]:
+    """Train in each layout: (model name, train.sequence_parallel, other options)."""
     jobs = []
     for model, size, options in layouts:
-        name = f"shared-{model.replace(' ', '-')}-{world}-{size}"
-        changes = {"name": name, "train.workers": world, "train.sequence_parallel": size, "train.micro_batch": 3}
+        name = f"shared-{model.replace(' ', '-')}-{world_size}-{size}"
+        changes = {"name": name, "train.workers": world_size, "train.sequence_parallel": size, "train.micro_batch": 3}
         config = with_values(tiny, MODELS[model] | changes | options)
         jobs.append(TrainJob(config, prepare(config)))
-    return run_ranks(jobs, world)
+    return run_ranks(jobs, world_size)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def assert_same(shared: Lines, alone: Lines) -> None:
     assert shared[-1]["validation_loss"] == pytest.approx(alone[-1]["validation_loss"], abs=1e-5)
 
 
-def test_two_ranks_that_share_sequences_give_the_same_curve(tiny: Config, alone: dict[str, Lines]) -> None:
+def test_two_ranks_per_sequence_give_the_same_curve(tiny: Config, alone: dict[str, Lines]) -> None:
     shared = run(tiny, 2, [(model, 2, {"zero.stage": stage}) for stage, model in enumerate(MODELS)])
     for model, lines in zip(MODELS, shared, strict=True):
         assert_same(lines, alone[model])
@@ -70,30 +70,30 @@ def test_four_ranks_in_groups_of_two_and_four_give_the_same_curve(tiny: Config, 
         assert_same(lines, alone["llama"])
 
 
-def exchange(rank: int, world: int) -> None:
-    """Check, on a rank, that an exchange sends each block to its rank and that its derivative sends it back."""
-    blocks = (10 * rank + torch.arange(world)).float()[:, None].requires_grad_()
-    taken = AllToAll.apply(blocks, None)
-    assert taken[:, 0].tolist() == [10 * other + rank for other in range(world)]
-    (taken * (1 + torch.arange(world))[:, None]).sum().backward()
-    assert blocks.grad[:, 0].tolist() == [1.0 + rank] * world
+def check_all_to_all(rank: int, world_size: int) -> None:
+    """Check on a rank that all-to-all sends each block to its rank, and that its gradient sends it back."""
+    blocks = (10 * rank + torch.arange(world_size)).float()[:, None].requires_grad_()
+    received = AllToAll.apply(blocks, None)
+    assert received[:, 0].tolist() == [10 * other + rank for other in range(world_size)]
+    (received * (1 + torch.arange(world_size))[:, None]).sum().backward()
+    assert blocks.grad[:, 0].tolist() == [1.0 + rank] * world_size
     half = AllToAll.apply(blocks.detach().bfloat16(), None)
     assert half.dtype == torch.bfloat16
-    assert half[:, 0].tolist() == taken[:, 0].tolist()
+    assert half[:, 0].tolist() == received[:, 0].tolist()
 
 
-def test_an_exchange_is_its_own_derivative() -> None:
-    on_ranks(exchange, 3)
+def test_all_to_all_is_its_own_gradient() -> None:
+    on_ranks(check_all_to_all, 3)
 
 
-def test_each_rank_has_a_part_of_the_tokens_and_of_their_count() -> None:
+def test_each_rank_has_a_part_of_the_tokens_and_of_the_count() -> None:
     ids = torch.arange(1, 8)[None]
     batch = Batch({"input_ids": ids}, torch.where(ids == 3, -100, ids + 1), count=6, tokens=7)
     parts = []
     for rank in range(2):
-        place = SequenceParallel(ProcessGroup(0, 1, torch.device("cpu")))
-        place.size, place.rank = 2, rank
-        parts.append(place.shard(batch))
+        sequence = SequenceParallel(ProcessGroup(0, 1, torch.device("cpu")))
+        sequence.size, sequence.rank = 2, rank
+        parts.append(sequence.shard(batch))
     assert [part.inputs["input_ids"].tolist() for part in parts] == [[[1, 2, 3, 4]], [[5, 6, 7, 0]]]
     assert [part.inputs["position_ids"].tolist() for part in parts] == [[[0, 1, 2, 3]], [[4, 5, 6, 0]]]
     assert [part.targets.tolist() for part in parts] == [[[2, 3, -100, 5]], [[6, 7, 8, -100]]]
@@ -108,7 +108,7 @@ def test_each_rank_has_a_part_of_the_tokens_and_of_their_count() -> None:
         ({"train.workers": 2, "train.sequence_parallel": 2, "model.attention": "eager"}, r"leave out model\.attention"),
     ],
 )
-def test_contradictions_are_told(tiny: Config, changes: dict[str, object], message: str) -> None:
+def test_contradictory_options_are_refused(tiny: Config, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         with_values(tiny, changes)
 
@@ -123,7 +123,7 @@ def test_contradictions_are_told(tiny: Config, changes: dict[str, object], messa
          r"not for model\.type=mistral"),
     ],
 )  # fmt: skip
-def test_what_cannot_share_sequences_is_refused_before_training(
+def test_unsupported_models_are_refused_before_training(
     tiny: Config, changes: dict[str, object], message: str
 ) -> None:
     config = with_values(tiny, {"train.workers": 2, "train.sequence_parallel": 2} | changes)
