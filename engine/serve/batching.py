@@ -1,7 +1,7 @@
-"""Inputs of several requests in one forward, without anybody waiting for company.
+"""Dynamic batching: inputs of several requests in one forward, without waiting for a batch to fill.
 
-Those that come while a forward runs share the next one: alone, an input is answered at once; under load, batches grow by
-themselves. Serve's own `batch` cuts its batches before the one that runs has ended, and so must wait for each to fill.
+Inputs that come while a forward runs share the next one: a single input is processed at once, and under load batches
+grow. Serve's own `batch` forms the next batch before the running one has ended, and so has to wait for each to fill.
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Input = TypeVar("Input")
-Answer = TypeVar("Answer")
+Output = TypeVar("Output")
 
 
-class DynamicBatcher(Generic[Input, Answer]):
-    """Answers inputs by a function of batches, in a thread, one batch at a time."""
+class DynamicBatcher(Generic[Input, Output]):
+    """Processes inputs by a function of batches, in a thread, one batch at a time."""
 
     def __init__(
         self,
-        answer: Callable[[list[Input]], Sequence[Answer]],
-        most: int,
+        process: Callable[[list[Input]], Sequence[Output]],
+        max_batch_size: int,
         wait_s: float = 0.0,
-        thread: Executor | None = None,
+        executor: Executor | None = None,
     ) -> None:
-        """Take up to `most` inputs into a batch; `wait_s`: seconds that the first of an idle time waits for others.
+        """Take up to `max_batch_size` inputs into a batch; the first after an idle time waits `wait_s` for others.
 
-        `thread`: where to answer; of those that a process has there should be one (see `passing`). None: one of its own.
+        `executor`: where `process` runs; a process should have one thread for all (see `short_lived_thread`). None: a
+        thread of its own.
         """
-        self.answer, self.most, self.wait_s = answer, most, wait_s
-        self.thread = thread or ThreadPoolExecutor(1)
-        self._waiting: deque[tuple[Input, asyncio.Future[Answer]]] = deque()
+        self.process, self.max_batch_size, self.wait_s = process, max_batch_size, wait_s
+        self.executor = executor or ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Input, asyncio.Future[Output]]] = deque()
         self._running: asyncio.Task[None] | None = None
 
-    async def __call__(self, given: Sequence[Input]) -> list[Answer]:
-        """Return the answers of a request's inputs. Raises what the function raised for a batch that one of them was in."""
+    async def __call__(self, inputs: Sequence[Input]) -> list[Output]:
+        """Return the outputs of a request's inputs. Raises what `process` raised for a batch with one of them."""
         loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in given]
-        self._waiting.extend(zip(given, futures, strict=True))
+        futures: list[asyncio.Future[Output]] = [loop.create_future() for _ in inputs]
+        self._waiting.extend(zip(inputs, futures, strict=True))
         if self._running is None:
             self._running = loop.create_task(self._run())
         return list(await asyncio.gather(*futures))
@@ -47,29 +48,29 @@ class DynamicBatcher(Generic[Input, Answer]):
     async def _run(self) -> None:
         try:
             await asyncio.sleep(self.wait_s)
-            while batch := self._next():
-                await self._answer(batch)
+            while batch := self._next_batch():
+                await self._process(batch)
         finally:
             self._running = None
 
-    def _next(self) -> list[tuple[Input, asyncio.Future[Answer]]]:
-        """Take the eldest inputs, but for those whose client has left."""
-        batch: list[tuple[Input, asyncio.Future[Answer]]] = []
-        while self._waiting and len(batch) < self.most:
+    def _next_batch(self) -> list[tuple[Input, asyncio.Future[Output]]]:
+        """Take the oldest inputs, without those whose request was cancelled."""
+        batch: list[tuple[Input, asyncio.Future[Output]]] = []
+        while self._waiting and len(batch) < self.max_batch_size:
             item = self._waiting.popleft()
             if not item[1].done():
                 batch.append(item)
         return batch
 
-    async def _answer(self, batch: list[tuple[Input, asyncio.Future[Answer]]]) -> None:
+    async def _process(self, batch: list[tuple[Input, asyncio.Future[Output]]]) -> None:
         try:
             loop = asyncio.get_running_loop()
-            answers = await loop.run_in_executor(self.thread, self.answer, [given for given, _ in batch])
+            outputs = await loop.run_in_executor(self.executor, self.process, [given for given, _ in batch])
         except Exception as error:
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
             return
-        for (_, future), answer in zip(batch, answers, strict=True):
+        for (_, future), output in zip(batch, outputs, strict=True):
             if not future.done():
-                future.set_result(answer)
+                future.set_result(output)

@@ -1,31 +1,31 @@
-"""A chat's messages as a prompt: by the tokenizer's own template, or a plain one."""
+"""Turns a chat's messages into a prompt, by the tokenizer's chat template or a plain one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-PLAIN = """{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}
+PLAIN_TEMPLATE = """{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}
 {% endfor %}assistant:"""
-PLAIN_STOP = "\nuser:"  # a model that goes on with the plain template would write the next question itself
+PLAIN_STOP = "\nuser:"  # with the plain template, a model would otherwise write the next question itself
 
 
 class TemplateError(Exception):
-    """The template refuses the messages."""
+    """The chat template rejects the messages."""
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[str]]:
-    """Return the prompt's tokens and the texts at which an answer ends. Raises TemplateError with the template's reason."""
+    """Return the prompt's tokens and the stop texts of an answer. Raises TemplateError with the template's reason."""
     import jinja2
 
-    own = getattr(tokenizer, "chat_template", None)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             messages,
-            chat_template=None if own else PLAIN,
+            chat_template=None if has_template else PLAIN_TEMPLATE,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
         )
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
-    return ids, [] if own else [PLAIN_STOP]
+    return ids, [] if has_template else [PLAIN_STOP]

@@ -1,303 +1,254 @@
-"""What may come next in a text, guessed from the text itself or by a smaller model.
+"""Proposes draft tokens for speculative decoding, from the sequence itself or by a smaller model.
 
-Speculative decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192): one forward tells of each guess whether it
-is what the model would have written, so that only the number of forwards changes. A wrong guess costs time: where guesses
-are wrong, fewer are made.
+Speculative decoding (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192): one forward verifies all draft tokens of a
+sequence, so that only the number of forwards changes, not the text. Rejected tokens cost time: where draft tokens are
+rejected, fewer are proposed.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from engine.bundles.bundle import Bundle
 from engine.errors import UserError
-from engine.serve.llm.model_runner import ModelRunner, ScheduledSequence, make_forward, positions
-from engine.serve.llm.sampler import choose
-from engine.serve.llm.scheduler import schedule_tokens
+from engine.serve.llm.model_runner import ModelRunner, make_runner, max_positions
+from engine.serve.llm.ngram import count_accepted
+from engine.serve.llm.sampler import NOT_FINITE, sample
+from engine.serve.llm.scheduler import ScheduledSequence, schedule_tokens
+from engine.serve.llm.sequence import Sequence
 
-if TYPE_CHECKING:
-    from engine.serve.llm.engine import Completion
-
-GRAMS = (3, 2)  # tokens that are looked up, the longest first
-FIRST_REACH = 2  # tokens guessed at a time, until it is known how good the guesses are
-LONGEST_REST = 64  # steps without a guess, after several wrong ones
 LOG = logging.getLogger(__name__)
 
-
-class AdaptiveLength:
-    """How many tokens of one sequence to guess."""
-
-    def __init__(self) -> None:
-        self.guessed: list[int] = []  # last
-        self._at = 0  # tokens that were written before these
-        self._length, self._wrong, self._rest = FIRST_REACH, 0, 0
-
-    def next(self, written: Sequence[int], most: int) -> int:
-        """Return how many to guess after what is written now, and begin with none of them."""
-        self._learn(written[self._at :])
-        self.guessed, self._at = [], len(written)
-        if self._rest:
-            self._rest -= 1
-            return 0
-        return min(most, self._length)
-
-    def give_up(self) -> None:
-        """Guess nothing for long."""
-        self.guessed, self._rest = [], LONGEST_REST
-
-    def _learn(self, came: Sequence[int]) -> None:
-        """Guess more after what was right, and less, or nothing for a while, after what was wrong."""
-        if not self.guessed:
-            return
-        right = alike(self.guessed, came)
-        self._length = 2 * right + 1 if right == len(self.guessed) else right + 1
-        self._wrong = 0 if right else self._wrong + 1
-        self._rest = 0 if right else min(2**self._wrong, LONGEST_REST)
+Requests = list[tuple[Sequence, int]]  # sequences that decode, and how many draft tokens each may get
 
 
 class Proposer(Protocol):
-    """Where guesses come from. It is told of the lanes, since it may have a cache of its own."""
+    """Proposes draft tokens. It may have a KV cache of its own: a `kv_cache.CacheStorage` with the same slots."""
 
-    forwards: int  # run for guesses
+    num_forwards: int  # run to propose tokens
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of its cache for one token."""
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of its KV cache for one token."""
 
-    def guess(self, writers: Sequence[tuple[Completion, int]]) -> list[list[int]]:
-        """Return what each of these sequences may go on with: no more tokens than are told with it."""
+    def propose(self, requests: Requests) -> list[list[int]]:
+        """Return draft tokens of each sequence, no more than it may get."""
 
-    def shape(self, lanes: int, capacity: int, keep: Sequence[int] = ()) -> None:
-        """Have so many lanes; those of `keep` become lanes 0, 1, ..."""
+    def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
+        """Allocate the cache anew; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
 
-    def place(self, source: int, target: int, tokens: int) -> None:
-        """Give a lane to another sequence, whose first tokens are those of a lane."""
+    def assign_slot(self, slot: int, source: int, num_tokens: int) -> None:
+        """Give a slot to a new sequence, whose first tokens are those of slot `source`."""
 
 
 class NgramProposer:
-    """Guesses from a sequence's own text (prompt lookup, Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding)."""
+    """Looks n-grams up in a sequence's own tokens (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding)."""
 
-    forwards = 0
-    token_bytes = 0
+    num_forwards = 0
+    cache_bytes_per_token = 0
 
-    def guess(self, writers: Sequence[tuple[Completion, int]]) -> list[list[int]]:
-        """Look each up in itself."""
-        return [it.draft.guess(it.prompt, it.tokens, most) for it, most in writers]
+    def propose(self, requests: Requests) -> list[list[int]]:
+        """Look up each sequence's last n-gram in itself."""
+        return [sequence.draft.propose(sequence.prompt, sequence.tokens, limit) for sequence, limit in requests]
 
-    def shape(self, lanes: int, capacity: int, keep: Sequence[int] = ()) -> None:
-        """Have nothing in lanes."""
+    def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
+        """Do nothing: there is no cache."""
 
-    def place(self, source: int, target: int, tokens: int) -> None:
-        """Have nothing in lanes."""
-
-
-class Draft:
-    """How one sequence may go on: where its last tokens stood before, what followed them."""
-
-    def __init__(self) -> None:
-        self.reach = AdaptiveLength()
-        self._known: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # tokens -> where what followed them last begins
-
-    def guess(self, prompt: Sequence[int], written: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` tokens that may follow; none where the last tokens stand nowhere before."""
-        known = self._known
-        new = [*prompt[len(known) :], *written[max(len(known) - len(prompt), 0) :]]
-        for token in new:
-            for gram in GRAMS:
-                if len(known) >= gram:
-                    self._follows[tuple(known[-gram:])] = len(known)
-            known.append(token)
-        count = self.reach.next(written, most)
-        guessed = self.reach.guessed
-        found = (self._follows.get(tuple(known[-gram:])) for gram in GRAMS)
-        start = next((at for at in found if at is not None), None)
-        if start is not None:
-            for at in range(start, start + count):  # a text that repeats goes on so
-                guessed.append(known[at] if at < len(known) else guessed[at - len(known)])
-        return guessed
+    def assign_slot(self, slot: int, source: int, num_tokens: int) -> None:
+        """Do nothing: there is no cache."""
 
 
 class DraftModel:
-    """Guesses by a smaller model of the same tokens, all sequences at once, with a cache of as many lanes.
+    """Proposes tokens by a smaller model with the same tokenizer, for all sequences at once, with slots of its own.
 
-    It picks as the sequence itself would: the likeliest token, or with the numbers that its dice will show, so that the
-    two models pick alike where their distributions are. It reads a prompt once its first token is written.
+    It samples as the sequence itself will: greedily, or with the random numbers that the sequence's generator will give,
+    so that the two models agree where their distributions do. It computes a prompt once its sequence has its first token.
     """
 
     def __init__(
-        self, forward: ModelRunner, positions: int | None, own: int, others: int, max_batched_tokens: int
+        self,
+        runner: ModelRunner,
+        max_positions: int | None,
+        vocab_size: int,
+        target_vocab_size: int,
+        max_batched_tokens: int,
     ) -> None:
-        """Take a forward over lanes, the positions it has (None: any), its vocabulary and that of the model it guesses for."""
-        assert forward.shares, "a draft must be able to go back on its guesses"
-        self.forward, self.max_batched_tokens = forward, max_batched_tokens
-        self.positions, self.own, self.others = positions, own, others
-        self.forwards = 0
-        self._read: list[int] = []  # tokens of each lane's sequence that are in the cache
-        self._ahead: list[list[int]] = []  # guesses in the cache beyond these
+        """Take the draft model's runner, its positions (None: no limit), and the vocabulary sizes of it and the target."""
+        assert runner.has_slot_cache, "a draft model must be able to roll back its tokens"
+        self.runner, self.max_batched_tokens = runner, max_batched_tokens
+        self.max_positions, self.vocab_size, self.target_vocab_size = max_positions, vocab_size, target_vocab_size
+        self.num_forwards = 0
+        self._num_computed: list[int] = []  # tokens of each slot's sequence in the draft model's cache
+        self._drafted: list[list[int]] = []  # draft tokens in the cache after these
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of its cache for one token."""
-        return self.forward.token_bytes
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of its KV cache for one token."""
+        return self.runner.cache_bytes_per_token
 
-    def shape(self, lanes: int, capacity: int, keep: Sequence[int] = ()) -> None:
-        """Make the cache anew."""
-        self.forward.shape(lanes, capacity, [(lane, self._read[lane]) for lane in keep])
-        self._read = [self._read[lane] for lane in keep] + [0] * (lanes - len(keep))
-        self._ahead = [[] for _ in range(lanes)]
+    def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
+        """Allocate the cache anew; how many tokens of a slot are kept is what the draft model has computed of it."""
+        kept = [(slot, self._num_computed[slot]) for slot, _ in keep]
+        self.runner.reshape(num_slots, capacity, kept)
+        self._num_computed = [num_tokens for _, num_tokens in kept] + [0] * (num_slots - len(kept))
+        self._drafted = [[] for _ in range(num_slots)]
 
-    def place(self, source: int, target: int, tokens: int) -> None:
-        """Go on from what was read of the same text."""
-        shared = min(tokens, self._read[source])
-        if source != target and shared:
-            self.forward.copy(source, target, shared)
-        self._read[target], self._ahead[target] = shared, []
+    def assign_slot(self, slot: int, source: int, num_tokens: int) -> None:
+        """Share as much of the prefix as the draft model has computed."""
+        num_shared = min(num_tokens, self._num_computed[source])
+        self.runner.assign_slot(slot, source, num_shared)
+        self._num_computed[slot], self._drafted[slot] = num_shared, []
 
-    def guess(self, writers: Sequence[tuple[Completion, int]]) -> list[list[int]]:
-        """Run a forward for each token ahead; a draft that fails guesses nothing."""
-        rows = [row for it, most in writers if (row := self._row(it, most))]
+    def propose(self, requests: Requests) -> list[list[int]]:
+        """Run a forward for each draft token; if one fails, there are no more."""
+        rows = [row for sequence, limit in requests if (row := self._start_row(sequence, limit))]
         try:
-            if rows and (rows := self._catch_up(rows)):
-                self._look_ahead(rows)
-        except Exception:  # what it has read is as good as before
-            LOG.exception("the draft failed")
-        return [it.draft.reach.guessed for it, _ in writers]
+            if rows and (rows := self._prefill(rows)):
+                self._decode(rows)
+        except Exception:  # what was computed before is still valid
+            LOG.exception("the draft model failed")
+        return [sequence.draft.length.draft_tokens for sequence, _ in requests]
 
-    def _row(self, it: Completion, most: int) -> Row | None:
-        """Return what to guess of a sequence, if anything; what was guessed right is read."""
-        lane = it.lane
-        self._read[lane] += alike(self._ahead[lane], it.text(self._read[lane], it.known - 1))
-        self._ahead[lane] = []
-        if self.positions is not None:
-            most = min(most, self.positions - it.known)
-        count = it.draft.reach.next(it.tokens, max(most, 0))
-        return Row(it, count, [*it.tokens], same_dice(it)) if count else None
+    def _start_row(self, sequence: Sequence, limit: int) -> DraftRow | None:
+        """Count accepted draft tokens as computed, and return what to propose next; None: nothing."""
+        slot = sequence.slot
+        new_tokens = sequence.slice_tokens(self._num_computed[slot], sequence.num_tokens - 1)
+        self._num_computed[slot] += count_accepted(self._drafted[slot], new_tokens)
+        self._drafted[slot] = []
+        if self.max_positions is not None:
+            limit = min(limit, self.max_positions - sequence.num_tokens)
+        count = sequence.draft.length.start_proposal(sequence.tokens, max(limit, 0))
+        return DraftRow(sequence, count, [*sequence.tokens], lookahead_rng(sequence)) if count else None
 
-    def _catch_up(self, rows: Sequence[Row]) -> list[Row]:
-        """Read what a sequence has beyond what was read, a part of it where that is much; return those that are through.
+    def _prefill(self, rows: list[DraftRow]) -> list[DraftRow]:
+        """Compute the tokens that the cache lacks, a part of them where they are many; return the rows that are complete.
 
-        They have their first guess then.
+        These have their first draft token then.
         """
-        pending = [row.it.known - self._read[row.it.lane] for row in rows]
+        pending = [row.sequence.num_tokens - self._num_computed[row.sequence.slot] for row in rows]
         counts = schedule_tokens(pending, self.max_batched_tokens)
-        parts = []
-        for row, left, count in zip(rows, pending, counts, strict=True):
-            read = self._read[row.it.lane]
-            parts.append(
-                ScheduledSequence(row.it.lane, read, self._ids(row.it.text(read, read + count)), int(count == left))
-            )
-        logits_RV = self._forward([part for part in parts if part.tokens])
-        for part in parts:
-            self._read[part.lane] += len(part.tokens)
-        return self._pick([row for row, part in zip(rows, parts, strict=True) if part.wanted], logits_RV)
+        batch = []
+        for row, num_pending, count in zip(rows, pending, counts, strict=True):
+            slot = row.sequence.slot
+            start = self._num_computed[slot]
+            tokens = self._known_ids(row.sequence.slice_tokens(start, start + count))
+            batch.append(ScheduledSequence(slot, start, tokens, int(count == num_pending)))
+        logits_RV = self._forward([inputs for inputs in batch if inputs.tokens])
+        for inputs in batch:
+            self._num_computed[inputs.slot] += len(inputs.tokens)
+        return self._sample([row for row, inputs in zip(rows, batch, strict=True) if inputs.num_logits], logits_RV)
 
-    def _look_ahead(self, rows: list[Row]) -> None:
-        """Guess on from the guesses."""
-        while rows := [row for row in rows if len(row.guessed) < row.count]:
-            parts = [
-                ScheduledSequence(row.it.lane, row.it.known + len(row.guessed) - 1, self._ids(row.guessed[-1:]), 1)
+    def _decode(self, rows: list[DraftRow]) -> None:
+        """Propose further tokens, one forward for each."""
+        while rows := [row for row in rows if len(row.draft_tokens) < row.count]:
+            batch = [
+                ScheduledSequence(
+                    row.sequence.slot,
+                    row.sequence.num_tokens + len(row.draft_tokens) - 1,
+                    self._known_ids(row.draft_tokens[-1:]),
+                    1,
+                )
                 for row in rows
             ]
-            logits_RV = self._forward(parts)
+            logits_RV = self._forward(batch)
             for row in rows:
-                self._ahead[row.it.lane].append(row.guessed[-1])
-            rows = self._pick(rows, logits_RV)
+                self._drafted[row.sequence.slot].append(row.draft_tokens[-1])
+            rows = self._sample(rows, logits_RV)
 
-    def _forward(self, parts: Sequence[ScheduledSequence]) -> Tensor:
-        self.forwards += 1
-        return self.forward.run(parts)
+    def _forward(self, batch: list[ScheduledSequence]) -> Tensor:
+        self.num_forwards += 1
+        return self.runner.run(batch)
 
-    def _ids(self, tokens: Sequence[int]) -> list[int]:
-        """Return tokens that the draft has: vocabularies may be padded to other lengths."""
-        return [token if token < self.own else 0 for token in tokens]
+    def _known_ids(self, tokens: list[int]) -> list[int]:
+        """Replace ids that the draft model doesn't have by 0: vocabularies may be padded to different sizes."""
+        return [token if token < self.vocab_size else 0 for token in tokens]
 
-    def _pick(self, rows: Sequence[Row], logits_RV: Tensor) -> list[Row]:
-        """Guess one token more of each row; return those that may go on."""
+    def _sample(self, rows: list[DraftRow], logits_RV: Tensor) -> list[DraftRow]:
+        """Append one draft token to each row; return the rows that may get more."""
         if not rows:
             return []
-        picked = choose(
-            logits_RV[:, : self.others], [row.it.sampling for row in rows], [row.written for row in rows],
-            [row.dice for row in rows],
-        )  # fmt: skip
-        for row, token in zip(rows, picked, strict=True):
-            if token < 0:  # no finite number, and its cache may hold more of the kind
-                self.forward.clear(row.it.lane)
-                self._read[row.it.lane], self._ahead[row.it.lane] = 0, []
-                row.it.draft.reach.give_up()
+        tokens = sample(
+            logits_RV[:, : self.target_vocab_size],
+            [row.sequence.sampling for row in rows],
+            [row.generated for row in rows],
+            [row.rng for row in rows],
+        )
+        for row, token in zip(rows, tokens, strict=True):
+            if token == NOT_FINITE:  # the cache may hold such numbers, too
+                self.runner.clear_slot(row.sequence.slot)
+                self._num_computed[row.sequence.slot], self._drafted[row.sequence.slot] = 0, []
+                row.sequence.draft.length.pause()
             else:
-                row.guessed.append(token)
-                row.written.append(token)
-        return [row for row, token in zip(rows, picked, strict=True) if token >= 0]
+                row.draft_tokens.append(token)
+                row.generated.append(token)
+        return [row for row, token in zip(rows, tokens, strict=True) if token != NOT_FINITE]
 
 
 @dataclass
-class Row:
-    """A sequence of which some tokens are guessed."""
+class DraftRow:
+    """A sequence that gets draft tokens."""
 
-    it: Completion
-    count: int  # tokens to guess
-    written: list[int]  # and guessed
-    dice: random.Random
+    sequence: Sequence
+    count: int  # draft tokens to propose
+    generated: list[int]  # tokens of the sequence, and draft tokens so far
+    rng: random.Random
 
     @property
-    def guessed(self) -> list[int]:
-        """Those guessed so far."""
-        return self.it.draft.reach.guessed
+    def draft_tokens(self) -> list[int]:
+        """Draft tokens so far."""
+        return self.sequence.draft.length.draft_tokens
 
 
-def make_guesser(
-    forward: ModelRunner, model: nn.Module, draft: nn.Module | None, max_batched_tokens: int, compiled: bool = False
+def make_proposer(
+    runner: ModelRunner,
+    model: nn.Module,
+    draft_model: nn.Module | None,
+    max_batched_tokens: int,
+    compiled: bool = False,
 ) -> Proposer:
-    """Return what guesses for a model that runs by `forward`. Raises UserError for a draft of which no use can be made."""
-    if draft is None:
+    """Return the proposer for a model and its runner. Raises UserError for a draft model that can't be used."""
+    if draft_model is None:
         return NgramProposer()
-    ahead = make_forward(draft, compiled=compiled)
-    for whose, lanes in (("the bundle", forward), ("serve.draft_model", ahead)):
-        if not lanes.shares:
+    draft_runner = make_runner(draft_model, compiled=compiled)
+    for name, model_runner in (("the bundle", runner), ("serve.draft_model", draft_runner)):
+        if not model_runner.has_slot_cache:
             raise UserError(
-                f"serve.draft_model: the attention of {whose} can't go back on guesses: leave serve.draft_model out"
+                f"serve.draft_model: the attention of {name} can't roll back draft tokens: leave serve.draft_model out"
             )
-    own: Any = draft.config
-    others: Any = model.config
-    return DraftModel(ahead, positions(own), own.vocab_size, others.vocab_size, max_batched_tokens)
+    draft: Any = draft_model.config
+    target: Any = model.config
+    return DraftModel(draft_runner, max_positions(draft), draft.vocab_size, target.vocab_size, max_batched_tokens)
 
 
-def refuse_unfit_draft(bundle: Bundle, draft: str) -> None:
-    """Raise UserError for a draft (a folder) that was changed, writes no text, or has other tokens than the bundle."""
-    smaller = Bundle.open(draft)
-    smaller.verify()
-    for it in (bundle, smaller):
-        task = it.objective()
-        if task.auto_class != "AutoModelForCausalLM":
-            raise UserError(f"serve.draft_model is for bundles that write, and {it.folder} is for {task.options.name}")
-    tokens, others = (it.processor().get_vocab() for it in (bundle, smaller))
-    if tokens != others:
-        differ = sum(others.get(token) != number for token, number in tokens.items())
+def check_draft_model(bundle: Bundle, folder: str) -> None:
+    """Raise UserError for a draft model (a bundle's folder) that was changed, or has another tokenizer than the bundle."""
+    draft = Bundle.open(folder)
+    draft.verify()
+    for either in (bundle, draft):
+        objective = either.objective()
+        if objective.auto_class != "AutoModelForCausalLM":
+            raise UserError(
+                f"serve.draft_model is for causal language models, and {either.folder} is for {objective.options.name}"
+            )
+    vocabulary, draft_vocabulary = bundle.processor().get_vocab(), draft.processor().get_vocab()
+    if vocabulary != draft_vocabulary:
+        num_different = sum(draft_vocabulary.get(token) != number for token, number in vocabulary.items())
         raise UserError(
-            f"serve.draft_model={draft} has another tokenizer than {bundle.folder} ({len(others):,} tokens and {len(tokens):,}, of which "
-            f"{differ:,} differ): use one that was trained with the same"
+            f"serve.draft_model={folder} has another tokenizer than {bundle.folder} ({len(draft_vocabulary):,} tokens and "
+            f"{len(vocabulary):,}, of which {num_different:,} differ): use one that was trained with the same"
         )
 
 
-def same_dice(it: Completion) -> random.Random:
-    """Return dice that will show what a sequence's own will; the same, where none are thrown."""
-    if not it.sampling.temperature:
-        return it.dice
-    dice = random.Random()
-    dice.setstate(it.dice.getstate())
-    return dice
-
-
-def alike(guessed: Sequence[int], came: Sequence[int]) -> int:
-    """Count the guesses that came true before the first that didn't."""
-    right = 0
-    while right < min(len(guessed), len(came)) and guessed[right] == came[right]:
-        right += 1
-    return right
+def lookahead_rng(sequence: Sequence) -> random.Random:
+    """Return a generator of the numbers that a sequence's own will give, which it leaves as it is."""
+    if not sequence.sampling.temperature:
+        return sequence.rng  # no number is drawn
+    rng = random.Random()
+    rng.setstate(sequence.rng.getstate())
+    return rng

@@ -1,8 +1,8 @@
-"""Completions by vLLM (Kwon et al. 2023, https://arxiv.org/abs/2309.06180), which runs in a process of its own.
+"""Text generation by vLLM (Kwon et al. 2023, https://arxiv.org/abs/2309.06180), which runs in a process of its own.
 
-vLLM asks for other versions of torch and transformers than ours, so it has an environment of its own, whose Python runs
-`vllm_worker`. This end keeps the queue, and hands over as many completions as may run together: turns, deadlines and
-refusals are those of `generation`. A socket without a name joins the two; each ends with the other.
+vLLM needs other versions of torch and transformers than Manta, so it has an environment of its own, whose Python runs
+`vllm_worker`. This end keeps the queue, and hands over as many sequences as may run at once: fairness, deadlines and
+refusals are those of `TransformersEngine`. An unnamed socket connects the two processes; each ends with the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,425 +32,451 @@ from engine.bundles.bundle import Bundle
 from engine.config import ServeConfig
 from engine.errors import UserError
 from engine.objectives.contract import Objective
-from engine.serve.http.schemas import MOST_LOGPROBS
-from engine.serve.llm.engine import LOOK_EVERY_S, Completion, Queued, Score
-from engine.serve.llm.lora import extent, unchanged
-from engine.serve.llm.model_runner import positions
+from engine.serve.jobs import MAX_LOGPROBS
+from engine.serve.llm.lora import rank_and_modules, read_pinned
+from engine.serve.llm.model_runner import max_positions
+from engine.serve.llm.sampler import TokenLogprobs
+from engine.serve.llm.scheduler import POLL_S, EngineQueue
+from engine.serve.llm.sequence import Sequence
+from engine.serve.llm.vllm_worker import EngineInfo, EngineSetup, LoraSetup, Message, SequenceOutput, SequenceRequest
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 HAS_VLLM = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
-ASK_S = 60.0  # for whether a Python has vLLM
-PIECE = 2**16  # bytes read from the socket at once
-LONGEST_REASON = 400  # characters of what vLLM says
+CHECK_TIMEOUT_S = 60.0  # for whether a Python has vLLM
+READ_BYTES = 2**16  # read from the socket at once
+MAX_REASON_CHARACTERS = 400  # of a message of vLLM's
 LOG = logging.getLogger(__name__)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# To llguidance: no blanks between the words of JSON, where a small model may else write them without end. What follows the
-# schema so follows `structure`'s grammar too, whose one blank vLLM's version of llguidance may not know.
-TIGHT = {"x-guidance": {"whitespace_flexible": False}}
-# The engine runs within the worker; nothing is asked of a hub, and no usage statistics leave. What is asked of a prompt
-# that fills all positions is one token more, which vLLM counts and never reads.
+# To llguidance: no whitespace between the words of JSON, where a small model may write it without end. A text that follows
+# this also follows `structured_output`'s grammar, whose single blank vLLM's version of llguidance may not support.
+NO_WHITESPACE = {"x-guidance": {"whitespace_flexible": False}}
+# The engine runs within the worker; no hub is asked, and no usage statistics are sent. For a prompt that fills all
+# positions, one token more is requested, which vLLM counts and never reads.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }  # fmt: skip
 
 
-class VllmEngine(Queued):
-    """Owns vLLM's process and the thread that talks with it; a `generation.Generator`."""
+class VllmEngine:
+    """Owns vLLM's process and the thread that communicates with it; an `engine.LLMEngine`."""
 
     def __init__(
         self,
         folder: Path,
         options: ServeConfig,
         dtype: torch.dtype,
-        tell: Callable[[list[Completion]], None] = lambda _: None,
-        lost: Callable[[], None] = lambda: None,
+        on_output: Callable[[list[Sequence]], None] = lambda _: None,
+        on_exit: Callable[[], None] = lambda: None,
     ) -> None:
         """Start vLLM on a model's folder and wait until it is ready.
 
-        `tell` is called from the thread, after each of vLLM's steps, with the completions that have something new for
-        their readers; `lost` where vLLM's process has ended, before they are told. `options.adapters` are as `pinned`
-        returns them. Raises UserError where vLLM isn't there, or refuses the model or an option.
+        `on_output` is called from the thread, after each of vLLM's steps, with the sequences that have something new for
+        their listeners; `on_exit` when vLLM's process has ended, before its sequences are failed. `options.adapters` are
+        as `pin_adapters` returns them. Raises UserError where vLLM is missing, or refuses the model or an option.
         """
-        refuse_without_vllm(options)
+        check_vllm_python(options)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        room = [it for it in (positions(config), options.kv_cache_tokens) if it]
-        super().__init__(options.max_queue, tell)
-        self.max_num_seqs, self.lost = options.max_num_seqs, lost
-        self.known_adapters, self.most_adapters = options.adapters, options.max_adapters
-        self.loaded: OrderedDict[str, None] = (
-            OrderedDict()
-        )  # adapters, as vLLM keeps them: the one longest out of use first
-        self.adapter_loads = self.steps = self.rows = self.reused_tokens = 0
-        self.running: dict[str, Completion] = {}  # the eldest first
-        self._work = threading.Lock()
-        self._numbers = 0
-        self._ended = False
-        self._link, theirs = socket.socketpair()
-        self._bell, self._rung = socket.socketpair()
-        self._rung.setblocking(False)
+        limits = [limit for limit in (max_positions(config), options.kv_cache_tokens) if limit]
+        self.max_num_seqs, self.on_exit = options.max_num_seqs, on_exit
+        self.adapters, self.max_adapters = options.adapters, options.max_adapters
+        # The adapters that vLLM has loaded, the least recently used first.
+        self.loaded_adapters: OrderedDict[str, None] = OrderedDict()
+        self.num_adapter_loads = self.num_steps = self.num_rows = self.num_cached_tokens = 0
+        self.on_output = on_output
+        self.queue = EngineQueue(options.max_queue, self._notify)
+        self.running: dict[str, Sequence] = {}  # by id, the oldest first
+        self._last_id = 0
+        self._has_exited = False
+        self._socket, worker_socket = socket.socketpair()
+        # A byte on this pair wakes the thread, which waits for the sockets.
+        self._wake_sender, self._wake_receiver = socket.socketpair()
+        self._wake_receiver.setblocking(False)
         self._thread: threading.Thread | None = None
-        self._process = start(options, theirs)
+        self._process = start_worker(options, worker_socket)
         try:
-            self._lines = self._read()
-            self.about = self._make(asked_of(folder, options, dtype, min(room, default=None), eos_ids(folder, config)))
+            self._messages = self._read()
+            setup = engine_setup(folder, options, dtype, min(limits, default=None), eos_ids(folder, config))
+            self.info = self._set_up(setup)
         except BaseException:
             self.close()
             raise
-        self.limit: int = min([*room, self.about["positions"] - 1, self.about["cache_tokens"]])
+        self.max_seq_len: int = min([*limits, self.info.max_positions - 1, self.info.cache_tokens])
         self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
 
-    def submit(self, completions: Sequence[Completion]) -> None:
-        """Queue completions, all or none. Raises QueueFull; ValueError for one that is over the limit."""
-        with self._work:
-            self._queue(completions)
-            ended = self._ended
-        if ended:  # nobody else will tell them
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Queue sequences, all or none. Raises QueueFull; ValueError for one that is too long."""
+        self.queue.add(sequences, self.max_seq_len)
+        if self._has_exited:  # the thread has ended, and will not fail them
             self._fail_all()
-        self._ring()
+        self._wake()
 
-    def cancel(self, completions: Sequence[Completion]) -> None:
-        """Let completions go at vLLM's next step."""
-        with self._work:
-            self._mark(completions)
-        self._ring()
-
-    @property
-    def alive(self) -> bool:
-        """Whether vLLM's process still runs, and is heard."""
-        return not self._ended and self._process.poll() is None
+    def abort(self, sequences: list[Sequence]) -> None:
+        """Drop sequences before vLLM's next step."""
+        self.queue.abort(sequences)
+        self._wake()
 
     @property
-    def load(self) -> dict[str, int]:
-        """Completions waiting and running, tokens in the cache and room for them; sums since the start.
+    def is_alive(self) -> bool:
+        """Whether vLLM's process, and its connection, are alive."""
+        return not self._has_exited and self._process.poll() is None
 
-        A sequence counts as a row where it got a token: vLLM doesn't tell those whose prompt it reads in parts.
+    @property
+    def stats(self) -> dict[str, int]:
+        """Load and totals since the start.
+
+        A sequence counts as a row where it got a token: vLLM doesn't report those whose prompt is in prefill.
         """
         running = list(self.running.values())
-        found = {
-            "waiting": len(self._waiting), "running": len(running), "cached_tokens": sum(it.cached for it in running),
-            "cache_tokens": self.about["cache_tokens"], "steps": self.steps, "rows": self.rows,
-            "reused_tokens": self.reused_tokens,
+        return {
+            "waiting": len(self.queue), "running": len(running),
+            "cached_tokens": sum(sequence.num_computed_tokens for sequence in running),
+            "cache_tokens": self.info.cache_tokens, "steps": self.num_steps, "rows": self.num_rows,
+            "reused_tokens": self.num_cached_tokens, "adapters": len(self.loaded_adapters),
+            "adapter_loads": self.num_adapter_loads,
         }  # fmt: skip
-        return found | {"adapters": len(self.loaded), "adapter_loads": self.adapter_loads}
 
-    def complete(self, completions: Sequence[Completion]) -> None:
-        """Queue completions and wait until all have ended. Raises UserError where one fails."""
-        ended = Ended(completions)
-        for completion in completions:
-            completion.reader = ended
-        self.submit(completions)
-        ended.over.wait()
-        if failed := [it.error for it in completions if it.reason == "error"]:
-            raise UserError(f"serve.generator=vllm: {in_a_line(failed[0])}")
+    def generate(self, sequences: list[Sequence]) -> None:
+        """Queue sequences and wait until all are finished. Raises UserError where one fails."""
+        listener = AllFinished(sequences)
+        for sequence in sequences:
+            sequence.listener = listener
+        self.submit(sequences)
+        listener.event.wait()
+        if errors := [sequence.error for sequence in sequences if sequence.finish_reason == "error"]:
+            raise UserError(f"serve.generator=vllm: {one_line(errors[0])}")
+
+    def _notify(self, sequences: list[Sequence]) -> None:
+        """Notify the listeners of `generate`, and pass the other sequences on."""
+        own: list[Sequence] = []
+        others: list[Sequence] = []
+        for sequence in sequences:
+            (own if isinstance(sequence.listener, AllFinished) else others).append(sequence)
+        for sequence in own:
+            sequence.listener.notify()
+        if others:
+            self.on_output(others)
 
     def close(self) -> None:
         """End vLLM's process."""
         self._process.kill()
         self._process.wait()
         if self._thread:
-            self._thread.join()  # by the end of its socket
-        for end in (self._link, self._bell, self._rung):
+            self._thread.join()  # it ends when the socket is closed at the other end
+        for end in (self._socket, self._wake_sender, self._wake_receiver):
             end.close()
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # it rings already, or nobody is there to hear it
-            self._bell.send(b".", socket.MSG_DONTWAIT)
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # the buffer is full, so that it will wake, or the engine is closed
+            self._wake_sender.send(b".", socket.MSG_DONTWAIT)
 
-    def _send(self, lines: Sequence[dict[str, Any]]) -> None:
-        self._link.sendall(b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines))
+    def _send(self, messages: Iterable[Message]) -> None:
+        lines = (json.dumps(message, separators=(",", ":")).encode() + b"\n" for message in messages)
+        self._socket.sendall(b"".join(lines))
 
-    def _read(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the lines that have come, each time that it rings or some have. Raises EOFError where vLLM has ended."""
-        begun = b""
-        with selectors.DefaultSelector() as ears:
-            ears.register(self._link, selectors.EVENT_READ)
-            ears.register(self._rung, selectors.EVENT_READ)
+    def _read(self) -> Iterator[list[Message]]:
+        """Yield the messages that have come, whenever some have or `_wake` is called. Raises EOFError where vLLM has ended."""
+        buffer = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            selector.register(self._wake_receiver, selectors.EVENT_READ)
             while True:
-                heard = [key.fileobj for key, _ in ears.select(LOOK_EVERY_S if len(self._waiting) else None)]
-                if self._rung in heard:
-                    self._rung.recv(PIECE)
-                whole: list[bytes] = []
-                if self._link in heard:
-                    piece = self._link.recv(PIECE)
-                    if not piece:
+                ready = [key.fileobj for key, _ in selector.select(POLL_S if len(self.queue) else None)]
+                if self._wake_receiver in ready:
+                    self._wake_receiver.recv(READ_BYTES)
+                lines: list[bytes] = []
+                if self._socket in ready:
+                    data = self._socket.recv(READ_BYTES)
+                    if not data:
                         raise EOFError
-                    *whole, begun = (begun + piece).split(b"\n")
-                yield [json.loads(line) for line in whole]
+                    *lines, buffer = (buffer + data).split(b"\n")
+                yield [json.loads(line) for line in lines]
 
-    def _make(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Have vLLM make an engine; return what it has come to be. Raises UserError."""
+    def _set_up(self, setup: EngineSetup) -> EngineInfo:
+        """Have vLLM make an engine. Raises UserError."""
         with contextlib.suppress(EOFError, OSError):
-            self._send([asked])
-            for lines in self._lines:
-                for line in lines:
-                    if "ready" in line:
-                        return dict(line["ready"])
-                    raise UserError(f"serve.generator=vllm: {in_a_line(line['refused'])}")
+            self._send([{"setup": asdict(setup)}])
+            for messages in self._messages:
+                for message in messages:
+                    if "ready" in message:
+                        return EngineInfo(**message["ready"])
+                    raise UserError(f"serve.generator=vllm: {one_line(message['refused'])}")
         raise UserError("serve.generator=vllm: vLLM ended before it was ready: look at Ray's logs in the run's folder")
 
     def _run(self) -> None:
         try:
-            for lines in self._lines:
-                for line in lines:
-                    self._take(line)
-                self._send(self._hand_over())
-                self._tell_news()
+            for messages in self._messages:
+                for message in messages:
+                    self._process_outputs(message)
+                self._send(self._schedule())
+                self.queue.flush_outputs()
         except (EOFError, OSError):
             LOG.error("vLLM has ended")
         finally:
-            with self._work:
-                self._ended = True
-            self.lost()
+            with self.queue.changed:
+                self._has_exited = True
+            self.on_exit()
             self._fail_all()
 
     def _fail_all(self) -> None:
-        with self._work:
-            for number in list(self.running):
-                self._end(number, "error", "vLLM has ended")
-            for completion in self._waiting.remove(lambda _: True):
-                completion.error, completion.reason = "vLLM has ended", "error"
-                self._news.append(completion)
-            news, self._news = self._news, []
-        if news:
-            self.tell(news)
+        with self.queue.changed:
+            for sequence_id in list(self.running):
+                self._finish(sequence_id, "error", "vLLM has ended")
+            self.queue.fail_waiting("vLLM has ended")
+        self.queue.flush_outputs()
 
-    def _hand_over(self) -> list[dict[str, Any]]:
-        """Return what vLLM has to know: whom to let go, and who comes."""
-        with self._work:
-            return [*self._let_go(), *self._admit()]
+    def _schedule(self) -> list[Message]:
+        """Return what vLLM has to abort, and what it has to add."""
+        with self.queue.changed:
+            return [*self._drop_aborted(), *self._admit()]
 
-    def _let_go(self) -> list[dict[str, Any]]:
-        """Take off who left, and whose deadline is over before a place was free."""
-        if not self._look():
+    def _drop_aborted(self) -> list[Message]:
+        """Drop aborted sequences, and those that did not start by their deadline."""
+        if not self.queue.drop_waiting():
             return []
-        gone = [number for number, it in self.running.items() if it.cancelled]
-        for number in gone:
-            self._end(number, "cancelled")
-        return [{"drop": gone}] if gone else []
+        aborted = [sequence_id for sequence_id, sequence in self.running.items() if sequence.aborted]
+        for sequence_id in aborted:
+            self._finish(sequence_id, "abort")
+        return [{"abort": aborted}] if aborted else []
 
-    def _admit(self) -> list[dict[str, Any]]:
-        """Give places to those whose turn it is, until one has to wait: for a place, or for its adapter."""
-        lines = []
-        while len(self.running) < self.max_num_seqs and (turn := self._waiting.first()):
-            client, completion = turn
-            in_use = {it.adapter for it in self.running.values() if it.adapter} | {completion.adapter} - {""}
-            if len(in_use) > self.most_adapters:
+    def _admit(self) -> list[Message]:
+        """Start waiting sequences until one has to wait: for others to finish, or for room for its adapter."""
+        messages: list[Message] = []
+        while len(self.running) < self.max_num_seqs and (sequence := self.queue.first()):
+            running = {other.adapter for other in self.running.values() if other.adapter}
+            if len(running | {sequence.adapter} - {""}) > self.max_adapters:
                 break
-            self._waiting.start(client, completion.need)
-            completion.placed_at = time.monotonic()
-            self._numbers += 1
-            number = str(self._numbers)
-            self.running[number] = completion
+            self.queue.start(sequence)
+            self._last_id += 1
+            sequence_id = str(self._last_id)
+            self.running[sequence_id] = sequence
             try:
-                self._load(completion.adapter)
+                self._use_adapter(sequence.adapter)
             except UserError as error:
-                self._end(number, "error", str(error))
+                self._finish(sequence_id, "error", str(error))
                 continue
-            lines.append(asked_for(number, completion))
-        return lines
+            messages.append({"add": vars(sequence_request(sequence_id, sequence))})
+        return messages
 
-    def _load(self, name: str) -> None:
+    def _use_adapter(self, name: str) -> None:
         """Note that an adapter is used. Raises UserError for one that was changed since it was deployed."""
         if not name:
             return
-        if name not in self.loaded:
-            unchanged(name, self.known_adapters[name])
-            self.adapter_loads += 1
-        self.loaded[name] = None
-        self.loaded.move_to_end(name)
-        while len(self.loaded) > self.most_adapters:
-            self.loaded.popitem(last=False)
+        if name not in self.loaded_adapters:
+            read_pinned(name, self.adapters[name])
+            self.num_adapter_loads += 1
+        self.loaded_adapters[name] = None
+        self.loaded_adapters.move_to_end(name)
+        while len(self.loaded_adapters) > self.max_adapters:
+            self.loaded_adapters.popitem(last=False)
 
-    def _take(self, line: dict[str, Any]) -> None:
-        """Give completions what vLLM's step has brought them."""
-        self.steps, self.rows = line["steps"], line["rows"]
-        dropped = []
-        with self._work:
-            for number, tokens, reason, scores, of_prompt, reused, error in line["news"]:
-                completion = self.running.get(number)
-                if completion is None:  # it has left
+    def _process_outputs(self, message: Message) -> None:
+        """Append what a step of vLLM has brought to its sequences."""
+        self.num_steps, self.num_rows = message["steps"], message["rows"]
+        complete = []
+        with self.queue.changed:
+            for output in (SequenceOutput(**plain) for plain in message["outputs"]):
+                sequence = self.running.get(output.id)
+                if sequence is None:  # it was aborted
                     continue
-                if not completion.cached:
-                    completion.reused = reused
-                    self.reused_tokens += reused
-                ends = write(completion, tokens, [score_of(it) for it in scores], [score_of(it) for it in of_prompt])
-                completion.cached = completion.known
-                if ends:
-                    dropped += [number] if reason is None else []
-                    self._end(number, *ends)
+                if not sequence.num_computed_tokens:
+                    sequence.num_cached_tokens = output.num_cached_tokens
+                    self.num_cached_tokens += output.num_cached_tokens
+                end = append_output(sequence, output)
+                sequence.num_computed_tokens = sequence.num_tokens
+                reason = output.finish_reason
+                if end:
+                    complete += [output.id] if reason is None else []
+                    self._finish(output.id, *end)
                 elif reason:
-                    self._end(number, reason if reason in ("stop", "length") else "error", error or f"vLLM: {reason}")
-                elif completion.stepwise and tokens:
-                    self._news.append(completion)
-        if dropped:
-            self._send([{"drop": dropped}])
+                    is_regular = reason in ("stop", "length")
+                    self._finish(output.id, reason if is_regular else "error", output.error or f"vLLM: {reason}")
+                elif sequence.streams and output.tokens:
+                    self.queue.report(sequence)
+        if complete:
+            self._send([{"abort": complete}])
 
-    def _end(self, number: str, reason: str, error: str = "") -> None:
-        """Free a place."""
-        completion = self.running.pop(number)
-        self._waiting.end(completion.client, completion.need - completion.known)
-        completion.ended_at = time.monotonic()
-        completion.error, completion.reason = error if reason == "error" else "", reason
-        self._news.append(completion)
+    def _finish(self, sequence_id: str, reason: str, error: str = "") -> None:
+        self.queue.finish(self.running.pop(sequence_id), reason, error if reason == "error" else "")
 
 
-class Ended:
-    """A reader that waits for the end of all its completions."""
+class AllFinished:
+    """A listener that waits until all its sequences are finished."""
 
-    def __init__(self, completions: Sequence[Completion]) -> None:
-        self.completions, self.over = completions, threading.Event()
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.sequences, self.event = sequences, threading.Event()
 
-    def wake(self) -> None:
-        """Look whether all have ended."""
-        if all(it.reason for it in self.completions):
-            self.over.set()
+    def notify(self) -> None:
+        """Set the event if all are finished."""
+        if all(sequence.finish_reason for sequence in self.sequences):
+            self.event.set()
 
 
-def write(completion: Completion, tokens: Sequence[int], scores: Sequence[Score], of_prompt: Sequence[Score]) -> tuple[str, str] | None:  # fmt: skip
-    """Append tokens, after their scores, of which a reader takes as many; return (reason, error) where they end it."""
-    if any(math.isnan(score.logprob) for score in (*scores, *of_prompt)):
+def append_output(sequence: Sequence, output: SequenceOutput) -> tuple[str, str] | None:
+    """Append log-probabilities and then tokens, since a listener reads up to len(tokens) of both.
+
+    Returns (finish reason, error) where they end the sequence.
+    """
+    logprobs = [parse_logprobs(plain) for plain in output.logprobs]
+    prompt_logprobs = [parse_logprobs(plain) for plain in output.prompt_logprobs]
+    if any(math.isnan(entry.logprob) for entry in (*logprobs, *prompt_logprobs)):
         return "error", "the model's output is not a finite number"
-    completion.prompt_scores += of_prompt
-    completion.scores += scores
-    completion.first_at = completion.first_at or time.monotonic()
-    for token in tokens:
-        whole = completion.mask is not None and completion.mask.take(token)
-        completion.tokens.append(token)
-        if whole:
+    sequence.prompt_logprobs += prompt_logprobs
+    sequence.token_logprobs += logprobs
+    sequence.first_token_at = sequence.first_token_at or time.monotonic()
+    for token in output.tokens:
+        is_complete = sequence.mask is not None and sequence.mask.accept_token(token)
+        sequence.tokens.append(token)
+        if is_complete:
             return "stop", ""
     return None
 
 
-def start(options: ServeConfig, theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Start the worker on its end of the socket; what it says goes where this process's own errors go."""
+def start_worker(options: ServeConfig, worker_socket: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the worker with its end of the socket; its output goes to this process's standard error."""
     environment = dict(os.environ) | ENVIRONMENT
     if not options.gpus_per_replica:
         environment["OMP_NUM_THREADS"] = str(max(1, round(options.cpus_per_replica)))
-    with theirs:
-        number = theirs.fileno()
+    with worker_socket:
+        fileno = worker_socket.fileno()
         return subprocess.Popen(
-            [python_of(options), "-I", str(WORKER), str(number)],  # -I: none of our modules is taken for one of its own
-            env=environment, pass_fds=[number], stdin=subprocess.DEVNULL, stdout=sys.__stderr__, stderr=sys.__stderr__,
+            [vllm_python(options), "-I", str(WORKER), str(fileno)],  # -I: none of our modules shadows one of its own
+            env=environment, pass_fds=[fileno], stdin=subprocess.DEVNULL, stdout=sys.__stderr__, stderr=sys.__stderr__,
         )  # fmt: skip
 
 
-def asked_of(folder: Path, options: ServeConfig, dtype: torch.dtype, most: int | None, ends: list[int]) -> dict[str, Any]:  # fmt: skip
-    """Return what the engine is to be, as the worker reads it; sequences of `most` tokens, which `ends` end."""
+def engine_setup(
+    folder: Path, options: ServeConfig, dtype: torch.dtype, max_seq_len: int | None, end_tokens: list[int]
+) -> EngineSetup:
+    """Return the engine for a folder's model: sequences of up to `max_seq_len` tokens, which `end_tokens` end."""
     arguments = {
-        "model": str(folder), "dtype": DTYPES[dtype], "max_num_seqs": options.max_num_seqs, "max_logprobs": MOST_LOGPROBS,
+        "model": str(folder), "dtype": DTYPES[dtype], "max_num_seqs": options.max_num_seqs, "max_logprobs": MAX_LOGPROBS,
         "seed": secrets.randbits(31), "structured_outputs_config": {"backend": "guidance"}, "disable_log_stats": True,
         "tensor_parallel_size": max(1, int(options.gpus_per_replica)),
     }  # fmt: skip
-    if most:
-        arguments["max_model_len"] = most + 1
+    if max_seq_len:
+        arguments["max_model_len"] = max_seq_len + 1
     if options.max_batched_tokens:
         arguments["max_num_batched_tokens"] = options.max_batched_tokens
-    return {
-        "arguments": arguments | options.vllm_options, "eos_ids": ends, "cache_tokens": options.kv_cache_tokens,
-        "adapters": {name: it["folder"] for name, it in options.adapters.items()},
-        "lora": lora_of(options) if options.adapters else None,
-    }  # fmt: skip
+    return EngineSetup(
+        arguments=arguments | options.vllm_options,
+        eos_ids=end_tokens,
+        kv_cache_tokens=options.kv_cache_tokens,
+        adapters={name: pin["folder"] for name, pin in options.adapters.items()},
+        lora=lora_setup(options) if options.adapters else None,
+    )
 
 
-def lora_of(options: ServeConfig) -> dict[str, Any]:
-    """Return what the engine has to have room for. No other layer is touched: vLLM's CPU kernel fails in that of logits."""
-    extents = [extent(name, it) for name, it in options.adapters.items()]
-    return {
-        "rank": max(rank for rank, _ in extents), "layers": sorted(set().union(*(layers for _, layers in extents))),
-        "most": min(options.max_adapters, len(options.adapters)), "all": len(options.adapters),
-    }  # fmt: skip
+def lora_setup(options: ServeConfig) -> LoraSetup:
+    """Return what the engine needs room for, with the adapted modules only: vLLM's CPU kernel fails for that of the logits."""
+    adapters = [rank_and_modules(name, pin) for name, pin in options.adapters.items()]
+    return LoraSetup(
+        max_rank=max(rank for rank, _ in adapters),
+        modules=sorted(set().union(*(modules for _, modules in adapters))),
+        max_loaded=min(options.max_adapters, len(options.adapters)),
+        num_adapters=len(options.adapters),
+    )
 
 
-def asked_for(number: str, completion: Completion) -> dict[str, Any]:
-    """Return a completion as the worker reads it."""
-    sampling = asdict(completion.sampling)
-    bias = sampling.pop("bias")
-    return {
-        "number": number, "prompt": completion.prompt, "max_tokens": completion.max_tokens, "seed": completion.seed,
-        "sampling": sampling, "bias": {str(token): value for token, value in bias.items()},
-        "logprobs": completion.logprobs, "score_prompt": completion.score_prompt, "adapter": completion.adapter,
-        "schema": json.loads(completion.schema) | TIGHT if completion.schema else None,
-    }  # fmt: skip
+def sequence_request(sequence_id: str, sequence: Sequence) -> SequenceRequest:
+    """Return a sequence as the worker takes it."""
+    sampling = asdict(sequence.sampling)
+    logit_bias = sampling.pop("logit_bias")
+    return SequenceRequest(
+        id=sequence_id,
+        prompt=sequence.prompt,
+        max_tokens=sequence.max_tokens,
+        seed=sequence.seed,
+        sampling=sampling,
+        logit_bias={str(token): value for token, value in logit_bias.items()},
+        num_logprobs=sequence.num_logprobs,
+        needs_prompt_logprobs=sequence.needs_prompt_logprobs,
+        adapter=sequence.adapter,
+        json_schema=json.loads(sequence.json_schema) | NO_WHITESPACE if sequence.json_schema else None,
+    )
 
 
-def score_of(told: Sequence[Any]) -> Score:
-    """Return a score as the worker tells it."""
-    token, logprob, top = told
-    return Score(token, logprob, [(other, value) for other, value in top])
+def parse_logprobs(plain: list[Any]) -> TokenLogprobs:
+    """Return log-probabilities from the worker's form."""
+    token, logprob, top = plain
+    return TokenLogprobs(token, logprob, [(other, value) for other, value in top])
 
 
 def eos_ids(folder: Path, config: Any) -> list[int]:
-    """Return the tokens that end a text, of the folder's generation config, else of its model's."""
-    found = config.eos_token_id
+    """Return the end tokens, of the folder's generation config, else of its model's."""
+    ids = config.eos_token_id
     if (folder / "generation_config.json").is_file():
-        found = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    return [it for it in (found if isinstance(found, list) else [found]) if it is not None]
+        ids = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    return [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None]
 
 
-def golden_answers(generator: VllmEngine, objective: Objective, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:  # fmt: skip
-    """Answer golden requests as causal_lm's `predict` does: continue {"prompt"}, or judge {"prompt", "continuation"}."""
+def predict(engine: VllmEngine, objective: Objective, requests: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Answer golden requests as causal_lm's `predict`: generate after {"prompt"}, or score {"prompt", "continuation"}."""
+    requests = list(requests)
 
-    def ids(prompt: str | list[int]) -> list[int]:
-        found: list[int] = objective.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        return found or [objective.tokenizer.eos_token_id]
+    def token_ids(prompt: str | list[int]) -> list[int]:
+        ids: list[int] = objective.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        return ids or [objective.tokenizer.eos_token_id]
 
-    completions = [
-        Completion(ids(it["prompt"] + it["continuation"]), 0, logprobs=0, score_prompt=True)
-        if "continuation" in it
-        else Completion(ids(it["prompt"]), it.get("max_tokens", 16))
-        for it in requests
-    ]
-    for completion in completions:  # each alone, so that company cannot change an answer
-        generator.complete([completion])
-    return [
-        {"logprobs": [score.logprob for score in it.prompt_scores[len(request["prompt"]) - 1 :]]}
+    sequences = [
+        Sequence(token_ids(request["prompt"] + request["continuation"]), 0, num_logprobs=0, needs_prompt_logprobs=True)
         if "continuation" in request
-        else {"text": objective.tokenizer.decode(it.tokens, skip_special_tokens=True), "tokens": it.tokens}
-        for request, it in zip(requests, completions, strict=True)
+        else Sequence(token_ids(request["prompt"]), request.get("max_tokens", 16))
+        for request in requests
+    ]
+    for sequence in sequences:  # one at a time, so that no batch changes an output
+        engine.generate([sequence])
+    return [
+        {"logprobs": [entry.logprob for entry in sequence.prompt_logprobs[len(request["prompt"]) - 1 :]]}
+        if "continuation" in request
+        else {
+            "text": objective.tokenizer.decode(sequence.tokens, skip_special_tokens=True),
+            "tokens": sequence.tokens,
+        }
+        for request, sequence in zip(requests, sequences, strict=True)
     ]
 
 
-def verified_generator(
+def verified_engine(
     bundle: Bundle,
     options: ServeConfig,
     dtype: torch.dtype,
-    tell: Callable[[list[Completion]], None],
-    lost: Callable[[], None],
+    on_output: Callable[[list[Sequence]], None],
+    on_exit: Callable[[], None],
 ) -> VllmEngine:
-    """Return a bundle's generator. Raises UserError if it was changed or answers otherwise than recorded."""
+    """Return a bundle's engine. Raises UserError if it was changed, or its outputs differ from the recorded ones."""
     bundle.verify()
-    generator = VllmEngine(bundle.folder, options, dtype, tell, lost)
+    engine = VllmEngine(bundle.folder, options, dtype, on_output, on_exit)
     try:
-        bundle.replay_by(lambda requests: golden_answers(generator, bundle.objective(), requests), dtype)
+        bundle.replay_with(lambda requests: predict(engine, bundle.objective(), requests), dtype)
     except BaseException:
-        generator.lost = lambda: None  # it is ended from here
-        generator.close()
+        engine.on_exit = lambda: None  # it is closed here
+        engine.close()
         raise
-    return generator
+    return engine
 
 
-def python_of(options: ServeConfig) -> str:
-    """Return the Python that is to run vLLM."""
+def vllm_python(options: ServeConfig) -> str:
+    """Return the Python that runs vLLM."""
     return options.vllm_python or sys.executable
 
 
-def refuse_without_vllm(options: ServeConfig) -> None:
-    """Raise UserError where the Python that is to run vLLM can't be run, or has none."""
-    python = python_of(options)
+def check_vllm_python(options: ServeConfig) -> None:
+    """Raise UserError where the Python for vLLM can't be run, or has no vLLM."""
+    python = vllm_python(options)
     try:
-        found = subprocess.run([python, "-I", "-c", HAS_VLLM], capture_output=True, timeout=ASK_S)
+        check = subprocess.run([python, "-I", "-c", HAS_VLLM], capture_output=True, timeout=CHECK_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"serve.vllm_python={python} can't be run ({error}): give the path of a Python") from error
-    if found.returncode:
+    if check.returncode:
         raise UserError(
             f"serve.generator=vllm needs vLLM, and {python} has none: make an environment of its own for it, and name its Python "
             "with serve.vllm_python=..."
         )
 
 
-def in_a_line(told: str) -> str:
-    """Return what vLLM says in one line, not too long."""
-    line = " ".join(told.split())
-    return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + " ..."
+def one_line(text: str) -> str:
+    """Return a message in one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_REASON_CHARACTERS else line[:MAX_REASON_CHARACTERS] + " ..."

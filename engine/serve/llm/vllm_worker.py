@@ -1,8 +1,10 @@
-"""Runs vLLM under the Python of an environment that has it; `vllm_generator` starts it, with the number of a socket.
+"""Runs vLLM under the Python of an environment that has it; started by `vllm_engine`, with the number of a socket.
 
-That environment has nothing of Manta's, so this imports the standard library and vLLM alone. Lines of JSON go both ways:
-first what the engine is to be, answered by "ready" or "refused"; then "add" and "drop", and back after each step its
-"news". The process ends with the one that started it: at the end of its socket. The engine runs within it, step by step.
+That environment has nothing of Manta's, so this file imports the standard library and vLLM only. The messages below cross
+the socket as lines of JSON. To the worker: {"setup": EngineSetup} first, then {"add": SequenceRequest} and {"abort": [ids]}.
+Back: {"ready": EngineInfo} or {"refused": reason} first, then {"outputs": [SequenceOutput], "steps", "rows"} after each
+step. The engine runs within this process, step by step; the process ends with the one that started it, at the end of its
+socket.
 """
 
 from __future__ import annotations
@@ -15,162 +17,229 @@ import queue
 import socket
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any, get_args
 
-MEMORY_SHARE = 0.25  # of a CPU's free memory, at most, for a cache whose size is not given
+MEMORY_SHARE = 0.25  # of a CPU's free memory, at most, for a KV cache whose size is not given
 
-Told = dict[str, Any]
+Message = dict[str, Any]
+Logprobs = list[Any]  # [token, log-probability, [[token, log-probability] of the likeliest]]
+
+
+@dataclass
+class LoraSetup:
+    """What the engine has to have room for."""
+
+    max_rank: int
+    modules: list[str]  # last parts of the layers' paths
+    max_loaded: int  # adapters in memory at once
+    num_adapters: int
+
+
+@dataclass
+class EngineSetup:
+    """The engine that the worker makes."""
+
+    arguments: dict[str, Any]  # vLLM's engine arguments
+    eos_ids: list[int]
+    kv_cache_tokens: int | None  # None: sized by the memory
+    adapters: dict[str, str]  # name -> folder
+    lora: LoraSetup | None
+
+
+@dataclass
+class EngineInfo:
+    """The engine that was made."""
+
+    cache_tokens: int
+    max_positions: int
+    device: str
+    vllm: str  # version
+
+
+@dataclass
+class SequenceRequest:
+    """A sequence to generate."""
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    seed: int | None
+    sampling: dict[str, Any]  # vLLM's SamplingParams
+    logit_bias: dict[str, float]  # by token
+    num_logprobs: int | None
+    needs_prompt_logprobs: bool
+    adapter: str  # "": none
+    json_schema: Any  # None: no structured output
+
+
+@dataclass
+class SequenceOutput:
+    """What a step brought for a sequence."""
+
+    id: str
+    tokens: list[int]
+    finish_reason: str | None
+    logprobs: list[Logprobs]
+    prompt_logprobs: list[Logprobs]
+    num_cached_tokens: int
+    error: str = ""
 
 
 class Link:
     """The socket to the process that started this one."""
 
-    def __init__(self, number: int) -> None:
-        """Take the socket's file descriptor, and begin to read."""
-        self.socket = socket.socket(fileno=number)
-        self.asked: queue.SimpleQueue[Told] = queue.SimpleQueue()
+    def __init__(self, fileno: int) -> None:
+        """Take the socket's file descriptor, and start to read."""
+        self.socket = socket.socket(fileno=fileno)
+        self.received: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         with self.socket.makefile("rb") as lines:
             for line in lines:
-                self.asked.put(json.loads(line))
-        os._exit(0)  # whatever the engine is at: nobody is left to hear of it
+                self.received.put(json.loads(line))
+        os._exit(0)  # even in the middle of a step: nobody is left to read the outputs
 
-    def send(self, told: Told) -> None:
-        """Send a line."""
-        self.socket.sendall(json.dumps(told, separators=(",", ":")).encode() + b"\n")
+    def send(self, message: Message) -> None:
+        """Send a message."""
+        self.socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
-    def take(self, wait: bool) -> list[Told]:
-        """Return what was asked since; if nothing was and `wait`, what is asked next."""
-        taken = [self.asked.get()] if wait else []
-        while not self.asked.empty():
-            taken.append(self.asked.get())
-        return taken
+    def receive(self, wait: bool) -> list[Message]:
+        """Return the messages that have come; with `wait`, at least one."""
+        messages = [self.received.get()] if wait else []
+        while not self.received.empty():
+            messages.append(self.received.get())
+        return messages
 
 
-class Refused(Exception):
-    """What was asked can't be made, for a reason that the user can mend."""
+class SetupRefused(Exception):
+    """The engine can't be made, for a reason that the user can mend."""
 
 
 class Worker:
-    """A vLLM engine, and the completions in it by their numbers."""
+    """A vLLM engine, and the sequences in it by their ids."""
 
-    def __init__(self, asked: Told) -> None:
-        """Make the engine. Raises Refused for an argument that vLLM doesn't have, and whatever vLLM raises."""
+    def __init__(self, setup: EngineSetup) -> None:
+        """Make the engine. Raises SetupRefused for an argument that vLLM doesn't have, and whatever vLLM raises."""
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        arguments = asked["arguments"] | lora_arguments(asked["lora"])
+        arguments = setup.arguments | lora_arguments(setup.lora)
         known = [field.name for field in dataclasses.fields(EngineArgs)]
         for name in arguments:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise Refused(f"serve.vllm_options.{name} is none of this vLLM's engine arguments{hint}")
+                raise SetupRefused(f"serve.vllm_options.{name} is none of this vLLM's engine arguments{hint}")
         config = EngineArgs(**arguments).create_engine_config()
-        size_cache(config, asked["cache_tokens"])
+        size_cache(config, setup.kv_cache_tokens)
         self.engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
-        self.config, self.eos_ids = config, asked["eos_ids"]
-        self.adapters: dict[str, str] = asked["adapters"]  # folders
-        self.numbers = {name: i + 1 for i, name in enumerate(self.adapters)}
-        self.own: dict[str, tuple[str, Told]] = {}  # number -> vLLM's name for it, and what was asked
-        self.steps = self.rows = 0
+        self.config, self.eos_ids = config, setup.eos_ids
+        self.adapters = setup.adapters
+        self.adapter_ids = {name: i + 1 for i, name in enumerate(self.adapters)}
+        self.sequences: dict[str, tuple[str, SequenceRequest]] = {}  # id -> vLLM's id, and the request
+        self.num_steps = self.num_rows = 0
 
-    def about(self) -> Told:
+    def info(self) -> EngineInfo:
         """Return what the engine has come to be."""
         import vllm
 
         cache = self.config.cache_config
-        device = self.config.device_config.device_type
-        return {
-            "cache_tokens": (cache.num_gpu_blocks - 1) * cache.block_size,  # one block is never used
-            "positions": self.config.model_config.max_model_len, "device": device, "vllm": vllm.__version__,
-        }  # fmt: skip
+        return EngineInfo(
+            cache_tokens=(cache.num_gpu_blocks - 1) * cache.block_size,  # one block is never used
+            max_positions=self.config.model_config.max_model_len,
+            device=self.config.device_config.device_type,
+            vllm=vllm.__version__,
+        )
 
-    def heed(self, asked: Told) -> list[Any]:
-        """Add or drop a completion; return the news of one that can't be added."""
-        if "drop" in asked:
-            gone = [self.own.pop(number)[0] for number in asked["drop"] if number in self.own]
-            self.engine.abort_request(gone, internal=True)
-            return []
+    def add(self, request: SequenceRequest) -> list[SequenceOutput]:
+        """Add a sequence; return the output of one that can't be added."""
         try:
-            name = self.engine.add_request(
-                asked["number"], {"prompt_token_ids": asked["prompt"]}, self._sampling(asked), lora_request=self._adapter(asked["adapter"])
+            vllm_id = self.engine.add_request(
+                request.id, {"prompt_token_ids": request.prompt}, self._sampling_params(request),
+                lora_request=self._lora_request(request.adapter),
             )  # fmt: skip
         except Exception as error:  # of this request alone
-            return [[asked["number"], [], "error", [], [], 0, f"{type(error).__name__}: {error}"]]
-        self.own[asked["number"]] = (name, asked)
+            return [SequenceOutput(request.id, [], "error", [], [], 0, f"{type(error).__name__}: {error}")]
+        self.sequences[request.id] = (vllm_id, request)
         return []
 
-    def _sampling(self, asked: Told) -> Any:
+    def abort(self, ids: list[str]) -> None:
+        """Abort sequences."""
+        vllm_ids = [self.sequences.pop(sequence_id)[0] for sequence_id in ids if sequence_id in self.sequences]
+        self.engine.abort_request(vllm_ids, internal=True)
+
+    def _sampling_params(self, request: SequenceRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-        schema, bias = asked["schema"], asked["bias"]
+        schema, bias = request.json_schema, request.logit_bias
         return SamplingParams(
-            **asked["sampling"], logit_bias={int(token): it for token, it in bias.items()} if bias else None,
-            max_tokens=max(asked["max_tokens"], 1), seed=asked["seed"], logprobs=asked["logprobs"],
-            prompt_logprobs=(asked["logprobs"] or 0) if asked["score_prompt"] else None,
+            **request.sampling, logit_bias={int(token): value for token, value in bias.items()} if bias else None,
+            max_tokens=max(request.max_tokens, 1), seed=request.seed, logprobs=request.num_logprobs,
+            prompt_logprobs=(request.num_logprobs or 0) if request.needs_prompt_logprobs else None,
             ignore_eos=True, stop_token_ids=self.eos_ids, detokenize=False, output_kind=RequestOutputKind.DELTA,
             structured_outputs=StructuredOutputsParams(json=schema) if schema else None,
         )  # fmt: skip
 
-    def _adapter(self, name: str) -> Any:
+    def _lora_request(self, name: str) -> Any:
         if not name:
             return None
         from vllm.lora.request import LoRARequest
 
-        request = LoRARequest(name, self.numbers[name], self.adapters[name])
-        self.engine.add_lora(request)  # here, where an error is one request's
+        request = LoRARequest(name, self.adapter_ids[name], self.adapters[name])
+        self.engine.add_lora(request)  # here, where an error is one sequence's
         return request
 
-    def step(self) -> list[Any]:
-        """Run the engine once; return [number, tokens, reason, scores, scores of the prompt, reused, error] of each."""
-        self.steps += 1
-        news = [self._news(output) for output in self.engine.step()]
-        self.rows += len(news)
-        return [it for it in news if it]
+    def step(self) -> list[SequenceOutput]:
+        """Run the engine once; return the outputs."""
+        self.num_steps += 1
+        outputs = [self._output(output) for output in self.engine.step()]
+        self.num_rows += len(outputs)
+        return [output for output in outputs if output]
 
-    def _news(self, output: Any) -> list[Any] | None:
-        name, asked = self.own.get(output.request_id, (None, {}))
-        if name is None:
+    def _output(self, output: Any) -> SequenceOutput | None:
+        vllm_id, request = self.sequences.get(output.request_id, (None, None))
+        if vllm_id is None or request is None:
             return None
-        written, prompt = output.outputs[0], asked["prompt"]
-        most = asked["logprobs"] or 0
-        tokens, reason = list(written.token_ids), written.finish_reason
-        scores = [score(token, found, most) for token, found in zip(tokens, written.logprobs or [])]
+        completion, prompt = output.outputs[0], request.prompt
+        num_top = request.num_logprobs or 0
+        tokens, reason = list(completion.token_ids), completion.finish_reason
+        logprobs = [format_logprobs(token, entry, num_top) for token, entry in zip(tokens, completion.logprobs or [])]
         if reason == "stop":
-            tokens.pop()  # the token that ended it
-        read = enumerate(output.prompt_logprobs or [])
-        of_prompt = [score(prompt[i], found, most) for i, found in read if found]
-        if not asked["max_tokens"]:
-            tokens, scores, reason = [], [], "length"
+            tokens.pop()  # the end token
+        entries = enumerate(output.prompt_logprobs or [])
+        prompt_logprobs = [format_logprobs(prompt[i], entry, num_top) for i, entry in entries if entry]
+        if not request.max_tokens:
+            tokens, logprobs, reason = [], [], "length"
         if output.finished:
-            del self.own[output.request_id]
-        return [output.request_id, tokens, reason, scores, of_prompt, output.num_cached_tokens or 0, ""]
+            del self.sequences[output.request_id]
+        return SequenceOutput(
+            output.request_id, tokens, reason, logprobs, prompt_logprobs, output.num_cached_tokens or 0
+        )
 
 
-def lora_arguments(lora: Told | None) -> Told:
-    """Return the engine arguments for `most` of `all` adapters, of a `rank` on some `layers`."""
+def lora_arguments(lora: LoraSetup | None) -> dict[str, Any]:
+    """Return the engine arguments for adapters."""
     if lora is None:
         return {}
     from vllm.config.lora import MaxLoRARanks
     from vllm.platforms import current_platform
 
-    sizes = [size for size in get_args(MaxLoRARanks) if size >= lora["rank"]]
+    sizes = [size for size in get_args(MaxLoRARanks) if size >= lora.max_rank]
     if not sizes:
-        raise Refused(f"an adapter has rank {lora['rank']}, and vLLM takes {max(get_args(MaxLoRARanks))} at most")
-    # On a CPU, vLLM gives rows without an adapter that of the last place, which is therefore left empty.
-    most = lora["all"] + 1 if current_platform.is_cpu() else lora["most"]
+        raise SetupRefused(f"an adapter has rank {lora.max_rank}, and vLLM takes {max(get_args(MaxLoRARanks))} at most")
+    # On a CPU, vLLM gives rows without an adapter that of the last index, which is therefore left empty.
+    max_loras = lora.num_adapters + 1 if current_platform.is_cpu() else lora.max_loaded
     return {
-        "enable_lora": True, "max_loras": most, "max_cpu_loras": most, "max_lora_rank": min(sizes),
-        "lora_target_modules": lora["layers"],
+        "enable_lora": True, "max_loras": max_loras, "max_cpu_loras": max_loras, "max_lora_rank": min(sizes),
+        "lora_target_modules": lora.modules,
     }  # fmt: skip
 
 
 def size_cache(config: Any, tokens: int | None) -> None:
-    """Bound the cache by so many tokens; None: by all that may run together, on a CPU, and on a GPU as vLLM does."""
+    """Bound the KV cache by tokens; None: by all sequences that may run at once, on a CPU, and on a GPU as vLLM does."""
     cache, model = config.cache_config, config.model_config
     if tokens is not None:
         cache.num_gpu_blocks_override = -(-(tokens + 1) // cache.block_size) + 1
@@ -180,36 +249,45 @@ def size_cache(config: Any, tokens: int | None) -> None:
 
     parallel = config.parallel_config
     heads, width = model.get_num_kv_heads(parallel), model.get_head_size()
-    token_bytes = 2 * model.get_num_layers(parallel) * heads * width * model.dtype.itemsize
-    blocks = config.scheduler_config.max_num_seqs * -(-model.max_model_len // cache.block_size) + 1
-    whole = blocks * cache.block_size * token_bytes
-    cache.kv_cache_memory_bytes = min(whole, int(MEMORY_SHARE * psutil.virtual_memory().available))
+    bytes_per_token = 2 * model.get_num_layers(parallel) * heads * width * model.dtype.itemsize
+    num_blocks = config.scheduler_config.max_num_seqs * -(-model.max_model_len // cache.block_size) + 1
+    full_bytes = num_blocks * cache.block_size * bytes_per_token
+    cache.kv_cache_memory_bytes = min(full_bytes, int(MEMORY_SHARE * psutil.virtual_memory().available))
 
 
-def score(token: int, found: dict[int, Any], most: int) -> list[Any]:
-    """Return [token, log-probability, [[token, log-probability] of the `most` likeliest]]."""
-    best = sorted(((it.rank, other, it.logprob) for other, it in found.items() if it.rank <= most))
-    return [token, found[token].logprob, [[other, logprob] for _, other, logprob in best]]
+def format_logprobs(token: int, entry: dict[int, Any], num_top: int) -> Logprobs:
+    """Return [token, log-probability, [[token, log-probability] of the `num_top` likeliest]]."""
+    top = sorted((value.rank, other, value.logprob) for other, value in entry.items() if value.rank <= num_top)
+    return [token, entry[token].logprob, [[other, logprob] for _, other, logprob in top]]
 
 
-def main(number: int) -> None:
-    """Make an engine as the first line asks, and run it."""
-    link = Link(number)
-    (asked,) = [link.asked.get()]
+def setup_from(plain: dict[str, Any]) -> EngineSetup:
+    """Return a setup from its JSON."""
+    return EngineSetup(**plain | {"lora": LoraSetup(**plain["lora"]) if plain["lora"] else None})
+
+
+def main(fileno: int) -> None:
+    """Make an engine by the first message, and run it."""
+    link = Link(fileno)
+    setup = setup_from(link.received.get()["setup"])
     try:
-        worker = Worker(asked)
+        worker = Worker(setup)
     except Exception as error:
-        link.send({"refused": str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"})
+        link.send({"refused": str(error) if isinstance(error, SetupRefused) else f"{type(error).__name__}: {error}"})
         raise
-    link.send({"ready": worker.about()})
+    link.send({"ready": dataclasses.asdict(worker.info())})
     while True:
-        news: list[Any] = []
-        for asked in link.take(wait=not worker.own):
-            news += worker.heed(asked)
-        if worker.own:
-            news += worker.step()
-        if news:
-            link.send({"news": news, "steps": worker.steps, "rows": worker.rows})
+        outputs: list[SequenceOutput] = []
+        for message in link.receive(wait=not worker.sequences):
+            if "add" in message:
+                outputs += worker.add(SequenceRequest(**message["add"]))
+            else:
+                worker.abort(message["abort"])
+        if worker.sequences:
+            outputs += worker.step()
+        if outputs:
+            plain = [vars(output) for output in outputs]
+            link.send({"outputs": plain, "steps": worker.num_steps, "rows": worker.num_rows})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""Packed linear layers: the model's own outputs, no second copy of a large weight, adapters and tied embeddings unharmed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from engine.serve.llm.cpu import kernels
+from engine.serve.llm.cpu.linear import SMALL_BYTES, pack_linear
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16384, vocab_size=300,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=64)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_packed_model_gives_what_it_gave(make: object, dtype: torch.dtype) -> None:
+    plain = make().to(dtype)  # type: ignore[operator]
+    packed = pack_linear(copy.deepcopy(plain))
+    for rows, length in ((1, 1), (1, 7), (3, 5), (16, 1), (40, 9)):
+        ids = torch.arange(rows * length).reshape(rows, length) % 300
+        near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.02}
+        torch.testing.assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits, **near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_held_once_but_a_small_one_for_onednn_and_a_tied_one(dtype: torch.dtype) -> None:
+    model = llama().to(dtype)
+    embedding = model.get_input_embeddings().weight.clone()  # type: ignore[operator]
+    pack_linear(model)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    in_kernels = dtype == torch.float32 and kernels.load()
+    paused = {name for name, layer in layers.items() if in_kernels or layer.weight.nbytes > SMALL_BYTES} - {"lm_head"}
+    assert len(paused) == (14 if in_kernels else 6)
+    assert {name for name, layer in layers.items() if layer.weight.is_meta} == paused
+    assert torch.equal(model.get_input_embeddings().weight, embedding)  # type: ignore[operator]
+    assert layers["lm_head"].weight is model.get_input_embeddings().weight  # type: ignore[operator]

@@ -1,0 +1,87 @@
+"""Tokens picked for a batch: the numbers of each rule, and that company changes nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from engine.serve.jobs import SamplingParams
+from engine.serve.llm.sampler import NUM_CANDIDATES, sample
+
+
+def frequencies(sampling: SamplingParams, logits: list[float], draws: int = 4000) -> list[float]:
+    dice = [random.Random(i) for i in range(draws)]
+    picked = sample(torch.tensor([logits] * draws), [sampling] * draws, [[]] * draws, dice)
+    return [picked.count(token) / draws for token in range(len(logits))]
+
+
+def test_greedy_is_the_largest() -> None:
+    assert sample(torch.tensor([[0.0, 2, 1], [3, 2, 1]]), [SamplingParams()] * 2, [[], []], [random.Random()] * 2) == [
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shares"),
+    [
+        (SamplingParams(1.0), [0.4, 0.3, 0.2, 0.1]),
+        (SamplingParams(0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        (SamplingParams(1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (SamplingParams(1.0, top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
+        (SamplingParams(1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
+        (SamplingParams(1.0, top_p=0.6, top_k=3), [4 / 7, 3 / 7, 0, 0]),  # 0.4 / 0.9 is less than 0.6
+        (SamplingParams(1e-300), [1, 0, 0, 0]),
+    ],
+)
+def test_draws_follow_the_distribution(sampling: SamplingParams, shares: list[float]) -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().tolist()
+    assert frequencies(sampling, logits) == pytest.approx(shares, abs=0.03)
+
+
+def test_a_nucleus_larger_than_the_candidates_is_whole() -> None:
+    size = 4 * NUM_CANDIDATES
+    flat = torch.linspace(0, 1e-3, size)[None].repeat(2000, 1)
+    dice = [random.Random(i) for i in range(2000)]
+    picked = sample(flat, [SamplingParams(1.0, top_p=0.5)] * 2000, [[]] * 2000, dice)
+    assert min(picked) >= size // 2 - 2
+    assert len(set(picked)) > NUM_CANDIDATES
+
+
+def test_penalties_and_bias_move_logits() -> None:
+    def pick(sampling: SamplingParams, written: list[int]) -> int:
+        return sample(torch.tensor([[1.0, 0.6, 0.0]]), [sampling], [written], [random.Random(0)])[0]
+
+    assert pick(SamplingParams(presence_penalty=0.5), [0, 0]) == 1
+    assert pick(SamplingParams(presence_penalty=0.3), [0, 0]) == 0
+    assert pick(SamplingParams(frequency_penalty=0.3), [0, 0]) == 1
+    assert pick(SamplingParams(frequency_penalty=0.3), [0]) == 0
+    assert pick(SamplingParams(logit_bias={2: 5.0}), []) == 2
+    assert pick(SamplingParams(logit_bias={0: -100.0}), []) == 1
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    bad = [[0.0, torch.nan], [torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]]
+    logits = torch.tensor([*bad, [1.0, 0.0], [-torch.inf, -1.0]])
+    for sampling in (SamplingParams(), SamplingParams(1.0)):
+        found = sample(logits, [sampling] * 6, [[]] * 6, [random.Random(0)] * 6)
+        assert found[:4] == [-1] * 4
+        assert found[5] == 1
+        assert sample(logits.bfloat16(), [SamplingParams()] * 6, [[]] * 6, [random.Random(0)] * 6) == [
+            -1,
+            -1,
+            -1,
+            -1,
+            0,
+            1,
+        ]
+
+
+def test_a_rows_pick_is_its_own() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(12, 1000)
+    kinds = [SamplingParams(), SamplingParams(0.7), SamplingParams(1.0, 0.9), SamplingParams(1.5, 0.99, 40), SamplingParams(1.0, top_k=500), SamplingParams(1.0, 0.999)] * 2  # fmt: skip
+    alone = [sample(logits[i : i + 1], [kinds[i]], [[]], [random.Random(i)])[0] for i in range(12)]
+    assert sample(logits, kinds, [[]] * 12, [random.Random(i) for i in range(12)]) == alone
