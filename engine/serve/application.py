@@ -56,7 +56,7 @@ def version_application(args: dict[str, Any]) -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         deployment = serve.deployment(
             name=f"bundle-{args['name']}".replace("/", "-"),
-            autoscaling_config=autoscaling(options),
+            autoscaling_config=autoscaling_config(options),
             max_ongoing_requests=max_ongoing_requests(options.max_num_seqs),
             max_queued_requests=options.max_queue,
             **placement,
@@ -68,7 +68,7 @@ def version_application(args: dict[str, Any]) -> Any:
     return deployment.bind(args["folder"], asdict(options))
 
 
-def autoscaling(options: ServeConfig) -> dict[str, Any]:
+def autoscaling_config(options: ServeConfig) -> dict[str, Any]:
     """Return Serve's autoscaling config: InFlightWorkPolicy within the options' bounds and delays."""
     targets = {"target_tokens": options.target_tokens, "target_requests": options.target_ongoing_requests}
     return {
