@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -489,19 +488,6 @@ def test_no_valid_request_of_the_schema_gets_a_5xx(endpoint: GuardedEndpoint) ->
         "/v1/score",
         "/v1/feedback",
     } <= set(tested_paths)
-
-
-@pytest.fixture
-def browser_page() -> Iterator[Any]:
-    """A page of a headless Chromium, if one is installed."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not program:
-        pytest.skip("no Chromium is installed on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
 
 
 def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser_page: Any) -> None:

@@ -1,4 +1,4 @@
-"""What clients meet when an endpoint is full, loses a replica, or is not what it was; and when they leave."""
+"""Failures: a full queue, a lost replica, a changed bundle, clients that hang up, a sequence that fails."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
 from engine.serve.http.schemas import CompletionRequest
+from engine.serve.jobs import Failure, GenerationJob, GenerationResult
 from engine.serve.llm.engine import TransformersEngine
-from engine.serve.llm.sequence import Sequence
 from engine.serve.llm.model_runner import BatchedRunner
+from engine.serve.llm.sequence import Sequence
 from engine.serve.preflight import check_capacity
 from engine.serve.replica import Replica
 from tests.engine.bundles.small_bundles import fresh_bundle
-from tests.engine.serve.clients import metrics_at_rest, processes, said_until, wait_for
+from tests.engine.serve.clients import metrics_at_rest, processes, read_until, wait_for
 from tests.engine.serve.llm.paused_engine import held
 from tests.ports import free_port
 
@@ -53,64 +54,64 @@ def endpoint(ray: None, tiny: Config, bundle: Bundle) -> Iterator[Endpoint]:
     up.stop()
 
 
-def counted(endpoint: Endpoint, status: int) -> float:
-    of_it = ("manta_requests_total{", 'model="writer"', 'path="/v1/completions"', f'status="{status}"')
+def count_requests(endpoint: Endpoint, status: int) -> float:
+    labels = ("manta_requests_total{", 'model="writer"', 'path="/v1/completions"', f'status="{status}"')
     lines = metrics_at_rest(endpoint.url)
-    return sum(float(line.rpartition(" ")[2]) for line in lines if all(it in line for it in of_it))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if all(it in line for it in labels))
 
 
-def test_a_full_endpoint_says_when_to_come_again(endpoint: Endpoint) -> None:
+def test_a_full_queue_returns_429_with_retry_after(endpoint: Endpoint) -> None:
     def ask(_: int) -> httpx.Response:
         return client.post(f"{endpoint.url}/v1/completions", json=LONG)
 
     with httpx.Client(timeout=60) as client, ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(ask, range(48)))
-    full = [answer for answer in answers if answer.status_code == 429]
+        responses = list(pool.map(ask, range(48)))
+    full = [response for response in responses if response.status_code == 429]
     assert full
-    assert {answer.status_code for answer in answers} == {200, 429}
-    assert {answer.headers["Retry-After"] for answer in full} == {"1"}
+    assert {response.status_code for response in responses} == {200, 429}
+    assert {response.headers["Retry-After"] for response in full} == {"1"}
     assert full[0].json()["error"]["type"] == "rate_limit_error"
     assert httpx.post(f"{endpoint.url}/v1/completions", json=LONG, timeout=60).status_code == 200
 
 
-def test_more_sequences_than_may_wait_are_refused(endpoint: Endpoint) -> None:
+def test_a_request_larger_than_the_queue_is_refused(endpoint: Endpoint) -> None:
     body = {"prompt": ["a", "b"], "n": 2}
-    answer = httpx.post(f"{endpoint.url}/v1/completions", json=body)
-    assert answer.status_code == 400
-    assert "2 prompts x n 2 are over this endpoint's 3 completions a request" in answer.json()["error"]["message"]
+    response = httpx.post(f"{endpoint.url}/v1/completions", json=body)
+    assert response.status_code == 400
+    assert "2 prompts x n 2 are over this endpoint's 3 completions a request" in response.json()["error"]["message"]
 
 
-def test_a_client_that_left_is_counted(endpoint: Endpoint) -> None:
-    before = counted(endpoint, 499)
+def test_an_aborted_stream_is_counted(endpoint: Endpoint) -> None:
+    before = count_requests(endpoint, 499)
     body = LONG | {"stream": True}
 
-    def leave() -> bool:
+    def hang_up() -> bool:
         with httpx.stream("POST", f"{endpoint.url}/v1/completions", json=body) as stream:
             next(stream.iter_lines())
         time.sleep(0.3)
-        return counted(endpoint, 499) > before
+        return count_requests(endpoint, 499) > before
 
-    wait_for(leave)  # tried again where the endpoint was done before it noticed
+    wait_for(hang_up)  # repeated where the response was complete before the hang-up was noticed
 
 
-def test_a_lost_replica_is_told_and_replaced(endpoint: Endpoint) -> None:
+def test_a_lost_replica_is_replaced(endpoint: Endpoint) -> None:
     (lost,) = processes("bundle-writer")
     lost.kill()
     seen = set()
 
     def replaced() -> bool:
-        answer = httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60)
-        if answer.status_code != 200:
-            assert answer.json()["error"]["message"]
-        seen.add(answer.status_code)
-        return answer.status_code == 200 and lost.pid not in {it.pid for it in processes("bundle-writer")}
+        response = httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60)
+        if response.status_code != 200:
+            assert response.json()["error"]["message"]
+        seen.add(response.status_code)
+        return response.status_code == 200 and lost.pid not in {it.pid for it in processes("bundle-writer")}
 
     wait_for(replaced)
     assert seen == {200}
     wait_for(lambda: httpx.get(f"{endpoint.url}/readyz", timeout=10).status_code == 200)
 
 
-def test_a_bundle_that_answers_otherwise_takes_no_traffic(
+def test_a_bundle_that_fails_its_replay_is_refused(
     ray: None, endpoint: Endpoint, tiny: Config, bundle: Bundle, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
@@ -122,32 +123,32 @@ def test_a_bundle_that_answers_otherwise_takes_no_traffic(
 
 
 def test_replicas_that_cannot_be_placed_are_refused(ray: None, tiny: Config, bundle: Bundle) -> None:
-    asked = ServeConfig(cpus_per_replica=500.0)
+    options = ServeConfig(cpus_per_replica=500.0)
     with pytest.raises(UserError, match=r"1 replicas x 500 cores are needed, the cluster has 4 cores: use fewer"):
-        check_capacity(asked, 1, beside=False)
+        check_capacity(options, 1, beside=False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_left_at_once_is_counted(endpoint: Endpoint, stream: bool) -> None:
-    before, tries = counted(endpoint, 499), itertools.count(1)
+def test_an_aborted_request_is_counted_once(endpoint: Endpoint, stream: bool) -> None:
+    before, tries = count_requests(endpoint, 499), itertools.count(1)
 
-    async def leave(after_s: float) -> None:
+    async def hang_up(after_s: float) -> None:
         async with httpx.AsyncClient() as client:
-            asking = asyncio.create_task(client.post(f"{endpoint.url}/v1/completions", json=LONG | {"stream": stream}))
+            request = asyncio.create_task(client.post(f"{endpoint.url}/v1/completions", json=LONG | {"stream": stream}))
             await asyncio.sleep(after_s)
-            asking.cancel()
+            request.cancel()
 
-    def noticed() -> bool:  # tried again where it left before the endpoint had it, or after the answer
+    def is_counted() -> bool:  # repeated where it hung up before the endpoint had the request, or after the response
         number = next(tries)
-        asyncio.run(leave(0.02 * (1 + number % 10)))
+        asyncio.run(hang_up(0.02 * (1 + number % 10)))
         time.sleep(0.3)
-        assert counted(endpoint, 499) <= before + number  # each once
-        return counted(endpoint, 499) > before
+        assert count_requests(endpoint, 499) <= before + number  # once each
+        return count_requests(endpoint, 499) > before
 
-    wait_for(noticed)
+    wait_for(is_counted)
 
 
-def job(**options: Any) -> dict[str, Any]:
+def job(**options: Any) -> GenerationJob:
     body = {
         "prompt": "import os",
         "max_tokens": 100,
@@ -158,81 +159,83 @@ def job(**options: Any) -> dict[str, Any]:
     return CompletionRequest(**body).job()
 
 
-def test_a_lane_is_free_once_the_reader_left(bundle: Bundle) -> None:
+def test_an_abort_frees_the_slots(bundle: Bundle) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig()))
-    generator = replica.engine
-    assert isinstance(generator, TransformersEngine)
+    engine = replica.engine
+    assert isinstance(engine, TransformersEngine)
 
-    async def leave() -> list[Sequence]:
-        with held(generator, after=50):
+    async def hang_up() -> list[Sequence]:
+        with held(engine, after=50):
             messages = replica.stream(job(n=3))
             await anext(messages)
-            left = list(generator.running)
+            aborted = list(engine.running)
             await messages.aclose()  # type: ignore[attr-defined]
-        while generator.running:
+        while engine.running:
             await asyncio.sleep(0.01)
-        with held(generator, after=5):
-            whole = asyncio.create_task(replica.complete(job(stream=False)))
-            while not any(it.tokens for it in generator.running):
+        with held(engine, after=5):
+            task = asyncio.create_task(replica.complete(job(stream=False)))
+            while not any(it.tokens for it in engine.running):
                 await asyncio.sleep(0.01)
-            left += generator.running
-            whole.cancel()
+            aborted += engine.running
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await whole
-        return left
+                await task
+        return aborted
 
-    left = asyncio.run(leave())
-    wait_for(lambda: generator.load["running"] == 0)
-    assert generator.load["waiting"] == 0
-    assert len(left) == 4
-    assert all(it.finish_reason == "cancelled" and 0 < len(it.tokens) < 100 for it in left)
+    aborted = asyncio.run(hang_up())
+    wait_for(lambda: engine.load["running"] == 0)
+    assert engine.load["waiting"] == 0
+    assert len(aborted) == 4
+    assert all(seq.finish_reason == "abort" and 0 < len(seq.tokens) < 100 for seq in aborted)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_a_bundle_is_served_in_the_precision_asked_for(bundle: Bundle, precision: str, dtype: torch.dtype) -> None:
+def test_a_bundle_is_served_in_the_configured_precision(bundle: Bundle, precision: str, dtype: torch.dtype) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig(precision=precision)))
     assert {p.dtype for p in replica.model.parameters()} == {dtype}
     assert isinstance(replica.engine, TransformersEngine)
     assert isinstance(replica.engine.runner, BatchedRunner)
-    answer = asyncio.run(replica.complete(job(stream=False, max_tokens=9)))
-    assert answer["choices"][0]["tokens"] == 9
+    result = asyncio.run(replica.complete(job(stream=False, max_tokens=9)))
+    assert isinstance(result, GenerationResult)
+    assert result.choices[0].num_tokens == 9
 
 
-def test_who_waits_too_long_is_told(bundle: Bundle) -> None:
+def test_a_sequence_past_its_deadline_fails(bundle: Bundle) -> None:
     replica = Replica(str(bundle.folder), asdict(ServeConfig(max_num_seqs=1, queue_timeout_s=2.0)))
-    generator = replica.engine
-    assert isinstance(generator, TransformersEngine)
+    engine = replica.engine
+    assert isinstance(engine, TransformersEngine)
 
-    async def ask() -> list[dict[str, Any]]:
-        with held(generator):
+    async def send_jobs() -> list[GenerationResult | Failure]:
+        with held(engine):
             first = asyncio.create_task(replica.complete(job(stream=False)))
-            while not generator.running:
+            while not engine.running:
                 await asyncio.sleep(0.01)
             others = [asyncio.create_task(replica.complete(job(stream=False))) for _ in range(3)]
             await asyncio.sleep(2.5)
-        return [await it for it in (first, *others)]
+        return [await task for task in (first, *others)]
 
-    answered, *late = asyncio.run(ask())
-    assert answered["choices"][0]["tokens"] == 100
-    assert late == 3 * [{"error": "no place was free in time: try again in a second", "param": None, "status": 503}]
+    completed, *expired = asyncio.run(send_jobs())
+    assert isinstance(completed, GenerationResult)
+    assert completed.choices[0].num_tokens == 100
+    assert expired == 3 * [Failure("no place was free in time: try again in a second", None, 503)]
 
 
-def test_an_error_of_one_request_is_told_and_the_others_go_on(bundle: Bundle) -> None:
+def test_a_failing_sequence_does_not_stop_others(bundle: Bundle) -> None:
     model = bundle.model()
-    generator = TransformersEngine(model, 128, max_num_seqs=2, max_queue=4, max_batched_tokens=64)
+    engine = TransformersEngine(model, 128, max_num_seqs=2, max_queue=4, max_batched_tokens=64)
     good = Sequence([10, 11, 12], 40)
-    bad = Sequence([10**9], 5)  # no such token
-    generator.submit([good, bad])
+    bad = Sequence([10**9], 5)  # outside of the vocabulary
+    engine.submit([good, bad])
     wait_for(lambda: good.finish_reason and bad.finish_reason)
     assert bad.finish_reason == "error"
     assert "index out of range" in bad.error
     assert good.finish_reason in ("length", "stop")
-    assert generator.alive
+    assert engine.alive
     with torch.inference_mode():
         alone = model.generate(
             torch.tensor([[10, 11, 12]]), attention_mask=torch.ones(1, 3), max_new_tokens=40, do_sample=False
         )[0, 3:].tolist()
-    assert good.tokens == [token for token in alone if token not in generator.eos_ids]
+    assert good.tokens == [token for token in alone if token not in engine.eos_ids]
 
 
 def test_deploy_serves_until_it_is_interrupted(bundle: Bundle, tmp_path: Path) -> None:
@@ -242,16 +245,16 @@ def test_deploy_serves_until_it_is_interrupted(bundle: Bundle, tmp_path: Path) -
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         children: list[psutil.Process] = []
-        said = ""
+        output = ""
         try:
-            said = said_until(process, "Ctrl-C ends it")
+            output = read_until(process, "Ctrl-C ends it")
             assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.send_signal(signal.SIGINT)
-        said += process.communicate(timeout=120)[0]
-    assert process.returncode == 130, said
-    assert f"serving writer at http://127.0.0.1:{port}" in said
-    assert "Traceback" not in said
+        output += process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert f"serving writer at http://127.0.0.1:{port}" in output
+    assert "Traceback" not in output
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive

@@ -1,4 +1,4 @@
-"""HAProxy before two ingresses: what clients see is what one ingress would tell, and either may be lost."""
+"""HAProxy in front of two ingresses: clients see the same as with one ingress, and either ingress may be lost."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from engine.errors import UserError
 from engine.serve.deploy import Endpoint, deploy
 from engine.serve.http.api_keys import new_key
 from engine.serve.http.feedback_store import read_records
-from engine.serve.http.haproxy import binary, configuration, write_errors
+from engine.serve.http.haproxy import haproxy_binary, haproxy_config, write_error_files
 from tests.engine.bundles.small_bundles import fresh_bundle
-from tests.engine.serve.clients import load, processes, said_until, wait_for
+from tests.engine.serve.clients import background_load, processes, read_until, wait_for
 from tests.ports import free_port, listened
 
-ASK: dict[str, Any] = {"prompt": "import os", "max_tokens": 8, "temperature": 0, "logit_bias": {"0": -100}}
-LIMIT = 12  # requests a minute: one each 5 s
+REQUEST: dict[str, Any] = {"prompt": "import os", "max_tokens": 8, "temperature": 0, "logit_bias": {"0": -100}}
+LIMIT = 12  # requests per minute: one every 5 s
 SAMPLE = re.compile(r"(\w+)(?:\{(.*)\})? (\S+)")
 
 
 @dataclass(frozen=True)
-class Before:
-    """An endpoint with HAProxy before it, its bundle, and the secrets of its keys."""
+class BalancedEndpoint:
+    """An endpoint behind HAProxy, its bundle, and the secrets of its keys."""
 
     endpoint: Endpoint
     config: Config
@@ -56,28 +56,30 @@ class Before:
         return {"Authorization": f"Bearer {self.secrets[name]}"}
 
     def post(self, path: str, key: str, body: dict[str, Any]) -> httpx.Response:
-        """Ask on a connection of its own, which may lead to any ingress."""
+        """Send a request on a new connection, which may lead to either ingress."""
         return httpx.post(f"{self.url}{path}", json=body, headers=self.header(key), timeout=60)
 
     def counts(self, name: str, *labels: str) -> Counter[str]:
-        """Return a metric by ingress, summed over all label sets that hold these texts."""
-        found: Counter[str] = Counter()
+        """Return a metric by ingress, summed over all label sets that contain these texts."""
+        totals: Counter[str] = Counter()
         for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
-            if (it := SAMPLE.fullmatch(line)) and it[1] == name and all(label in it[2] for label in labels):
-                found[re.search(r'ingress="(\d+)"', it[2])[1]] += float(it[3])  # type: ignore[index]
-        return found
+            if (sample := SAMPLE.fullmatch(line)) and sample[1] == name and all(label in sample[2] for label in labels):
+                totals[re.search(r'ingress="(\d+)"', sample[2])[1]] += float(sample[3])  # type: ignore[index]
+        return totals
 
 
 @pytest.fixture(scope="module")
 def program() -> str:
     try:
-        return binary()
+        return haproxy_binary()
     except UserError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def before(ray: None, program: str, tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Before]:
+def balanced(
+    ray: None, program: str, tiny: Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BalancedEndpoint]:
     folder = tmp_path_factory.mktemp("before")
     bundle = fresh_bundle(tiny, folder / "writer" / "bundle")
     config = with_values(
@@ -90,11 +92,11 @@ def before(ray: None, program: str, tiny: Config, tmp_path_factory: pytest.TempP
     }  # fmt: skip
     secrets = {name: new_key(config.keys_file, name, *limit, None)[0] for name, limit in limits.items()}
     up = deploy(config, {"writer": bundle.folder})
-    yield Before(up, config, bundle, secrets)
-    there = [*haproxies(), *ingresses()]
-    assert len(there) == 3
+    yield BalancedEndpoint(up, config, bundle, secrets)
+    started = [*haproxies(), *ingresses()]
+    assert len(started) == 3
     up.stop()
-    _, alive = psutil.wait_procs(there, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
 
 
@@ -106,75 +108,79 @@ def ingresses() -> list[psutil.Process]:
     return processes("ServeReplica:manta:api")
 
 
-def test_openai_s_client_works_through_it(before: Before) -> None:
-    api = openai.OpenAI(base_url=f"{before.url}/v1", api_key=before.secrets["alice"], max_retries=0)
-    ask = ASK | {"max_tokens": 120}  # more than its reader hears of at once
-    whole = api.completions.create(model="writer", **ask)
-    parts = list(api.completions.create(model="writer", stream=True, **ask))
-    assert whole.usage
-    assert whole.usage.completion_tokens == 120
+def test_openais_client(balanced: BalancedEndpoint) -> None:
+    api = openai.OpenAI(base_url=f"{balanced.url}/v1", api_key=balanced.secrets["alice"], max_retries=0)
+    request = REQUEST | {"max_tokens": 120}  # more than one chunk
+    full = api.completions.create(model="writer", **request)
+    parts = list(api.completions.create(model="writer", stream=True, **request))
+    assert full.usage
+    assert full.usage.completion_tokens == 120
     assert len(parts) > 1
-    assert "".join(it.choices[0].text for it in parts) == whole.choices[0].text
+    assert "".join(it.choices[0].text for it in parts) == full.choices[0].text
     with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
-        api.completions.create(model="other", **ASK)
+        api.completions.create(model="other", **REQUEST)
     with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{before.url}/v1", api_key="sk-manta-none", max_retries=0).models.list()
-    named = httpx.get(f"{before.url}/healthz", headers={"X-Request-Id": "my-1"})
-    assert named.headers.get_list("x-request-id") == ["my-1"]
-    unnamed = [httpx.get(f"{before.url}/healthz").headers.get_list("x-request-id") for _ in range(2)]
-    assert [len(it) for it in unnamed] == [1, 1]
-    assert unnamed[0] != unnamed[1]
+        openai.OpenAI(base_url=f"{balanced.url}/v1", api_key="sk-manta-none", max_retries=0).models.list()
+    with_id = httpx.get(f"{balanced.url}/healthz", headers={"X-Request-Id": "my-1"})
+    assert with_id.headers.get_list("x-request-id") == ["my-1"]
+    generated_ids = [httpx.get(f"{balanced.url}/healthz").headers.get_list("x-request-id") for _ in range(2)]
+    assert [len(ids) for ids in generated_ids] == [1, 1]
+    assert generated_ids[0] != generated_ids[1]
 
 
-def test_keys_limits_hold_over_both_ingresses(before: Before) -> None:
-    asked = [before.counts("manta_requests_total", f'key="{key}"') for key in ("bob", "carol")]
-    began = time.monotonic()
+def test_rate_limits_hold_over_both_ingresses(balanced: BalancedEndpoint) -> None:
+    counts = [balanced.counts("manta_requests_total", f'key="{key}"') for key in ("bob", "carol")]
+    started_at = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        bob = pool.map(lambda _: before.post("/v1/completions", "bob", ASK).status_code, range(40))
-        carol = pool.map(lambda _: before.post("/v1/completions", "carol", ASK | {"max_tokens": 50}).status_code, range(12))  # fmt: skip
-        found = [Counter(bob), Counter(carol)]
-    took = time.monotonic() - began
-    assert LIMIT <= found[0][200] <= LIMIT + took * LIMIT / 60
-    assert sorted(found[0]) == [200, 429]
-    used = found[1][200] * 52  # of 120, and two come each second; an unfinished one holds 50 and its prompt
-    assert 52 <= used <= 120 + 2 * took
-    assert sorted(found[1]) == [200, 429]
-    wait_for(lambda: sum((before.counts("manta_requests_total", 'key="bob"') - asked[0]).values()) == 40)
-    assert len(before.counts("manta_requests_total", 'key="bob"') - asked[0]) == 2  # either has seen some
-    assert before.post("/v1/completions", "alice", ASK).status_code == 200
+        bob = pool.map(lambda _: balanced.post("/v1/completions", "bob", REQUEST).status_code, range(40))
+        carol = pool.map(lambda _: balanced.post("/v1/completions", "carol", REQUEST | {"max_tokens": 50}).status_code, range(12))  # fmt: skip
+        statuses = [Counter(bob), Counter(carol)]
+    elapsed_s = time.monotonic() - started_at
+    assert LIMIT <= statuses[0][200] <= LIMIT + elapsed_s * LIMIT / 60
+    assert sorted(statuses[0]) == [200, 429]
+    used = statuses[1][200] * 52  # of 120, refilled by two per second; one in flight reserves 50 and its prompt
+    assert 52 <= used <= 120 + 2 * elapsed_s
+    assert sorted(statuses[1]) == [200, 429]
+    wait_for(lambda: sum((balanced.counts("manta_requests_total", 'key="bob"') - counts[0]).values()) == 40)
+    assert len(balanced.counts("manta_requests_total", 'key="bob"') - counts[0]) == 2  # both have counted some
+    assert balanced.post("/v1/completions", "alice", REQUEST).status_code == 200
 
 
-def test_feedback_finds_its_answer_wherever_it_was_given(before: Before) -> None:
-    ids = [before.post("/v1/completions", "alice", ASK).json()["id"] for _ in range(6)]
-    for number, it in enumerate(ids):
-        body = {"request": it, "rating": "up" if number % 2 else "down"}
-        assert before.post("/v1/feedback", "dave", body).status_code == 404  # another's
-        answer = before.post("/v1/feedback", "alice", body)
-        assert (answer.status_code, answer.json()["model"]) == (200, "writer")
-    kept = read_records(before.config.run_dir / "feedback", "feedback").to_pylist()
-    assert sorted(it["request"] for it in kept) == sorted(it.removeprefix("cmpl-") for it in ids)
-    assert {(it["model"], it["version"], it["key"]) for it in kept} == {("writer", before.bundle.hash[:12], "alice")}
-    rated = before.counts("manta_feedback_total", 'rating="down"')
-    assert (sum(rated.values()), len(before.counts("manta_requests_total", 'key="alice"'))) == (3, 2)
+def test_feedback_finds_requests_of_either_ingress(balanced: BalancedEndpoint) -> None:
+    ids = [balanced.post("/v1/completions", "alice", REQUEST).json()["id"] for _ in range(6)]
+    for number, request_id in enumerate(ids):
+        body = {"request": request_id, "rating": "up" if number % 2 else "down"}
+        assert balanced.post("/v1/feedback", "dave", body).status_code == 404  # of another key
+        response = balanced.post("/v1/feedback", "alice", body)
+        assert (response.status_code, response.json()["model"]) == (200, "writer")
+    records = read_records(balanced.config.run_dir / "feedback", "feedback").to_pylist()
+    assert sorted(it["request"] for it in records) == sorted(it.removeprefix("cmpl-") for it in ids)
+    assert {(it["model"], it["version"], it["key"]) for it in records} == {
+        ("writer", balanced.bundle.hash[:12], "alice")
+    }
+    rated = balanced.counts("manta_feedback_total", 'rating="down"')
+    assert (sum(rated.values()), len(balanced.counts("manta_requests_total", 'key="alice"'))) == (3, 2)
 
 
-def test_metrics_tell_everything_once_whoever_is_asked(before: Before) -> None:
-    of_it = ("manta_requests_total", 'key="dave"', 'path="/v1/completions"')
-    wait_for(lambda: sum(before.counts("manta_requests_in_flight").values()) == 1)
+def test_either_ingress_returns_all_metrics_once(balanced: BalancedEndpoint) -> None:
+    labels = ("manta_requests_total", 'key="dave"', 'path="/v1/completions"')
+    wait_for(lambda: sum(balanced.counts("manta_requests_in_flight").values()) == 1)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: before.post("/v1/completions", "dave", ASK), range(10)))
-    wait_for(lambda: sum(before.counts(*of_it).values()) == 10)
+        list(pool.map(lambda _: balanced.post("/v1/completions", "dave", REQUEST), range(10)))
+    wait_for(lambda: sum(balanced.counts(*labels).values()) == 10)
     tokens = ("manta_tokens_total", 'key="dave"', 'kind="completion"')
-    assert {(sum(before.counts(*of_it).values()), sum(before.counts(*tokens).values())) for _ in range(6)} == {(10, 80)}
-    assert len(before.counts(*of_it)) == 2
-    page = httpx.get(f"{before.url}/metrics", timeout=30).text
+    assert {(sum(balanced.counts(*labels).values()), sum(balanced.counts(*tokens).values())) for _ in range(6)} == {
+        (10, 80)
+    }
+    assert len(balanced.counts(*labels)) == 2
+    page = httpx.get(f"{balanced.url}/metrics", timeout=30).text
     assert len(re.findall(r"^manta_replicas\{", page, re.M)) == 1
     assert len(re.findall(r"^# TYPE manta_requests_total counter", page, re.M)) == 1
 
 
-def test_nothing_listens_beyond_loopback(before: Before) -> None:
+def test_nothing_listens_beyond_loopback(balanced: BalancedEndpoint) -> None:
     (haproxy,) = haproxies()
-    port = before.config.serve.port
+    port = balanced.config.serve.port
     listens = [it.laddr for it in haproxy.net_connections("inet") if it.status == psutil.CONN_LISTEN]
     assert listens == [("127.0.0.1", port)]
     assert not haproxy.net_connections("unix") or all(not it.laddr for it in haproxy.net_connections("unix"))
@@ -185,72 +191,74 @@ def test_nothing_listens_beyond_loopback(before: Before) -> None:
         assert port not in {it.laddr.port for it in process.net_connections("inet") if it.status == psutil.CONN_LISTEN}
 
 
-def test_what_is_too_large_or_slow_is_told_as_ever(before: Before) -> None:
-    answer = httpx.post(f"{before.url}/v1/completions", content=b" " * 10_000_000, headers=before.header("alice"), timeout=30)  # fmt: skip
-    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
-    with socket.create_connection(("127.0.0.1", before.config.serve.port), timeout=30) as client:
-        head = "\r\n".join(f"{name}: {value}" for name, value in before.header("alice").items())
-        client.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}\r\nContent-Length: 100\r\n\r\n{{".encode())
-        told, _, body = client.recv(4096).partition(b"\r\n\r\n")
-        assert b" 408 " in told.splitlines()[0]
+def test_large_and_slow_bodies_get_error_bodies(balanced: BalancedEndpoint) -> None:
+    response = httpx.post(f"{balanced.url}/v1/completions", content=b" " * 10_000_000, headers=balanced.header("alice"), timeout=30)  # fmt: skip
+    assert (response.status_code, response.json()["error"]["type"]) == (413, "invalid_request_error")
+    with socket.create_connection(("127.0.0.1", balanced.config.serve.port), timeout=30) as client:
+        headers = "\r\n".join(f"{name}: {value}" for name, value in balanced.header("alice").items())
+        client.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{headers}\r\nContent-Length: 100\r\n\r\n{{".encode()
+        )
+        head, _, body = client.recv(4096).partition(b"\r\n\r\n")
+        assert b" 408 " in head.splitlines()[0]
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_left_is_noticed_at_once(before: Before, stream: bool) -> None:
-    of_it = ("manta_requests_total", 'status="499"', 'key="alice"')
-    gone = sum(before.counts(*of_it).values())
-    long = ASK | {"max_tokens": 120, "n": 16, "stream": stream, "prompt": [7]}
+def test_a_hang_up_aborts_a_request_at_once(balanced: BalancedEndpoint, stream: bool) -> None:
+    labels = ("manta_requests_total", 'status="499"', 'key="alice"')
+    aborted = sum(balanced.counts(*labels).values())
+    long = REQUEST | {"max_tokens": 120, "n": 16, "stream": stream, "prompt": [7]}
     pauses = itertools.cycle([0.02, 0.04, 0.06, 0.08, 0.1])
 
-    def leave() -> bool:
+    def hang_up() -> bool:
         body = json.dumps(long).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {before.secrets['alice']}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", before.config.serve.port), timeout=30) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {balanced.secrets['alice']}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", balanced.config.serve.port), timeout=30) as client:
             client.sendall(head.encode() + body)
             if stream:
                 assert b" 200 " in client.recv(4096).splitlines()[0]
             else:
                 time.sleep(next(pauses))
-        left = time.monotonic()
+        hung_up_at = time.monotonic()
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: sum(before.counts(*of_it).values()) > gone, 1.5)
-            print(f"noticed after {time.monotonic() - left:.2f} s")
+            wait_for(lambda: sum(balanced.counts(*labels).values()) > aborted, 1.5)
+            print(f"noticed after {time.monotonic() - hung_up_at:.2f} s")
             return True
         return False
 
-    wait_for(leave)  # tried again where the endpoint was done before it noticed, or hadn't begun
-    wait_for(lambda: not running(before), 5)
+    wait_for(hang_up)  # repeated where the request was finished or not yet begun
+    wait_for(lambda: not running(balanced), 5)
 
 
-def running(before: Before) -> float:
-    """Return how many completions the replicas have in their forwards."""
-    replicas = httpx.get(f"{before.url}/v1/replicas", headers=before.header("alice")).json()["data"]
+def running(balanced: BalancedEndpoint) -> float:
+    """Return how many sequences the replicas run or queue."""
+    replicas = httpx.get(f"{balanced.url}/v1/replicas", headers=balanced.header("alice")).json()["data"]
     return sum(it["running"] + it["waiting"] for it in replicas)
 
 
-def test_a_thousand_idle_connections_reach_no_ingress(before: Before) -> None:
+def test_a_thousand_idle_connections_reach_no_ingress(balanced: BalancedEndpoint) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
-            stack.enter_context(socket.create_connection(("127.0.0.1", before.config.serve.port)))
-        assert before.post("/v1/completions", "alice", ASK).status_code == 200
+            stack.enter_context(socket.create_connection(("127.0.0.1", balanced.config.serve.port)))
+        assert balanced.post("/v1/completions", "alice", REQUEST).status_code == 200
         assert sum(len(it.net_connections("unix")) for it in ingresses()) < 200
 
 
-def test_a_change_in_place_reaches_both_ingresses(before: Before) -> None:
-    with load(before.url, ASK | {"model": "writer"}, clients=2) as noted:
-        deploy(replace(before.config, serve__max_body_bytes=20_000), {"writer": before.bundle.folder})
+def test_changed_options_reach_both_ingresses(balanced: BalancedEndpoint) -> None:
+    with background_load(balanced.url, REQUEST | {"model": "writer"}, clients=2) as requests:
+        deploy(replace(balanced.config, serve__max_body_bytes=20_000), {"writer": balanced.bundle.folder})
         body = {"prompt": "x" * 30_000}
-        assert {before.post("/v1/completions", "alice", body).status_code for _ in range(8)} == {413}
-        wait_for(lambda: len(noted) > 10)
-    assert {it.status for it in noted} == {401}  # of an ingress, each: none was refused a connection
-    deploy(before.config, {"writer": before.bundle.folder})
-    for options, told in (({"serve.ingresses": 3}, "serve.ingresses=2"), ({"serve.haproxy": False, "serve.ingresses": 1}, "serve.haproxy=true"), ({"serve.body_timeout_s": 9.0}, "serve.body_timeout_s=2.0")):  # fmt: skip
-        with pytest.raises(UserError, match=f"has {told}, which can't change while it is up"):
-            deploy(with_values(before.config, options), {"writer": before.bundle.folder})
+        assert {balanced.post("/v1/completions", "alice", body).status_code for _ in range(8)} == {413}
+        wait_for(lambda: len(requests) > 10)
+    assert {it.status for it in requests} == {401}  # from an ingress: no connection was refused
+    deploy(balanced.config, {"writer": balanced.bundle.folder})
+    for options, message in (({"serve.ingresses": 3}, "serve.ingresses=2"), ({"serve.haproxy": False, "serve.ingresses": 1}, "serve.haproxy=true"), ({"serve.body_timeout_s": 9.0}, "serve.body_timeout_s=2.0")):  # fmt: skip
+        with pytest.raises(UserError, match=f"has {message}, which can't change while it is up"):
+            deploy(with_values(balanced.config, options), {"writer": balanced.bundle.folder})
 
 
-def test_contradictions_are_refused(tiny: Config) -> None:
+def test_contradicting_options_are_refused(tiny: Config) -> None:
     with pytest.raises(UserError, match=r"serve.ingresses 2 need HAProxy in front of them: add serve.haproxy=true"):
         with_values(tiny, {"serve.ingresses": 2})
     with pytest.raises(UserError, match=r"serve.haproxy is for an endpoint that `manta deploy` starts"):
@@ -258,39 +266,39 @@ def test_contradictions_are_refused(tiny: Config) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0"])
-def test_haproxy_takes_its_configuration(program: str, tmp_path: Path, host: str) -> None:
+def test_haproxy_accepts_its_configuration(program: str, tmp_path: Path, host: str) -> None:
     file = tmp_path / "haproxy.cfg"
-    file.write_text(configuration(host, free_port(), [str(tmp_path / "0.sock")], write_errors(tmp_path), 30, 60))
-    checked = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True)
-    assert (checked.returncode, "WARNING" in checked.stderr) == (0, False), checked.stderr
+    file.write_text(haproxy_config(host, free_port(), [str(tmp_path / "0.sock")], write_error_files(tmp_path), 30, 60))
+    check = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True)
+    assert (check.returncode, "WARNING" in check.stderr) == (0, False), check.stderr
 
 
 @pytest.mark.slow
-def test_no_request_is_lost_with_an_ingress(before: Before) -> None:
-    noted: list[int] = []
-    client = httpx.Client(base_url=before.url, headers=before.header("alice"), timeout=90)
+def test_no_request_is_lost_with_an_ingress(balanced: BalancedEndpoint) -> None:
+    requests: list[int] = []
+    client = httpx.Client(base_url=balanced.url, headers=balanced.header("alice"), timeout=90)
 
     def ask(_: int) -> tuple[float, int, str]:
-        began = time.monotonic()
-        answer = client.post("/v1/completions", json=ASK)
-        noted.append(answer.status_code)
-        return time.monotonic() - began, answer.status_code, answer.text
+        started_at = time.monotonic()
+        response = client.post("/v1/completions", json=REQUEST)
+        requests.append(response.status_code)
+        return time.monotonic() - started_at, response.status_code, response.text
 
     with client, ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, i) for i in range(600)]
-        wait_for(lambda: len(noted) > 60)
+        pending = [pool.submit(ask, i) for i in range(600)]
+        wait_for(lambda: len(requests) > 60)
         lost = ingresses()[0]
         lost.kill()
-        found = [it.result() for it in asked]
-    assert {status for _, status, _ in found} == {200}, [it for it in found if it[1] != 200][:3]
-    print(f"an ingress killed: none of {len(found)} lost, the slowest took {max(it[0] for it in found):.2f} s")
+        results = [it.result() for it in pending]
+    assert {status for _, status, _ in results} == {200}, [it for it in results if it[1] != 200][:3]
+    print(f"an ingress killed: none of {len(results)} lost, the slowest took {max(it[0] for it in results):.2f} s")
     wait_for(lambda: len(ingresses()) == 2 and lost.pid not in {it.pid for it in ingresses()})
-    wait_for(lambda: before.post("/v1/completions", "dave", ASK).status_code == 200 and len(before.counts("manta_requests_in_flight")) == 2)  # fmt: skip
+    wait_for(lambda: balanced.post("/v1/completions", "dave", REQUEST).status_code == 200 and len(balanced.counts("manta_requests_in_flight")) == 2)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["haproxy.cfg", "ServeReplica:manta-balancer"])
-def test_haproxy_is_started_again(before: Before, what: str) -> None:
+def test_haproxy_is_restarted(balanced: BalancedEndpoint, what: str) -> None:
     lost = processes(what)[-1]
     (old,) = haproxies()
     killed = time.monotonic()
@@ -299,24 +307,24 @@ def test_haproxy_is_started_again(before: Before, what: str) -> None:
 
     def back() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return before.post("/v1/completions", "alice", ASK).status_code == 200
+            return balanced.post("/v1/completions", "alice", REQUEST).status_code == 200
         return False
 
     wait_for(back, 60)
-    took = time.monotonic() - killed
-    print(f"{what} killed: back after {took:.2f} s")
-    assert took < (2 if what == "haproxy.cfg" else 30)
+    elapsed_s = time.monotonic() - killed
+    print(f"{what} killed: back after {elapsed_s:.2f} s")
+    assert elapsed_s < (2 if what == "haproxy.cfg" else 30)
     (new,) = haproxies()
     assert new.pid != old.pid
 
 
 @pytest.mark.slow
-def test_a_stream_in_flight_ends_with_its_ingress(before: Before) -> None:
-    body = ASK | {"stream": True, "max_tokens": 120, "n": 16}
-    before_kill = before.counts("manta_requests_in_flight")
+def test_a_stream_in_flight_ends_with_its_ingress(balanced: BalancedEndpoint) -> None:
+    body = REQUEST | {"stream": True, "max_tokens": 120, "n": 16}
+    before_kill = balanced.counts("manta_requests_in_flight")
     assert len(before_kill) == 2
-    with httpx.stream("POST", f"{before.url}/v1/completions", json=body, headers=before.header("alice"), timeout=30) as answer:  # fmt: skip
-        lines = answer.iter_lines()
+    with httpx.stream("POST", f"{balanced.url}/v1/completions", json=body, headers=balanced.header("alice"), timeout=30) as response:  # fmt: skip
+        lines = response.iter_lines()
         next(lines)
         for process in ingresses():
             process.kill()
@@ -326,39 +334,39 @@ def test_a_stream_in_flight_ends_with_its_ingress(before: Before) -> None:
 
     def back() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            answer = before.post("/v1/completions", "alice", ASK)
-            statuses.add(answer.status_code)
-            if answer.status_code == 503:
-                assert (answer.headers["Retry-After"], answer.json()["error"]["type"]) == ("1", "server_error")
-            return answer.status_code == 200
+            response = balanced.post("/v1/completions", "alice", REQUEST)
+            statuses.add(response.status_code)
+            if response.status_code == 503:
+                assert (response.headers["Retry-After"], response.json()["error"]["type"]) == ("1", "server_error")
+            return response.status_code == 200
         return False
 
     wait_for(back)
-    assert statuses <= {200, 503}  # no connection was refused meanwhile
-    wait_for(lambda: len(before.counts("manta_requests_in_flight")) == 2)
+    assert statuses <= {200, 503}  # no connection was refused
+    wait_for(lambda: len(balanced.counts("manta_requests_in_flight")) == 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_of_a_deployment(program: str, tiny: Config, tmp_path: Path, end: signal.Signals) -> None:
+def test_no_process_is_left_of_a_deployment(program: str, tiny: Config, tmp_path: Path, end: signal.Signals) -> None:
     bundle, port = fresh_bundle(tiny, tmp_path / "writer" / "bundle"), free_port()
     command = [sys.executable, "-m", "jobs.manta", "deploy", f"bundle={bundle.folder}", f"serve.port={port}",
                "serve.haproxy=true", "serve.ingresses=2", "serve.max_replicas=1", "tracking.enabled=false"]  # fmt: skip
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        said, children = "", list[psutil.Process]()
+        output, children = "", list[psutil.Process]()
         try:
-            said = said_until(process, "Ctrl-C ends it")
+            output = read_until(process, "Ctrl-C ends it")
             assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
             children = psutil.Process(process.pid).children(recursive=True)
             assert [it.name() for it in children].count("haproxy") == 1
         finally:
             process.send_signal(end)
-        said += process.communicate(timeout=120)[0] or ""
-    assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL), said
-    assert "Traceback" not in said
-    if end == signal.SIGKILL:  # Ray's own agents take their time
+        output += process.communicate(timeout=120)[0] or ""
+    assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL), output
+    assert "Traceback" not in output
+    if end == signal.SIGKILL:  # Ray's own agents end later
         children = [it for it in children if it.name() == "haproxy" or "Serve" in it.name()]
         assert len(children) >= 6
     _, alive = psutil.wait_procs(children, timeout=60)
