@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class SequenceClassification(contract.Objective):
     mode = "max"
     is_classifier = True
     evaluation_metrics = ("macro_f1", "weighted_f1", "matthews", "calibration_error")
-    peft_task_type: str | None = "SEQ_CLS"
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
 
     def model_options(self) -> dict[str, Any]:
         """Size the head for the labels, and store their names in the model's config."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import DataConfig, ObjectiveConfig
-from engine.data.kinds import kind_class, matching_kinds
+from engine.data.kinds import DataKind, kind_class, matching_kinds
 from engine.data.packing import Packing
 from engine.data.shards import Split
 from engine.errors import UserError, did_you_mean
@@ -122,6 +122,15 @@ class Objective(ABC):
     def image_processor(self) -> Any:
         """The processor's image processor, or the processor itself."""
         return getattr(self.processor, "image_processor", self.processor)
+
+    @property
+    def kind(self) -> type[DataKind]:
+        """The kind of data that it reads."""
+        return kind_class(self.data_kind)
+
+    def relabel(self, sample: dict[str, Any], class_ids: np.ndarray) -> dict[str, Any]:
+        """Replace a sample's label by the model's class; `class_ids` has it for each label of the data: int64 [labels]."""
+        return sample | {"label": class_ids[sample["label"]]}
 
     def model_options(self) -> dict[str, Any]:
         """Return the fields of the model's config that the task determines, such as the number of labels."""

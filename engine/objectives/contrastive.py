@@ -25,7 +25,7 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.size import TransformerStack, flops_per_token
 from engine.objectives import contract
-from engine.objectives.contract import Batch, Loss, Ranks, Scores, pad_rows
+from engine.objectives.contract import Batch, Loss, ProcessGroup, Scores, pad_rows
 from engine.objectives.image_classification import num_patches
 
 CHUNK_ROWS = 1024  # captions whose similarities to all images exist at a time
@@ -116,7 +116,7 @@ class Contrastive(contract.Objective):
         return Batch(inputs, caption_hash_B, len(samples), tokens=num_tokens)
 
     def before_step(
-        self, model: nn.Module, batches: list[tuple[Batch, float]], ranks: Ranks
+        self, model: nn.Module, batches: list[tuple[Batch, float]], group: ProcessGroup
     ) -> list[tuple[Batch, float]]:
         """Compute the loss of the global batch, and give each micro-batch the gradients of its embeddings."""
         device = batches[0][0].targets.device
@@ -130,9 +130,9 @@ class Contrastive(contract.Objective):
                 for (image_BD, text_BD, _), key in zip(embeddings, keys, strict=True)
             ]
         )
-        gathered = ranks.gather_rows(rows)
+        gathered = group.gather_rows(rows)
         all_rows = torch.cat(gathered)
-        first = sum(len(rank_rows) for rank_rows in gathered[: ranks.rank])
+        first = sum(len(rank_rows) for rank_rows in gathered[: group.rank])
         # The order of the global batch: by micro-batch, and by rank within it; micro-batches of weight 0 are no part of it.
         order_N = all_rows[:, -1].argsort(stable=True)
         order_N = order_N[all_rows[order_N, -2] > 0]
