@@ -1,1 +1,1 @@
-"""Bundles behind an HTTP endpoint, on Ray Serve."""
+"""Serves bundles over HTTP with Ray Serve."""

@@ -28,7 +28,7 @@ def check_servable(bundle: Bundle, options: ServeConfig) -> None:
         raise UserError(
             f"serve.compile is for bundles that generate text, and {bundle.folder} is for {objective.options.name}"
         )
-    if options.quantize != "none" and objective.data_kind not in ("text", "labelled"):
+    if options.quantize != "none" and objective.kind.has_preprocessor:
         raise UserError(
             f"serve.quantize is for bundles that read or generate text, and {bundle.folder} is for {objective.options.name}"
         )
@@ -71,7 +71,7 @@ def check_ingress_options_unchanged(options: ServeConfig, endpoint: EndpointStat
 
 
 def check_capacity(options: ServeConfig, num_versions: int, beside_others: bool) -> None:
-    """Raise UserError where new versions need more than the cluster has; Serve would wait for ever.
+    """Raise UserError where new versions need more than the cluster has; Serve would wait forever.
 
     `beside_others`: other versions are served, and go on until the new ones are ready, so only free resources count.
     """

@@ -1,1 +1,1 @@
-"""Which version answers a request, on which replica: routing, roll-outs, autoscaling."""
+"""Which version answers a request, on which replica: routing, rollouts, autoscaling."""

@@ -259,11 +259,11 @@ class IpcConnection:
     async def _read_replies(self) -> None:
         try:
             while fields := await read_frame(self._reader):
-                reply = ReplyFrame(*fields)
-                if reply.kind == CLOSING:
+                call_id, kind, value = fields  # of a ReplyFrame
+                if kind == CLOSING:
                     self.close_when_idle()
-                elif on_reply := self.pending.get(reply.call_id):
-                    on_reply(reply.kind, reply.value)
+                elif on_reply := self.pending.get(call_id):
+                    on_reply(kind, value)
         finally:
             self.is_lost = True
             self.writer.close()

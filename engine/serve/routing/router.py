@@ -1,6 +1,6 @@
 """Routes the requests of an ingress: which version of a model answers each, and what the controller learns of it.
 
-A request that a lost replica had taken is retried on another one, as long as its client has got nothing of the answer; one
+A request that a lost replica had taken is retried on another one, as long as its client has received nothing of the answer; one
 that a candidate version fails is retried on the stable version, so that a bad candidate harms nobody. The failure counts
 against the candidate all the same.
 """
@@ -237,7 +237,7 @@ class Router:
         self.reporter.add_comparison(version.id, comparison)
 
     async def follow_controller(self) -> None:
-        """Report to the controller and adopt its routing tables, for ever."""
+        """Report to the controller and adopt its routing tables, forever."""
         if state := load_state():
             with contextlib.suppress(Exception):  # an application is gone: the controller will send a newer table
                 await self.adopt(state.table())
@@ -253,7 +253,7 @@ class Router:
             await asyncio.sleep(REPORT_PERIOD_S)
 
     async def follow_replicas(self) -> None:
-        """Keep connections to the present replicas, for ever."""
+        """Keep connections to the present replicas, forever."""
         while True:
             await self.replicas.discover({version.app for route in self.models.values() for version in route.versions})
             await asyncio.sleep(DISCOVERY_PERIOD_S)
@@ -273,7 +273,7 @@ class Router:
 
 
 class RoutedStream:
-    """The messages of a generation; another replica starts anew as long as the client has got no text."""
+    """The messages of a generation; another replica starts anew as long as the client has received no text."""
 
     def __init__(self, router: Router, name: str, job: GenerationJob) -> None:
         self.router, self.name, self.job = router, name, job
@@ -334,7 +334,7 @@ class RoutedStream:
         return self.router.replicas.stream(self.version, self.job, current_trace())
 
     async def _retry(self, error: Exception) -> bool:
-        """Start anew, if the client has got no text and another replica or the stable version can help."""
+        """Start anew, if the client has received no text and another replica or the stable version can help."""
         if self._choices:
             return False
         if isinstance(error, RayActorError) and self._retries + 1 < self.router.replicas.max_tries:
