@@ -256,7 +256,7 @@ def write_bundle(
         card = CardContent(
             asdict(manifest),
             sum(p.numel() for p in model.parameters()),
-            objective.auto_class,
+            type(objective),
             info.intended_use,
             info.limits,
         )

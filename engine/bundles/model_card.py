@@ -19,29 +19,10 @@ from typing import Any
 from engine.atomic_write import write_atomically
 from engine.data.manifest import Manifest as DataManifest
 from engine.errors import UserError
+from engine.objectives.contract import Objective
 
 CARD = "README.md"
 MARKER = re.compile(rb"^<!-- manta:evaluation (\{.*\}) -->\n", re.MULTILINE)
-
-TASKS = {  # auto class -> (Hugging Face's pipeline tag, intended use)
-    "AutoModelForCausalLM": ("text-generation", "continuing text like its training data"),
-    "AutoModelForMaskedLM": ("fill-mask", "predicting masked tokens, and as a base for fine-tuning"),
-    "AutoModelForSequenceClassification": ("text-classification", "classifying texts into the labels below"),
-    "AutoModelForSeq2SeqLM": (
-        "text2text-generation",
-        "predicting spans that are missing from a text, and as a base for fine-tuning",
-    ),
-    "AutoModelForSpeechSeq2Seq": (
-        "automatic-speech-recognition",
-        "transcribing speech like its training data",
-    ),
-    "AutoModelForImageClassification": ("image-classification", "classifying images into the labels below"),
-    "AutoModelForZeroShotImageClassification": (
-        "zero-shot-image-classification",
-        "choosing the caption that fits an image best",
-    ),
-    "diffusers.DiTTransformer2DModel": (None, "generating small images of the classes below"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +31,7 @@ class CardContent:
 
     manifest: Mapping[str, Any]  # the manifest's fields, but for the hashes of the files
     num_parameters: int
-    auto_class: str
+    objective: type[Objective]
     intended_use: str = ""  # the author's own words; empty: a default sentence
     limits: str = ""
 
@@ -60,10 +41,11 @@ def write_card(folder: Path, card: CardContent) -> None:
     from huggingface_hub import EvalResult, ModelCardData
 
     manifest = card.manifest
-    task, purpose = TASKS.get(card.auto_class, (None, f"its task, {manifest['objective']['name']}"))
+    task = card.objective.pipeline_tag
+    purpose = card.objective.intended_use or f"its task, {manifest['objective']['name']}"
     data = _load_data_manifest(manifest["data"])
     dataset = data.name if data else "not known"
-    library = "diffusers" if card.auto_class.startswith("diffusers.") else "transformers"
+    library = "diffusers" if card.objective.auto_class.startswith("diffusers.") else "transformers"
     is_stated = manifest["license"] != "not stated"
     is_identifier = is_stated and re.fullmatch(r"[A-Za-z0-9.-]+", manifest["license"]) is not None
     metrics = {name.removeprefix("validation_"): value for name, value in manifest["evaluation"].items()}

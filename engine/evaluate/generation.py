@@ -13,10 +13,10 @@ import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import EvaluateConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.evaluate.bootstrap import Interval, bootstrap_intervals
 from engine.objectives.contract import Scores
-from engine.progress import Bar
+from engine.progress import ProgressBar
 
 NUM_SHOWN = 5
 
@@ -42,14 +42,14 @@ def evaluate_generation(bundle: Bundle, model: torch.nn.Module, options: Evaluat
     Raises UserError for a model that writes no text, and a file without the two columns.
     """
     objective = bundle.objective()
-    if objective.auto_class != "AutoModelForCausalLM":
+    if not objective.is_causal:
         raise UserError(
             f"evaluate.generation needs a model that goes on with a text, and {bundle.folder} is for {objective.options.name}"
         )
     assert options.generation
     sources, targets = read_examples(Path(options.generation), options)
     written = []
-    with Bar("generate", total=len(sources)) as bar:
+    with ProgressBar("generate", total=len(sources)) as bar:
         for source in sources:
             request = {"prompt": source, "max_tokens": options.max_new_tokens}
             written.append(objective.predict(model, [request])[0]["text"].strip())
@@ -79,7 +79,7 @@ def read_examples(file: Path, options: EvaluateConfig) -> tuple[list[str], list[
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
                 there = list(row) if isinstance(row, dict) else []
                 raise UserError(
-                    f"row {number} of {file} has no text in column '{column}' (evaluate.{key}){nearest(column, there)}"
+                    f"row {number} of {file} has no text in column '{column}' (evaluate.{key}){did_you_mean(column, there)}"
                 )
     return [row[options.source_column] for row in rows], [row[options.target_column] for row in rows]
 

@@ -16,7 +16,7 @@ import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import EvaluateConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.progress import console
 
 CONCURRENT = 8  # requests under way at an endpoint, which puts them into one batch itself
@@ -31,7 +31,7 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     if not is_installed():
         raise UserError("evaluate.suite=lm_eval needs a package that isn't here: pip install 'manta-train[lm-eval]'")
     objective = bundle.objective()
-    if objective.auto_class != "AutoModelForCausalLM":
+    if not objective.is_causal:
         raise UserError(f"lm_eval asks language models, and {bundle.folder} is for {objective.options.name}")
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -46,7 +46,7 @@ def run_harness(bundle: Bundle, options: EvaluateConfig, seed: int) -> dict[str,
     names = [task_name(Path(task)) if Path(task) in files else task for task in options.tasks]
     for name in names:
         if name not in manager.all_tasks:
-            raise UserError(f"evaluate.tasks: lm_eval has no task {name}{nearest(name, manager.all_tasks)}")
+            raise UserError(f"evaluate.tasks: lm_eval has no task {name}{did_you_mean(name, manager.all_tasks)}")
     with quiet_harness():
         found = lm_eval.simple_evaluate(
             model=endpoint_model(bundle, options) if options.endpoint else local_model(bundle, options), tasks=names,

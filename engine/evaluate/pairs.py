@@ -44,7 +44,7 @@ def evaluate_pairs(
     pairs = read_pairs(file)
     if bundle.objective().auto_class == "AutoModelForSequenceClassification":
         scores, summarize = _classes(bundle, model, pairs), _summarize_classes
-    elif bundle.objective().auto_class == "AutoModelForCausalLM":
+    elif bundle.objective().is_causal:
         scores, summarize = _likelihoods(bundle, model, pairs), _summarize_likelihoods
     else:
         raise UserError(

@@ -22,6 +22,10 @@ class CausalLM(contract.LMHeadObjective):
 
     auto_class = "AutoModelForCausalLM"
     architectures = ("ForCausalLM", "LMHeadModel")
+    pipeline_tag = "text-generation"
+    intended_use = "continuing text like its training data"
+    endpoint_task = "completion"
+    can_embed = True
     is_causal = True
     supports_packing = True
     supports_sequence_parallel = True

@@ -25,8 +25,12 @@ class SequenceClassification(contract.Objective):
     architectures = ("ForSequenceClassification",)
     metric = "accuracy"
     mode = "max"
+    pipeline_tag = "text-classification"
+    intended_use = "classifying texts into the labels below"
+    endpoint_task: ClassVar[str | None] = "classification"
+    can_embed = True
     is_classifier = True
-    evaluation_metrics = ("macro_f1", "weighted_f1", "matthews", "calibration_error")
+    evaluation_metrics = ("accuracy", "macro_f1", "weighted_f1", "matthews", "calibration_error")
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
 
     def model_options(self) -> dict[str, Any]:

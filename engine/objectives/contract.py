@@ -84,7 +84,11 @@ class Objective(ABC):
     architectures: ClassVar[tuple[str, ...]]  # suffixes of the class names of its models
     metric: ClassVar[str]  # that sweeps and comparisons use
     mode: ClassVar[str]  # "min" or "max" of that metric
+    pipeline_tag: ClassVar[str | None] = None  # Hugging Face's name of the task, in the model card
+    intended_use: ClassVar[str] = ""  # default in the model card, after "For "; empty: its task
     servable: ClassVar[bool] = True  # whether the endpoint serves its models
+    endpoint_task: ClassVar[str | None] = None  # the endpoint's name of the task; None: the objective's name
+    can_embed: ClassVar[bool] = False  # the endpoint can return mean last hidden states of a text
     is_causal: ClassVar[bool] = False  # an autoregressive language model, with causal attention
     is_classifier: ClassVar[bool] = False  # `score` returns label, predicted and confidence of each example
     has_lm_head: ClassVar[bool] = False  # the model returns logits over the vocabulary at every token

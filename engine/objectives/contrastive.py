@@ -49,6 +49,8 @@ class Contrastive(contract.Objective):
     architectures = ("CLIPModel",)
     metric = "accuracy"
     mode = "max"
+    pipeline_tag = "zero-shot-image-classification"
+    intended_use = "choosing the caption that fits an image best"
     servable = False
     tokens_per_image = 1  # set by bind_model
 

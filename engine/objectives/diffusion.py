@@ -42,6 +42,8 @@ class Diffusion(contract.Objective):
     architectures = ("DiTTransformer2DModel",)
     metric = "loss"
     mode = "min"
+    intended_use = "generating small images of the classes below"
+    endpoint_task = "images"
     required_packages = ("diffusers",)
     tokens_per_image = 1  # set by bind_model
 

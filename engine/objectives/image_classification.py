@@ -23,6 +23,10 @@ class ImageClassification(classification.SequenceClassification):
     data_kind = "images"
     auto_class = "AutoModelForImageClassification"
     architectures = ("ForImageClassification",)
+    pipeline_tag = "image-classification"
+    intended_use = "classifying images into the labels below"
+    endpoint_task = None
+    can_embed = False
     servable = False
     peft_task_type = None
     tokens_per_image = 1  # set by bind_model

@@ -27,6 +27,9 @@ class MaskedLM(contract.LMHeadObjective):
 
     auto_class = "AutoModelForMaskedLM"
     architectures = ("ForMaskedLM",)
+    pipeline_tag = "fill-mask"
+    intended_use = "predicting masked tokens, and as a base for fine-tuning"
+    can_embed = True
     supports_packing = True
     supports_sequence_parallel = True
     forward_options: ClassVar[dict[str, Any]] = {}

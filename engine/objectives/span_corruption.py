@@ -29,6 +29,8 @@ class SpanCorruption(contract.LMHeadObjective):
 
     auto_class = "AutoModelForSeq2SeqLM"
     architectures = ("ForConditionalGeneration",)
+    pipeline_tag = "text2text-generation"
+    intended_use = "predicting spans that are missing from a text, and as a base for fine-tuning"
     servable = False
 
     def model_options(self) -> dict[str, Any]:

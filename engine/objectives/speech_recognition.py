@@ -40,6 +40,9 @@ class SpeechRecognition(contract.LMHeadObjective):
     architectures = ("WhisperForConditionalGeneration",)
     metric = "wer"
     mode = "min"
+    pipeline_tag = "automatic-speech-recognition"
+    intended_use = "transcribing speech like its training data"
+    endpoint_task = "transcription"
     encoder_positions = 1  # of a window; set by bind_model
 
     @property
