@@ -23,7 +23,7 @@ def check_servable(bundle: Bundle, options: ServeConfig) -> None:
             f"{bundle.folder} is for {objective.options.name}, which the endpoint doesn't offer: load it with transformers, or "
             "measure it with manta evaluate"
         )
-    generates_text = objective.auto_class == "AutoModelForCausalLM"
+    generates_text = objective.is_causal
     if options.compile and not generates_text:
         raise UserError(
             f"serve.compile is for bundles that generate text, and {bundle.folder} is for {objective.options.name}"

@@ -59,17 +59,6 @@ from engine.serve.routing.loopback import bind_to_loopback
 from engine.serve.short_lived_thread import run_in_short_lived_thread
 from engine.serve.tracing import TraceHeaders, Tracing
 
-TASKS = {
-    "AutoModelForCausalLM": "completion",
-    "AutoModelForSequenceClassification": "classification",
-    "AutoModelForSpeechSeq2Seq": "transcription",
-    "diffusers.DiTTransformer2DModel": "images",
-}
-EMBEDDING_MODELS = (
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForMaskedLM",
-)  # that read a text and have one last hidden state a token
 CHARACTERS_PER_TOKEN = 4  # about, of English: https://help.openai.com/en/articles/4936856
 VERSION_DIGITS = 12  # of a bundle's hash
 MAX_BATCHED_TOKENS = 256  # in a forward of TransformersEngine, unless serve.max_batched_tokens is given
@@ -100,7 +89,7 @@ class Replica:
             self.model = run_in_short_lived_thread(lambda: load_model(self.bundle, self.options))
             self.config, self.device = self.model.config, str(self.model.device)
         self.max_positions = max_positions(self.config) or self.objective.sequence_length
-        if self.objective.auto_class == "AutoModelForCausalLM" and self.engine is None:
+        if self.objective.is_causal and self.engine is None:
             self.engine = self._transformers_engine()
         if self.engine:
             self.completions = Completions(
@@ -166,11 +155,11 @@ class Replica:
         config: Any = self.config
         image = self.objective.image_output_size(self.config)
         return ModelInfo(
-            task=TASKS.get(self.objective.auto_class, self.objective.options.name),
+            task=self.objective.endpoint_task or self.objective.options.name,
             hash=self.bundle.hash,
             max_positions=self.engine.max_seq_len if self.engine else self.max_positions,
             vocab_size=getattr(config, "vocab_size", 0),
-            can_embed=self.objective.auto_class in EMBEDDING_MODELS and self.options.generator == "transformers",
+            can_embed=self.objective.can_embed and self.options.generator == "transformers",
             audio_positions=getattr(config, "max_source_positions", 0),
             adapters={name: pin["hash"] for name, pin in self.options.adapters.items()},
             image=ImageSize(image["side"], image["tokens"]) if image else None,

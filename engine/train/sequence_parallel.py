@@ -166,7 +166,7 @@ def check_sequence_parallel(config: Any, objective: type[Objective], size: int, 
         raise UserError(
             f"train.sequence_parallel={size} does not divide the model's {heads} attention heads: use a divisor of {heads}"
         )
-    causal = objective.auto_class == "AutoModelForCausalLM"
+    causal = objective.is_causal
     small = copy.deepcopy(config)
     small.vocab_size, small.num_hidden_layers = 16, 1
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None

@@ -59,7 +59,7 @@ def train_worker(
     has_validation = "validation" in manifest.splits
     order = DataOrder(len(samples), config.global_batch, config.seed, endless=isinstance(samples, Mix))
 
-    sequence = SequenceParallel(group, config.train.sequence_parallel, objective.auto_class == "AutoModelForCausalLM")
+    sequence = SequenceParallel(group, config.train.sequence_parallel, objective.is_causal)
     model, checkpoint, flops_per_token = setup_model(job, objective, group, precision, sequence, model_factory)
     state = checkpoint.state if checkpoint else TrainState()
     if precision == "fp16" and state.loss_scale is None:  # a converted checkpoint has none either

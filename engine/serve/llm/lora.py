@@ -73,7 +73,7 @@ def check_adapters(bundle: Bundle, adapters: Mapping[str, Any]) -> None:
     if not adapters:
         return
     objective = bundle.objective()
-    if objective.auto_class != "AutoModelForCausalLM":
+    if not objective.is_causal:
         raise UserError(
             f"serve.adapters are for causal language models, and {bundle.folder} is for {objective.options.name}"
         )

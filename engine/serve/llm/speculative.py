@@ -232,7 +232,7 @@ def check_draft_model(bundle: Bundle, folder: str) -> None:
     draft.verify()
     for either in (bundle, draft):
         objective = either.objective()
-        if objective.auto_class != "AutoModelForCausalLM":
+        if not objective.is_causal:
             raise UserError(
                 f"serve.draft_model is for causal language models, and {either.folder} is for {objective.options.name}"
             )
