@@ -97,7 +97,7 @@ def run_and_select(
     config: Config, job: TrainJob, space: SearchSpace, run: RunFolder, metrics: list[str], modes: list[str]
 ) -> SweepResult:
     """Run the remaining trials, select the winner and export its bundle."""
-    algorithm, place = make_search_algorithm(config, job, space, metrics, modes)
+    algorithm, place_trial = make_search_algorithm(config, job, space, metrics, modes)
     with ProgressTable(algorithm.total, config.train.max_steps, metrics[0], modes[0]) as table:
         table.show(algorithm.trials.values())
         if not algorithm.is_done:
@@ -109,10 +109,10 @@ def run_and_select(
         raise UserError(f"no trial of sweep '{config.name}' finished ({reasons}): see {run.logs}")
     winner = None
     if config.sweep.retrain_steps:
-        winner = winners.retrain(job, best[0], place, config.sweep.retrain_steps)
+        winner = winners.retrain(job, best[0], place_trial, config.sweep.retrain_steps)
     elif config.sweep.soup:
-        winner = winners.soup(job, trials, place, metrics[0], modes[0])
-    winner = winner or winners.winner_of_trial(job, best[0], place)
+        winner = winners.soup(job, trials, place_trial, metrics[0], modes[0])
+    winner = winner or winners.winner_of_trial(job, best[0], place_trial)
     winners.write_sweep_bundle(winner, run)
     return SweepResult(
         metrics[0], modes[0], trials, best[0], 0.0, metrics,
@@ -141,15 +141,17 @@ def make_search_algorithm(
 ) -> tuple[SearchAlgorithm, PlaceTrial]:
     """Return the search algorithm, resumed if the sweep was interrupted, and the function that places its trials."""
     slots, resources = trial_share(config, resources_for(config))
-    place = TrialPlacement(config, job, MemoryCheck(config, slots, resources.get("GPU", 0.0)))
+    place_trial = TrialPlacement(config, job, MemoryCheck(config, slots, resources.get("GPU", 0.0)))
     folder = Path(job.config.runs_dir)
     if config.sweep.scheduler in ("pbt", "pb2"):
         explore = pbt_explore(space) if config.sweep.scheduler == "pbt" else pb2_explore(space, modes[0])
-        return PopulationBasedTraining(config, folder, metrics, modes[0], space, place, explore), place
+        return PopulationBasedTraining(config, folder, metrics, modes[0], space, place_trial, explore), place_trial
     searcher = make_searcher(space, config, metrics, modes, rungs(config))
     if config.sweep.scheduler in ("asha", "hyperband"):
-        return SuccessiveHalving(config, folder, metrics, searcher, modes[0], place, rungs(config)), place
-    return IndependentTrials(config, folder, metrics, searcher, make_stopping_rule(config, modes[0]), place), place
+        return SuccessiveHalving(config, folder, metrics, searcher, modes[0], place_trial, rungs(config)), place_trial
+    return IndependentTrials(
+        config, folder, metrics, searcher, make_stopping_rule(config, modes[0]), place_trial
+    ), place_trial
 
 
 class TrialPlacement:

@@ -98,12 +98,12 @@ class PopulationBasedTraining:
         metrics: Sequence[str],
         mode: str,
         space: SearchSpace,
-        place: PlaceTrial,
+        place_trial: PlaceTrial,
         explore: Explore,
     ) -> None:
         """Start, or resume the round that was interrupted in `folder`."""
         self._config, self._folder, self._metrics, self._mode = config, folder, metrics, mode
-        self._place, self._explore = place, explore
+        self._place_trial, self._explore = place_trial, explore
         self.total, self._max_steps = config.sweep.trials, config.train.max_steps
         self._interval = perturbation_interval(config)
         self.has_failed = False  # all members have failed
@@ -149,7 +149,7 @@ class PopulationBasedTraining:
             self._running[index] = time.monotonic()
             trial.params, trial.state = self.state.params[index], "running"
             try:
-                params, data = self._place(trial.params)
+                params, data = self._place_trial(trial.params)
             except UserError as error:
                 self.on_end(index, str(error))
                 return self.next_task()

@@ -38,19 +38,19 @@ class ProgressTable:
 
     def show(self, trials: Iterable[Trial]) -> None:
         """Show the state of the trials."""
-        known = list(trials)
+        current = list(trials)
         if self._initial_progress < 0:  # progress of an earlier command does not count for this one's speed
-            self._initial_progress = self._progress(known)
+            self._initial_progress = self._progress(current)
         if self._live:
-            if time.monotonic() - self._refreshed_at > REFRESH_S or self._progress(known) >= 1:
+            if time.monotonic() - self._refreshed_at > REFRESH_S or self._progress(current) >= 1:
                 self._refreshed_at = time.monotonic()
-                self._live.update(self.render(known), refresh=True)
+                self._live.update(self.render(current), refresh=True)
             return
-        for trial in known:
+        for trial in current:
             is_resting = trial.is_over or trial.state == PAUSED
             if is_resting and (trial.index, trial.state, trial.steps) not in self._printed:
                 self._printed.add((trial.index, trial.state, trial.steps))
-                console.print(f"trial     {self._line(trial)}  ({self._summary(known)})", markup=False)
+                console.print(f"trial     {self._line(trial)}  ({self._summary(current)})", markup=False)
 
     def render(self, trials: list[Trial]) -> Table:
         """Return the table: running and paused trials, then those with a result, the best first, then the others."""

@@ -50,11 +50,11 @@ class IndependentTrials:
         metrics: Sequence[str],
         searcher: Searcher,
         rule: StoppingRule,
-        place: PlaceTrial,
+        place_trial: PlaceTrial,
     ) -> None:
         """Start, or resume with the trials whose records are in `folder`."""
         self._config, self._folder, self._metrics = config, folder, metrics
-        self._searcher, self._rule, self._place = searcher, rule, place
+        self._searcher, self._rule, self._place_trial = searcher, rule, place_trial
         self._started_at: dict[int, float] = {}
         self._stopped: set[int] = set()
         self.total = len(searcher)
@@ -86,7 +86,7 @@ class IndependentTrials:
                 self.trials[index] = trial = Trial(index, name, params, steps)
                 self._started_at[index] = time.monotonic()
                 try:
-                    fitting, data = self._place(params)
+                    fitting, data = self._place_trial(params)
                 except UserError as error:
                     trial.state, trial.reason = "refused", str(error)
                     write_trial(self._folder / name, trial)

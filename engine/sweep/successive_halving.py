@@ -30,14 +30,14 @@ class SuccessiveHalving(IndependentTrials):
     has_partial_tasks = True
 
     def __init__(
-        self, config: Config, folder: Path, metrics: Sequence[str], searcher: Searcher, mode: str, place: PlaceTrial,
+        self, config: Config, folder: Path, metrics: Sequence[str], searcher: Searcher, mode: str, place_trial: PlaceTrial,
         rungs: Sequence[int],
     ) -> None:  # fmt: skip
         """Start, or resume with the trials whose records are in `folder`; `rungs`: steps, ascending, below the budget."""
         self._reduction, self._num_winners = config.sweep.reduction, config.sweep.soup or 1
         brackets = min(MAX_BRACKETS, len(rungs) + 1) if config.sweep.scheduler == "hyperband" else 1
         self._rungs = [list(rungs[bracket:]) for bracket in range(brackets)]
-        super().__init__(config, folder, metrics, searcher, StoppingRule(mode), place)
+        super().__init__(config, folder, metrics, searcher, StoppingRule(mode), place_trial)
 
     @property
     def is_done(self) -> bool:
@@ -55,7 +55,7 @@ class SuccessiveHalving(IndependentTrials):
         if trial is None:
             return None
         trial.state, self._started_at[trial.index] = "running", time.monotonic()
-        return self._make_task(trial, *self._place(trial.params))
+        return self._make_task(trial, *self._place_trial(trial.params))
 
     def on_end(self, index: int, error: str | None) -> None:
         """Record a trial at its rung, and stop paused trials that can no longer be promoted."""

@@ -35,9 +35,9 @@ class Winner:
     line: dict[str, Any]  # the logged line of the checkpoint's step
 
 
-def winner_of_trial(base: TrainJob, trial: Trial, place: PlaceTrial) -> Winner:
+def winner_of_trial(base: TrainJob, trial: Trial, place_trial: PlaceTrial) -> Winner:
     """Return a trial's run, at its best step if that checkpoint was kept, else at its last step."""
-    job = named_trial_job(trial.name, trial, trial.budget, base, place)
+    job = named_trial_job(trial.name, trial, trial.budget, base, place_trial)
     run, step = RunFolder(job.config.run_dir), trial.steps
     if job.config.train.keep_best:
         latest = Checkpoint(step_folder(run.checkpoints, step))
@@ -45,9 +45,9 @@ def winner_of_trial(base: TrainJob, trial: Trial, place: PlaceTrial) -> Winner:
     return Winner(job, next(line for line in run.metrics() if line["step"] == step))
 
 
-def named_trial_job(name: str, trial: Trial, steps: int, base: TrainJob, place: PlaceTrial) -> TrainJob:
+def named_trial_job(name: str, trial: Trial, steps: int, base: TrainJob, place_trial: PlaceTrial) -> TrainJob:
     """Return a job with a trial's params, under this name and with this number of steps."""
-    params, data = place(trial.params)
+    params, data = place_trial(trial.params)
     return trial_job(TrialTask(trial.index, name, params, 0, steps, str(data)), base)
 
 
@@ -63,9 +63,9 @@ def write_sweep_bundle(winner: Winner, run: RunFolder) -> None:
     )
 
 
-def retrain(base: TrainJob, best: Trial, place: PlaceTrial, steps: int) -> Winner:
+def retrain(base: TrainJob, best: Trial, place_trial: PlaceTrial, steps: int) -> Winner:
     """Train the best trial's params for `steps` steps as a separate run, resuming it if it exists."""
-    job = named_trial_job(f"{_sweep_name(best)}-{RETRAINED}", best, steps, base, place)
+    job = named_trial_job(f"{_sweep_name(best)}-{RETRAINED}", best, steps, base, place_trial)
     run = RunFolder.create_or_resume(job.config)
     done = run.status()
     if not (done and done.state == "finished" and done.step >= steps):
@@ -80,7 +80,7 @@ def retrain(base: TrainJob, best: Trial, place: PlaceTrial, steps: int) -> Winne
     return Winner(job, list(run.metrics())[-1])
 
 
-def soup(base: TrainJob, trials: Sequence[Trial], place: PlaceTrial, metric: str, mode: str) -> Winner | None:
+def soup(base: TrainJob, trials: Sequence[Trial], place_trial: PlaceTrial, metric: str, mode: str) -> Winner | None:
     """Average the weights of the best trials greedily; None if no average is better on the validation split.
 
     Wortsman et al. 2022, recipe 1: start with the best trial, and add each other one if the average is at least as good.
@@ -90,7 +90,7 @@ def soup(base: TrainJob, trials: Sequence[Trial], place: PlaceTrial, metric: str
     best = best_first(with_checkpoint, mode)[: base.config.sweep.soup]
     if len(best) < 2:
         return None
-    winners = [winner_of_trial(base, trial, place) for trial in best]
+    winners = [winner_of_trial(base, trial, place_trial) for trial in best]
     evaluator = SoupEvaluator(winners[0])
     candidates = [evaluator.load_weights(winner) for winner in winners]
     average, count, value = candidates[0], 1, evaluator.evaluate(candidates[0])[metric]
@@ -108,7 +108,7 @@ def soup(base: TrainJob, trials: Sequence[Trial], place: PlaceTrial, metric: str
     )
     if not is_better:
         return None
-    job = without_lora(named_trial_job(f"{_sweep_name(best[0])}-{SOUP}", best[0], best[0].budget, base, place))
+    job = without_lora(named_trial_job(f"{_sweep_name(best[0])}-{SOUP}", best[0], best[0].budget, base, place_trial))
     line = winners[0].line | {f"validation_{name}": v for name, v in soup_metrics.items()} | {"soup": ingredients}
     lines = [past for past in RunFolder(winners[0].job.config.run_dir).metrics() if past["step"] < line["step"]]
     write_soup_run(job, average, [*lines, line])

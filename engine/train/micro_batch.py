@@ -103,8 +103,8 @@ def write_cached(file: Path, facts: dict[str, Any], micro_batch: int) -> None:
     except (OSError, ValueError):
         entries = {}
     entries[_key(facts)] = {"micro_batch": micro_batch, "machine": facts["machine"], "model": facts["model.type"]}
-    own = file.with_name(f".{file.name}.{os.getpid()}.part")  # several runs may write the file at once
-    write_atomically(file, json.dumps(entries, indent=1), temporary=own)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")  # several runs may write the file at once
+    write_atomically(file, json.dumps(entries, indent=1), temporary=temporary)
 
 
 def _key(facts: dict[str, Any]) -> str:

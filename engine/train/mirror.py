@@ -121,14 +121,14 @@ def restore_from_mirror(config: Config) -> bool:
     with remote_errors(f"train.mirror={config.train.mirror}", filesystem):
         files = [path.removeprefix(root).lstrip("/") for path in _files(filesystem, root)]
         complete = {name.rpartition("/")[0] for name in files if name.endswith(MANIFESTS)}
-        wanted = [
+        to_fetch = [
             name
             for name in files
             if name in (*RUN_FILES, STATUS) or any(name.startswith(f"{folder}/") for folder in complete)
         ]
         if not any(folder.startswith("checkpoints/") for folder in complete):
             return False
-        for name in sorted(wanted, key=lambda name: name.endswith(MANIFESTS)):
+        for name in sorted(to_fetch, key=lambda name: name.endswith(MANIFESTS)):
             target = run.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(f"{root}/{name}", str(target))

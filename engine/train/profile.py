@@ -75,7 +75,7 @@ class StepProfiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self.folder / f"trace-rank-{self.rank}.json.gz"))
         if self.rank == 0:
-            page = summary_page(self.title, self._before, self._recorded, operators(self._profiler))
+            page = summary_page(self.title, self._before, self._recorded, operator_times(self._profiler))
             (self.folder / PAGE).write_text(page, encoding="utf-8")
 
     def _start_if_due(self) -> None:
@@ -84,11 +84,11 @@ class StepProfiler:
             self._profiler.start()
 
 
-def operators(profiler: torch.profiler.profile) -> list[Operator]:
+def operator_times(profiler: torch.profiler.profile) -> list[Operator]:
     """Return the recorded operators, the longest first: by GPU time if there is any, else by CPU time."""
     averages = [event for event in profiler.key_averages() if not event.key.startswith(("phase: ", "ProfilerStep"))]
     on_device = any(event.self_device_time_total > 0 for event in averages)
-    found = [
+    records = [
         Operator(
             name=event.key,
             calls=event.count,
@@ -97,23 +97,25 @@ def operators(profiler: torch.profiler.profile) -> list[Operator]:
         )
         for event in averages
     ]
-    return sorted((operator for operator in found if operator.seconds > 0), key=lambda operator: -operator.seconds)
+    return sorted((operator for operator in records if operator.seconds > 0), key=lambda operator: -operator.seconds)
 
 
 def summary_page(
-    title: str, before: list[dict[str, Any]], recorded: list[dict[str, Any]], found: list[Operator]
+    title: str, before: list[dict[str, Any]], recorded: list[dict[str, Any]], operators: list[Operator]
 ) -> str:
-    """Return the page: `before` and `recorded` are the metric lines of the steps before and while the profiler ran."""
+    """Return the HTML page; `before`, `recorded`: metric lines of the steps before and while the profiler ran."""
     steps = len(recorded)
     seconds = statistics.mean(line["seconds"] for line in recorded)
     phases = {phase: statistics.mean(line[f"{phase}_s"] for line in recorded) for phase in PHASES}
     share = {phase: value / seconds for phase, value in phases.items() if value and phase != "evaluation"}
-    rest = max(0.0, seconds - sum(operator.seconds for operator in found) / steps)
+    other_seconds = max(0.0, seconds - sum(operator.seconds for operator in operators) / steps)
     longest = max(share, key=lambda phase: share[phase])
-    dominates = f"The {longest} takes {share[longest]:.0%} of a step."
-    if found:
-        dominates += f" Of the operators {found[0].name} is first, with {found[0].seconds / steps / seconds:.0%}."
-    plain = f", {before[-1]['seconds']:.4g} s without the profiler" if before else ""
+    headline = f"The {longest} takes {share[longest]:.0%} of a step."
+    if operators:
+        headline += (
+            f" Of the operators {operators[0].name} is first, with {operators[0].seconds / steps / seconds:.0%}."
+        )
+    unprofiled = f", {before[-1]['seconds']:.4g} s without the profiler" if before else ""
     last = recorded[-1]
     bars = "".join(
         f"<tr><td>{phase}<td>{1000 * phases[phase]:,.1f} ms<td>{part:.1%}<td class=bar><div style='width:{100 * part:.1f}%'></div>"
@@ -122,19 +124,19 @@ def summary_page(
     rows = "".join(
         f"<tr><td><code>{escape(operator.name)}</code><td>{operator.calls / steps:,.0f}<td>{1000 * operator.seconds / steps:,.2f} ms"
         f"<td>{operator.seconds / steps / seconds:.1%}<td>{operator.allocated_bytes / steps / 2**20:,.1f} MiB"
-        for operator in found[:MAX_OPERATORS]
+        for operator in operators[:MAX_OPERATORS]
     )
-    hidden = sum(operator.seconds for operator in found[MAX_OPERATORS:]) / steps
+    hidden_seconds = sum(operator.seconds for operator in operators[MAX_OPERATORS:]) / steps
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}: where a step's time goes</h1>"
-        f"<p><b>{escape(dominates)}</b><p class=mute>Steps {recorded[0]['step']} to {last['step']} on rank 0: {seconds:.4g} s each{plain}; "
+        f"<p><b>{escape(headline)}</b><p class=mute>Steps {recorded[0]['step']} to {last['step']} on rank 0: {seconds:.4g} s each{unprofiled}; "
         f"{last['tokens_per_s']:,.0f} tokens/s, MFU {last['mfu']:.1%} of the measured matrix-product rate; "
         f"peak memory {last['peak_memory_bytes'] / 2**20:,.0f} MiB."
         f"<h2>By phase</h2><table><tr><th>phase<th>a step<th>share<th></tr>{bars}</table>"
         "<p class=mute>A loss over a vocabulary finds its gradient for the output embedding in the forward phase."
         f"<h2>By operator</h2><table><tr><th>operator, without what it calls<th>calls<th>a step<th>share<th>memory kept</tr>{rows}"
-        f"<tr><td>{max(0, len(found) - MAX_OPERATORS)} others<td><td>{1000 * hidden:,.2f} ms<td>{hidden / seconds:.1%}<td>"
-        f"<tr><td>outside of operators (Python, waiting)<td><td>{1000 * rest:,.2f} ms<td>{rest / seconds:.1%}<td></table>"
-        "<p class=mute>The whole is in trace-rank-*.json.gz beside this page: open it at ui.perfetto.dev or chrome://tracing.</html>\n"
+        f"<tr><td>{max(0, len(operators) - MAX_OPERATORS)} others<td><td>{1000 * hidden_seconds:,.2f} ms<td>{hidden_seconds / seconds:.1%}<td>"
+        f"<tr><td>outside of operators (Python, waiting)<td><td>{1000 * other_seconds:,.2f} ms<td>{other_seconds / seconds:.1%}<td></table>"
+        "<p class=mute>The full traces are in trace-rank-*.json.gz beside this page: open them at ui.perfetto.dev or chrome://tracing.</html>\n"
     )

@@ -101,7 +101,7 @@ class RunFolder:
             )
 
     def write_status(self, status: RunStatus) -> None:
-        """Write status.json whole."""
+        """Write status.json atomically."""
         write_atomically(self.path / "status.json", json.dumps(asdict(status)))
 
     def status(self) -> RunStatus | None:
@@ -154,14 +154,14 @@ class MetricsLog:
 
 
 class MetricsTail:
-    """Reads a growing metrics.jsonl piece by piece; starts over when a restarted run has put a new file in place."""
+    """Reads the new lines of a growing metrics.jsonl; starts over when a restarted run has replaced the file."""
 
     def __init__(self, file: Path) -> None:
-        """Follow `file`, which need not be there yet."""
+        """Read `file`, which need not exist yet."""
         self._file, self._inode, self._offset = file, -1, 0
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the lines that are whole and new since the last call."""
+        """Return the complete lines since the last call."""
         if not self._file.exists():
             return []
         with self._file.open("rb") as file:
@@ -170,9 +170,9 @@ class MetricsTail:
                 self._inode, self._offset = inode, 0
             file.seek(self._offset)
             content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]
 
 
 def list_runs(runs_dir: Path) -> list[tuple[str, RunStatus]]:

@@ -47,8 +47,8 @@ class RayTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray's class has 
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        kept = [callback for callback in callbacks if type(callback).__name__ not in self._unused_callbacks]
-        return [*kept, self._monitor]
+        used = [callback for callback in callbacks if type(callback).__name__ not in self._unused_callbacks]
+        return [*used, self._monitor]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         scaling: Any = self.scaling_config

@@ -59,7 +59,9 @@ def test_fragments_are_read_back_at_any_sharding(tmp_path: Path, world_size: int
     assert target.tolist() == [8.0, 10.0, 12.0, 14.0, 16.0]
 
 
-def test_a_save_has_the_values_of_its_step_even_if_the_copy_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_has_the_values_of_its_step_even_if_the_copy_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, copy = torch.arange(1000.0), CheckpointWriter._copy
 
     def slow(*args: Any) -> Any:

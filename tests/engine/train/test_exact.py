@@ -22,7 +22,11 @@ from engine.train.job import TrainJob
 from tests.engine.train.ranks import losses, run_ranks
 
 STEPS = 30
-LONG = {"train.max_steps": STEPS, "optim.lr": 2e-3, "train.checkpoint_every": STEPS}  # at 1e-2 rounding differences exceed 1e-5
+LONG = {
+    "train.max_steps": STEPS,
+    "optim.lr": 2e-3,
+    "train.checkpoint_every": STEPS,
+}  # at 1e-2 rounding differences exceed 1e-5
 RAGGED = {  # short documents, not split to fill samples: samples, and so ranks, have different token counts
     "data.source": "files", "data.name": "ragged", "data.packing": "best_fit", "data.max_documents": None,
 }  # fmt: skip
@@ -101,7 +105,9 @@ def test_resuming_with_other_stages_and_worker_counts(curves: dict[str, list[dic
 
 
 @pytest.mark.slow
-def test_resuming_with_all_stages_and_worker_counts_twice(curves: dict[str, list[dict[str, Any]]], tiny: Config) -> None:
+def test_resuming_with_all_stages_and_worker_counts_twice(
+    curves: dict[str, list[dict[str, Any]]], tiny: Config
+) -> None:
     parts = zip(range(4, STEPS + 1, 4), (1, 3, 2, 0) * 2, (2, 4, 1) * 3, strict=False)
     lines = run_in_parts(tiny, "in-many-parts", list(parts))
     assert len(lines) == 28

@@ -104,7 +104,9 @@ def test_a_bad_batch_is_skipped_by_all_ranks(
     assert [line["samples_hash"] for line in lines] == [line["samples_hash"] for line in alone]
 
 
-def test_a_skipped_step_does_not_count_as_an_adam_update_after_a_resume(tiny: Config, bad: dict[str, list[dict[str, Any]]]) -> None:
+def test_a_skipped_step_does_not_count_as_an_adam_update_after_a_resume(
+    tiny: Config, bad: dict[str, list[dict[str, Any]]]
+) -> None:
     assert losses(bad["bad-halves"]) == losses(bad["bad-straight"])
     assert_equal(tiny, "bad-halves", "bad-straight")
 
@@ -194,14 +196,19 @@ def spiky(tiny: Config) -> dict[str, list[dict[str, Any]]]:
 
     def spiky_job(name: str, world_size: int, stage: int, **changes: object) -> TrainJob:
         return make_job(
-            tiny, f"spiky-{name}", world_size, SPIKY | {"zero.stage": stage} | {f"train.{k}": v for k, v in changes.items()}
+            tiny,
+            f"spiky-{name}",
+            world_size,
+            SPIKY | {"zero.stage": stage} | {f"train.{k}": v for k, v in changes.items()},
         )
 
     # The halves stop after one skipped step, then two steps after the rollback, where no checkpoint is due.
     alone = [spiky_job(name, 1, stage) for name, stage in (("zero", 0), ("two", 2), ("three", 3))]
     alone += [spiky_job(f"halves-{stage}", 1, stage, max_steps=until) for stage in (0, 3) for until in (13, 14, STEPS)]
     alone += [spiky_job("end", 1, 1, max_rollbacks=0), spiky_job("lost", 1, 1, checkpoint_every=13)]
-    return run(train_with_spikes, 1, alone) | run(train_with_spikes, 2, [spiky_job("two-1", 2, 1), spiky_job("two-3", 2, 3)])
+    return run(train_with_spikes, 1, alone) | run(
+        train_with_spikes, 2, [spiky_job("two-1", 2, 1), spiky_job("two-3", 2, 3)]
+    )
 
 
 def test_spikes_are_skipped_then_rolled_back_and_their_data_skipped(spiky: dict[str, list[dict[str, Any]]]) -> None:

@@ -143,7 +143,9 @@ def test_killed_and_stopped_workers_do_not_change_the_result(
 
 
 @pytest.mark.slow
-def test_five_kills_at_random_steps_do_not_change_the_result(ray: None, tiny: Config, two: list[dict[str, object]]) -> None:
+def test_five_kills_at_random_steps_do_not_change_the_result(
+    ray: None, tiny: Config, two: list[dict[str, object]]
+) -> None:
     config = two_workers(tiny, "killed-often", max_failures=5)
     steps = sorted(random.Random(1).sample(range(3, 56), 5))
     train_with_signals(config, [(step, signal.SIGKILL) for step in steps])
@@ -163,9 +165,7 @@ def test_too_many_failures_end_the_run_with_the_reason(ray: None, tiny: Config) 
     sender.join()
 
 
-def test_a_finished_run_continues_with_more_steps(
-    ray: None, tiny: Config, alone: list[dict[str, float]]
-) -> None:
+def test_a_finished_run_continues_with_more_steps(ray: None, tiny: Config, alone: list[dict[str, float]]) -> None:
     config = with_values(
         tiny,
         {

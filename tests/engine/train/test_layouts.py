@@ -94,7 +94,9 @@ def test_hierarchical_partitioning_gives_the_same_curve(tiny: Config, tmp_path: 
 def test_an_option_that_deepspeed_does_not_know_is_refused(tiny: Config) -> None:
     with pytest.raises(UserError, match=r"zero\.options\.stage has an option of its own"):
         with_values(tiny, {"zero.options": {"stage": 1}})
-    with pytest.raises(UserError, match="is not an option of DeepSpeed's ZeRO config; did you mean 'reduce_bucket_size'"):
+    with pytest.raises(
+        UserError, match="is not an option of DeepSpeed's ZeRO config; did you mean 'reduce_bucket_size'"
+    ):
         run_here([TrainJob(with_values(tiny, {"zero.options": {"reduce_bucket": 1}}), prepare(tiny))])
 
 

@@ -89,38 +89,40 @@ def test_resume_is_bit_equal_and_the_bundle_has_the_merged_adapter(tuned: TrainJ
     adapted = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     ids = torch.arange(9, 39).reshape(2, 15)
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=0, atol=1e-4)
-    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in Bundle.open(tuned.start).model().named_parameters()}  # type: ignore[arg-type]  # fmt: skip
+    assert {name for name, _ in merged.named_parameters()} == {name for name, _ in Bundle.open(tuned.start_bundle).model().named_parameters()}  # type: ignore[arg-type]  # fmt: skip
 
 
-def test_trials_of_any_rank_share_the_base_in_the_object_store(tuned: TrainJob) -> None:
+def test_trials_of_any_lora_rank_share_the_base_in_the_object_store(tuned: TrainJob) -> None:
     state = make_start_state(tuned)
     for rank in (0, 2, 8):
         trial = named(tuned, f"rank{rank}", **{"objective.lora.rank": rank})
-        mine = make_model(trial, trial.objective(), model_factory=start_state_factory(state))
+        copied = make_model(trial, trial.objective(), model_factory=start_state_factory(state))
         own = make_model(trial, trial.objective())
-        assert [name for name, _ in mine.named_parameters()] == [name for name, _ in own.named_parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), own.parameters(), strict=True))
-        assert [p.requires_grad for p in mine.parameters()] == [p.requires_grad for p in own.parameters()]
+        assert [name for name, _ in copied.named_parameters()] == [name for name, _ in own.named_parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), own.parameters(), strict=True))
+        assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in own.parameters()]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"objective.frozen_layers": 1}, "leave out objective.frozen_layers"),
         ({"job": "pretrain", "bundle": None}, "set it with bundle=..., or leave objective.lora out"),
         ({"objective.lora.rank": -1}, "objective.lora.rank=-1 is too small"),
     ],
 )
-def test_a_contradiction_is_one_sentence(tuned: TrainJob, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_contradictory_options_are_refused_with_a_reason(
+    tuned: TrainJob, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         with_values(tuned.config, changes)
 
 
-def test_the_plan_counts_what_is_trained(tiny: Config, tmp_path: Path) -> None:
+def test_the_plan_counts_trained_parameters(tiny: Config, tmp_path: Path) -> None:
     from engine.plan.plan import plan
 
-    whole = plan(tiny).sizes
+    full = plan(tiny).sizes
     lora = plan(with_values(tiny, {"job": "plan", "objective.lora.rank": 4})).sizes
     per_block = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     assert (lora.trained, lora.moments) == (2 * per_block, 4 * per_block)
-    assert lora.parameters == whole.parameters + 2 * per_block
+    assert lora.parameters == full.parameters + 2 * per_block

@@ -1,4 +1,4 @@
-"""A step's phases add up to its seconds, on one rank and on several; the profile says where they went."""
+"""The step meter: phases add up to a step's seconds, on one rank and on several; and the profiler's output."""
 
 from __future__ import annotations
 

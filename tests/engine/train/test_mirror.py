@@ -38,7 +38,9 @@ def test_a_run_continues_from_its_mirror(
     monkeypatch.setattr("engine.train.mirror.POLL_S", 0.05)
     options = {"runs_dir": str(tmp_path / "one"), "train.checkpoint_every": 2, "schedule.total_steps": 8}
     config = with_values(tiny, options | {"name": "copied", "train.mirror": f"{s3.address}/runs"})
-    [uninterrupted] = run_here([TrainJob(with_values(config, {"name": "uninterrupted", "train.max_steps": 8}), prepare(config))])
+    [uninterrupted] = run_here(
+        [TrainJob(with_values(config, {"name": "uninterrupted", "train.max_steps": 8}), prepare(config))]
+    )
     assert not restore_from_mirror(config)
     warnings: list[str] = []
     train_with_mirror(config, warnings)

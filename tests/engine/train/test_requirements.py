@@ -95,7 +95,9 @@ def test_fp16_unscales_gradients_and_resumes_the_loss_scale(tiny: Config) -> Non
         skipped = lines[-1]["skipped"]
         assert 0 < skipped < 8
         assert states[0].loss_scale == 2.0 ** (22 - skipped)
-        for line, other in zip(lines, expected, strict=True):  # the learning rate is so small that the weights hardly change
+        for line, other in zip(
+            lines, expected, strict=True
+        ):  # the learning rate is so small that the weights hardly change
             if line["loss"] is not None:
                 assert line["loss"] == pytest.approx(other["loss"], abs=1e-2)
                 assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)

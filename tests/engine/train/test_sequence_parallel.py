@@ -123,9 +123,7 @@ def test_contradictory_options_are_refused(tiny: Config, changes: dict[str, obje
          r"not for model\.type=mistral"),
     ],
 )  # fmt: skip
-def test_unsupported_models_are_refused_before_training(
-    tiny: Config, changes: dict[str, object], message: str
-) -> None:
+def test_unsupported_models_are_refused_before_training(tiny: Config, changes: dict[str, object], message: str) -> None:
     config = with_values(tiny, {"train.workers": 2, "train.sequence_parallel": 2} | changes)
     with pytest.raises(UserError, match=message):
         check_job(TrainJob(config, prepare(config)))

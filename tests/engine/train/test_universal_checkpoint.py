@@ -36,7 +36,9 @@ def of_run(tiny: Config, name: str, steps: int, **changes: object) -> Config:
     return with_values(tiny, fixed | {key.replace("__", "."): value for key, value in changes.items()})
 
 
-def train_with_deepspeed(rank: int, world_size: int, spec: str, first: int, last: int, load: str, save: str, out: str) -> None:
+def train_with_deepspeed(
+    rank: int, world_size: int, spec: str, first: int, last: int, load: str, save: str, out: str
+) -> None:
     """Train steps `first` to `last` on the run's samples with plain DeepSpeed."""
     import deepspeed
 
@@ -113,12 +115,15 @@ def half(tiny: Config, straight: list[float]) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("stage", "world_size"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+    ("stage", "world_size"),
+    [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)],
 )
 def test_deepspeed_continues_from_our_checkpoint(
     tmp_path: Path, half: Config, straight: list[float], stage: int, world_size: int
 ) -> None:
-    convert_config = with_values(half, {"job": "convert", "convert.to": "universal", "convert.folder": str(tmp_path / "exported")})
+    convert_config = with_values(
+        half, {"job": "convert", "convert.to": "universal", "convert.folder": str(tmp_path / "exported")}
+    )
     written = convert_and_show(convert_config)
     assert written == tmp_path / "exported" / f"global_step{FIRST}"
     layout = with_values(half, {"zero.stage": stage, "train.workers": world_size})
@@ -129,7 +134,8 @@ def test_deepspeed_continues_from_our_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("stage", "world_size"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+    ("stage", "world_size"),
+    [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)],
 )
 def test_a_run_continues_from_deepspeeds_checkpoint(
     tmp_path: Path, tiny: Config, straight: list[float], stage: int, world_size: int
@@ -154,7 +160,9 @@ def test_a_run_continues_from_deepspeeds_checkpoint(
 
 
 def test_converting_both_ways_is_bit_for_bit(tmp_path: Path, half: Config) -> None:
-    to_universal_config = with_values(half, {"job": "convert", "convert.to": "universal", "convert.folder": str(tmp_path / "exported")})
+    to_universal_config = with_values(
+        half, {"job": "convert", "convert.to": "universal", "convert.folder": str(tmp_path / "exported")}
+    )
     convert_and_show(to_universal_config)
     back = with_values(to_universal_config, {"name": "back", "runs_dir": str(tmp_path), "convert.to": "checkpoint"})
     written, original = Checkpoint(convert_and_show(back)), Checkpoint(step_folder(half.run_dir / "checkpoints", FIRST))
@@ -175,7 +183,9 @@ class Trap:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, half: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    to_universal_config = with_values(half, {"job": "convert", "convert.to": "universal", "convert.folder": str(tmp_path / "exported")})
+    to_universal_config = with_values(
+        half, {"job": "convert", "convert.to": "universal", "convert.folder": str(tmp_path / "exported")}
+    )
     written = convert_and_show(to_universal_config)
     file = sorted(written.glob("zero/*/exp_avg.pt"))[1]
     torch.save({"param": Trap()}, file)
