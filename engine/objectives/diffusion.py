@@ -117,8 +117,8 @@ class Diffusion(contract.Objective):
 
     def label_index(self, prompt: str) -> int:
         """Return the label that a prompt names, ignoring case. Raises UserError, which lists the labels, for any other text."""
-        wanted = prompt.strip().casefold()
-        matches = [i for i, label in enumerate(self.labels) if label.casefold() == wanted]
+        name = prompt.strip().casefold()
+        matches = [i for i, label in enumerate(self.labels) if label.casefold() == name]
         exact_matches = [i for i in matches if self.labels[i] == prompt]
         if not matches:
             listed, num_others = ", ".join(self.labels[:MAX_LISTED_LABELS]), len(self.labels) - MAX_LISTED_LABELS

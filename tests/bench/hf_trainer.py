@@ -124,10 +124,10 @@ def compare(data: Path, folder: str, precision: str, compiled: bool, repeats: in
     def measure(contestant: str) -> float:
         name = f"{precision}-{compiled}-{next(run_numbers)}"
         if contestant == "ours":
-            rate, whole = run_ours(folder, name, precision, compiled)
+            rate, command_s = run_ours(folder, name, precision, compiled)
         else:
-            rate, whole = run_trainer(data, f"{folder}/{name}", precision, compiled)
-        seconds[contestant].append(whole)
+            rate, command_s = run_trainer(data, f"{folder}/{name}", precision, compiled)
+        seconds[contestant].append(command_s)
         return rate
 
     rates = interleave({name: (lambda name=name: measure(name)) for name in seconds}, repeats=repeats)
@@ -135,8 +135,8 @@ def compare(data: Path, folder: str, precision: str, compiled: bool, repeats: in
     print(f"\n{setting}, ZeRO 1, {os.cpu_count()} cores, steps {WARMUP_STEPS + 1} to {STEPS}")
     show(rates, "tokens/s", "ours", {"Trainer": 1.3}, f"step, {setting}")
     print(f"the whole command, {STEPS} steps")
-    whole = {name: [STEPS * BATCH * LENGTH / s for s in values[1:]] for name, values in seconds.items()}
-    show(whole, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {setting}")
+    command_rates = {name: [STEPS * BATCH * LENGTH / s for s in values[1:]] for name, values in seconds.items()}
+    show(command_rates, "tokens/s", "ours", {"Trainer": 1.0}, f"whole command, {setting}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""CLIP: the loss of the whole global batch, however it is split; recall; a bundle for plain transformers."""
+"""CLIP: the loss of the global batch for any split of it, recall, a bundle for plain transformers."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_any_split_of_the_global_batch_has_the_loss_and_gradients_of_transformer
     family: Callable[..., Config],
 ) -> None:
     objective, model, samples = make_batch(family)
-    whole = objective.collate(samples)  # type: ignore[attr-defined]
-    theirs = model(**whole.inputs, return_loss=True).loss
+    full_batch = objective.collate(samples)  # type: ignore[attr-defined]
+    theirs = model(**full_batch.inputs, return_loss=True).loss
     expected = gradients(model, theirs)
-    within_batch = objective.loss(model, whole)  # type: ignore[attr-defined]
+    within_batch = objective.loss(model, full_batch)  # type: ignore[attr-defined]
     assert float(within_batch.sum.detach()) / 11 == pytest.approx(float(theirs.detach()), rel=1e-6)
     assert relative_error(gradients(model, within_batch.sum / 11), expected) < 1e-6
 
@@ -87,13 +87,13 @@ def test_chunked_loss_equals_the_loss_in_one_chunk(
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(10, 6), dim=1) for _ in range(2))
     scale = torch.tensor(7.0)
-    whole = contrastive.contrastive_loss_and_gradients(image, text, scale)
+    in_one_chunk = contrastive.contrastive_loss_and_gradients(image, text, scale)
     monkeypatch.setattr(contrastive, "CHUNK", 3)
     in_chunks = contrastive.contrastive_loss_and_gradients(image, text, scale)
-    torch.testing.assert_close(in_chunks.loss_N, whole.loss_N)
-    torch.testing.assert_close(in_chunks.image_gradient_ND, whole.image_gradient_ND)
-    torch.testing.assert_close(in_chunks.text_gradient_ND, whole.text_gradient_ND)
-    assert in_chunks.scale_gradient == pytest.approx(whole.scale_gradient, rel=1e-5)
+    torch.testing.assert_close(in_chunks.loss_N, in_one_chunk.loss_N)
+    torch.testing.assert_close(in_chunks.image_gradient_ND, in_one_chunk.image_gradient_ND)
+    torch.testing.assert_close(in_chunks.text_gradient_ND, in_one_chunk.text_gradient_ND)
+    assert in_chunks.scale_gradient == pytest.approx(in_one_chunk.scale_gradient, rel=1e-5)
 
 
 def test_recall_by_hand_for_any_batch_size(family: Callable[..., Config]) -> None:
@@ -110,8 +110,8 @@ def test_recall_by_hand_for_any_batch_size(family: Callable[..., Config]) -> Non
     assert metrics[0]["image_recall"] == np.mean(
         [captions[row.argmax()] == c for row, c in zip(similarity.T, captions)]
     )
-    whole = batches[0][0]
-    assert metrics[0]["loss"] == pytest.approx(float(model(**whole.inputs, return_loss=True).loss), rel=1e-5)
+    full_batch = batches[0][0]
+    assert metrics[0]["loss"] == pytest.approx(float(model(**full_batch.inputs, return_loss=True).loss), rel=1e-5)
 
 
 def test_bundle_loads_with_plain_transformers(curves: Curves, runs_dir: Path) -> None:

@@ -206,21 +206,21 @@ def test_start_bundle_provides_all_weights_but_label_embeddings_of_another_size(
 
 def test_bundle_is_evaluated(bundle: Bundle, family: Callable[..., Config], curves: Curves, runs_dir: Path) -> None:
     config = family("diffusion", evaluate__resamples=100, evaluate__images=12)
-    found = evaluate_bundle(bundle.folder, config)
-    split = Split.open(found.data, "test")
-    assert (found.examples, set(found.metrics)) == (split.num_rows, {"loss"})
+    evaluation = evaluate_bundle(bundle.folder, config)
+    split = Split.open(evaluation.data, "test")
+    assert (evaluation.examples, set(evaluation.metrics)) == (split.num_rows, {"loss"})
     objective, model = bundle.objective(), bundle.model()
     objective.bind_model(model.config)
     batch = objective.collate([objective.samples(split)[i] | {"draw": i} for i in range(split.num_rows)])
     with torch.no_grad():
         loss = objective.loss(model, batch)
-    assert found.metrics["loss"].value == pytest.approx(float(loss.sum) / loss.count, rel=1e-5)
-    assert found.images
-    assert found.images.features == "a random convolution"
-    values = {name: it.value for name, it in found.images.metrics.items()}
+    assert evaluation.metrics["loss"].value == pytest.approx(float(loss.sum) / loss.count, rel=1e-5)
+    assert evaluation.images
+    assert evaluation.images.features == "a random convolution"
+    values = {name: interval.value for name, interval in evaluation.images.metrics.items()}
     assert values["frechet_distance_of_real"] < values["frechet_distance_of_noise"]
-    for it in found.images.metrics.values():
-        assert it.low <= it.value <= it.high
+    for interval in evaluation.images.metrics.values():
+        assert interval.low <= interval.value <= interval.high
     by_bundle = str(runs_dir / "image_classification-two" / "bundle")
     other = evaluate_bundle(bundle.folder, with_values(config, {"evaluate.features": by_bundle})).images
     assert other
@@ -274,8 +274,8 @@ def test_pixels_in_another_range_are_rejected(family: Callable[..., Config], tmp
     config = family("diffusion")
     folder = tmp_path / "processor"
     folder.mkdir()
-    told = (prepare(config) / "processor" / "preprocessor_config.json").read_text()
-    (folder / "preprocessor_config.json").write_text(told.replace("0.5", "0.25"))
+    content = (prepare(config) / "processor" / "preprocessor_config.json").read_text()
+    (folder / "preprocessor_config.json").write_text(content.replace("0.5", "0.25"))
     with pytest.raises(UserError, match="needs pixels from -1 to 1"):
         build_task(with_values(config, {"data.image_processor": str(folder)}))
 
@@ -290,7 +290,7 @@ def test_unknown_prompt_error_lists_the_labels(bundle: Bundle) -> None:
         objective.check_request({"prompt": "greem", "seed": 1})
 
 
-def test_without_diffusers_it_is_said_what_to_install(
+def test_error_without_diffusers_says_what_to_install(
     family: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
@@ -298,10 +298,12 @@ def test_without_diffusers_it_is_said_what_to_install(
         build_model(family("diffusion").model, None, "diffusers.DiTTransformer2DModel", {}, 0)
 
 
-def test_fresh_weights_leave_what_they_read(family: Callable[..., Config]) -> None:
+def test_new_model_predicts_zero(family: Callable[..., Config]) -> None:
     _, model, _ = build_task(family("diffusion"))
-    found = model(torch.randn(2, 3, 16, 16), timestep=torch.tensor([1, 9]), class_labels=torch.tensor([0, 3])).sample
-    assert float(found.detach().abs().max()) == 0.0
+    predicted = model(
+        torch.randn(2, 3, 16, 16), timestep=torch.tensor([1, 9]), class_labels=torch.tensor([0, 3])
+    ).sample
+    assert float(predicted.detach().abs().max()) == 0.0
     config = {"_class_name": "DiTTransformer2DModel", **model.config}  # type: ignore[dict-item]
     torch.manual_seed(1)
     assert parameter_count(create_diffusers_model(config)) == parameter_count(model)

@@ -1,4 +1,4 @@
-"""ViT: parity with transformers, the same curve in every layout, a bundle with its image processor."""
+"""ViT: parity with transformers, a bundle with its image processor."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_faulty_rows_are_counted_and_pixels_equal_the_image_processors(
     assert sum(split["documents"] for split in manifest.splits.values()) == 93
     row = pq.read_table(painted).slice(7, 1).to_pylist()[0]
     image = decode_image(row["image"]["bytes"])
-    wanted = objective.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    expected = objective.image_processor(image, return_tensors="pt")["pixel_values"][0]
     sample = objective.prepare({"image": encode_png(np.asarray(image)), "label": row["colour"]})
-    found = objective.collate([sample]).inputs["pixel_values"][0]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    actual = objective.collate([sample]).inputs["pixel_values"][0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     shards = [Split.open(data, name) for name in manifest.splits]
     assert any((split.image(i) == sample["pixels"]).all() for split in shards for i in range(split.num_rows))
     assert np.array_equal(np.asarray(from_base64(encode_png(sample["pixels"]))), sample["pixels"])
@@ -65,8 +65,8 @@ def test_prepared_folder_depends_on_the_image_processor(family: Callable[..., Co
     larger = with_values(config, {"data.image_size": 24})
     assert prepare(config) == prepare(with_values(config, {"data.sequence_length": 77}))
     assert Manifest.load(prepare(larger)).image_size == 24 != Manifest.load(prepare(config)).image_size
-    given = with_values(config, {"data.image_processor": str(prepare(larger) / "processor")})
-    assert Manifest.load(prepare(given)).hash == Manifest.load(prepare(larger)).hash
+    other_processor = with_values(config, {"data.image_processor": str(prepare(larger) / "processor")})
+    assert Manifest.load(prepare(other_processor)).hash == Manifest.load(prepare(larger)).hash
     path = prepare(larger) / "processor" / "preprocessor_config.json"
     path.write_text(path.read_text().replace("0.5", "0.4"))
     with pytest.raises(UserError, match="processor was changed since it was prepared"):
@@ -91,18 +91,18 @@ def test_bundle_loads_with_plain_transformers(curves: Curves, runs_dir: Path) ->
 def test_bundle_is_evaluated(curves: Curves, family: Callable[..., Config], runs_dir: Path) -> None:
     folder = runs_dir / "image_classification-two" / "bundle"
     config = family("image_classification", evaluate__resamples=100)
-    found = evaluate_bundle(folder, config)
-    split = Split.open(found.data, "test")
-    assert found.examples == split.num_rows
-    assert found.majority is not None
-    assert 0 <= found.metrics["accuracy"].value <= 1
+    evaluation = evaluate_bundle(folder, config)
+    split = Split.open(evaluation.data, "test")
+    assert evaluation.examples == split.num_rows
+    assert evaluation.majority is not None
+    assert 0 <= evaluation.metrics["accuracy"].value <= 1
     bundle = Bundle.open(folder)
     labels = [
         bundle.objective().predict(bundle.model(), [{"image": encode_png(split.image(i))}])[0]["label"]
         for i in range(split.num_rows)
     ]
-    names = Manifest.load(found.data).labels
-    assert found.metrics["accuracy"].value == np.mean(
+    names = Manifest.load(evaluation.data).labels
+    assert evaluation.metrics["accuracy"].value == np.mean(
         [names[split.label(i)] == labels[i] for i in range(split.num_rows)]
     )
     with pytest.raises(

@@ -89,8 +89,8 @@ def test_greedy_transcripts_equal_generate(family: Callable[..., Config]) -> Non
     for content, answer in zip(files, together, strict=True):
         sound = decode_audio(content, 16000, 1).astype(np.float32) / FULL_SCALE
         features = objective.feature_extractor(sound, sampling_rate=16000, return_tensors="pt")["input_features"]
-        wanted = model.generate(features, max_new_tokens=6, do_sample=False)[0].tolist()  # type: ignore[operator]
-        assert answer["tokens"] == [token for token in wanted if token != objective.tokenizer.eos_token_id]
+        expected = model.generate(features, max_new_tokens=6, do_sample=False)[0].tolist()  # type: ignore[operator]
+        assert answer["tokens"] == [token for token in expected if token != objective.tokenizer.eos_token_id]
         assert answer["text"] == objective.tokenizer.decode(answer["tokens"], skip_special_tokens=True).strip()
         assert objective.predict(model, [{"audio": content}]) == [answer]
 
@@ -193,8 +193,8 @@ def test_prepared_folder_depends_on_the_feature_extractor(family: Callable[..., 
     longer = with_values(config, {"data.audio_seconds": 2})
     assert prepare(config) == prepare(with_values(config, {"data.sequence_length": 5}))
     assert Manifest.load(prepare(longer)).skipped.get("longer than 1 s") is None
-    given = with_values(config, {"data.feature_extractor": str(prepare(longer) / "processor")})
-    assert prepare(given).name == prepare(longer).name
+    other_extractor = with_values(config, {"data.feature_extractor": str(prepare(longer) / "processor")})
+    assert prepare(other_extractor).name == prepare(longer).name
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_prepared_folder_depends_on_the_feature_extractor(family: Callable[..., 
         ({"model.type": "llama", "model.options": {}}, "model.type=llama hears no speech"),
         ({"data.sequence_length": 17}, "are over the model's 16 positions: use data.sequence_length=16"),
         ({"data.audio_column": "sound"}, r"no column 'sound' \(data.audio_column\)"),
-        ({"data.text_column": "said"}, r"no column 'said' \(data.text_column\)"),
+        ({"data.text_column": "spoken"}, r"no column 'spoken' \(data.text_column\)"),
         ({"data.label_column": "words"}, "leave it out, and set the transcripts' column"),
         ({"data.image_column": "audio"}, "select different kinds of data"),
         ({"data.mask": ["emails"]}, "leave them out with data.audio_column"),
@@ -232,12 +232,12 @@ def write_multilingual_tokenizer(tokenizer: Path, folder: Path) -> Path:
 
 
 def test_language_is_part_of_the_decoder_prompt(family: Callable[..., Config], tmp_path: Path) -> None:
-    given = write_multilingual_tokenizer(prepare(family(TASK)) / "processor", tmp_path / "several")
+    multilingual = write_multilingual_tokenizer(prepare(family(TASK)) / "processor", tmp_path / "several")
     with pytest.raises(UserError, match=r"knows several languages: say which is spoken with objective\.language=en"):
-        build_task(family(TASK, data__tokenizer=str(given)))
+        build_task(family(TASK, data__tokenizer=str(multilingual)))
     with pytest.raises(UserError, match="knows no language 'fr'"):
-        build_task(family(TASK, data__tokenizer=str(given), objective__language="fr"))
-    objective, model, data = build_task(family(TASK, data__tokenizer=str(given), objective__language="de"))
+        build_task(family(TASK, data__tokenizer=str(multilingual), objective__language="fr"))
+    objective, model, data = build_task(family(TASK, data__tokenizer=str(multilingual), objective__language="de"))
     samples = objective.samples(Split.open(data, "train"))
     batch = objective.collate([samples[0], samples[1]])
     prompt_tokens = objective.tokenizer.convert_ids_to_tokens(batch.inputs["decoder_input_ids"][0, :4].tolist())
