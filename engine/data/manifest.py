@@ -85,8 +85,12 @@ class Manifest:
         if not (folder / MANIFEST_FILE).is_file():
             raise UserError(f"{folder} holds no prepared data (no {MANIFEST_FILE}): make it with `manta prepare`")
         try:
-            manifest = cls(**json.loads((folder / MANIFEST_FILE).read_text("utf-8")))
-        except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+            content = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
+            for source in content["origins"].values():
+                if "licence" in source:  # the key's former spelling
+                    source["license"] = source.pop("licence")
+            manifest = cls(**content)
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{folder / MANIFEST_FILE} is damaged: delete {folder} and run `manta prepare` again"
             ) from error
