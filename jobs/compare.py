@@ -25,14 +25,15 @@ def compare(config: Config, data_given: bool) -> int:
         raise UserError("compare needs two bundles: manta compare A B")
     from engine.bundles.bundle import Bundle
     from engine.bundles.find import find_bundle
-    from engine.evaluate.evaluate import check_comparable, check_same_data, evaluate_and_show, with_training_data
+    from engine.evaluate.comparison import check_comparable, check_same_data, with_training_data
+    from engine.evaluate.job import run_evaluation
 
     a, b = (Bundle.open(find_bundle(name, Path(config.runs_dir), config.tracking_uri)) for name in names)
     check_comparable(a, b)
     if not data_given:
         check_same_data(a, b, names)
         config = with_training_data(config, a, names[0])
-    found = evaluate_and_show(config)
+    found = run_evaluation(config)
     assert found is not None
     return CODES[found.verdict]
 

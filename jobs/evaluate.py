@@ -17,9 +17,9 @@ SHORT = ("suite=", "tasks=", "endpoint=")
 
 def evaluate(config: Config) -> None:
     """Evaluate, and show the metrics."""
-    from engine.evaluate.evaluate import evaluate_and_show
+    from engine.evaluate.job import run_evaluation
 
-    evaluate_and_show(config)
+    run_evaluation(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

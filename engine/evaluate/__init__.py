@@ -1,1 +1,1 @@
-"""Metrics on held-out data, with intervals; comparison of two bundles; the report of a model's life."""
+"""Metrics on held-out data with confidence intervals, comparison of bundles, promotion, and HTML reports."""

@@ -1,4 +1,4 @@
-"""How sure a metric is: percentile bootstrap over examples (Efron & Tibshirani 1993, chapters 13 and 16)."""
+"""Confidence intervals by the percentile bootstrap over examples (Efron & Tibshirani 1993, chapters 13 and 16)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 from engine.errors import UserError
 from engine.objectives.contract import Objective, Scores
 
+# Verdicts, as evaluation.json spells them
+BETTER, WORSE, INCONCLUSIVE = "better", "worse", "not told apart"
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap interval."""
+    """A value with its confidence interval."""
 
     value: float
     low: float
@@ -26,82 +29,83 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether model A is better than model B on the same examples, by the objective's metric."""
+    """The comparison of models A and B on the same examples, by the objective's metric."""
 
     metric: str
     difference: float  # A - B
     low: float
     high: float
-    verdict: str  # A is "better" or "worse" than B, or they are "not told apart"
+    verdict: str  # BETTER, WORSE or INCONCLUSIVE: A against B
 
 
-Summarize = Callable[[Scores], dict[str, float]]  # from the scores of some examples to metrics, in microseconds
+Summarize = Callable[[Scores], dict[str, float]]  # scores of some examples -> metrics; runs on each resample
 
 
-def bootstrap_intervals(summarize: Summarize, scores: Scores, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
-    """Return each metric of the scores with its interval at `confidence` (0.95: 95 %).
+def bootstrap_intervals(
+    summarize: Summarize, scores: Scores, confidence: float, resamples: int, seed: int
+) -> dict[str, Interval]:
+    """Return each metric of the scores with its interval at a confidence level (0.95: 95 %).
 
-    Raises UserError where there is no example.
+    Raises UserError if there are no examples.
     """
-    drawn = [summarize(select(scores, pick)) for pick in resample_indices(num_examples(scores), resamples, seed)]
-    found = {}
-    for name, value in summarize(scores).items():
-        low, high = np.quantile([draw[name] for draw in drawn], quantile_levels(confidence))
-        found[name] = Interval(value, float(low), float(high))
-    return found
+    draws = [summarize(select(scores, indices)) for indices in resample_indices(num_examples(scores), resamples, seed)]
+    return _intervals(summarize(scores), draws, confidence)
 
 
-def compare_paired(objective: Objective, a: Scores, b: Scores, confidence: float, resamples: int, seed: int) -> Comparison:
-    """Compare two models by the paired bootstrap: each resample draws the same examples for both.
+def compare_paired(
+    objective: Objective, a: Scores, b: Scores, confidence: float, resamples: int, seed: int
+) -> Comparison:
+    """Compare two models by the paired bootstrap: each resample takes the same examples of both.
 
-    Raises UserError where the two were not measured on the same number of examples.
+    Raises UserError if the two were scored on different numbers of examples.
     """
     if num_examples(a) != num_examples(b):
         raise UserError(
-            f"the two bundles were not measured on the same examples ({num_examples(a):,} and {num_examples(b):,}): evaluate both on the same data"
+            f"the two bundles were not scored on the same examples ({num_examples(a):,} and {num_examples(b):,}): "
+            "evaluate both on the same data"
         )
-
-    def difference(pick: np.ndarray | slice) -> float:
-        return objective.summarize(select(a, pick))[metric] - objective.summarize(select(b, pick))[metric]
-
     metric = objective.metric
-    drawn = [difference(pick) for pick in resample_indices(num_examples(a), resamples, seed)]
-    low, high = (float(edge) for edge in np.quantile(drawn, quantile_levels(confidence)))
+
+    def difference(indices: np.ndarray | slice) -> float:
+        return objective.summarize(select(a, indices))[metric] - objective.summarize(select(b, indices))[metric]
+
+    draws = [difference(indices) for indices in resample_indices(num_examples(a), resamples, seed)]
+    low, high = (float(edge) for edge in np.quantile(draws, quantile_levels(confidence)))
     return Comparison(metric, difference(slice(None)), low, high, classify_difference(low, high, objective.mode))
 
 
-def unpaired_differences(summarize: Summarize, a: Scores, b: Scores, confidence: float, resamples: int, seed: int) -> dict[str, Interval]:
-    """Return each metric of A minus that of B, two groups of different examples, each drawn by itself."""
-    drawn = []
-    for pick_a, pick_b in zip(resample_indices(num_examples(a), resamples, seed), resample_indices(num_examples(b), resamples, seed + 1), strict=True):
-        one, other = summarize(select(a, pick_a)), summarize(select(b, pick_b))
-        drawn.append({name: one[name] - other[name] for name in one})
-    found, one, other = {}, summarize(a), summarize(b)
-    for name in one:
-        low, high = np.quantile([draw[name] for draw in drawn], quantile_levels(confidence))
-        found[name] = Interval(one[name] - other[name], float(low), float(high))
-    return found
+def unpaired_differences(
+    summarize: Summarize, a: Scores, b: Scores, confidence: float, resamples: int, seed: int
+) -> dict[str, Interval]:
+    """Return each metric of A minus that of B, where A and B are different examples, resampled independently."""
+    resamples_a = resample_indices(num_examples(a), resamples, seed)
+    resamples_b = resample_indices(num_examples(b), resamples, seed + 1)
+    draws = [
+        _difference(summarize(select(a, indices_a)), summarize(select(b, indices_b)))
+        for indices_a, indices_b in zip(resamples_a, resamples_b, strict=True)
+    ]
+    return _intervals(_difference(summarize(a), summarize(b)), draws, confidence)
 
 
 def classify_difference(low: float, high: float, mode: str) -> str:
-    """Judge an interval of A - B: one that holds zero tells nothing apart. `mode` is the metric's, min or max."""
+    """Return the verdict for an interval of A - B: INCONCLUSIVE if it holds zero. `mode` is the metric's, min or max."""
     if low <= 0 <= high:
-        return "not told apart"
-    return "better" if (low > 0) == (mode == "max") else "worse"
+        return INCONCLUSIVE
+    return BETTER if (low > 0) == (mode == "max") else WORSE
 
 
 def resample_indices(examples: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield `resamples` draws of `examples` indices with replacement, one at a time: all at once they need gigabytes."""
+    """Yield `resamples` arrays of `examples` indices drawn with replacement; all arrays at once would take gigabytes."""
     if examples == 0:
-        raise UserError("there is no example to evaluate on: choose another evaluate.split or give more data")
+        raise UserError("there are no examples to evaluate on: choose another evaluate.split or more data")
     generator = np.random.default_rng(seed)
     for _ in range(resamples):
         yield generator.integers(examples, size=examples, dtype=np.int32)
 
 
-def select(scores: Scores, pick: np.ndarray | slice) -> Scores:
+def select(scores: Scores, indices: np.ndarray | slice) -> Scores:
     """Return the scores of some examples."""
-    return {name: values[pick] for name, values in scores.items()}
+    return {name: values[indices] for name, values in scores.items()}
 
 
 def num_examples(scores: Scores) -> int:
@@ -110,5 +114,17 @@ def num_examples(scores: Scores) -> int:
 
 
 def quantile_levels(confidence: float) -> tuple[float, float]:
-    """Return the two quantiles that a share of `confidence` lies between."""
+    """Return the two quantiles between which a fraction `confidence` of the resamples lies."""
     return (1 - confidence) / 2, (1 + confidence) / 2
+
+
+def _difference(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {name: a[name] - b[name] for name in a}
+
+
+def _intervals(values: dict[str, float], draws: list[dict[str, float]], confidence: float) -> dict[str, Interval]:
+    intervals = {}
+    for name, value in values.items():
+        low, high = np.quantile([draw[name] for draw in draws], quantile_levels(confidence))
+        intervals[name] = Interval(value, float(low), float(high))
+    return intervals

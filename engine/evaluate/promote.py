@@ -1,54 +1,55 @@
-"""Make a bundle the champion if it is whole and better, and go back to the one before."""
+"""Promote a bundle to champion if it verifies and is better, and roll back to the previous champion."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.bundles.alias import Alias
 from engine.bundles.bundle import Bundle
 from engine.bundles.find import find_bundle
 from engine.bundles.lineage import trace_lineage
-from engine.bundles.promotion import Alias
 from engine.bundles.registry import Registry, Version
 from engine.config import Config, with_values
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Comparison
-from engine.evaluate.evaluate import (
+from engine.evaluate.bootstrap import BETTER, Comparison
+from engine.evaluate.comparison import (
     check_comparable,
     check_same_data,
     compare_evaluations,
-    evaluate_bundle,
     describe_comparison,
     with_training_data,
 )
+from engine.evaluate.evaluate import evaluate_bundle
 from engine.progress import console
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a candidate becomes the champion, and why: the reason is kept with the promotion."""
+    """Whether a candidate becomes the champion; the reason is recorded with the promotion."""
 
     promote: bool
     reason: str
 
 
-def decide_promotion(compared: Comparison | None, names: tuple[str, str], override: str | None) -> Decision:
-    """Decide by the comparison with the champion (None: there is none yet) and by the override's reason."""
-    if compared is None:
+def decide_promotion(comparison: Comparison | None, names: tuple[str, str], override: str | None) -> Decision:
+    """Decide by the comparison with the champion (None: there is none yet); an override's reason stands in for it."""
+    if comparison is None:
         return Decision(True, override or "the first champion of this name")
-    told = describe_comparison(compared, names)
-    if compared.verdict == "better":
-        return Decision(True, told)
+    result = describe_comparison(comparison, names)
+    if comparison.verdict == BETTER:
+        return Decision(True, result)
     if override:
-        return Decision(True, f"{override} ({told})")
-    return Decision(False, f"{told}: promote.reason='...' promotes it all the same, with the reason kept")
+        return Decision(True, f"{override} ({result})")
+    return Decision(False, f"{result}: promote.reason='...' promotes it anyway, and records the reason")
 
 
 def promote(config: Config, data_given: bool) -> Version:
-    """Move the alias tracking.alias to config.bundle, once it has verified, replayed, shown its lineage and won.
+    """Move the alias tracking.alias to config.bundle.
 
-    It is compared with the present champion on the candidate's own data, or on config.data if they were `data_given`.
-    Raises UserError, and moves nothing, for the first of these that it fails; and where another promotion came first.
+    It must verify, reproduce its golden outputs, have a complete lineage, and be better than the current champion on its
+    own training data's held-out split, or on config.data if `data_given`. Raises UserError, and moves nothing, for the first
+    check that fails, and if another promotion came first.
     """
     assert config.bundle
     runs_dir, registry = Path(config.runs_dir), Registry(config.tracking_uri, config.registry_dir)
@@ -57,27 +58,29 @@ def promote(config: Config, data_given: bool) -> Version:
     candidate = Bundle.open(folder)
     candidate.verify()
     candidate.replay(candidate.model())
-    console.print("verified  the hashes of all files; the golden outputs are as recorded")
-    faults = trace_lineage(candidate, config.bundle, runs_dir, registry).all_problems()
-    if faults:
-        raise UserError(f"the lineage of {config.bundle} is not whole: {'; '.join(faults)}")
-    console.print("traced    data, runs and the bundles before it, each by its hash")
+    console.print("verified  all hashes match; the golden outputs are reproduced")
+    problems = trace_lineage(candidate, config.bundle, runs_dir, registry).all_problems()
+    if problems:
+        raise UserError(f"the lineage of {config.bundle} is incomplete: {'; '.join(problems)}")
+    console.print("traced    data, runs and parent bundles, each by its hash")
 
     alias = Alias(registry, name, config.tracking.alias)
-    start = alias.current()
-    champion = registry.lookup(f"{name}/{start}") if start else None
+    current = alias.current()
+    champion = registry.lookup(f"{name}/{current}") if current else None
     if champion and champion.hash == candidate.hash:
-        console.print(f"{champion} is the {config.tracking.alias} already")
+        console.print(f"{champion} is already the {config.tracking.alias}")
         return champion
-    compared = None
+    comparison = None
     if champion:
-        compared = compare_with_champion(candidate, registry.fetch(champion), (config.bundle, str(champion)), config, data_given)
-    decision = decide_promotion(compared, (config.bundle, str(champion)), config.promote.reason)
+        comparison = compare_with_champion(
+            candidate, registry.fetch(champion), (config.bundle, str(champion)), config, data_given
+        )
+    decision = decide_promotion(comparison, (config.bundle, str(champion)), config.promote.reason)
     if not decision.promote:
         raise UserError(decision.reason)
     version = registry.register(candidate, name)
-    registry.fetch(version).verify()  # the bytes that are kept, and not only those that were given
-    alias.move("promote", start, version.number, decision.reason)
+    registry.fetch(version).verify()  # the registered copy, not only the original
+    alias.move("promote", current, version.number, decision.reason)
     console.print(f"promoted  {version} is the {config.tracking.alias}: {decision.reason}")
     return version
 
@@ -85,18 +88,18 @@ def promote(config: Config, data_given: bool) -> Version:
 def compare_with_champion(
     candidate: Bundle, champion: Bundle, names: tuple[str, str], config: Config, data_given: bool
 ) -> Comparison:
-    """Compare the two on the same examples. Raises UserError where they can't be."""
+    """Compare the two on the same examples. Raises UserError if they are not comparable."""
     check_comparable(candidate, champion)
     if not data_given:
         check_same_data(candidate, champion, names)
         config = with_training_data(config, candidate, names[0])
-    config = with_values(config, {"evaluate.images": 0})  # the verdict is of the examples' scores
+    config = with_values(config, {"evaluate.images": 0})  # the comparison uses the scores of the examples only
     first, second = (evaluate_bundle(bundle.folder, config) for bundle in (candidate, champion))
     return compare_evaluations(first, second, config)
 
 
 def registered_name(reference: str, folder: Path, registry: Registry) -> str:
-    """Return the registered name of a version, else the run's, else what the bundle is called."""
+    """Return the registered name of a version, else the run's name, else the name in the manifest."""
     if registry.folder in folder.absolute().parents and (version := registry.lookup(reference)):
         return version.name
     manifest = Bundle.open(folder).manifest
@@ -104,22 +107,24 @@ def registered_name(reference: str, folder: Path, registry: Registry) -> str:
 
 
 def roll_back(config: Config) -> None:
-    """Restore the champion before the present one of the name config.bundle."""
+    """Restore the previous champion of the registered name config.bundle."""
     assert config.bundle
     registry = Registry(config.tracking_uri, config.registry_dir)
     name = config.promote.model or config.bundle.split("@")[0].split("/")[0]
     if not registry.versions(name):
-        raise UserError(f"{name} is no registered name: manta promote {name} registers it")
+        raise UserError(f"{name} is not a registered name: manta promote {name} registers it")
     alias = Alias(registry, name, config.tracking.alias)
-    start, to = alias.roll_back(config.promote.reason or "rolled back")
-    console.print(f"rolled back: {name}/{to} is the {config.tracking.alias} again, and {name}/{start} is not")
+    from_version, to_version = alias.roll_back(config.promote.reason or "rolled back")
+    console.print(
+        f"rolled back: {name}/{to_version} is the {config.tracking.alias} again, instead of {name}/{from_version}"
+    )
 
 
 def is_champion(config: Config, digest: str) -> bool:
-    """Tell whether the name config.bundle is registered, and its champion is the bundle with this hash."""
+    """Tell whether config.bundle is a registered name whose champion is the bundle with this hash."""
     database = config.tracking_uri.removeprefix("sqlite:///")
-    if database != config.tracking_uri and not Path(database).exists():  # MLflow would make an empty one
+    if database != config.tracking_uri and not Path(database).exists():  # MLflow would create an empty one
         return False
     assert config.bundle
-    found = Registry(config.tracking_uri, config.registry_dir).lookup(f"{config.bundle}@{config.tracking.alias}")
-    return found is not None and found.hash == digest
+    champion = Registry(config.tracking_uri, config.registry_dir).lookup(f"{config.bundle}@{config.tracking.alias}")
+    return champion is not None and champion.hash == digest

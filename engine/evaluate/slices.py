@@ -1,4 +1,4 @@
-"""How a model does by group: the metrics of each, and how far it is from all others."""
+"""Metrics by group of examples, and their differences from those of all other groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluate.bootstrap import Interval, Summarize, unpaired_differences, bootstrap_intervals, select
+from engine.evaluate.bootstrap import Interval, Summarize, bootstrap_intervals, select, unpaired_differences
 from engine.objectives.contract import Scores
 
 MAX_GROUPS = 50
@@ -17,7 +17,7 @@ MAX_GROUPS = 50
 
 @dataclass(frozen=True)
 class Slice:
-    """One group's examples, metrics, and the metrics' gaps to those of all other groups together."""
+    """The metrics of one group, and their differences from those of all other groups together."""
 
     group: str
     examples: int
@@ -37,20 +37,22 @@ class Slice:
 def evaluate_slices(
     summarize: Summarize, scores: Scores, groups: Sequence[str], confidence: float, resamples: int, seed: int
 ) -> list[Slice]:
-    """Measure each group, the largest first. Raises UserError for a column that doesn't name groups."""
+    """Evaluate each group, largest first. Raises UserError for a column with too many or too few different values."""
     names, sizes = np.unique(np.array(groups), return_counts=True)
     if not 2 <= len(names) <= MAX_GROUPS:
         raise UserError(
-            f"evaluate.slice_column has {len(names):,} different values and groups need 2 to {MAX_GROUPS}: name another column"
+            f"evaluate.slice_column has {len(names):,} different values, and 2 to {MAX_GROUPS} are supported: use another column"
         )
-    found = []
+    slices = []
     for name in names[np.argsort(-sizes, kind="stable")]:
-        inside = np.array(groups) == name
-        own, others = select(scores, inside), select(scores, ~inside)
-        found.append(
+        is_member = np.array(groups) == name
+        members, others = select(scores, is_member), select(scores, ~is_member)
+        slices.append(
             Slice(
-                str(name), int(inside.sum()), bootstrap_intervals(summarize, own, confidence, resamples, seed),
-                unpaired_differences(summarize, own, others, confidence, resamples, seed),
+                group=str(name),
+                examples=int(is_member.sum()),
+                metrics=bootstrap_intervals(summarize, members, confidence, resamples, seed),
+                gaps=unpaired_differences(summarize, members, others, confidence, resamples, seed),
             )
-        )  # fmt: skip
-    return found
+        )
+    return slices

@@ -18,16 +18,16 @@ from engine.config import Config, with_values
 from engine.data.shards import Split
 from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison
-from engine.evaluate.evaluate import describe_comparison
+from engine.evaluate.comparison import describe_comparison
 from engine.evaluate.promote import compare_with_champion, decide_promotion, registered_name
 from engine.improve.drift import Drift, RequestStats, measure_drift
 from engine.improve.examples import (
     Example,
     examples_from_feedback,
-    training_examples,
-    read_requests_and_feedback,
-    measure_requests,
     measure_examples,
+    measure_requests,
+    read_requests_and_feedback,
+    training_examples,
     write_examples,
 )
 from engine.progress import console

@@ -14,12 +14,13 @@ from engine.config import Config, ObjectiveConfig, with_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.evaluate.bootstrap import compare_paired, bootstrap_intervals
-from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle, known_classes
-from engine.evaluate.facts import machine_info, package_versions
+from engine.evaluate.bootstrap import bootstrap_intervals, compare_paired
+from engine.evaluate.environment import machine_info, package_versions
+from engine.evaluate.evaluate import evaluate_bundle, map_classes
+from engine.evaluate.job import run_evaluation
 from engine.evaluate.report import pretraining_conclusion, write_report
 from engine.objectives.classification import SequenceClassification
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 
 OBJECTIVE = SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b"])
 
@@ -157,7 +158,7 @@ def test_data_of_another_task_are_refused_before_they_are_prepared(
 
 
 def test_classes_are_the_bundles_whatever_the_order_of_the_datas() -> None:
-    assert known_classes(Path("b/bundle"), ["cat", "dog"], ["dog", "fox", "cat"]).tolist() == [2, 0]
+    assert map_classes(Path("b/bundle"), ["cat", "dog"], ["dog", "fox", "cat"]).tolist() == [2, 0]
 
 
 def test_what_is_shown_and_kept(tiny_functions: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +167,7 @@ def test_what_is_shown_and_kept(tiny_functions: Config, tmp_path: Path, capsys: 
         tiny_functions,
         {"name": "measured", "bundle": str(a.folder), "evaluate.against": str(a.folder), "evaluate.resamples": 100},
     )
-    evaluate_and_show(config)
+    run_evaluation(config)
     kept = json.loads((config.run_dir / "evaluation.json").read_text())
     assert [found["hash"] for found in kept["bundles"]] == [a.hash, a.hash]
     assert kept["comparison"] == {
@@ -174,4 +175,4 @@ def test_what_is_shown_and_kept(tiny_functions: Config, tmp_path: Path, capsys: 
     }  # fmt: skip
     assert "is not told apart from" in capsys.readouterr().out
     with pytest.raises(UserError, match="say which with bundle="):
-        evaluate_and_show(with_values(config, {"bundle": None}))
+        run_evaluation(with_values(config, {"bundle": None}))

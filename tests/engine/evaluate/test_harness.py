@@ -10,8 +10,8 @@ import torch
 
 from engine.config import with_values
 from engine.errors import UserError
-from engine.evaluate.evaluate import evaluate_and_show
-from engine.evaluate.harness import parse_results, is_installed, run_harness
+from engine.evaluate.harness import is_installed, parse_results, run_harness
+from engine.evaluate.job import run_evaluation
 from tests.lives import Lives
 
 TASK = """
@@ -73,7 +73,7 @@ def test_the_harness_and_the_direct_computation_agree(lives: Lives, task: Path, 
         {"name": "h", "runs_dir": str(tmp_path), "bundle": str(bundle.folder), "evaluate.suite": "lm_eval",
          "evaluate.tasks": [str(task)]},
     )  # fmt: skip
-    evaluate_and_show(config)
+    run_evaluation(config)
     found = json.loads((tmp_path / "h" / "lm_eval.json").read_text())["bundles"][0]
     model, tokenizer = bundle.model(), bundle.objective().tokenizer
 

@@ -14,7 +14,13 @@ from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.data.tokenizer import load_tokenizer
 from engine.evaluate.evaluate import evaluate_bundle
-from engine.evaluate.metrics import ByteCounter, confusion_matrix, classification_details, reference_values, compute_metrics
+from engine.evaluate.metrics import (
+    ByteCounter,
+    classification_details,
+    compute_metrics,
+    confusion_matrix,
+    reference_values,
+)
 from engine.objectives.classification import SequenceClassification
 from tests.lives import Lives
 

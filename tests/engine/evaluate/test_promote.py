@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 
 from engine.bundles.bundle import Bundle
-from engine.bundles.card import original_card
 from engine.bundles.find import find_bundle
-from engine.bundles.lineage import trace_lineage, record_deployment
+from engine.bundles.lineage import record_deployment, trace_lineage
+from engine.bundles.model_card import original_card
 from engine.bundles.registry import Registry
 from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.evaluate.bootstrap import Comparison
-from engine.evaluate.evaluate import evaluate_and_show
+from engine.evaluate.job import run_evaluation
 from engine.evaluate.lineage_page import lineage_tree, write_lineage_page
 from engine.evaluate.promote import decide_promotion, promote, roll_back
 from engine.serve.deploy import deploy
@@ -145,7 +145,7 @@ def tamper_answers(folder: Path) -> None:
         (tamper_tensor, r"model\.safetensors was changed"),
         (tamper_tokenizer, r"tokenizer\.json was changed"),
         (tamper_manifest, r"manta\.json was changed"),
-        (tamper_answers, "does not answer as recorded"),
+        (tamper_answers, "does not reproduce its golden outputs"),
     ],
 )
 def test_a_tampered_bundle_is_refused_and_named(
@@ -179,7 +179,7 @@ def test_a_lineage_with_a_gap_is_refused(home: Config, tmp_path: Path) -> None:
     assert faults() == ""
     (runs / "base" / "bundle").rename(tmp_path / "aside")
     assert "the bundle that good was trained from" in faults()
-    assert "is not to be found" in faults()
+    assert "was not found" in faults()
     (tmp_path / "aside").rename(runs / "base" / "bundle")
     lines = (runs / "good" / "metrics.jsonl").read_text()
     (runs / "good" / "metrics.jsonl").write_text(lines.replace('"samples_hash": "', '"samples_hash": "0'))
@@ -188,10 +188,10 @@ def test_a_lineage_with_a_gap_is_refused(home: Config, tmp_path: Path) -> None:
         promote(with_values(asking(home, "good"), {"runs_dir": str(runs), "tracking.uri": home.tracking_uri}), False)
     (runs / "good" / "metrics.jsonl").write_text(lines)
     change_manifest(runs / "good" / "bundle", config_hash="0")
-    assert "is not the one that its hash is of" in faults()
+    assert "does not match its recorded hash" in faults()
     change_manifest(runs / "good" / "bundle", training=None, data=None, run=None)
     assert "does not say what data" in faults()
-    assert "does not say which run made it" in faults()
+    assert "does not say which run trained it" in faults()
 
 
 def test_changed_data_break_the_lineage(lives: Lives, home: Config, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_the_lineage_is_drawn_from_data_to_deployment(home: Config, tmp_path: Pa
     assert run is not None
     assert run.run is not None
     change_manifest(runs / "search" / "bundle", run={**run.run, "name": "trial-7"}, name="trial-7")
-    evaluate_and_show(asking(home, "search"))
+    run_evaluation(asking(home, "search"))
     promote(asking(home, "search"), False)
     record_deployment(runs / "live", "http://127.0.0.1:9", {"search": runs / "search" / "bundle"})
     registry = Registry(home.tracking_uri, home.registry_dir)

@@ -12,16 +12,17 @@ import pytest
 from huggingface_hub import ModelCard
 
 from engine.bundles.bundle import Bundle
-from engine.bundles.card import read_evaluations
+from engine.bundles.model_card import read_evaluations
 from engine.config import Config, with_values
-from engine.data.slice_values import read_slice_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
+from engine.data.slice_values import read_slice_values
 from engine.errors import UserError
-from engine.evaluate.evaluate import evaluate_and_show, evaluate_bundle
-from engine.evaluate.generation import evaluate_generation, text_statistics, summarize_statistics
+from engine.evaluate.evaluate import evaluate_bundle
+from engine.evaluate.generation import evaluate_generation, summarize_statistics, text_statistics
+from engine.evaluate.job import run_evaluation
 from engine.evaluate.pairs import evaluate_pairs
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.lives import BAD, GOOD, Lives
 
 PAIRS = [
@@ -153,7 +154,7 @@ def test_an_evaluation_is_on_the_page_in_the_file_and_on_the_card(lives: Lives, 
         {"name": "measured", "runs_dir": str(tmp_path), "bundle": str(folder), "evaluate.slice_column": "region",
          "evaluate.pairs": str(pairs_file(tmp_path, PAIRS))},
     )  # fmt: skip
-    evaluate_and_show(config)
+    run_evaluation(config)
     told = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["bundles"][0]
     assert sum(sum(row) for row in told["details"]["confusion"]) == told["examples"]
     assert sum(one["examples"] for one in told["details"]["reliability"]) == told["examples"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.evaluate.sweep_page import draw_curves, draw_parallel, saved_steps, describe_saved, write_sweep_page
+from engine.evaluate.sweep_page import describe_saved, draw_curves, draw_parallel, saved_steps, write_sweep_page
 
 
 def trial(index: int, value: float | None, steps: int, state: str, **params: Any) -> dict[str, Any]:

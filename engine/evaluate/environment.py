@@ -1,4 +1,4 @@
-"""What the figures of a report were measured on: the machine and the packages."""
+"""The machine and the package versions that results were measured with."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PACKAGES = ("manta-train", "torch", "ray", "deepspeed", "transformers", "dataset
 
 
 def machine_info() -> dict[str, Any]:
-    """Return processor, cores, memory in GiB, GPUs and system."""
+    """Return the processor, cores, memory in GiB, GPUs and operating system."""
     import torch
 
-    info = Path("/proc/cpuinfo")
+    cpuinfo = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
+        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
         else []
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -33,5 +33,5 @@ def machine_info() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a run stands on."""
+    """Return the versions of Python and of the main packages."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}

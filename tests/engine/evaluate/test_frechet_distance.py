@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from engine.evaluate.images import frechet_distances, random_features, distance_intervals
+from engine.evaluate.frechet_distance import distance_intervals, frechet_distances, random_features
 
 
 def by_definition(a: np.ndarray, b: np.ndarray) -> float:
