@@ -148,7 +148,7 @@ class MetricsLog:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
 
     def close(self) -> None:
-        """Write what waits and close the file."""
+        """Write pending lines and close the file."""
         self._write()
         self._file.close()
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.models.cross_entropy import IGNORE_INDEX
-from engine.objectives.contract import Batch, Objective, Scores
+from engine.objectives.contract import Batch, Objective, Scores, objectives_with
 from engine.train.process_group import ProcessGroup
 
 ATTENTION = "ulysses"  # name of this attention implementation in transformers
@@ -160,7 +160,8 @@ def check_sequence_parallel(config: Any, objective: type[Objective], size: int, 
     import transformers
 
     if not objective.supports_sequence_parallel:
-        raise UserError("train.sequence_parallel is for objective=causal_lm and masked_lm: leave it out")
+        supporting = " and ".join(objectives_with("supports_sequence_parallel"))
+        raise UserError(f"train.sequence_parallel is for objective={supporting}: leave it out")
     heads = getattr(config, "num_attention_heads", size)
     if heads % size:
         raise UserError(

@@ -13,7 +13,6 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folder, step_folders
 from engine.train.job import TrainJob
-from engine.train.train_state import TrainState
 from tests.engine.train.ranks import run_ranks
 
 HIGH_LR = {  # a learning rate at which the validation loss soon rises
@@ -38,15 +37,6 @@ def test_the_bundle_is_of_the_best_step_and_the_run_ends_early(tiny: Config) -> 
     manifest = json.loads((config.run_dir / "bundle" / "manta.json").read_text())
     assert manifest["run"]["step"] == best
     assert manifest["evaluation"]["validation_loss"] == min(values)
-
-
-def test_validations_update_the_best_value() -> None:
-    state = TrainState(step=4).after_validation(2.0, "min")
-    assert (state.best, state.best_step, state.evals_since_best) == (2.0, 4, 0)
-    state = state.after_step(1, 1, 1).after_validation(2.0, "min")
-    assert (state.best_step, state.evals_since_best) == (4, 1)
-    assert state.after_validation(1.0, "min").evals_since_best == 0
-    assert TrainState().after_validation(0.5, "max").after_validation(0.4, "max").evals_since_best == 1
 
 
 def test_patience_needs_validations(tiny: Config) -> None:

@@ -14,7 +14,7 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import TrainJob
-from engine.train.micro_batch import CACHE_FILE, max_samples, read_cached, write_cached
+from engine.train.micro_batch import CACHE_FILE
 from tests.engine.train.ranks import losses, run_here, run_ranks
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -110,24 +110,6 @@ def test_a_compiled_model_gives_the_same_curve(tiny: Config) -> None:
     ]
     interpreted, compiled = run_here(jobs)
     assert losses(compiled) == pytest.approx(losses(interpreted), abs=1e-5)
-
-
-def test_max_samples_extrapolates_linearly() -> None:
-    assert max_samples(one_bytes=1000, three_bytes=1400, budget_bytes=2000) == 6
-    assert max_samples(one_bytes=1000, three_bytes=1400, budget_bytes=500) == 1
-    assert max_samples(one_bytes=1000, three_bytes=1000, budget_bytes=1e6) > 10_000
-
-
-def test_a_micro_batch_is_cached_for_the_same_facts_only(tmp_path: Path) -> None:
-    file = tmp_path / CACHE_FILE
-    facts = {"machine": "m", "model.type": "llama", "zero.stage": 2}
-    assert read_cached(file, facts) == 0
-    write_cached(file, facts, 7)
-    write_cached(file, facts | {"zero.stage": 3}, 9)
-    assert read_cached(file, facts) == 7
-    assert read_cached(file, facts | {"machine": "another"}) == 0
-    file.write_text("{")
-    assert read_cached(file, facts) == 0
 
 
 def test_a_global_batch_in_tokens_equals_one_in_samples(tiny: Config) -> None:

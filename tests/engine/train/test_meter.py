@@ -11,7 +11,6 @@ import torch
 
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.train.devices import DEVICES, known_device
 from engine.train.job import TrainJob
 from engine.train.meter import PHASES, StepMeter
 from tests.engine.train.ranks import losses, run_ranks
@@ -39,22 +38,6 @@ def test_phases_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics["mfu"] == pytest.approx(500 * 10 / 6 / 1e6)
     assert metrics["mfu_datasheet"] == pytest.approx(metrics["mfu"] / 2)
     assert meter.end_step()["seconds"] == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "gibibytes", "known"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 79.3, "a100_80gb"),
-        ("NVIDIA A100-SXM4-40GB", 39.4, "a100_40gb"),
-        ("NVIDIA H100 80GB HBM3", 79.2, "h100_80gb"),
-        ("NVIDIA H200", 139.8, "h200_141gb"),
-        ("Tesla V100-SXM2-32GB", 31.7, "v100_32gb"),
-        ("NVIDIA A100 80GB PCIe", 79.3, None),
-        ("NVIDIA GeForce RTX 4090", 23.6, None),
-    ],
-)
-def test_devices_are_known_by_name_and_memory(name: str, gibibytes: float, known: str | None) -> None:
-    assert known_device(name, gibibytes * 2**30) is (DEVICES[known] if known else None)
 
 
 def test_every_step_logs_the_time_of_each_phase(tiny: Config) -> None:

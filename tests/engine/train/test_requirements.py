@@ -16,7 +16,6 @@ from engine.train.checkpoint import Checkpoint, step_folders
 from engine.train.job import TrainJob
 from engine.train.requirements import check_machine
 from engine.train.run_folder import RunFolder
-from engine.train.train_state import LOSS_SCALE_WINDOW, TrainState
 from jobs import pretrain
 from tests.engine.train.ranks import losses, on_ranks, train_jobs
 
@@ -45,18 +44,6 @@ def test_unsupported_options_are_refused_with_a_reason(
 def test_torchs_attention_implementations_run_on_any_machine() -> None:
     for name in ("sdpa", "eager"):
         check_machine(with_values(Config(), {"model.attention": name}))
-
-
-def test_the_loss_scale_falls_with_an_overflow_and_rises_after_many_updates() -> None:
-    state = TrainState(loss_scale=1024.0)
-    state = state.after_step(1, 1, 0, skipped=True)
-    assert (state.loss_scale, state.steady) == (512.0, 0)
-    for _ in range(LOSS_SCALE_WINDOW - 1):
-        state = state.after_step(1, 1, 0)
-    assert (state.loss_scale, state.steady) == (512.0, LOSS_SCALE_WINDOW - 1)
-    assert state.after_step(1, 1, 0).loss_scale == 1024.0
-    assert TrainState(loss_scale=1.0).after_step(1, 1, 0, skipped=True).loss_scale == 1.0
-    assert TrainState().after_step(1, 1, 0, skipped=True).loss_scale is None
 
 
 def train_in_fp16(rank: int, world_size: int, specs: str, first_scale: float) -> None:

@@ -155,7 +155,7 @@ def test_a_run_continues_from_deepspeeds_checkpoint(
     (lines,) = run_ranks([TrainJob(ours, prepare(ours))], 1)
     assert [line["step"] for line in lines] == list(range(FIRST + 1, ALL + 1))
     assert losses(lines) == pytest.approx(straight[FIRST:], abs=1e-5)
-    with pytest.raises(UserError, match="exists already: use another name=[.]+ for the run that continues"):
+    with pytest.raises(UserError, match=r"exists already: use another name=[.]+ for the run that continues"):
         convert_and_show(convert_config)
 
 
