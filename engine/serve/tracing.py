@@ -98,7 +98,7 @@ class Tracing:
             return int((moment + offset) * 1e9)
 
         for index, it in enumerate(work.sequences):
-            over = it.ended_at or now  # 0 where it was aborted
+            over = it.finished_at or now  # 0 where it was aborted
             phases = [
                 ("queue", it.queued_at, it.scheduled_at, {}),
                 ("prefill", it.scheduled_at, it.first_token_at, {"gen_ai.usage.input_tokens": len(it.prompt), "manta.cached_tokens": it.num_cached_tokens}),

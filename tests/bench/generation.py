@@ -1,14 +1,14 @@
-"""Tokens a second of the generator against transformers' own ways to generate, each in a process of its own, in turn.
+"""Tokens a second of the engine against transformers' own ways to generate, each in a process of its own, in turn.
 
-16 ragged clients: prompts of 8 to 64 tokens, 16 to 128 new ones, llama_5m with fresh weights in fp32, greedy. Every
-contestant is counted by the tokens that were asked for. Peers: `generate` one after the other; one static batch of
-`generate`, padded, until its longest ends; `generate_batch`, its continuous batching, its cache sized by hand. The upper
-bound is the model's bare forward loop at a constant batch of 16, against the generator with 16 requests of the same
-lengths. Predicted on two cores: 12x of one by one (some twenty operations of Python a layer take longer than the products of
-one row, and ours are one call), 4x of the static batch, 2.5 of the bare loop, for the same reason and for its concatenations.
+16 ragged requests: prompts of 8 to 64 tokens, 16 to 128 new ones, llama_5m with fresh weights in fp32, greedy. The
+requested tokens are counted. Peers: `generate`, one request after another; one static batch of `generate`, padded, until
+its longest request ends; `generate_batch`, its continuous batching, with its cache sized by hand. The upper bound is the
+model's bare forward loop at a constant batch of 16, against the engine with 16 requests of the same lengths. Predicted on
+two cores: 12x of one by one (some twenty operations of Python a layer take longer than the products of one row, and ours
+are one call), 4x of the static batch, 2.5x of the bare loop, for the same reason and for its concatenations.
 
-Why processes: libgomp gives every thread that runs products a team of its own, and where there are more threads than cores
-in all these teams, none of them spins between two products: a step then takes up to twice as long, whoever runs it.
+Each has a process, since libgomp gives every thread that runs products a team of its own, and while all teams together have
+more threads than there are cores, none of them spins between two products: a step then takes up to twice as long.
 """
 
 from __future__ import annotations
@@ -27,98 +27,99 @@ import torch
 import transformers
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from cluster.environment import quiet_environment
+from cluster.environment import set_default_environment
 from engine.serve.llm.cpu.linear import pack_linear
-from engine.serve.llm.engine import Completion, TransformersEngine
+from engine.serve.llm.engine import TransformersEngine
+from engine.serve.llm.sequence import Sequence
 from engine.serve.short_lived_thread import run_in_short_lived_thread
 from tests.bench.interleaved import interleave, show
 
 CLIENTS = 16
-BARE_PROMPT, BARE_NEW = 36, 96  # tokens of the bare loop
-VOCABULARY = 4096
+BARE_PROMPT_TOKENS, BARE_NEW_TOKENS = 36, 96  # tokens of the bare loop
+VOCAB_SIZE = 4096
 
 Requests = list[tuple[list[int], int]]
 
 
 def make_model() -> Any:
-    """Return llama_5m with fresh weights; it never ends by itself."""
+    """Return llama_5m with fresh weights; it never generates an end token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=8, intermediate_size=704,
-        max_position_embeddings=512, tie_word_embeddings=True, vocab_size=VOCABULARY, eos_token_id=None,
+        max_position_embeddings=512, tie_word_embeddings=True, vocab_size=VOCAB_SIZE, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
     return model
 
 
-def ragged(dice: random.Random) -> Requests:
-    """Return what the clients ask."""
-    return [(tokens(dice, dice.randrange(8, 65)), dice.randrange(16, 129)) for _ in range(CLIENTS)]
+def ragged_requests(rng: random.Random) -> Requests:
+    """Return requests of random lengths."""
+    return [(random_tokens(rng, rng.randrange(8, 65)), rng.randrange(16, 129)) for _ in range(CLIENTS)]
 
 
-def tokens(dice: random.Random, count: int) -> list[int]:
+def random_tokens(rng: random.Random, count: int) -> list[int]:
     """Return random tokens."""
-    return [dice.randrange(6, VOCABULARY) for _ in range(count)]
+    return [rng.randrange(6, VOCAB_SIZE) for _ in range(count)]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long it takes."""
-    began = time.perf_counter()
+    """Return the seconds that some work takes."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-class Contestant:
-    """A way to generate, in a process of its own; one works at a time."""
+class EngineProcess:
+    """A way to generate, in a process of its own; one runs at a time."""
 
     def __init__(self, name: str) -> None:
-        spawning = multiprocessing.get_context("spawn")
-        self.asked, theirs = spawning.Pipe()
-        spawning.Process(target=contest, args=(name, theirs), daemon=True).start()
+        context = multiprocessing.get_context("spawn")
+        self.connection, child_connection = context.Pipe()
+        context.Process(target=run_process, args=(name, child_connection), daemon=True).start()
 
     def __call__(self, requests: Requests) -> float:
-        """Answer all; return the seconds."""
-        self.asked.send(requests)
-        took: float = self.asked.recv()
-        return took
+        """Process all requests; return the seconds."""
+        self.connection.send(requests)
+        elapsed_s: float = self.connection.recv()
+        return elapsed_s
 
 
-def contest(name: str, asked: Connection) -> None:
-    """Be the process of a contestant."""
-    quiet_environment()
+def run_process(name: str, connection: Connection) -> None:
+    """Generate in this process: receive requests, send the seconds that they took."""
+    set_default_environment()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count() or 1)
     model = run_in_short_lived_thread(make_model)
-    answer = {
-        "ours": Ours,
+    generate = {
+        "manta": Manta,
         "one by one": OneByOne,
         "static": Static,
         "continuous": Continuous,
         "bare": Bare,
     }[name](model)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the bench has ended
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the benchmark has ended
         while True:
-            asked.send(answer(asked.recv()))
+            connection.send(generate(connection.recv()))
 
 
-class Ours:
-    """The generator."""
+class Manta:
+    """TransformersEngine."""
 
     def __init__(self, model: Any) -> None:
-        self.ended: queue.Queue[Completion] = queue.Queue()
-        self.generator = TransformersEngine(
+        self.finished: queue.Queue[Sequence] = queue.Queue()
+        self.engine = TransformersEngine(
             run_in_short_lived_thread(lambda: pack_linear(model)), 512, max_num_seqs=CLIENTS, max_queue=256, max_batched_tokens=256,
-            tell=lambda news: [self.ended.put(it) for it in news if it.reason],
+            on_output=lambda outputs: [self.finished.put(sequence) for sequence in outputs if sequence.finish_reason],
         )  # fmt: skip
 
     def __call__(self, requests: Requests) -> float:
-        """Answer all; return the seconds."""
-        began = time.perf_counter()
-        self.generator.submit([Completion(prompt, new) for prompt, new in requests])
+        """Process all requests; return the seconds."""
+        start = time.perf_counter()
+        self.engine.submit([Sequence(prompt, new) for prompt, new in requests])
         for _ in requests:
-            self.ended.get()
-        return time.perf_counter() - began
+            self.finished.get()
+        return time.perf_counter() - start
 
 
 class OneByOne:
@@ -129,11 +130,11 @@ class OneByOne:
 
     @torch.inference_mode()
     def __call__(self, requests: Requests) -> float:
-        """Answer all; return the seconds."""
-        return seconds(lambda: [self.answer(prompt, new) for prompt, new in requests])
+        """Process all requests; return the seconds."""
+        return seconds(lambda: [self.generate(prompt, new) for prompt, new in requests])
 
-    def answer(self, prompt: list[int], new: int) -> None:
-        """Answer one."""
+    def generate(self, prompt: list[int], new: int) -> None:
+        """Process one request."""
         ids = torch.tensor([prompt])
         self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
@@ -148,13 +149,15 @@ class Static:
 
     @torch.inference_mode()
     def __call__(self, requests: Requests) -> float:
-        """Answer all; return the seconds."""
+        """Process all requests; return the seconds."""
         longest = max(len(prompt) for prompt, _ in requests)
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in requests])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in requests])
-        most = max(new for _, new in requests)
+        max_new_tokens = max(new for _, new in requests)
         return seconds(
-            lambda: self.model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0)
+            lambda: self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+            )
         )
 
 
@@ -165,20 +168,20 @@ class Continuous:
         self.model = model
 
     def __call__(self, requests: Requests) -> float:
-        """Answer all; return the seconds without its start."""
-        sized = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=256)
+        """Process all requests; return the seconds, without its start."""
+        cache_config = ContinuousBatchingConfig(num_blocks=128, max_batch_tokens=256)
         generation = GenerationConfig(max_new_tokens=128, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        with self.model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=sized) as manager:  # fmt: skip
+        with self.model.continuous_batching_context_manager(generation_config=generation, continuous_batching_config=cache_config) as manager:  # fmt: skip
             manager.add_request(requests[0][0], max_new_tokens=1)
-            manager.get_result(timeout=60)  # it has started
+            manager.get_result(timeout=60)  # wait until it has started
 
             def work() -> None:
                 for prompt, new in requests:
                     manager.add_request(prompt, max_new_tokens=new)
                 left = len(requests)
                 while left:
-                    answer = manager.get_result(timeout=60)
-                    left -= answer is not None and answer.is_finished()
+                    output = manager.get_result(timeout=60)
+                    left -= output is not None and output.is_finished()
 
             return seconds(work)
 
@@ -191,39 +194,46 @@ class Bare:
 
     @torch.inference_mode()
     def __call__(self, requests: Requests) -> float:
-        """Answer all; return the seconds."""
-        began = time.perf_counter()
+        """Process all requests; return the seconds."""
+        start = time.perf_counter()
         cache, ids = DynamicCache(config=self.model.config), torch.tensor([prompt for prompt, _ in requests])
         for _ in range(requests[0][1]):
             ids = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)  # fmt: skip
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
 
 def main() -> None:
     """Print the ratios."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     names = {
-        "generator": "ours", "generate one by one": "one by one", "static batch of generate": "static",
+        "engine": "manta", "generate one by one": "one by one", "static batch of generate": "static",
         "their continuous batching": "continuous",
     }  # fmt: skip
-    contestants = {label: Contestant(name) for label, name in names.items()}
+    processes = {label: EngineProcess(name) for label, name in names.items()}
 
-    def rate(contestant: Contestant, requests: Requests) -> float:
-        return sum(new for _, new in requests) / contestant(requests)
+    def rate(process: EngineProcess, requests: Requests) -> float:
+        return sum(new for _, new in requests) / process(requests)
 
-    def one(contestant: Contestant) -> Callable[[], float]:  # new requests: nothing is in a cache already
-        return lambda: rate(contestant, ragged(random.Random(dice.randrange(2**30))))
+    def with_new_requests(process: EngineProcess) -> Callable[[], float]:  # new requests: no prefix is cached
+        return lambda: rate(process, ragged_requests(random.Random(rng.randrange(2**30))))
 
-    found = interleave({label: one(contestant) for label, contestant in contestants.items()})
+    rates = interleave({label: with_new_requests(process) for label, process in processes.items()})
     targets = {"generate one by one": 4.0, "static batch of generate": 1.5, "their continuous batching": 4.0}
-    show(found, "tokens/s", "generator", targets)
+    show(rates, "tokens/s", "engine", targets)
 
-    def even(contestant: Contestant) -> Callable[[], float]:
-        return lambda: rate(contestant, [(tokens(dice, BARE_PROMPT), BARE_NEW) for _ in range(CLIENTS)])
+    def with_equal_requests(process: EngineProcess) -> Callable[[], float]:
+        return lambda: rate(
+            process, [(random_tokens(rng, BARE_PROMPT_TOKENS), BARE_NEW_TOKENS) for _ in range(CLIENTS)]
+        )
 
-    bare = Contestant("bare")
-    found = interleave({"generator, even": even(contestants["generator"]), "bare forward loop": even(bare)})
-    show(found, "tokens/s", "generator, even", {"bare forward loop": 0.85})
+    bare = EngineProcess("bare")
+    rates = interleave(
+        {
+            "engine, equal lengths": with_equal_requests(processes["engine"]),
+            "bare forward loop": with_equal_requests(bare),
+        }
+    )
+    show(rates, "tokens/s", "engine, equal lengths", {"bare forward loop": 0.85})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A smaller model that guesses changes how many forwards a text takes, and no token, chance or score."""
+"""Speculative decoding by a draft model changes the number of forwards, and no token, random number or log-probability."""
 
 from __future__ import annotations
 
@@ -22,200 +22,195 @@ from engine.config import Config, ServeConfig, with_values
 from engine.errors import UserError
 from engine.serve.application import make_version
 from engine.serve.deploy import deploy, resolve_draft_model
-from engine.serve.preflight import check_servable
 from engine.serve.http.schemas import CompletionRequest
+from engine.serve.jobs import GenerationResult, SamplingParams
 from engine.serve.llm.sequence import Sequence
-from engine.serve.jobs import SamplingParams
 from engine.serve.llm.speculative import DraftModel
 from engine.serve.load_model import load_model
+from engine.serve.preflight import check_servable
 from engine.serve.replica import Replica
 from tests.engine.bundles.small_bundles import fresh_bundle
-from tests.engine.serve.llm.test_engine import CONFIGS, EOS, EngineHarness, model, requests
+from tests.engine.serve.llm.engine_harness import CONFIGS, EOS, EngineHarness, model, requests, tokens_of
+from tests.engine.serve.llm.test_speculative import assert_same_output
 from tests.ports import free_port
 
-DRAFTS = {"llama": "gpt2", "gpt2": "llama", "qwen2": "qwen2"}  # of another family, but for one
+DRAFTS = {"llama": "gpt2", "gpt2": "llama", "qwen2": "qwen2"}  # of another family, with one exception
 
 
 @functools.cache
-def near(kind: str) -> nn.Module:
-    """Return a model that mostly writes what the kind's does."""
-    made = copy.deepcopy(model(kind))
-    dice = torch.Generator().manual_seed(1)
+def similar(family: str) -> nn.Module:
+    """Return a model whose outputs are mostly those of the family's model."""
+    near = copy.deepcopy(model(family))
+    rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in near.parameters():
             if p.ndim > 1:
-                p += 0.02 * p.std() * torch.randn(p.shape, generator=dice)
-    return made
+                p += 0.02 * p.std() * torch.randn(p.shape, generator=rng)
+    return near
 
 
-def shares_of(harness: EngineHarness) -> tuple[int, int]:
-    load = harness.engine.stats
-    return load["right_tokens"], load["guessed_tokens"]
+def speculative_harness(draft_model: nn.Module, num_speculative_tokens: int = 4, **options: Any) -> EngineHarness:
+    """Return an engine for the Llama model with a copy of a draft model."""
+    return EngineHarness(
+        "llama", num_speculative_tokens=num_speculative_tokens, draft_model=copy.deepcopy(draft_model), **options
+    )
 
 
-@pytest.mark.parametrize("kind", DRAFTS)
-def test_greedy_is_generate_whatever_the_draft_guesses(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    asked = requests(kind)
-    plain = EngineHarness(kind)
-    plain.generate([Sequence(prompt, most) for prompt, most, _ in asked])
-    for draft in (model(kind), near(kind), model(DRAFTS[kind])):
-        harness = EngineHarness(kind, num_speculative_tokens=4, draft_model=copy.deepcopy(draft))
-        together = harness.generate([Sequence(prompt, most) for prompt, most, _ in asked])
-        assert [it.tokens for it in together] == [right for *_, right in asked]
-        joining = [Sequence(prompt, most) for prompt, most, _ in asked]
-        for completion in joining:  # in mid-flight, on lanes that others have left
-            harness.engine.submit([completion])
-        assert [it.tokens for it in harness.wait(joining)] == [right for *_, right in asked]
-        right, guessed = shares_of(harness)
-        if draft is model(kind):  # it guesses what it would write itself, but for the end, which is never in a text
-            assert right > 0.9 * guessed
+def record_batches(harness: EngineHarness) -> list[list[Any]]:
+    """Return a list to which each batch of the draft model will be appended."""
+    batches: list[list[Any]] = []
+    proposer: Any = harness.engine.proposer
+    run = proposer.runner.run
+
+    def run_and_record(batch: list[Any]) -> Any:
+        batches.append(batch)
+        return run(batch)
+
+    proposer.runner.run = run_and_record
+    return batches
+
+
+@pytest.mark.parametrize("family", DRAFTS)
+def test_greedy_tokens_equal_generate_with_any_draft_model(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    cases = requests(family)
+    expected = [case.expected for case in cases]
+    plain = EngineHarness(family)
+    plain.generate([case.sequence() for case in cases])
+    for draft in (model(family), similar(family), model(DRAFTS[family])):
+        harness = EngineHarness(family, num_speculative_tokens=4, draft_model=copy.deepcopy(draft))
+        assert tokens_of(harness.generate([case.sequence() for case in cases])) == expected
+        joining = [case.sequence() for case in cases]
+        for sequence in joining:  # between forwards, in slots that others have freed
+            harness.engine.submit([sequence])
+        assert tokens_of(harness.wait(joining)) == expected
+        accepted, proposed = harness.engine.num_accepted_tokens, harness.engine.num_draft_tokens
+        if draft is model(family):  # all its tokens are accepted, but for the end token, which is never in a text
+            assert accepted > 0.9 * proposed
             assert harness.engine.stats["steps"] < 2 * plain.engine.stats["steps"] * 0.6
-        elif draft is near(kind):
-            assert 0.3 * guessed < right < guessed
+        elif draft is similar(family):
+            assert 0.3 * proposed < accepted < proposed
         assert harness.engine.stats["draft_forwards"] > 0
-    assert not caplog.records, "a draft that pauses, for it is rarely right, does not fail"
+    assert not caplog.records, "a draft model that pauses after rejections has not failed"
 
 
-def test_a_draft_changes_no_chance_and_no_score() -> None:
+def test_draft_model_changes_no_sample_and_no_logprob() -> None:
     samplings = [
-        SamplingParams(), SamplingParams(0.5), SamplingParams(1.0, top_p=0.9), SamplingParams(1.0, top_k=5), SamplingParams(0.7, frequency_penalty=0.5),
-        SamplingParams(logit_bias={7: 5.0}), SamplingParams(1.0),
+        SamplingParams(), SamplingParams(0.5), SamplingParams(1.0, top_p=0.9), SamplingParams(1.0, top_k=5),
+        SamplingParams(0.7, frequency_penalty=0.5), SamplingParams(logit_bias={7: 5.0}), SamplingParams(1.0),
     ]  # fmt: skip
-    prompt, found = requests("llama")[1][0], []
-    for draft in (None, model("llama"), near("llama"), model("gpt2")):
+    prompt, batches = requests("llama")[1].prompt, []
+    for draft in (None, model("llama"), similar("llama"), model("gpt2")):
         harness = EngineHarness("llama", num_speculative_tokens=4 if draft else 0, draft_model=copy.deepcopy(draft))
-        asked = [Sequence(prompt, 40, sampling, seed=i, num_logprobs=2) for i, sampling in enumerate(samplings)]
-        found.append([(it.tokens, it.finish_reason, it.token_logprobs) for it in harness.generate(asked)])
-        if draft is near("llama"):  # the two throw the same dice
-            right, guessed = shares_of(harness)
-            assert right > 0.5 * guessed
-    for other in found[1:]:
-        for (tokens, reason, scores), (right_tokens, why, wanted) in zip(other, found[0], strict=True):
-            assert (tokens, reason) == (right_tokens, why)
-            assert [it.token for it in scores] == [it.token for it in wanted]
-            assert [it.logprob for it in scores] == pytest.approx([it.logprob for it in wanted], abs=1e-4)
+        sequences = [Sequence(prompt, 40, sampling, seed=i, num_logprobs=2) for i, sampling in enumerate(samplings)]
+        batches.append(harness.generate(sequences))
+        if draft is similar("llama"):  # both sample with the same random numbers
+            assert harness.engine.num_accepted_tokens > 0.5 * harness.engine.num_draft_tokens
+    for batch in batches[1:]:
+        for sequence, expected in zip(batch, batches[0], strict=True):
+            assert_same_output(sequence, expected)
 
 
-def test_what_is_sampled_follows_the_models_distribution() -> None:
+def test_samples_follow_the_models_distribution() -> None:
     """Counts of a first and a second token over many seeds, beside the model's own probabilities (chi-squared)."""
-    harness = EngineHarness("llama", num_speculative_tokens=2, draft_model=copy.deepcopy(near("llama")), max_num_seqs=16, max_queue=5000)
-    prompt, draws, way = [7, 9, 11], 2000, SamplingParams(1.0, top_k=4, logit_bias={EOS: -100.0})
-    found = harness.generate([Sequence(prompt, 3, way, seed=seed) for seed in range(draws)])
-    assert harness.engine.num_draft_tokens > draws / 4
+    harness = speculative_harness(similar("llama"), 2, max_num_seqs=16, max_queue=5000)
+    prompt, num_seeds, sampling = [7, 9, 11], 2000, SamplingParams(1.0, top_k=4, logit_bias={EOS: -100.0})
+    sequences = harness.generate([Sequence(prompt, 3, sampling, seed=seed) for seed in range(num_seeds)])
+    assert harness.engine.num_draft_tokens > num_seeds / 4
     with torch.no_grad():
-        for before in {tuple(it.tokens[:1]) for it in found}:
-            rows = [it.tokens for it in found if tuple(it.tokens[:1]) == before]
-            logits = model("llama")(torch.tensor([prompt + list(before)])).logits[0, -1]
+        for first in {tuple(sequence.tokens[:1]) for sequence in sequences}:
+            rows = [sequence.tokens for sequence in sequences if tuple(sequence.tokens[:1]) == first]
+            logits = model("llama")(torch.tensor([prompt + list(first)])).logits[0, -1]
             logits[EOS] -= 100
             top = logits.topk(4)
-            chances = top.values.double().softmax(0).tolist()
+            probabilities = top.values.double().softmax(0).tolist()
             counts = [sum(row[1] == token for row in rows) for token in top.indices.tolist()]
             assert sum(counts) == len(rows)
-            expected = [chance * len(rows) for chance in chances]
-            likely = [(count, mean) for count, mean in zip(counts, expected, strict=True) if mean > 5]
+            means = [probability * len(rows) for probability in probabilities]
+            likely = [(count, mean) for count, mean in zip(counts, means, strict=True) if mean > 5]
             assert sum((count - mean) ** 2 / mean for count, mean in likely) < 21.1  # 3 degrees: one in ten thousand
 
 
-def test_the_drafts_cache_is_as_bounded_as_the_models() -> None:
-    asked = requests("llama")
-    harness = EngineHarness("llama", num_speculative_tokens=4, draft_model=copy.deepcopy(near("llama")), kv_cache_tokens=128)
-    found = harness.generate([Sequence(prompt, most) for prompt, most, _ in asked])
-    assert [it.tokens for it in found] == [right for *_, right in asked]
-    guesser: Any = harness.engine.proposer
-    assert guesser.forward.lanes * guesser.forward.capacity <= 128
-    assert (guesser.forward.lanes, guesser.forward.capacity) == (
-        harness.engine.shape.lanes,
-        harness.engine.shape.capacity,
-    )
-    assert guesser.token_bytes == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
+def test_draft_models_cache_has_the_same_shape() -> None:
+    cases = requests("llama")
+    harness = speculative_harness(similar("llama"), kv_cache_tokens=128)
+    assert tokens_of(harness.generate([case.sequence() for case in cases])) == [case.expected for case in cases]
+    proposer: Any = harness.engine.proposer
+    shape = harness.engine.kv_cache.shape
+    assert shape.num_slots * shape.capacity <= 128
+    assert (proposer.runner.num_slots, proposer.runner.capacity) == (shape.num_slots, shape.capacity)
+    assert proposer.cache_bytes_per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, width, bytes
 
 
-def test_a_beginning_that_the_draft_has_read_is_not_read_again() -> None:
-    harness = EngineHarness("llama", num_speculative_tokens=3, draft_model=copy.deepcopy(model("llama")), max_batched_tokens=256)
-    read: list[int] = []
-    guesser: Any = harness.engine.proposer
-    forward = guesser.forward.run
-    guesser.forward.run = lambda parts: (read.extend(len(part.tokens) for part in parts), forward(parts))[1]
+def test_draft_model_does_not_compute_a_cached_prefix_again() -> None:
+    harness = speculative_harness(model("llama"), 3, max_batched_tokens=256)
+    batches = record_batches(harness)
+
+    def most_computed() -> int:
+        return max(len(inputs.tokens) for batch in batches for inputs in batch)
+
     system = [number % 290 + 6 for number in range(0, 600, 11)]
     (first,) = harness.generate([Sequence([*system, 7, 8], 12)])
-    assert max(read) == len(system) + 3
-    read.clear()
+    assert most_computed() == len(system) + 3
+    batches.clear()
     (again,) = harness.generate([Sequence([*system, 7, 8], 12)])
     assert again.tokens == first.tokens
-    assert max(read) <= 2
-    read.clear()
+    assert most_computed() <= 2
+    batches.clear()
     harness.generate([Sequence([*system, 9], 8) for _ in range(3)])
-    assert max(read) <= 3
-    assert sum(shares_of(harness)) > 0
+    assert most_computed() <= 3
+    assert harness.engine.num_draft_tokens > 0
 
 
-def test_a_long_prompt_is_read_by_the_draft_in_parts() -> None:
-    harness = EngineHarness("llama", num_speculative_tokens=3, draft_model=copy.deepcopy(model("llama")), max_batched_tokens=16)
-    longest = 0
-    guesser: Any = harness.engine.proposer
-    forward = guesser.forward.run
-
-    def noted(parts: Any) -> Any:
-        nonlocal longest
-        longest = max(longest, sum(len(part.tokens) for part in parts))
-        return forward(parts)
-
-    guesser.forward.run = noted
+def test_draft_model_computes_long_prompts_in_chunks() -> None:
+    harness = speculative_harness(model("llama"), 3, max_batched_tokens=16)
+    batches = record_batches(harness)
     prompts = [[*range(6, 106)], [*range(10, 100)], [8, 9]]
-    found = harness.generate([Sequence(prompt, 20) for prompt in prompts])
+    sequences = harness.generate([Sequence(prompt, 20) for prompt in prompts])
     plain = EngineHarness("llama").generate([Sequence(prompt, 20) for prompt in prompts])
-    assert [it.tokens for it in found] == [it.tokens for it in plain]
-    assert longest <= 18  # one token more for each that writes
+    assert tokens_of(sequences) == tokens_of(plain)
+    assert max(sum(len(inputs.tokens) for inputs in batch) for batch in batches) <= 18  # one more for each in decode
     assert harness.engine.num_accepted_tokens > 0
 
 
-def test_a_draft_that_fails_or_is_mad_guesses_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    asked = requests("llama")[:6]
-    mad, broken = copy.deepcopy(model("llama")), copy.deepcopy(model("llama"))
-    runs = [EngineHarness("llama", num_speculative_tokens=4, draft_model=draft) for draft in (mad, broken)]
+def test_draft_model_that_fails_proposes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    cases = requests("llama")[:6]
+    not_finite, failing = copy.deepcopy(model("llama")), copy.deepcopy(model("llama"))
+    harnesses = [EngineHarness("llama", num_speculative_tokens=4, draft_model=draft) for draft in (not_finite, failing)]
     with torch.no_grad():
-        mad.get_input_embeddings().weight[6:200] = torch.nan  # type: ignore[operator]
-    guesser: Any = runs[1].engine.proposer
-    guesser.forward.run = lambda parts: 1 / 0
-    for harness in runs:
-        found = harness.generate([Sequence(prompt, most) for prompt, most, _ in asked])
-        assert [it.tokens for it in found] == [right for *_, right in asked]
-        assert [it.error for it in found] == [""] * 6
-    assert runs[1].engine.num_draft_tokens == 0
-    assert "the draft failed" in caplog.text
+        not_finite.get_input_embeddings().weight[6:200] = torch.nan  # type: ignore[operator]
+    proposer: Any = harnesses[1].engine.proposer
+    proposer.runner.run = lambda batch: 1 / 0
+    for harness in harnesses:
+        sequences = harness.generate([case.sequence() for case in cases])
+        assert tokens_of(sequences) == [case.expected for case in cases]
+        assert [sequence.error for sequence in sequences] == [""] * 6
+    assert harnesses[1].engine.num_draft_tokens == 0
+    assert "the draft model failed" in caplog.text
 
 
-def test_a_draft_with_fewer_positions_or_tokens_guesses_what_it_can() -> None:
-    asked = requests("llama")
+def test_draft_model_with_fewer_positions_or_tokens_proposes_what_it_can() -> None:
+    cases = requests("llama")
     config = CONFIGS["llama"]()
     config.max_position_embeddings, config.vocab_size = 32, 290
     torch.manual_seed(0)
     short = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     harness = EngineHarness("llama", num_speculative_tokens=4, draft_model=short)
-    longest = 0
-    guesser: Any = harness.engine.proposer
-    forward = guesser.forward.run
-
-    def noted(parts: Any) -> Any:
-        nonlocal longest
-        longest = max(longest, *(part.past + len(part.tokens) for part in parts))
-        return forward(parts)
-
-    guesser.forward.run = noted
-    found = harness.generate([Sequence([299, *prompt], most) for prompt, most, _ in asked])
-    plain = EngineHarness("llama").generate([Sequence([299, *prompt], most) for prompt, most, _ in asked])
-    assert [it.tokens for it in found] == [it.tokens for it in plain]
+    batches = record_batches(harness)
+    prompts = [([299, *case.prompt], case.max_tokens) for case in cases]
+    sequences = harness.generate([Sequence(prompt, max_tokens) for prompt, max_tokens in prompts])
+    plain = EngineHarness("llama").generate([Sequence(prompt, max_tokens) for prompt, max_tokens in prompts])
+    assert tokens_of(sequences) == tokens_of(plain)
     assert harness.engine.num_draft_tokens > 0
-    assert longest <= 32
-    assert isinstance(guesser, DraftModel)
+    assert max(inputs.num_computed_tokens + len(inputs.tokens) for batch in batches for inputs in batch) <= 32
+    assert isinstance(harness.engine.proposer, DraftModel)
 
 
 @pytest.mark.parametrize(
-    ("kind", "draft", "whose"), [("bloom", "llama", "the bundle"), ("llama", "gemma2", "serve.draft_model")]
+    ("family", "draft", "whose"), [("bloom", "llama", "the bundle"), ("llama", "gemma2", "serve.draft_model")]
 )
-def test_what_cannot_go_back_on_guesses_is_refused(kind: str, draft: str, whose: str) -> None:
-    with pytest.raises(UserError, match=f"serve.draft_model: the attention of {whose} can't go back"):
-        EngineHarness(kind, num_speculative_tokens=4, draft_model=copy.deepcopy(model(draft)))
+def test_model_that_cannot_roll_back_is_refused(family: str, draft: str, whose: str) -> None:
+    with pytest.raises(UserError, match=f"serve.draft_model: the attention of {whose} can't roll back"):
+        EngineHarness(family, num_speculative_tokens=4, draft_model=copy.deepcopy(model(draft)))
 
 
 @pytest.fixture(scope="module")
@@ -230,80 +225,89 @@ def writers(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     }
 
 
-def test_a_replica_guesses_by_its_draft(writers: dict[str, Bundle]) -> None:
+def test_replica_generates_the_same_with_a_draft_model(writers: dict[str, Bundle]) -> None:
     job = CompletionRequest(prompt="import os\nimport", max_tokens=60, temperature=0).job()
-    found, figures = [], []
+    texts, stats = [], []
     for draft in (None, "large", "small"):
         folder = str(writers[draft].folder) if draft else None
         options = ServeConfig(precision="fp32", num_speculative_tokens=4 if draft else 0, draft_model=folder)
         replica = Replica(str(writers["large"].folder), asdict(options))
-        found.append([it["text"] for it in asyncio.run(replica.complete(job))["choices"]])
-        figures.append(replica.stats())
-    assert found[0] == found[1] == found[2]
-    assert figures[1]["right_tokens"] > 30
-    assert figures[1]["steps"] < figures[0]["steps"] / 2
-    assert figures[2]["guessed_tokens"] > 0
+        result = asyncio.run(replica.complete(job))
+        assert isinstance(result, GenerationResult)
+        texts.append([choice.text for choice in result.choices])
+        stats.append(replica.load_stats())
+    assert texts[0] == texts[1] == texts[2]
+    assert stats[1]["right_tokens"] > 30
+    assert stats[1]["steps"] < stats[0]["steps"] / 2
+    assert stats[2]["guessed_tokens"] > 0
 
 
-def test_a_draft_of_other_tokens_is_refused_before_anything_starts(
+def test_unfit_draft_model_is_refused_before_anything_starts(
     writers: dict[str, Bundle], tiny: Config, tiny_functions: Config, tmp_path: Path
 ) -> None:
     large = writers["large"]
-    asked = {"bundle": "large", "serve.num_speculative_tokens": 4}
-    for draft, told in (("other", r"another tokenizer than .*600 tokens and 512"), ("namer", "is for classification")):
-        if draft == "namer":
-            writers = writers | {"namer": fresh_bundle(tiny_functions, tmp_path / "namer" / "bundle")}
-        options = with_values(tiny, asked | {"serve.draft_model": str(writers[draft].folder)}).serve
-        with pytest.raises(UserError, match=told):
+    values = {"bundle": "large", "serve.num_speculative_tokens": 4}
+    classifier = fresh_bundle(tiny_functions, tmp_path / "namer" / "bundle")
+    for draft, message in (
+        (writers["other"], r"another tokenizer than .*600 tokens and 512"),
+        (classifier, "is for classification"),
+    ):
+        options = with_values(tiny, values | {"serve.draft_model": str(draft.folder)}).serve
+        with pytest.raises(UserError, match=message):
             check_servable(large, options)
-    with pytest.raises(UserError, match=r"serve\.draft: bundle=gone is neither"):
-        resolve_draft_model(with_values(tiny, asked | {"serve.draft_model": "gone"}))
+    with pytest.raises(UserError, match=r"serve\.draft_model: bundle=gone is neither"):
+        resolve_draft_model(with_values(tiny, values | {"serve.draft_model": "gone"}))
     with pytest.raises(
         UserError, match=r"serve\.draft_model proposes serve\.num_speculative_tokens tokens, and that is 0"
     ):
-        with_values(tiny, asked | {"serve.draft_model": "small", "serve.num_speculative_tokens": 0})
-    with pytest.raises(UserError, match=r"serve\.draft is for one bundle"):
-        with_values(tiny, asked | {"serve.draft_model": "small", "bundle": "a+b"})
+        with_values(tiny, values | {"serve.draft_model": "small", "serve.num_speculative_tokens": 0})
+    with pytest.raises(UserError, match=r"serve\.draft_model is for one bundle"):
+        with_values(tiny, values | {"serve.draft_model": "small", "bundle": "a+b"})
 
 
-def test_another_draft_is_another_version(writers: dict[str, Bundle], tiny: Config, tmp_path: Path) -> None:
-    place = tmp_path / "small" / "bundle"
-    shutil.copytree(writers["small"].folder, place)
+def test_another_draft_model_is_another_version(writers: dict[str, Bundle], tiny: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "small" / "bundle"
+    shutil.copytree(writers["small"].folder, folder)
     config = resolve_draft_model(
         with_values(tiny, {"runs_dir": str(tmp_path), "serve.draft_model": "small", "serve.num_speculative_tokens": 4})
     )
-    assert config.serve.draft_model == str(place)
-    marks = {make_version("writer", writers["large"], options).app for options in (tiny.serve, config.serve)}
-    shutil.rmtree(place)
-    shutil.copytree(writers["large"].folder, place)
-    assert len(marks | {make_version("writer", writers["large"], config.serve).app}) == 3
+    assert config.serve.draft_model == str(folder)
+    apps = {make_version("writer", writers["large"], options).app for options in (tiny.serve, config.serve)}
+    shutil.rmtree(folder)
+    shutil.copytree(writers["large"].folder, folder)
+    assert len(apps | {make_version("writer", writers["large"], config.serve).app}) == 3
 
 
-def test_dice_are_looked_at_and_not_thrown() -> None:
-    it = Sequence([7], 5, SamplingParams(1.0), seed=3)
-    other = random.Random(3)
-    EngineHarness("llama", num_speculative_tokens=4, draft_model=copy.deepcopy(model("llama"))).generate([it])
-    drawn = len(it.tokens) + (it.finish_reason == "stop")
-    assert [it.rng.random() for _ in range(3)] == [other.random() for _ in range(drawn + 3)][drawn:]
+def test_draft_model_leaves_the_sequences_random_numbers() -> None:
+    sequence = Sequence([7], 5, SamplingParams(1.0), seed=3)
+    rng = random.Random(3)
+    speculative_harness(model("llama")).generate([sequence])
+    num_sampled = len(sequence.tokens) + (sequence.finish_reason == "stop")
+    following = [rng.random() for _ in range(num_sampled + 3)][num_sampled:]
+    assert [sequence.rng.random() for _ in range(3)] == following
 
 
-def test_an_endpoint_with_a_draft_and_weights_of_8_bits(ray: None, writers: dict[str, Bundle], tiny: Config) -> None:
-    same = writers["large"].folder  # fresh weights of another model would hardly ever guess right
-    asked = {"serve.port": free_port(), "serve.max_replicas": 1, "serve.precision": "fp32", "serve.quantize": "int8",
-             "serve.draft_model": str(same), "serve.num_speculative_tokens": 4}  # fmt: skip
-    config = with_values(tiny, asked)
-    up = deploy(config, {"writer": writers["large"].folder})
+def test_endpoint_with_draft_model_and_8_bit_weights(ray: None, writers: dict[str, Bundle], tiny: Config) -> None:
+    draft = writers["large"].folder  # with fresh weights, tokens of another model would hardly ever be accepted
+    values = {"serve.port": free_port(), "serve.max_replicas": 1, "serve.precision": "fp32", "serve.quantize": "int8",
+              "serve.draft_model": str(draft), "serve.num_speculative_tokens": 4}  # fmt: skip
+    config = with_values(tiny, values)
+    endpoint = deploy(config, {"writer": writers["large"].folder})
     try:
         body = {"prompt": "import os\nimport", "max_tokens": 60, "temperature": 0}
-        text = httpx.post(f"{up.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
-        told = httpx.get(f"{up.url}/metrics", timeout=60).text
+        text = httpx.post(f"{endpoint.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        metrics = httpx.get(f"{endpoint.url}/metrics", timeout=60).text
     finally:
-        up.stop()
-    model = load_model(writers["large"], config.serve)
-    (right,) = writers["large"].objective().predict(model, [{"prompt": body["prompt"], "max_tokens": 60}])
-    assert text == right["text"]
-    figures = {
-        line.split("{")[0]: float(line.split()[-1]) for line in told.splitlines() if line.startswith("manta_replica_")
+        endpoint.stop()
+    own_model = load_model(writers["large"], config.serve)
+    (expected,) = writers["large"].objective().predict(own_model, [{"prompt": body["prompt"], "max_tokens": 60}])
+    assert text == expected["text"]
+    values_by_name = {
+        line.split("{")[0]: float(line.split()[-1])
+        for line in metrics.splitlines()
+        if line.startswith("manta_replica_")
     }
-    assert figures["manta_replica_draft_forwards_total"] > 0
-    assert 0 < figures["manta_replica_right_tokens_total"] <= figures["manta_replica_guessed_tokens_total"]
+    assert values_by_name["manta_replica_draft_forwards_total"] > 0
+    assert (
+        0 < values_by_name["manta_replica_right_tokens_total"] <= values_by_name["manta_replica_guessed_tokens_total"]
+    )

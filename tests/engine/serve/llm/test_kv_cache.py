@@ -120,7 +120,8 @@ def test_manager_reuses_the_prefix_of_a_freed_slot() -> None:
 def test_manager_evicts_the_least_recently_used_slot() -> None:
     manager = KVCacheManager(2, 256, 128)
     for step, prompt in ((5, [1, 2, 3, 4]), (3, [6, 7, 8, 9])):
-        assert manager.allocate(sequence := Sequence(prompt, 4))
+        sequence = Sequence(prompt, 4)
+        assert manager.allocate(sequence)
         compute(sequence)
         manager.free(sequence, step)
     allocation = manager.allocate(Sequence([50, 51], 4))
@@ -145,14 +146,16 @@ def test_manager_reshapes_the_cache_for_a_long_sequence_and_keeps_what_runs() ->
 
 def test_manager_without_prefix_caching_takes_any_free_slot() -> None:
     manager = KVCacheManager(2, 256, 128, prefix_caching=False)
-    assert manager.allocate(first := Sequence([1, 2, 3, 4], 4))
+    first = Sequence([1, 2, 3, 4], 4)
+    assert manager.allocate(first)
     manager.free(compute(first), step=1)
     assert manager.allocate(Sequence([1, 2, 3, 4], 4)) == SlotAllocation(0, 0, 0)
 
 
 def test_prompt_with_logprobs_is_computed_as_a_whole() -> None:
     manager = KVCacheManager(1, 128, 128)
-    assert manager.allocate(first := Sequence([1, 2, 3, 4], 4))
+    first = Sequence([1, 2, 3, 4], 4)
+    assert manager.allocate(first)
     manager.free(compute(first), step=1)
     scored = Sequence([1, 2, 3, 4], 0, num_logprobs=0, needs_prompt_logprobs=True)
     assert manager.allocate(scored) == SlotAllocation(0, 0, 0)

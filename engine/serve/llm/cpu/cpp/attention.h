@@ -1,5 +1,5 @@
-// Attention over lanes: each sequence's new tokens attend to what its own lane of the cache holds.
-// Shapes: T tokens of the step, N lanes, C tokens a lane, H query heads, K key heads, D width of a head.
+// Attention over slots: each sequence's new tokens attend to the keys and values in its own slot of the KV cache.
+// Shapes: T tokens of the step, N slots, C capacity of a slot, H query heads, K key heads, D width of a head.
 
 #pragma once
 
@@ -19,27 +19,27 @@ namespace manta {
 
 using at::Tensor;
 
-// A sequence's part of the step: `count` tokens from `row` on, `past` before them in its lane.
-struct Part {
-  int64_t row, count, lane, past;
+// A sequence's part of the step: `count` tokens from `row` on, after `num_computed` tokens that are in its slot.
+struct ScheduledSequence {
+  int64_t row, count, slot, num_computed;
 };
 
 struct Step {
   std::vector<Tensor> keys, values;  // of each layer: [N, K, C, D]
-  std::vector<Part> parts;
-  int64_t few;  // tokens, at most, of a part that is attended row by row
+  std::vector<ScheduledSequence> batch;
+  int64_t max_row_tokens;  // of a sequence, for which attention is computed row by row
 };
 
-inline thread_local Step under_way;
+inline thread_local Step current_step;
 
-inline void begin(std::vector<Tensor> keys, std::vector<Tensor> values, at::IntArrayRef parts, int64_t few) {
-  under_way = {std::move(keys), std::move(values), {}, few};
-  for (size_t i = 0; i < parts.size(); i += 4) {
-    under_way.parts.push_back({parts[i], parts[i + 1], parts[i + 2], parts[i + 3]});
+inline void begin(std::vector<Tensor> keys, std::vector<Tensor> values, at::IntArrayRef table, int64_t max_row_tokens) {
+  current_step = {std::move(keys), std::move(values), {}, max_row_tokens};
+  for (size_t i = 0; i < table.size(); i += 4) {
+    current_step.batch.push_back({table[i], table[i + 1], table[i + 2], table[i + 3]});
   }
 }
 
-// Call `use` with the number of vectors that a head is wide, as a constant where it is a usual one: they stay in registers.
+// Call `use` with a head's width in vectors, as a constant for common widths, whose vectors then stay in registers.
 template <typename Use>
 void with_vectors(int64_t width, Use use) {
   switch (width % WIDTH ? 0 : width / WIDTH) {
@@ -86,7 +86,7 @@ void mix(const float* weights, const T* values, int64_t length, int64_t width, f
       out[d] = static_cast<T>(sum * factor);
     }
   } else {
-    Floats even[VECTORS] = {}, odd[VECTORS] = {};  // sums that don't wait for each other
+    Floats even[VECTORS] = {}, odd[VECTORS] = {};  // two independent sums, to hide latency
     int64_t j = 0;
     for (; j + 2 <= length; j += 2) {
 #pragma GCC unroll 8
@@ -103,21 +103,21 @@ void mix(const float* weights, const T* values, int64_t length, int64_t width, f
   }
 }
 
-// One query against the first `length` keys and values of a lane's head.
+// One query against the first `length` keys and values of a slot's head.
 template <typename T>
 void attend_row(const T* query, const T* keys, const T* values, int64_t length, int64_t key_width, int64_t value_width,
                 float scale, float* scores, T* out) {
   using Class = at::vec::Vectorized<float>;
   with_vectors(key_width, [&](auto it) { dots<decltype(it)::value>(query, keys, length, key_width, scale, scores); });
-  const float most = at::vec::reduce_all<float>([](Class a, Class b) { return at::vec::maximum(a, b); }, scores, length);
-  at::vec::map<float>([most](Class it) { return (it - Class(most)).exp(); }, scores, scores, length);
+  const float max_score = at::vec::reduce_all<float>([](Class a, Class b) { return at::vec::maximum(a, b); }, scores, length);
+  at::vec::map<float>([max_score](Class score) { return (score - Class(max_score)).exp(); }, scores, scores, length);
   float total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < length; ++j) total += scores[j];
   with_vectors(value_width, [&](auto it) { mix<decltype(it)::value>(scores, values, length, value_width, 1 / total, out); });
 }
 
-// Write the tokens' keys and values into a layer's lanes, and attend where a part's tokens are few.
+// Write the tokens' keys and values into a layer's slots, and attend for the sequences with few tokens.
 template <typename T>
 void attend_rows(const Step& step, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
                  float scale, Tensor& out) {
@@ -129,19 +129,19 @@ void attend_rows(const Step& step, const Tensor& query, const Tensor& key, const
   T* all_keys = keys.mutable_data_ptr<T>();
   T* all_values = values.mutable_data_ptr<T>();
   T* o = out.mutable_data_ptr<T>();
-  const int64_t pieces = static_cast<int64_t>(step.parts.size()) * key_heads;  // a sequence's part, for one key head
-  at::parallel_for(0, pieces, 1, [&](int64_t first, int64_t end) {
+  const int64_t num_tasks = static_cast<int64_t>(step.batch.size()) * key_heads;  // a sequence and a key head each
+  at::parallel_for(0, num_tasks, 1, [&](int64_t first, int64_t end) {
     std::vector<float> scores(capacity);
-    for (int64_t piece = first; piece < end; ++piece) {
-      const Part& part = step.parts[piece / key_heads];
-      const int64_t h = piece % key_heads, lane = (part.lane * key_heads + h) * capacity;
-      T* own_keys = all_keys + lane * key_width;
-      T* own_values = all_values + lane * value_width;
-      for (int64_t i = 0; i < part.count; ++i) {
-        const int64_t t = part.row + i, at = part.past + i;
+    for (int64_t task = first; task < end; ++task) {
+      const ScheduledSequence& inputs = step.batch[task / key_heads];
+      const int64_t h = task % key_heads, start = (inputs.slot * key_heads + h) * capacity;
+      T* own_keys = all_keys + start * key_width;
+      T* own_values = all_values + start * value_width;
+      for (int64_t i = 0; i < inputs.count; ++i) {
+        const int64_t t = inputs.row + i, at = inputs.num_computed + i;
         std::copy_n(k + h * key.stride(1) + t * key.stride(2), key_width, own_keys + at * key_width);
         std::copy_n(v + h * value.stride(1) + t * value.stride(2), value_width, own_values + at * value_width);
-        for (int64_t g = h * group; part.count <= step.few && g < (h + 1) * group; ++g) {
+        for (int64_t g = h * group; inputs.count <= step.max_row_tokens && g < (h + 1) * group; ++g) {
           attend_row(q + g * query.stride(1) + t * query.stride(2), own_keys, own_values, at + 1, key_width, value_width, scale,
                      scores.data(), o + (t * heads + g) * value_width);
         }
@@ -150,12 +150,12 @@ void attend_rows(const Step& step, const Tensor& query, const Tensor& key, const
   });
 }
 
-// Write the step's keys and values [1, K, T, D] into a layer's lanes, and attend to each sequence's own: [1, T, H, D].
+// Write the step's keys and values [1, K, T, D] into a layer's slots, and attend to each sequence's own: [1, T, H, D].
 inline Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, int64_t layer, std::optional<double> scaling,
                      std::optional<int64_t> window) {
-  const Step& step = under_way;
-  for (const Part& part : step.parts) {
-    const int64_t length = part.past + part.count;
+  const Step& step = current_step;
+  for (const ScheduledSequence& inputs : step.batch) {
+    const int64_t length = inputs.num_computed + inputs.count;
     TORCH_CHECK(!window.has_value() || !*window || length <= *window, length, " tokens are over its window of ", *window);
   }
   TORCH_CHECK(query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16, "neither fp32 nor bf16");
@@ -165,15 +165,15 @@ inline Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value
   const float scale = scaling.has_value() ? *scaling : 1 / std::sqrt(static_cast<double>(query.size(3)));
   Tensor out = at::empty({1, query.size(2), heads, value.size(3)}, query.options());
   (query.scalar_type() == at::kFloat ? attend_rows<float> : attend_rows<at::BFloat16>)(step, query, key, value, keys, values, scale, out);
-  for (const Part& part : step.parts) {  // of prompts
-    if (part.count <= step.few) continue;
-    const int64_t length = part.past + part.count;
+  for (const ScheduledSequence& inputs : step.batch) {  // chunks of prompts
+    if (inputs.count <= step.max_row_tokens) continue;
+    const int64_t length = inputs.num_computed + inputs.count;
     std::optional<Tensor> mask;
-    if (part.past) mask = at::ones({part.count, length}, query.options().dtype(at::kBool)).tril(part.past);
-    const auto own = [&](const Tensor& all) { return all.narrow(0, part.lane, 1).narrow(2, 0, length); };
-    const Tensor attended = at::scaled_dot_product_attention(query.narrow(2, part.row, part.count), own(keys), own(values), mask, 0.0,
-                                                             !part.past, scale, group > 1);
-    out.narrow(1, part.row, part.count).copy_(attended.transpose(1, 2));
+    if (inputs.num_computed) mask = at::ones({inputs.count, length}, query.options().dtype(at::kBool)).tril(inputs.num_computed);
+    const auto own = [&](const Tensor& all) { return all.narrow(0, inputs.slot, 1).narrow(2, 0, length); };
+    const Tensor attended = at::scaled_dot_product_attention(query.narrow(2, inputs.row, inputs.count), own(keys), own(values), mask, 0.0,
+                                                             !inputs.num_computed, scale, group > 1);
+    out.narrow(1, inputs.row, inputs.count).copy_(attended.transpose(1, 2));
   }
   return out;
 }

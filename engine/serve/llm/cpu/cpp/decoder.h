@@ -1,7 +1,7 @@
-// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16, its weights in 8 bits or not: RMSNorm (Zhang and Sennrich
-// 2019) before attention and before the gated MLP, and rotary positions (Su et al. 2021), of which a head's first half is
-// rotated with its second. All of a step in one call: the products of a small model take less time than Python takes to ask
-// for them. In bf16, attention and oneDNN's products take and give bf16; what lies between them is in fp32.
+// A decoder of Llama's kind (Touvron et al. 2023), in fp32 or bf16, with 8-bit weights or not: RMSNorm (Zhang and Sennrich
+// 2019) before attention and before the gated MLP, and rotary position embeddings (Su et al. 2021), which rotate a head's
+// first half with its second. A step is one call: the products of a small model take less time than Python takes to call
+// them. In bf16, inputs and outputs of attention and of oneDNN's products are bf16; everything between them is fp32.
 // Shapes: T tokens of the step, D width of the model, V vocabulary.
 
 #pragma once
@@ -21,7 +21,7 @@
 
 namespace manta {
 
-constexpr int64_t GRAIN = 1 << 15;  // numbers that one thread goes through before another is worth its start
+constexpr int64_t GRAIN = 1 << 15;  // elements for each thread, at least: fewer are not worth starting one
 
 inline void normalize(const float* from, const Tensor& weight, float epsilon, float* to) {
   const int64_t width = weight.numel();
@@ -41,24 +41,24 @@ inline void activate(float* gate, const float* up, int64_t count) {
 }
 
 struct Layer {
-  Tensor before, after, query_norm, key_norm;  // weights of norms; the last two are empty where heads have none
+  Tensor before, after, query_norm, key_norm;  // weights of norms; the last two are empty where heads have no norms
   Weight query, key, value, out, gate, up, down;
 };
 
-// The cosine and sine of each token's rotations, [T, half of a head's width].
+// The cosines and sines of each token's rotary embedding, [T, half of a head's width].
 struct Rotations {
   std::vector<float> cosines, sines;
   int64_t half;
 };
 
 struct Decoder : torch::CustomClassHolder {
-  Tensor table, scales;  // [V, D] embeddings; [V] what they are multiplied by, or empty
-  Tensor norm, frequencies;  // [D]; radians a token, [half of a head's width]
+  Tensor table, scales;  // [V, D] embeddings; [V] their scales, or empty
+  Tensor norm, frequencies;  // [D]; radians per token, [half of a head's width]
   std::vector<Layer> layers;
   Weight head;
-  float epsilon, factor;  // of the norms; of the rotations' cosines and sines
+  float epsilon, factor;  // of the norms; of the cosines and sines
 
-  // `shared`: the four tensors above; `norms`: four of each layer; `products`: numbers of seven of each layer, and the head's.
+  // `shared`: the four tensors above; `norms`: four of each layer; `products`: numbers of each layer's seven weights, and the head's.
   Decoder(std::vector<Tensor> shared, std::vector<Tensor> norms, std::vector<int64_t> products, double epsilon, double factor)
       : table(shared.at(0)), scales(shared.at(1)), norm(shared.at(2)), frequencies(shared.at(3)), head(held(products.back())),
         epsilon(epsilon), factor(factor) {
@@ -69,10 +69,10 @@ struct Decoder : torch::CustomClassHolder {
     }
   }
 
-  // The logits [rows, V] of the wanted ones of the tokens of this thread's step.
-  Tensor run(const std::vector<int64_t>& ids, const std::vector<int64_t>& wanted) const {
+  // Run the tokens of this thread's step; return the logits of those at `logit_rows`: [rows, V].
+  Tensor run(const std::vector<int64_t>& ids, const std::vector<int64_t>& logit_rows) const {
     const int64_t tokens = ids.size();
-    const Rotations rotations = rotated(under_way.parts, tokens);
+    const Rotations rotations = rotations_of(current_step.batch, tokens);
     const Tensor numbers = at::tensor(ids);
     Tensor hidden = at::embedding(table, numbers).to(at::kFloat);
     if (scales.numel()) hidden.mul_(scales.index_select(0, numbers).unsqueeze(1));
@@ -85,32 +85,32 @@ struct Decoder : torch::CustomClassHolder {
       add(attended.view({tokens, -1}), layer.out, hidden);
       add(gated(layer, normalized(hidden, layer.after)), layer.down, hidden);
     }
-    return product(own(normalized(hidden.index_select(0, at::tensor(wanted)), norm)), head);
+    return product(own(normalized(hidden.index_select(0, at::tensor(logit_rows)), norm)), head);
   }
 
  private:
-  // In the precision of products and attention.
-  static Tensor own(const Tensor& rows) { return rows.to(under_way.keys.at(0).scalar_type()); }
+  // Cast to the precision of products and attention.
+  static Tensor own(const Tensor& rows) { return rows.to(current_step.keys.at(0).scalar_type()); }
 
-  Rotations rotated(const std::vector<Part>& parts, int64_t tokens) const {
+  Rotations rotations_of(const std::vector<ScheduledSequence>& batch, int64_t tokens) const {
     const int64_t half = frequencies.numel();
     const float* frequency = frequencies.const_data_ptr<float>();
-    Rotations found{std::vector<float>(tokens * half), std::vector<float>(tokens * half), half};
-    for (const Part& part : parts) {
-      for (int64_t i = 0; i < part.count * half; ++i) {
-        const float angle = static_cast<float>(part.past + i / half) * frequency[i % half];
-        found.cosines[part.row * half + i] = std::cos(angle) * factor;
-        found.sines[part.row * half + i] = std::sin(angle) * factor;
+    Rotations result{std::vector<float>(tokens * half), std::vector<float>(tokens * half), half};
+    for (const ScheduledSequence& inputs : batch) {
+      for (int64_t i = 0; i < inputs.count * half; ++i) {
+        const float angle = static_cast<float>(inputs.num_computed + i / half) * frequency[i % half];
+        result.cosines[inputs.row * half + i] = std::cos(angle) * factor;
+        result.sines[inputs.row * half + i] = std::sin(angle) * factor;
       }
     }
-    return found;
+    return result;
   }
 
   Tensor normalized(const Tensor& rows, const Tensor& weight) const {
-    Tensor found = at::empty_like(rows);
+    Tensor result = at::empty_like(rows);
     const float* from = rows.const_data_ptr<float>();
-    each_row(found, [&](int64_t i, float* to) { normalize(from + i * rows.size(1), weight, epsilon, to); });
-    return found;
+    each_row(result, [&](int64_t i, float* to) { normalize(from + i * rows.size(1), weight, epsilon, to); });
+    return result;
   }
 
   void rotate(Tensor& rows, const Tensor& norm, const Rotations& by) const {
@@ -129,30 +129,30 @@ struct Decoder : torch::CustomClassHolder {
     });
   }
 
-  // Rows of heads end to end as attention takes them: [1, heads, T, width].
+  // View rows of concatenated heads as attention takes them: [1, heads, T, width].
   Tensor heads(const Tensor& rows) const { return rows.view({1, rows.size(0), -1, 2 * frequencies.numel()}).transpose(1, 2); }
 
   // Queries, keys and values in fp32: [T, outputs] each.
   static std::array<Tensor, 3> projected(const Layer& layer, const Tensor& rows) {
     if (!layer.query.is_own()) return {by_float(rows, layer.query), by_float(rows, layer.key), by_float(rows, layer.value)};
     const std::array<const Weight*, 3> weights{&layer.query, &layer.key, &layer.value};
-    std::array<Tensor, 3> found;
-    std::vector<std::pair<size_t, int64_t>> pieces;  // which of them, and which block
+    std::array<Tensor, 3> result;
+    std::vector<std::pair<size_t, int64_t>> tasks;  // index of the weight, and block
     for (size_t j = 0; j < weights.size(); ++j) {
-      found[j] = at::empty({rows.size(0), weights[j]->outputs}, rows.options());
-      for (int64_t block = 0; block < weights[j]->blocks(); ++block) pieces.emplace_back(j, block);
+      result[j] = at::empty({rows.size(0), weights[j]->outputs}, rows.options());
+      for (int64_t block = 0; block < weights[j]->blocks(); ++block) tasks.emplace_back(j, block);
     }
     const float* x = rows.const_data_ptr<float>();
-    at::parallel_for(0, pieces.size(), 1, [&](int64_t first, int64_t end) {
+    at::parallel_for(0, tasks.size(), 1, [&](int64_t first, int64_t end) {
       for (int64_t i = first; i < end; ++i) {
-        const auto [j, block] = pieces[i];
-        multiply(x, rows.size(0), *weights[j], block, false, found[j].mutable_data_ptr<float>());
+        const auto [j, block] = tasks[i];
+        multiply(x, rows.size(0), *weights[j], block, false, result[j].mutable_data_ptr<float>());
       }
     });
-    return found;
+    return result;
   }
 
-  // What the MLP's second half takes: [T, outputs of the first].
+  // Input of the MLP's down projection: [T, outputs of the gate].
   static Tensor gated(const Layer& layer, const Tensor& rows) {
     const int64_t width = layer.gate.outputs;
     if (!layer.gate.is_own()) {
@@ -188,7 +188,7 @@ struct Decoder : torch::CustomClassHolder {
 
   static Tensor by_float(const Tensor& rows, const Weight& weight) { return product(own(rows), weight).to(at::kFloat); }
 
-  // Call `use` with each row's number and its first number.
+  // Call `use` with each row's index and first element.
   template <typename Use>
   static void each_row(Tensor& rows, Use use) {
     const int64_t width = rows.size(1);

@@ -1,5 +1,5 @@
-// The operations of `manta` for tensors on a processor; `kernels.py` builds them. `attend` and `linear` are those that
-// `forward` and `linear` have in Python too.
+// The operations of `manta` for tensors on a CPU; `kernels.py` builds them. `attend` and `linear` also have an implementation
+// in Python, in `model_runner.py` and `linear.py`.
 
 #include <torch/library.h>
 
@@ -8,7 +8,7 @@
 #include "products.h"
 
 TORCH_LIBRARY_FRAGMENT(manta, m) {
-  m.def("begin(Tensor[] keys, Tensor[] values, int[] parts, int few) -> ()", manta::begin);
+  m.def("begin(Tensor[] keys, Tensor[] values, int[] table, int max_row_tokens) -> ()", manta::begin);
   m.def("pack(Tensor weight) -> Tensor", manta::pack);
   m.def("hold(int number, Tensor packed, Tensor? bias, Tensor? small, Tensor? scale, int outputs) -> ()", manta::hold);
   m.def("release(int number) -> ()", manta::release);

@@ -1,4 +1,4 @@
-// Products with weights that were laid out once for them: W x + b for each of R rows, R being few as a rule.
+// Products with packed weights: W x + b for each of R rows, usually few.
 // Shapes: R rows, I inputs, O outputs.
 
 #pragma once
@@ -19,12 +19,12 @@ namespace manta {
 
 using at::Tensor;
 
-constexpr int64_t BLOCK = 2 * WIDTH;               // outputs that are summed up together
-constexpr int ROWS = (REGISTERS - 4) / 2 / 2 * 2;  // rows, at most, that are: two sums each, and the weights, in registers
+constexpr int64_t BLOCK = 2 * WIDTH;               // outputs that are summed together
+constexpr int ROWS = (REGISTERS - 4) / 2 / 2 * 2;  // rows summed together, at most: two sums each, and the weights, in registers
 
-// A layer's weight [O, I]. In fp32, and in 8 bits with a scale for each output, it is laid out as [ceil(O / BLOCK), I, BLOCK],
-// and multiplied by what is below; else as oneDNN wants it, and where it is small as it was, too: for one row, oneDNN's call
-// costs more than the product.
+// A layer's weight [O, I]. In fp32, and in 8 bits with a scale for each output, its layout is [ceil(O / BLOCK), I, BLOCK], for
+// the products below; else oneDNN's, and a small weight is kept unpacked, too: for one row, calling oneDNN costs more than the
+// product.
 struct Weight {
   Tensor packed;
   std::optional<Tensor> bias, small, scale;
@@ -53,15 +53,15 @@ inline Tensor pack(const Tensor& weight) {
   return packed;
 }
 
-// How a product ends: times the scale, plus the bias, plus what is there; none of them where it is not given.
-struct Ending {
+// What follows a product: times the scale, plus the bias, plus the value in the output; each is optional.
+struct Epilogue {
   const float *scale, *bias;
   bool add;
 };
 
-// A block of outputs, `count` of them in use, of a few rows.
+// A block of outputs, of which `count` are used, for a few rows.
 template <int COUNT, typename T>
-void tile(const float* x, const T* weights, Ending ending, int64_t inputs, int64_t outputs, int64_t count, float* out) {
+void tile(const float* x, const T* weights, Epilogue epilogue, int64_t inputs, int64_t outputs, int64_t count, float* out) {
   Floats left[COUNT] = {}, right[COUNT] = {};
   for (int64_t i = 0; i < inputs; ++i) {
     const Floats a = load(weights + i * BLOCK), b = load(weights + i * BLOCK + WIDTH);
@@ -72,9 +72,9 @@ void tile(const float* x, const T* weights, Ending ending, int64_t inputs, int64
     }
   }
   const auto end = [&](Floats sums, int64_t at, float* to) {
-    if (ending.scale) sums *= load(ending.scale + at, count - at);
-    if (ending.bias) sums += load(ending.bias + at, count - at);
-    if (ending.add) sums += load(to + at, count - at);
+    if (epilogue.scale) sums *= load(epilogue.scale + at, count - at);
+    if (epilogue.bias) sums += load(epilogue.bias + at, count - at);
+    if (epilogue.add) sums += load(to + at, count - at);
     store(sums, to + at, count - at);
   };
 #pragma GCC unroll 16
@@ -93,15 +93,15 @@ void tile_of(int64_t rows, Others... others) {
 template <typename T>
 void multiply_by(const T* weights, const float* x, int64_t rows, const Weight& weight, int64_t block, bool add, float* out) {
   const int64_t inputs = weight.packed.size(1), groups = (rows + ROWS - 1) / ROWS, at = block * BLOCK;
-  const auto from = [at](const std::optional<Tensor>& it) { return it.has_value() ? it->const_data_ptr<float>() + at : nullptr; };
+  const auto from = [at](const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->const_data_ptr<float>() + at : nullptr; };
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = rows * group / groups, end = rows * (group + 1) / groups;
-    tile_of<ROWS>(end - first, x + first * inputs, weights + at * inputs, Ending{from(weight.scale), from(weight.bias), add}, inputs,
+    tile_of<ROWS>(end - first, x + first * inputs, weights + at * inputs, Epilogue{from(weight.scale), from(weight.bias), add}, inputs,
                   weight.outputs, std::min(BLOCK, weight.outputs - at), out + first * weight.outputs + at);
   }
 }
 
-// One block of a weight's outputs, for all rows; `add`: to what is there.
+// One block of a weight's outputs, for all rows; `add`: to the values in the output.
 inline void multiply(const float* x, int64_t rows, const Weight& weight, int64_t block, bool add, float* out) {
   if (weight.scale.has_value()) return multiply_by(weight.packed.const_data_ptr<int8_t>(), x, rows, weight, block, add, out);
   multiply_by(weight.packed.const_data_ptr<float>(), x, rows, weight, block, add, out);
@@ -131,7 +131,7 @@ inline Tensor product(const Tensor& given, const Weight& weight) {
   return out.to(given.scalar_type());
 }
 
-// Weights by the numbers that Python and its compiler know them by.
+// Weights by number; Python and torch's compiler pass the number.
 inline std::unordered_map<int64_t, Weight> weights;
 inline std::mutex guard;
 

@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the processor's, in the compiler's own terms: ATen's class of them doesn't stay in registers
-// where many are summed up at once, and is a quarter as fast there.
+// Vectors of floats as wide as the CPU's, as the compiler's vector extension: ATen's vector class doesn't stay in registers
+// where many are summed at once, and is a quarter as fast there.
 
 #pragma once
 
@@ -29,16 +29,16 @@ using Floats = Vector<float, WIDTH>;
 
 template <typename V>
 inline V read(const void* from) {
-  V found;
-  std::memcpy(&found, from, sizeof found);
-  return found;
+  V result;
+  std::memcpy(&result, from, sizeof result);
+  return result;
 }
 
 inline Floats load(const float* from) { return read<Floats>(from); }
 
-// Widened by the processor's own instructions where it has them: of the general form, compilers make one for each number.
+// Converted by the CPU's own instructions where it has them: the compiler turns the general form into one for each element.
 #if defined(__AVX512F__)
-inline Floats load(const at::BFloat16* from) {  // the upper halves of floats
+inline Floats load(const at::BFloat16* from) {  // bf16 is the upper half of a float
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16));
 }
 inline Floats load(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(from))); }
@@ -50,20 +50,20 @@ inline Floats load(const int8_t* from) { return _mm256_cvtepi32_ps(_mm256_cvtepi
 #else
 template <typename T>
 inline Floats widened(const T* from) {
-  Floats found = {};
-  for (int64_t i = 0; i < WIDTH; ++i) found[i] = static_cast<float>(from[i]);
-  return found;
+  Floats result = {};
+  for (int64_t i = 0; i < WIDTH; ++i) result[i] = static_cast<float>(from[i]);
+  return result;
 }
 inline Floats load(const at::BFloat16* from) { return widened(from); }
 inline Floats load(const int8_t* from) { return widened(from); }
 #endif
 
-// The first `count` of a vector's floats, which may be none; the others are zero.
+// The first `count` floats of a vector, which may be none; the others are zero.
 inline Floats load(const float* from, int64_t count) {
   if (count >= WIDTH) return load(from);
-  Floats found = {};
-  if (count > 0) std::memcpy(&found, from, count * sizeof(float));
-  return found;
+  Floats result = {};
+  if (count > 0) std::memcpy(&result, from, count * sizeof(float));
+  return result;
 }
 
 template <typename T>

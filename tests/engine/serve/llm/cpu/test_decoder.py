@@ -1,4 +1,4 @@
-"""A model as one operation: the logits of its own modules, whatever it is made of, and no other model taken for one."""
+"""A model as one operation: the logits of its own modules, and no use of it for a model of another structure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not kernels.load(), reason="no compiler for C++"
 LONG = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
-ALIKE = [
+SUPPORTED = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("llama", {"head_dim": 24, "rope_parameters": LONG}),
@@ -29,11 +29,11 @@ ALIKE = [
     ("qwen2", {}),
     ("qwen3", {"head_dim": 16}),
 ]
-OTHERS = [
+UNSUPPORTED = [
     ("llama", {"hidden_act": "gelu"}),
     ("llama", {"rope_parameters": DYNAMIC}),
-    ("granite", {"residual_multiplier": 0.5}),  # has Llama's names
-    ("gemma", {"head_dim": 16}),  # so has this
+    ("granite", {"residual_multiplier": 0.5}),  # has the names of Llama's modules
+    ("gemma", {"head_dim": 16}),  # so has this one
     ("olmo2", {}),
 ]
 STEPS = (
@@ -56,56 +56,56 @@ STEPS = (
 )
 
 
-def make(kind: str, options: dict[str, Any]) -> nn.Module:
-    """Return a model whose sizes are no multiples of what is worked on together, with all its weights drawn."""
+def make_model(family: str, options: dict[str, Any]) -> nn.Module:
+    """Return a model with random weights, whose sizes are no multiples of the kernels' block sizes."""
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 60 if "head_dim" in options else 64, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 101, "vocab_size": 301, "max_position_embeddings": 128,
     }  # fmt: skip
-    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | options)).eval()
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | options)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(std=0.2)
     return model
 
 
-def harness(model: nn.Module, steps: Any) -> tuple[BatchedRunner, list[torch.Tensor]]:
-    forward = BatchedRunner(model, LoraAdapters(model))
-    forward.shape(4, 64)
+def run_steps(model: nn.Module, steps: Any) -> tuple[BatchedRunner, list[torch.Tensor]]:
+    runner = BatchedRunner(model, LoraAdapters(model))
+    runner.reshape(4, 64)
     with torch.inference_mode():
-        return forward, [forward.run(parts) for parts in steps]
+        return runner, [runner.run(batch) for batch in steps]
 
 
-@pytest.mark.parametrize(("kind", "options"), ALIKE, ids=str)
-@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=str)
-@pytest.mark.parametrize("in_8_bits", [False, True])
-def test_it_is_what_the_modules_give(
-    kind: str, options: dict[str, Any], dtype: torch.dtype, off: float, in_8_bits: bool
+@pytest.mark.parametrize(("family", "options"), SUPPORTED, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_logits_equal_those_of_the_modules(
+    family: str, options: dict[str, Any], dtype: torch.dtype, tolerance: float, is_int8: bool
 ) -> None:
-    models = [make(kind, options).to(dtype) for _ in range(2)]
-    if in_8_bits:
+    models = [make_model(family, options).to(dtype) for _ in range(2)]
+    if is_int8:
         for model in models:
             quantize(model)
-    by_modules, right = harness(models[0], STEPS)
-    forward, found = harness(pack_linear(models[1]), STEPS)
+    by_modules, expected = run_steps(models[0], STEPS)
+    runner, results = run_steps(pack_linear(models[1]), STEPS)
     assert by_modules.decoder is None
-    assert forward.decoder is not None
-    for ours, theirs in zip(found, right, strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=off * float(theirs.abs().max()))
+    assert runner.decoder is not None
+    for logits, own_logits in zip(results, expected, strict=True):
+        assert logits.dtype == own_logits.dtype
+        torch.testing.assert_close(logits, own_logits, rtol=0, atol=tolerance * float(own_logits.abs().max()))
 
 
-@pytest.mark.parametrize(("kind", "options"), OTHERS, ids=str)
-def test_no_other_model_is_taken_for_one(kind: str, options: dict[str, Any]) -> None:
-    _, right = harness(make(kind, options), STEPS)
-    forward, found = harness(pack_linear(make(kind, options)), STEPS)
-    assert forward.decoder is None
-    for ours, theirs in zip(found, right, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+@pytest.mark.parametrize(("family", "options"), UNSUPPORTED, ids=str)
+def test_other_structures_run_by_their_modules(family: str, options: dict[str, Any]) -> None:
+    _, expected = run_steps(make_model(family, options), STEPS)
+    runner, results = run_steps(pack_linear(make_model(family, options)), STEPS)
+    assert runner.decoder is None
+    for logits, own_logits in zip(results, expected, strict=True):
+        torch.testing.assert_close(logits, own_logits, rtol=0, atol=2e-5 * float(own_logits.abs().max()))
 
 
-def test_one_without_llamas_parts_is_left_alone() -> None:
+def test_model_without_llamas_modules_gets_no_decoder() -> None:
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -1,4 +1,4 @@
-"""The operations in C++ against those in Python: the same logits, the same cache."""
+"""The C++ operations against those in Python: the same logits, the same KV cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from engine.serve.llm.cpu import kernels
 from engine.serve.llm.lora import LoraAdapters
 from engine.serve.llm.model_runner import BatchedRunner, ScheduledSequence
-from tests.engine.serve.llm.test_engine import model
+from tests.engine.serve.llm.engine_harness import model
 
-# Lanes that follow each other and not, one token and several, a prompt's parts, the first and a later one.
+# Contiguous slots and others, one token and several, the first chunk of a prompt and a later one.
 STEPS = (
     [
         ScheduledSequence(0, 0, list(range(3, 40)), 1),
@@ -36,26 +36,26 @@ STEPS = (
 
 
 @pytest.mark.skipif(not kernels.load(), reason="no compiler for C++")
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
-@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_they_are_those_in_python(kind: str, dtype: torch.dtype, off: float) -> None:
-    own = copy.deepcopy(model(kind)).to(dtype)
-    forwards = [BatchedRunner(one, LoraAdapters(one)) for one in (own, copy.deepcopy(own))]
-    assert all(forward.in_kernels for forward in forwards)
-    forwards[1].in_kernels = False
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_logits_and_cache_equal_those_in_python(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    own_model = copy.deepcopy(model(family)).to(dtype)
+    runners = [BatchedRunner(each, LoraAdapters(each)) for each in (own_model, copy.deepcopy(own_model))]
+    assert all(runner.uses_kernels for runner in runners)
+    runners[1].uses_kernels = False
     with torch.inference_mode():
-        for forward in forwards:
-            forward.shape(4, 64)
-        for parts in STEPS:
-            ours, theirs = (forward.run(parts).float() for forward in forwards)
-            scale = float(theirs.abs().max())
-            assert float((ours - theirs).abs().max()) <= off * scale
-        for mine, right in zip(forwards[0]._keys.values(), forwards[1]._keys.values(), strict=True):
-            assert float((mine - right).abs().max()) <= off * float(right.abs().max())
-            assert bool(right[1, :, :38].abs().sum(-1).generate()), "the steps wrote there"
+        for runner in runners:
+            runner.reshape(4, 64)
+        for batch in STEPS:
+            logits, expected = (runner.run(batch).float() for runner in runners)
+            scale = float(expected.abs().max())
+            assert float((logits - expected).abs().max()) <= tolerance * scale
+        for keys, expected in zip(runners[0]._keys.values(), runners[1]._keys.values(), strict=True):
+            assert float((keys - expected).abs().max()) <= tolerance * float(expected.abs().max())
+            assert bool(expected[1, :, :38].abs().sum(-1).all()), "the steps wrote there"
 
 
-def test_without_a_compiler_all_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_missing_compiler_is_logged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with caplog.at_level(logging.WARNING):

@@ -30,24 +30,24 @@ def gpt2() -> nn.Module:
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_packed_model_gives_what_it_gave(make: object, dtype: torch.dtype) -> None:
+def test_packed_model_has_the_same_logits(make: object, dtype: torch.dtype) -> None:
     plain = make().to(dtype)  # type: ignore[operator]
     packed = pack_linear(copy.deepcopy(plain))
     for rows, length in ((1, 1), (1, 7), (3, 5), (16, 1), (40, 9)):
         ids = torch.arange(rows * length).reshape(rows, length) % 300
-        near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.02}
-        torch.testing.assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits, **near)
+        tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.02}
+        torch.testing.assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_is_held_once_but_a_small_one_for_onednn_and_a_tied_one(dtype: torch.dtype) -> None:
+def test_only_small_and_tied_weights_are_kept_unpacked(dtype: torch.dtype) -> None:
     model = llama().to(dtype)
     embedding = model.get_input_embeddings().weight.clone()  # type: ignore[operator]
     pack_linear(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    in_kernels = dtype == torch.float32 and kernels.load()
-    paused = {name for name, layer in layers.items() if in_kernels or layer.weight.nbytes > SMALL_BYTES} - {"lm_head"}
-    assert len(paused) == (14 if in_kernels else 6)
-    assert {name for name, layer in layers.items() if layer.weight.is_meta} == paused
+    has_kernels = dtype == torch.float32 and kernels.load()
+    packed = {name for name, layer in layers.items() if has_kernels or layer.weight.nbytes > SMALL_BYTES} - {"lm_head"}
+    assert len(packed) == (14 if has_kernels else 6)
+    assert {name for name, layer in layers.items() if layer.weight.is_meta} == packed
     assert torch.equal(model.get_input_embeddings().weight, embedding)  # type: ignore[operator]
     assert layers["lm_head"].weight is model.get_input_embeddings().weight  # type: ignore[operator]
