@@ -1,9 +1,9 @@
-# make demo | test | check | bench: each sets up .venv by itself. PYTHON=python3.12 picks another interpreter.
+# make demo | test | check | bench | screenshots: each sets up .venv by itself. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo check test test-all bench clean
+.PHONY: install demo check test test-all screenshots bench clean
 
 install: .venv/installed
 
@@ -23,11 +23,18 @@ check: install
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# Two at a time: one process waits for Ray while the other computes.
+PARALLEL := -n $(or $(JOBS),2) --dist loadgroup --no-loadscope-reorder
+
 test: check
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow" $(PARALLEL)
 
 test-all: check
-	@$(BIN)/pytest
+	@$(BIN)/pytest $(PARALLEL)
+
+# The pictures of the README: the tests of the pages write them.
+screenshots: install
+	@MANTA_SCREENSHOTS=$(CURDIR)/.github/screenshots $(BIN)/pytest -k screenshot
 
 # What only a peer needs lies apart: transformers imports accelerate wherever it finds it, which costs each of our ranks a second.
 .venv/peers: .venv/installed

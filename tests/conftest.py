@@ -1,4 +1,9 @@
-"""Shared by all tests: a quiet environment, a small real corpus, and a watch over processes left behind."""
+"""Shared by all tests: the environment, a small real corpus, one Ray a process, and a check for leftover processes.
+
+In a parallel run (`pytest -n 2 --dist loadgroup`) the tests of a file stay in one process, so that its fixtures are made
+once, and the long files start first. `pytest.mark.xdist_group` puts several files into one process: those that start a
+cluster with fixed ports.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.environment import quiet_environment
+from cluster.environment import set_default_environment
 
-quiet_environment()
+set_default_environment()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # the processes share the cores: threads that spin would slow the others
 
 from engine.config import Config, with_values  # noqa: E402
+from tests.browser import browser_page  # noqa: E402, F401
 from tests.lives import Lives, make_lives  # noqa: E402
 from tests.stores import gs, s3, s3_server  # noqa: E402, F401
 
@@ -41,6 +51,23 @@ TINY = {  # about 60,000 parameters
     "optim.lr": 1e-2,
     "tracking.enabled": False,
 }
+
+
+LONG_FIRST = ("engine/serve/", "engine/sweep/", "engine/train/", "test_", "jobs/", "cluster/")  # the rest is short
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file's tests in one process of a parallel run, and begin with the long files."""
+    root = Path(__file__).parent
+
+    def rank(item: pytest.Item) -> int:
+        name = str(item.path.relative_to(root))
+        return next((i for i, prefix in enumerate(LONG_FIRST) if name.startswith(prefix)), len(LONG_FIRST))
+
+    items.sort(key=rank)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
 
 
 @pytest.fixture(scope="session")

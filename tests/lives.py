@@ -10,9 +10,9 @@ from pathlib import Path
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
 from engine.data.prepare import prepare
-from engine.train.job import Job
+from engine.train.job import TrainJob
 from engine.train.run_folder import RunFolder
-from engine.train.worker import local_group, work
+from engine.train.worker import single_process_group, train_worker
 
 GOOD = ["bright", "warm", "kind", "clear", "lovely", "gentle"]
 BAD = ["dull", "cold", "cruel", "muddy", "awful", "harsh"]
@@ -69,5 +69,5 @@ def make_lives(tiny: Config, runs_dir: Path) -> Lives:
 
 def run(config: Config, start: Path | None) -> None:
     """Train one."""
-    RunFolder.claim(config)
-    work(Job(config, prepare(config, start).absolute(), start), local_group())
+    RunFolder.create_or_resume(config)
+    train_worker(TrainJob(config, prepare(config, start).absolute(), start), single_process_group())

@@ -1,22 +1,25 @@
-"""Ports: what processes listen on, and one for a test's own server."""
+"""TCP ports: a free one for a test's server, and the addresses that processes listen on."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterable
 
 import psutil
 
-from cluster.ports import bindable
+from cluster.ports import is_bindable
 
-OURS = range(20_000, 30_000)  # below those that the system and Ray give to whoever asks for any, servers and clients
+# Below the ports that the system and Ray hand out; each process of a parallel test run has a thousand of its own.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = range(20_000 + 1_000 * (WORKER % 10), 21_000 + 1_000 * (WORKER % 10))
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on, and another one each time."""
-    while (port := random.SystemRandom().choice(OURS)) in _given or not bindable(port):
+    """Return a free port, another one each time."""
+    while (port := random.SystemRandom().choice(PORTS)) in _given or not is_bindable(port):
         pass
     _given.add(port)
     return port

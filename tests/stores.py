@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.data import stores
+from engine.data import filesystems
 
 SECRET = "not-to-be-printed-0123456789"
 
@@ -22,7 +22,7 @@ class Bucket:
 
     @property
     def filesystem(self) -> Any:
-        return stores.open_address("", self.address)[0]
+        return filesystems.resolve_address("", self.address)[0]
 
     def put(self, folder: Path) -> None:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):

@@ -6,18 +6,30 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from engine.bundles.bundle import Bundle
+from tests.browser import screenshot
 from tests.ports import free_port
 
 
-def test_the_whole_life(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder in which the demo has run, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
         [sys.executable, "-m", "jobs.manta", "demo", "experiment=demo_small", f"serve.port={free_port()}"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=580,
+        cwd=folder, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    runs = tmp_path / "runs"
+    return folder, done
+
+
+def test_the_whole_life(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = demo
+    runs = folder / "runs"
     facts = json.loads((runs / "demo" / "summary.json").read_text())
     assert list(facts["seconds"]) == ["prepare", "pretrain", "sweep", "scratch", "evaluate", "deploy", "total"]
     assert facts["seconds"]["total"] == sum(seconds for stage, seconds in facts["seconds"].items() if stage != "total")
@@ -49,3 +61,14 @@ def test_the_whole_life(tmp_path: Path) -> None:
 
     champion = find_bundle("champion", runs, f"sqlite:///{runs}/mlflow.db")  # the registry keeps bytes of its own
     assert Bundle.open(champion).hash == Bundle.open(runs / "demo" / "bundle").hash
+
+
+@pytest.mark.parametrize(("page", "heading"), [("report", "h1"), ("sweep", "h1")])
+def test_a_screenshot_shows_the_page(
+    demo: tuple[Path, subprocess.CompletedProcess[str]], page: str, heading: str, browser_page: Any, tmp_path: Path
+) -> None:
+    folder, _ = demo
+    browser_page.goto((folder / "runs" / "demo" / f"{page}.html").as_uri())
+    assert browser_page.locator(heading).first.is_visible()
+    assert browser_page.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
+    assert screenshot(browser_page, page, tmp_path).stat().st_size > 10_000

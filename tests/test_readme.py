@@ -1,4 +1,4 @@
-"""The README's commands run, in its order, as a newcomer would type them; small, so that they end soon."""
+"""The commands of the README and its kin run, in their order, as a newcomer would type them; small, so that they end soon."""
 
 from __future__ import annotations
 
@@ -34,10 +34,14 @@ SMALLER = {  # what is added to a command so that it ends in seconds
 }
 
 
+PAPERS = ("README.md", "jobs/README.md", "conf/README.md", "cluster/README.md")
+
+
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = "\n".join((ROOT / paper).read_text() for paper in PAPERS)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("manta ")]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    return [shlex.split(line, comments=True)[1:] for line in dict.fromkeys(lines)]
 
 
 @pytest.fixture(scope="module")
