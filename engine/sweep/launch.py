@@ -140,7 +140,7 @@ def make_search_algorithm(
     config: Config, job: TrainJob, space: SearchSpace, metrics: Sequence[str], modes: Sequence[str]
 ) -> tuple[SearchAlgorithm, PlaceTrial]:
     """Return the search algorithm, resumed if the sweep was interrupted, and the function that places its trials."""
-    slots, resources = trial_share(config, resources_for(config))
+    slots, resources = trial_share(config, trial_resources(config))
     place_trial = TrialPlacement(config, job, MemoryCheck(config, slots, resources.get("GPU", 0.0)))
     folder = Path(job.config.runs_dir)
     if config.sweep.scheduler in ("pbt", "pb2"):
@@ -196,7 +196,7 @@ def run_trials(
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ |= TUNE_ENVIRONMENT
-    slots, resources = trial_share(config, resources_for(config))
+    slots, resources = trial_share(config, trial_resources(config))
     if algorithm.has_partial_tasks:
         job = replace(job, config=with_values(job.config, {"schedule.total_steps": config.total_steps}))
     state = [ray.put(make_start_state(job))]  # once for all trials; in a list, so that Ray passes the reference
@@ -296,7 +296,7 @@ def tune_adapters(
     return TaskSource(), ReportForwarder()
 
 
-def resources_for(config: Config) -> dict[str, float]:
+def trial_resources(config: Config) -> dict[str, float]:
     """Return the cores and GPUs of the nodes where trials can run: of GPU nodes only, unless workers use no GPU."""
     import ray
 

@@ -60,7 +60,7 @@ def latest_valid(run: RunFolder, group: ProcessGroup, only_good: bool = False) -
     `only_good`: not one saved within a series of skipped steps. Raises UserError if there are checkpoints but none is valid.
     """
     if group.rank == 0:
-        for path in remove_unfinished(run.checkpoints):
+        for path in remove_incomplete(run.checkpoints):
             run.report_event(f"{path} is an incomplete checkpoint: it is removed")
     group.barrier()
     broken: dict[Path, str] = {}
@@ -71,12 +71,12 @@ def latest_valid(run: RunFolder, group: ProcessGroup, only_good: bool = False) -
             checkpoint.verify(group.rank, group.world_size)
         except BrokenCheckpoint as error:
             fault = str(error)
-            run.report_event(f"{fault}; the checkpoint before it is used")
+            run.report_event(f"{fault}; the previous checkpoint is used")
         if group.all_reduce_ints(int(bool(fault)))[0]:
             broken[path] = fault or f"{path}: another rank found a fault"
         elif not (only_good and checkpoint.state.skipped_in_a_row):
             for folder in broken if group.rank == 0 else ():
-                set_aside(folder)
+                quarantine(folder)
             return checkpoint
     if broken:
         raise UserError(
@@ -99,19 +99,19 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> None:
+def quarantine(folder: Path) -> None:
     """Rename a broken checkpoint, to keep it for inspection and to free its name."""
     aside = folder.with_name(f"broken-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
 
 
-def remove_unfinished(folder: Path) -> list[Path]:
+def remove_incomplete(folder: Path) -> list[Path]:
     """Delete incomplete checkpoints under `folder`; return their folders."""
-    unfinished = [path for path in folder.glob("step-*") if not (path / MANIFEST).exists()]
-    for path in unfinished:
+    incomplete = [path for path in folder.glob("step-*") if not (path / MANIFEST).exists()]
+    for path in incomplete:
         shutil.rmtree(path, ignore_errors=True)
-    return unfinished
+    return incomplete
 
 
 def file_sha256(file: Path, tensors: dict[str, torch.Tensor]) -> str:
@@ -212,7 +212,7 @@ class CheckpointWriter:
             if (f := entry["fault"].item())
         ]
         if self.rank == 0:
-            remove_unfinished(self.folder)
+            remove_incomplete(self.folder)
         group.barrier()
         return f"the checkpoint could not be written to {self.folder}: {faults[0]}; the previous one is valid"
 

@@ -80,7 +80,7 @@ def decide(fault: str, state: TrainState, train: TrainConfig) -> Decision:
     history = f", after {state.skipped_in_a_row} in a row were skipped" if state.skipped_in_a_row else ""
     if state.rollbacks < train.max_rollbacks:
         return RollBack(fault + history)
-    return StopRun(fault + history + (f" and {state.rollbacks} roll-backs" if state.rollbacks else ""))
+    return StopRun(fault + history + (f" and {state.rollbacks} rollbacks" if state.rollbacks else ""))
 
 
 def append_recent_loss(recent: Sequence[float], loss: float, train: TrainConfig) -> tuple[float, ...]:

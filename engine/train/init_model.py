@@ -115,7 +115,7 @@ def load_weights(model: Any, checkpoint: Checkpoint, kind: str = "weight") -> No
 def empty_model(job: TrainJob, objective: Objective) -> Any:
     """Make the model with weights that take no memory (views of a single zero) and real buffers."""
     config = load_or_make_config(job.start_bundle, job.config.model, objective.processor, objective.model_options())
-    with parameters_on_meta():
+    with meta_parameters():
         model = model_from_config(
             config, objective.auto_class, dtype=torch.float32, attn_implementation=job.config.model.attention
         )
@@ -129,7 +129,7 @@ def empty_model(job: TrainJob, objective: Objective) -> Any:
 
 
 @contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def meta_parameters() -> Iterator[None]:
     """Put the parameters of modules created in the block on the meta device, where they take no memory."""
     register = nn.Module.register_parameter
 

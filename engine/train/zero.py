@@ -303,16 +303,16 @@ class ZeroModel:
     @torch.no_grad()
     def load_master_weights(self) -> None:
         """Copy the fp32 master weights to the model's weights, after the masters were overwritten."""
-        wrapped = self.engine.optimizer
+        zero_optimizer = self.engine.optimizer
         if self.stage == 3:
-            wrapped._partition_all_parameters()
-            for i in range(len(wrapped.fp16_groups)):
-                wrapped._reassign_or_swap_out_partitioned_parameters(i)
-            wrapped._post_step(set())
+            zero_optimizer._partition_all_parameters()
+            for i in range(len(zero_optimizer.fp16_groups)):
+                zero_optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            zero_optimizer._post_step(set())
         elif self.stage > 0:
-            wrapped.update_lp_params()
-        elif wrapped is not self.optimizer:
-            for lows, highs in zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True):
+            zero_optimizer.update_lp_params()
+        elif zero_optimizer is not self.optimizer:
+            for lows, highs in zip(zero_optimizer.fp16_groups, zero_optimizer.fp32_groups, strict=True):
                 torch._foreach_copy_(lows, highs)
 
     def fragments(self, rank: int, owned: bool = True) -> Iterator[Fragment]:
@@ -345,10 +345,10 @@ class ZeroModel:
         )
 
     def _flat_of(self, p: Any) -> Tensor:
-        wrapped = self.engine.optimizer
+        zero_optimizer = self.engine.optimizer
         flat: Tensor
         if self.stage == 3:
-            flat = wrapped.fp32_partitioned_groups_flat[wrapped.grad_position[wrapped.get_param_id(p)][0]]
+            flat = zero_optimizer.fp32_partitioned_groups_flat[zero_optimizer.grad_position[zero_optimizer.get_param_id(p)][0]]
         else:
             flat = self.optimizer.param_groups[p._hp_mapping.param_group_index]["params"][0]
         return flat
@@ -361,31 +361,31 @@ class ZeroModel:
 
     def _replicated_master_weights(self) -> dict[int, Tensor]:
         """Stage 0: map each parameter (by id) to its fp32 master weights: itself in fp32, else a copy."""
-        wrapped = self.engine.optimizer
-        if wrapped is self.optimizer:
+        zero_optimizer = self.engine.optimizer
+        if zero_optimizer is self.optimizer:
             return {id(p): p for group in self.optimizer.param_groups for p in group["params"]}
-        pairs = zip(wrapped.fp16_groups, wrapped.fp32_groups, strict=True)
+        pairs = zip(zero_optimizer.fp16_groups, zero_optimizer.fp32_groups, strict=True)
         return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
     def _master_weights(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Return the fp32 tensors that the optimizer updates, each with its parameter group."""
         groups = self.optimizer.param_groups
         if self.stage == 3:
-            wrapped = self.engine.optimizer
+            zero_optimizer = self.engine.optimizer
             return [
-                (flat, groups[wrapped.sub_group_to_group_id[i]])
-                for i, flat in enumerate(wrapped.fp32_partitioned_groups_flat)
+                (flat, groups[zero_optimizer.sub_group_to_group_id[i]])
+                for i, flat in enumerate(zero_optimizer.fp32_partitioned_groups_flat)
             ]
         return [(p, group) for group in groups for p in group["params"]]
 
     def _matrix_slices(self, flat: Tensor) -> list[MatrixSlice]:
         """Return the slices of a group's matrices in this rank's flat tensor, including empty ones."""
-        wrapped = self.engine.optimizer
+        zero_optimizer = self.engine.optimizer
         if self.stage == 3:
-            at = next(i for i, other in enumerate(wrapped.fp32_partitioned_groups_flat) if other is flat)
-            return [self._slice_of(p) for p in wrapped.fp16_groups[at]]
-        at = next(i for i, other in enumerate(wrapped.single_partition_of_fp32_groups) if other is flat)
-        return [self._slice_of(p) for p in wrapped.bit16_groups[at]]
+            index = next(i for i, other in enumerate(zero_optimizer.fp32_partitioned_groups_flat) if other is flat)
+            return [self._slice_of(p) for p in zero_optimizer.fp16_groups[index]]
+        index = next(i for i, other in enumerate(zero_optimizer.single_partition_of_fp32_groups) if other is flat)
+        return [self._slice_of(p) for p in zero_optimizer.bit16_groups[index]]
 
     def _slice_of(self, p: Any) -> MatrixSlice:
         """Return the slice of a parameter that this rank holds, at stages 1 to 3."""

@@ -142,7 +142,7 @@ def test_check_loss(loss: float, recent: list[float], sigma: float | None, fault
         ("f", 0, 0, guards.SkipStep("f")),
         ("f", 1, 2, guards.SkipStep("f")),
         ("f", 2, 0, guards.RollBack("f, after 2 in a row were skipped")),
-        ("f", 2, 1, guards.StopRun("f, after 2 in a row were skipped and 1 roll-backs")),
+        ("f", 2, 1, guards.StopRun("f, after 2 in a row were skipped and 1 rollbacks")),
     ],
 )
 def test_decisions(fault: str, in_a_row: int, rollbacks: int, decision: guards.Decision) -> None:

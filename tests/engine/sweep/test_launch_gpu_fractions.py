@@ -18,7 +18,7 @@ from engine.data.prepare import prepare
 from engine.errors import UserError
 from engine.sweep import trial
 from engine.sweep.launch import trial_share
-from tests.engine.sweep.test_sweep import ROOT, of
+from tests.engine.sweep.test_launch import ROOT, of
 
 DRIVER = """
 import functools, sys, yaml
@@ -29,7 +29,7 @@ ray.init = functools.partial(ray.init, num_gpus=1)
 from engine.config import from_dict
 from engine.sweep import launch
 from jobs.sweep import sweep
-from tests.engine.sweep.test_fractions import run_trial
+from tests.engine.sweep.test_launch_gpu_fractions import run_trial
 launch.run_trial = run_trial
 sweep(from_dict(yaml.safe_load(open(sys.argv[1]))))
 """
