@@ -1,4 +1,4 @@
-"""The name of a prepared folder: a hash of all that decides what is in it."""
+"""The content key of prepared data, which names their folder: a hash of all that decides their content."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import DataConfig, content_options, source_configs
+from engine.data.filters import filter_source
 from engine.data.input_files import InputFile
 from engine.data.tokenizer import has_tokenizer
 from engine.errors import UserError
 from engine.hashing import sha256_file
 
-FORMAT = 3  # raise it when the same input would give other shards
+FORMAT = 3  # increase it when the same input would give other shards
 
 
 def content_key(
     data: DataConfig, seed: int, tokenizer: Path | None, files: list[tuple[str, str, InputFile]], preprocessor: Any
 ) -> str:
-    """Hash all that decides the shards: format, options, seed, tokenizer, preprocessor, filters, and each input file's name, size and date."""
-    from engine.data.filters import filter_source
-
+    """Hash all that decides the shards: format, options, seed, tokenizer, preprocessor, filters, and each input file's name, size and version."""
     options = content_options(data)
     if tokenizer and not tokenizer.is_dir():
-        raise UserError(f"data.tokenizer={tokenizer} is no folder: give the folder of a Hugging Face tokenizer")
+        raise UserError(f"data.tokenizer={tokenizer} is not a folder: give the folder of a Hugging Face tokenizer")
     if tokenizer and has_tokenizer(tokenizer):
         del options["vocab_size"], options["sentinel_tokens"]
-    digest = hashlib.sha256(
-        json.dumps([FORMAT, options, seed]).encode()
-    )  # the order of sources is that of their documents
+    # The order of sources is kept in the hash: it is the order of their documents.
+    digest = hashlib.sha256(json.dumps([FORMAT, options, seed]).encode())
     if preprocessor is not None:
         digest.update(preprocessor.to_json_string().encode())
     for own in source_configs(data).values():

@@ -1,4 +1,4 @@
-"""Which documents are left out: by length, by quality, by language, by a function of one's own."""
+"""Document filters: by length, by quality, by language, and by a function of the user."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any
 from engine.config import DataConfig
 from engine.errors import UserError
 
-Rule = Callable[[str], str | None]  # text -> why it is left out, or None
+Rule = Callable[[str], str | None]  # text -> the reason to skip it, or None
 
 WORDS = (50, 100_000)  # of a document
 WORD_LENGTH = (3.0, 10.0)  # mean, in characters
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 BULLETS = ("•", "‣", "◦", "●", "*", "-")
 SYMBOLS = re.compile(r"#|\.\.\.|…")
-# Share of a document's characters that the most frequent sequence of so many words may take.
-MOST_FREQUENT = {2: 0.20, 3: 0.18, 4: 0.16}
-# Share of a document's characters that may lie in sequences of so many words that came before.
-REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+# n-gram size -> largest share of a document's characters in its most frequent n-gram.
+TOP_NGRAM_SHARE = {2: 0.20, 3: 0.18, 4: 0.16}
+# n-gram size -> largest share of a document's characters in repeated n-grams.
+REPEATED_NGRAM_SHARE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 def make_filter(config: DataConfig) -> Rule | None:
-    """Return a function of a text -> the first reason to leave it out, or None; None where nothing is asked.
+    """Return a function of a text -> the first reason to skip it, or None; None where no filter is set.
 
     Raises UserError for a filter that cannot be imported and for a language package that is not installed.
     """
@@ -53,7 +53,7 @@ def make_filter(config: DataConfig) -> Rule | None:
 
 
 def gopher_quality(text: str) -> str | None:
-    """Say by which rule a text is no English prose, or None.
+    """Return the first rule by which a text is not English prose, or None.
 
     Rae et al. 2021, "Scaling language models: methods, analysis and insights from training Gopher", section A1.1 and
     table A1 (https://arxiv.org/abs/2112.11446), with their thresholds.
@@ -75,40 +75,40 @@ def gopher_quality(text: str) -> str | None:
     if sum(line.endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
         return "quality: lines that end in an ellipsis"
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\n{2,}", text) if paragraph.strip()]
-    if any(_repeats(parts, len(text)) for parts in (lines, paragraphs)):
+    if any(_has_repeats(parts, len(text)) for parts in (lines, paragraphs)):
         return "quality: repeated lines or paragraphs"
-    return "quality: repeated words" if _repeats_words(words) else None
+    return "quality: repeated words" if _has_repeated_ngrams(words) else None
 
 
-def _repeats(parts: list[str], characters: int) -> bool:
-    """Say whether over 30 % of the lines (or paragraphs) were there before, or have over 20 % of the characters."""
+def _has_repeats(parts: list[str], characters: int) -> bool:
+    """Return whether over 30 % of the lines (or paragraphs) are repeats, or repeats have over 20 % of the characters."""
     count = Counter(parts)
-    again = len(parts) - len(count)
+    repeats = len(parts) - len(count)
     size = sum(len(part) * (times - 1) for part, times in count.items() if times > 1)
-    return again > 0.3 * len(parts) or size > 0.2 * characters
+    return repeats > 0.3 * len(parts) or size > 0.2 * characters
 
 
-def _repeats_words(words: list[str]) -> bool:
+def _has_repeated_ngrams(words: list[str]) -> bool:
     total = sum(map(len, words))
-    for n, most in MOST_FREQUENT.items():
-        found, times = Counter(zip(*(words[i:] for i in range(n)))).most_common(1)[0]
-        if times > 1 and times * sum(map(len, found)) > most * total:
+    for n, max_share in TOP_NGRAM_SHARE.items():
+        top, times = Counter(zip(*(words[i:] for i in range(n)))).most_common(1)[0]
+        if times > 1 and times * sum(map(len, top)) > max_share * total:
             return True
-    for n, most in REPEATED.items():
+    for n, max_share in REPEATED_NGRAM_SHARE.items():
         seen: set[tuple[str, ...]] = set()
-        size, free = 0, 0  # `free`: the first word that no repeated sequence has taken yet
-        for i, run in enumerate(zip(*(words[k:] for k in range(n)))):
-            if run in seen:
+        size, free = 0, 0  # `free`: the first word that is in no repeated n-gram yet
+        for i, ngram in enumerate(zip(*(words[k:] for k in range(n)))):
+            if ngram in seen:
                 size += sum(map(len, words[max(i, free) : i + n]))
                 free = i + n
-            seen.add(run)
-        if size > most * total:
+            seen.add(ngram)
+        if size > max_share * total:
             return True
     return False
 
 
 def language_rule(wanted: tuple[str, ...]) -> Rule:
-    """Return a rule against texts in other languages (ISO 639-1). Raises UserError without the package, or for an unknown code."""
+    """Return a rule that skips texts in other languages (ISO 639-1). Raises UserError without the package or for an unknown code."""
     identifier = _identifier()
     known = sorted(set(identifier.nb_classes))
     if unknown := [code for code in wanted if code not in known]:
@@ -131,22 +131,22 @@ def _identifier() -> Any:
 
 
 def user_filter(name: str) -> Rule:
-    """Return the rule that 'module:function' is. Raises UserError where it cannot be imported."""
+    """Return the user's 'module:function' as a rule. Raises UserError where it cannot be imported."""
     function = load_filter(name)
 
     def rule(text: str) -> str | None:
-        answer = function(text)
-        if isinstance(answer, str):
-            return answer
-        if not isinstance(answer, bool) and answer is not None:
-            raise UserError(f"data.filter={name} gave {answer!r}: it must return True, False or a reason")
-        return None if answer or answer is None else "data.filter"
+        result = function(text)
+        if isinstance(result, str):
+            return result
+        if not isinstance(result, bool) and result is not None:
+            raise UserError(f"data.filter={name} returned {result!r}: it must return True, False or a reason")
+        return None if result or result is None else "data.filter"
 
     return rule
 
 
 def load_filter(name: str) -> Callable[[str], Any]:
-    """Import 'module:function', from the folder of the command too. Raises UserError where it isn't there."""
+    """Import 'module:function', also from the working directory. Raises UserError where it isn't there."""
     module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -154,14 +154,14 @@ def load_filter(name: str) -> Callable[[str], Any]:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"data.filter={name} cannot be imported ({error}): write 'module:function' of a module here"
+            f"data.filter={name} cannot be imported ({error}): write 'module:function' of a module in this folder or installed"
         ) from error
     if not callable(function):
-        raise UserError(f"data.filter={name} is no function")
+        raise UserError(f"data.filter={name} is not a function")
     return function  # type: ignore[no-any-return]
 
 
 def filter_source(name: str) -> bytes:
-    """Return the source of a filter's module: a change of it is a change of the data."""
+    """Return the source code of a filter's module: changing it changes the data."""
     path = inspect.getsourcefile(inspect.unwrap(load_filter(name)))
     return Path(path).read_bytes() if path else name.encode()

@@ -1,4 +1,4 @@
-"""The input files: files, folders and globs, here or in an object store, and how one of them is opened."""
+"""Input files: list files, folders and globs, local or in an object store, and open one."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from engine.config import DataConfig
 from engine.data.filesystems import RemoteFile, is_remote, remote_errors, resolve_address
 from engine.errors import UserError, did_you_mean
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSION_SUFFIXES = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input: where it is, its name below the path given, the split it was given for (None: by hash), what dates it."""
+    """One input file."""
 
-    path: str  # as its filesystem opens it
-    name: str
-    split: str | None
-    size: int
-    version: str
+    path: str  # on its filesystem
+    name: str  # relative to the given path
+    split: str | None  # that it was given for; None: each row by hash
+    size: int  # in bytes
+    version: str  # changes when the content does: modification time, ETag or fingerprint
     filesystem: Any
 
     @property
     def is_compressed(self) -> bool:
-        """Whether it is compressed, so that it cannot be entered in the middle."""
-        return self.path.lower().endswith(COMPRESSED)
+        """Whether it is compressed, so that reading cannot start in the middle."""
+        return self.path.lower().endswith(COMPRESSION_SUFFIXES)
 
     @property
     def address(self) -> str:
-        """Its whole address, as a person would write it."""
+        """Its full address: a path, or a URL with its scheme."""
         return str(self.filesystem.unstrip_protocol(self.path)) if is_remote(self.filesystem) else self.path
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """Open it for reading bytes, unpacked if it ends in .gz or .zst. Raises UserError where it cannot be read."""
+        """Open it for reading bytes, decompressed if its name ends in .gz or .zst. Raises UserError where it cannot be read."""
         try:
             with self.open_stored() as raw:
                 if self.path.lower().endswith(".gz"):
@@ -54,18 +54,18 @@ class InputFile:
                 else:
                     yield raw
         except (PermissionError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {self.address} ({error}): mend it or leave it out of the path") from error
+            raise UserError(f"cannot read {self.address} ({error}): repair it or leave it out of the path") from error
         except OSError as error:
             if error.errno is not None or not self.is_compressed:
                 raise
-            raise UserError(f"cannot read {self.address} ({error}): mend it or leave it out of the path") from error
+            raise UserError(f"cannot read {self.address} ({error}): repair it or leave it out of the path") from error
 
     @contextmanager
     def open_stored(self) -> Iterator[IO[bytes]]:
-        """Open it for reading its bytes as they are stored; those in a store come as they are asked for."""
+        """Open it for reading its bytes as they are stored."""
         if is_remote(self.filesystem):
-            with RemoteFile(self.filesystem, self.path) as fetched:
-                yield io.BufferedReader(fetched, 2**20)  # type: ignore[misc]
+            with RemoteFile(self.filesystem, self.path) as remote:
+                yield io.BufferedReader(remote, 2**20)  # type: ignore[misc]
         else:
             with self.filesystem.open(self.path, "rb") as raw:
                 yield raw
@@ -77,8 +77,8 @@ class InputFile:
 
 
 def strip_compression_suffix(name: str) -> str:
-    """Return a name without the ending of its compression."""
-    return name.rpartition(".")[0] if name.lower().endswith(COMPRESSED) else name
+    """Return a name without the suffix of its compression."""
+    return name.rpartition(".")[0] if name.lower().endswith(COMPRESSION_SUFFIXES) else name
 
 
 def list_files(config: DataConfig) -> list[InputFile]:
@@ -93,18 +93,18 @@ def list_files(config: DataConfig) -> list[InputFile]:
 
 
 def list_path(key: str, value: str | None, split: str | None) -> list[InputFile]:
-    """List the files of one path: a file, a folder, a glob, or several of these with commas between them."""
+    """List the files of one path: a file, a folder, a glob, or several of these separated by commas."""
     if not value:
         return []
-    filesystem, place = resolve_address(f"{key}={value}", value)
+    filesystem, root = resolve_address(f"{key}={value}", value)
     with remote_errors(f"{key}={value}", filesystem):
-        if "," in value and not filesystem.exists(place):
+        if "," in value and not filesystem.exists(root):
             return [file for item in value.split(",") if item.strip() for file in list_path(key, item.strip(), split)]
-        found, start = _find(key, value, filesystem, place)
+        found, base = _find(key, value, filesystem, root)
     files = [
-        InputFile(path, path.removeprefix(start).lstrip("/"), split, info.get("size") or 0, _stamp(info), filesystem)
+        InputFile(path, path.removeprefix(base).lstrip("/"), split, info.get("size") or 0, _version(info), filesystem)
         for path, info in sorted(found.items())
-        if not path.endswith("/")  # an empty folder, as the web pages of some stores make it
+        if not path.endswith("/")  # an empty folder, as the consoles of some stores create it
     ]
     files = [f for f in files if not any(part.startswith((".", "__pycache__")) for part in f.name.split("/"))]
     if not files:
@@ -112,23 +112,23 @@ def list_path(key: str, value: str | None, split: str | None) -> list[InputFile]
     return files
 
 
-def _find(key: str, value: str, filesystem: Any, place: str) -> tuple[dict[str, Any], str]:
-    """Return {path: facts} of the files at a place, and the path below which they are named."""
-    if filesystem.isfile(place):
-        return {place: filesystem.info(place)}, str(PurePosixPath(place).parent)
-    if filesystem.isdir(place):
-        return filesystem.find(place, detail=True), place
-    if set(place) & set("*?["):
-        found = {path: info for path, info in filesystem.glob(place, detail=True).items() if info["type"] == "file"}
+def _find(key: str, value: str, filesystem: Any, root: str) -> tuple[dict[str, Any], str]:
+    """Return {path: info} of the files at a path, and the folder to which their names are relative."""
+    if filesystem.isfile(root):
+        return {root: filesystem.info(root)}, str(PurePosixPath(root).parent)
+    if filesystem.isdir(root):
+        return filesystem.find(root, detail=True), root
+    if set(root) & set("*?["):
+        found = {path: info for path, info in filesystem.glob(root, detail=True).items() if info["type"] == "file"}
         if not found:
             raise UserError(f"{key}='{value}' matches no file: check the pattern ('**' also goes into folders)")
-        return found, place[: min(i for i, letter in enumerate(place) if letter in "*?[")].rpartition("/")[0]
-    parent = str(PurePosixPath(place).parent)
-    there = filesystem.ls(parent, detail=False) if parent != "." and filesystem.isdir(parent) else []
-    near = did_you_mean(PurePosixPath(place).name, [path.rstrip("/").rsplit("/", 1)[-1] for path in there])
-    raise UserError(f"{key}={value} is not there{near or ': give a file, a folder or a glob'}")
+        return found, root[: min(i for i, letter in enumerate(root) if letter in "*?[")].rpartition("/")[0]
+    parent = str(PurePosixPath(root).parent)
+    siblings = filesystem.ls(parent, detail=False) if parent != "." and filesystem.isdir(parent) else []
+    hint = did_you_mean(PurePosixPath(root).name, [path.rstrip("/").rsplit("/", 1)[-1] for path in siblings])
+    raise UserError(f"{key}={value} does not exist{hint or ': give a file, a folder or a glob'}")
 
 
-def _stamp(info: dict[str, Any]) -> str:
-    dates = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "created")
-    return str(next((info[key] for key in dates if info.get(key)), ""))
+def _version(info: dict[str, Any]) -> str:
+    keys = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "created")
+    return str(next((info[key] for key in keys if info.get(key)), ""))

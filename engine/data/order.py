@@ -1,7 +1,7 @@
-"""Which samples form step s: a pure function of (size, seed, global batch, s), with no state but the step.
+"""The data order: which samples form step s, as a pure function of (size, seed, global batch, s), with no other state.
 
 Each epoch is a keyed permutation of the samples (a Feistel network with cycle walking: Black & Rogaway 2002, "Ciphers
-with Arbitrary Finite Domains"), so that step 1,000,000 costs what step 1 costs and nothing of the data's size is held.
+with Arbitrary Finite Domains"), so that step 1,000,000 costs as much as step 1 and memory doesn't grow with the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAST_SHIFT = U64(31)
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
     """Mix 64-bit integers (Steele, Lea & Flood 2014; constants of https://prng.di.unimi.it/splitmix64.c)."""
-    z = np.atleast_1d(values).astype(U64)  # arrays wrap around in silence, scalars don't
+    z = np.atleast_1d(values).astype(U64)  # arrays wrap around without a warning, scalars don't
     z += GAMMA
     for shift, factor in MIXING:
         z ^= z >> shift
@@ -51,12 +51,12 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarr
 
 
 class DataOrder:
-    """The data order: epoch after epoch, each sample once in each, a global batch a step (batches may span two epochs)."""
+    """Epoch after epoch, each sample once in each, one global batch a step (a batch may span two epochs)."""
 
     def __init__(self, size: int, global_batch: int, seed: int, endless: bool = False) -> None:
         """Raise UserError where there are fewer samples than one batch.
 
-        `endless`: ids go on counting from epoch to epoch, so that sample i of epoch e is i + e * size (what a `Mix` needs).
+        `endless`: sample i of epoch e has the id i + e * size, as a `Mix` needs it.
         """
         if size < global_batch:
             raise UserError(
@@ -69,28 +69,29 @@ class DataOrder:
         """Return the sample indices of a step: int64 [global_batch]."""
         epoch, start = divmod(step * self.global_batch, self.size)
         positions = start + np.arange(self.global_batch, dtype=np.int64)
-        found = []
-        for e, here in (
+        ids = []
+        for e, in_epoch in (
             (epoch, positions[positions < self.size]),
             (epoch + 1, positions[positions >= self.size] - self.size),
         ):
-            if len(here):
+            if len(in_epoch):
                 first = e * self.size if self.endless else 0
-                found.append(first + permute(here, self.size, self.seed, e))
-        return np.concatenate(found)
+                ids.append(first + permute(in_epoch, self.size, self.seed, e))
+        return np.concatenate(ids)
 
     def sample_seeds(self, step: int) -> np.ndarray:
-        """Return a random number for each place in a step's batch: uint64 [global_batch], new each time, equal in any layout."""
-        places = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
-        return splitmix64(splitmix64(places) ^ splitmix64(np.array([self.seed % WRAP], U64)))
+        """Return a random seed for each sample of a step's batch: uint64 [global_batch], new each step, equal in any layout."""
+        positions = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+        return splitmix64(splitmix64(positions) ^ splitmix64(np.array([self.seed % WRAP], U64)))
 
 
 def ids_hash(ids: np.ndarray) -> int:
     """Return the sum modulo 2**64 of splitmix64 of each id, as a signed int64.
 
-    A sum has no order: ranks add up theirs in any layout (`add_hashes`, or an all-reduce SUM of int64 tensors, which
-    wraps alike) and get the hash of the whole. After k epochs it must be k times `ids_hash(arange(size))` modulo 2**64, or,
-    where the order is endless, `ids_hash(arange(k * size))`; a sample left out or seen twice changes it, but for a chance of 2**-64.
+    A sum does not depend on the order: in any layout ranks add up theirs (`add_hashes`, or an all_reduce SUM of int64
+    tensors, which wraps around too) and get the hash of the whole. After k epochs it must be k times `ids_hash(arange(size))`
+    modulo 2**64 or, where the order is endless, `ids_hash(arange(k * size))`; a sample that is missed or repeated changes
+    it, except with a probability of 2**-64.
     """
     return _signed(int(splitmix64(np.asarray(ids)).sum(dtype=U64)))
 

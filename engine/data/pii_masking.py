@@ -1,4 +1,4 @@
-"""E-mail addresses and secrets, found by their forms and replaced by a placeholder."""
+"""Mask e-mail addresses and secrets: find them by regular expressions and replace them by a placeholder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Masker = Callable[[str, "Counter[str]"], str]
 EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b(?!\()"
 )
-# Forms that their makers document, each with a word that must be in the text before the pattern is tried. Where a
-# pattern has a group, the group is the secret.
+# Formats that their issuers document, each with a string that must be in the text before the slower pattern is tried.
+# Where a pattern has a group, the group is the secret.
 SECRETS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (hints, re.compile(pattern))
     for hints, pattern in (
@@ -44,7 +44,7 @@ SECRETS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
 
 
 def make_masker(kinds: Sequence[str]) -> Masker | None:
-    """Return a function (text, counts) -> text with `<email>` and `<secret>` instead, counting each; None for no kinds."""
+    """Return a function (text, counts) -> text with `<email>` and `<secret>` as placeholders, counted; None for no kinds."""
     steps: list[Masker] = []
     if "secrets" in kinds:
         steps.append(mask_secrets)  # first: a password in an address would look like an e-mail
@@ -65,19 +65,19 @@ def mask_emails(text: str, counts: Counter[str]) -> str:
     """Replace e-mail addresses."""
     if "@" not in text:
         return text
-    text, found = EMAIL.subn("<email>", text)
-    if found:
-        counts["emails"] += found
+    text, count = EMAIL.subn("<email>", text)
+    if count:
+        counts["emails"] += count
     return text
 
 
 def mask_secrets(text: str, counts: Counter[str]) -> str:
-    """Replace keys, tokens and passwords that can be told by their form."""
+    """Replace keys, tokens and passwords that have a known format."""
     for hints, pattern in SECRETS:
         if any(hint in text for hint in hints):
-            text, found = pattern.subn(_without_secret, text)
-            if found:
-                counts["secrets"] += found
+            text, count = pattern.subn(_without_secret, text)
+            if count:
+                counts["secrets"] += count
     return text
 
 

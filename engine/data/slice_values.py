@@ -1,4 +1,4 @@
-"""The group of each row of a prepared split, by a column of the files that it was made from."""
+"""The value of a column for each row of a prepared split, by which an evaluation is sliced."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from engine.errors import UserError, did_you_mean
 
 
 def read_slice_values(config: DataConfig, column: str, split: Split, tokenizer: Any) -> list[str]:
-    """Return the group of each row of `split`, in its order.
+    """Return the column's value for each row of `split`, in its order.
 
-    The shards hold tokens, not columns, so the files are read again and a row is known by its tokens: those of two rows
-    with the same text are the same, and such rows were taken once. Of these the first row's group holds. Raises UserError
-    where the data have no such column, or a row has no group.
+    Shards hold tokens, not columns, so the files are read again and rows are matched by their tokens. Of rows with equal
+    text, which are deduplicated when data are prepared, the first one's value counts. Raises UserError where the data have
+    no such column, or a row has no value.
     """
     if config.source != "files":
         raise UserError(f"data.source={config.source} has no columns: evaluate.slice_column needs files that have them")
     special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
-    group: dict[bytes, str] = {}
+    value_of: dict[bytes, str] = {}
     for file in list_files(config):
         for texts, values in _batches(file, config, column):
             for ids, value in zip(tokenizer(texts)["input_ids"], values, strict=True):
-                group.setdefault(_digest(ids, special), value)
-    found = [group.get(_digest(split.document(i), special)) for i in range(split.num_rows)]
-    if lacking := sum(value is None for value in found):
+                value_of.setdefault(_digest(ids, special), value)
+    found = [value_of.get(_digest(split.document(i), special)) for i in range(split.num_rows)]
+    if missing := sum(value is None for value in found):
         raise UserError(
-            f"{lacking:,} of the {split.num_rows:,} {split.name} rows have nothing in column '{column}': fill it, or leave them out"
+            f"{missing:,} of the {split.num_rows:,} {split.name} rows have nothing in column '{column}': fill it, or leave them out"
         )
     return [value for value in found if value is not None]
 
@@ -46,7 +46,7 @@ def _digest(ids: Sequence[int] | np.ndarray, special: np.ndarray) -> bytes:
 def _batches(
     file: InputFile, config: DataConfig, column: str, size: int = 1024
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield (texts, groups) of the rows of a file that have both."""
+    """Yield (texts, values) of the rows of a file that have both."""
     texts: list[str] = []
     values: list[str] = []
     for row in _rows(file, config, column):
@@ -69,30 +69,30 @@ def _rows(file: InputFile, config: DataConfig, column: str) -> Iterator[dict[str
     with file.open() as opened:
         if config.format == "parquet" or name.endswith(".parquet"):
             table = pq.ParquetFile(opened)
-            _need(file, column, table.schema_arrow.names)
+            _require_column(file, column, table.schema_arrow.names)
             for batch in table.iter_batches(columns=[config.text_column, column]):
                 yield from batch.to_pylist()
         elif config.format == "arrow" or name.endswith(".arrow"):
             table = pa.ipc.open_file(opened).read_all()
-            _need(file, column, table.schema.names)
+            _require_column(file, column, table.schema.names)
             yield from table.select([config.text_column, column]).to_pylist()
         else:
-            seen = False
+            checked = False
             for line in opened:
                 try:
                     row = json.loads(line)
                 except ValueError:
-                    continue  # left out when the data were prepared too
+                    continue  # skipped when the data were prepared, too
                 if not isinstance(row, dict):
                     continue
-                if not seen:
-                    _need(file, column, list(row))
-                    seen = True
+                if not checked:
+                    _require_column(file, column, list(row))
+                    checked = True
                 yield row
 
 
-def _need(file: InputFile, column: str, there: list[str]) -> None:
-    if column not in there:
+def _require_column(file: InputFile, column: str, names: list[str]) -> None:
+    if column not in names:
         raise UserError(
-            f"{file.address} has no column '{column}' (evaluate.slice_column), only {', '.join(there)}{did_you_mean(column, there)}"
+            f"{file.address} has no column '{column}' (evaluate.slice_column), only {', '.join(names)}{did_you_mean(column, names)}"
         )

@@ -1,4 +1,4 @@
-"""Tokenizers in the Hugging Face layout: train a byte-level BPE, load one, and encode fast with the same ids."""
+"""Tokenizers in the Hugging Face layout: train a byte-level BPE, load one, and encode fast with identical ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from engine.errors import UserError
 
 Encoder = Callable[[list[str]], list[np.ndarray]]
 END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
-TRANSCRIPT = ("<|startoftranscript|>", "<|notimestamps|>")  # of Whisper; the tokens after the last would be timestamps
+TRANSCRIPT_TOKENS = (
+    "<|startoftranscript|>",
+    "<|notimestamps|>",
+)  # of Whisper; the tokens after the last would be timestamps
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,9 +31,9 @@ FILES = (
 )
 # GPT-2's pattern (Radford et al. 2019), written as tiktoken's r50k_base does, with possessive quantifiers for speed.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-NEVER = "<|\x00never\x00|>"  # tiktoken needs a special token; this one is not allowed, so that it too is plain text
-LONG_BLANK = re.compile(r"\s{2000}")  # tiktoken's regex engine overflows its stack on a far longer one
-MAYBE_LONG_BLANK = re.compile(r"\s{4}")  # what every 500th letter of such a text has
+UNUSED = "<|\x00never\x00|>"  # tiktoken needs a special token; this one is never allowed, so it too is plain text
+LONG_WHITESPACE = re.compile(r"\s{2000}")  # tiktoken's regex engine overflows its stack on a far longer one
+MAYBE_LONG_WHITESPACE = re.compile(r"\s{4}")  # matches every 500th character of such a text
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class SpecialTokens:
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: int = 0, closing: bool = False) -> None:
     """Train a byte-level BPE with GPT-2's pattern and write it as a Hugging Face fast tokenizer.
 
-    It has `vocab_size` tokens, or fewer where the texts have too few pairs; `<|endoftext|>` begins and ends documents,
-    `<|pad|>` pads, `<|mask|>` stands for a token to be predicted, `<extra_id_0>` and its like, `sentinels` of them, for a
-    span. With `closing` the tokenizer ends each sequence with `<|endoftext|>` by itself.
+    It has `vocab_size` tokens, or fewer where the texts have too few pairs. Special tokens: `<|endoftext|>` begins and ends
+    documents, `<|pad|>` pads, `<|mask|>` replaces a token to be predicted, `<extra_id_0>`, ... (`sentinels` of them) replace
+    spans. With `closing` the tokenizer appends `<|endoftext|>` to each sequence.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -67,7 +70,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: in
     bpe.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
-    described = {
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END,
         "eos_token": END,
@@ -77,13 +80,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path, sentinels: in
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**9,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if closing:
         append_eos(folder)
 
 
 def append_eos(folder: Path) -> None:
-    """Make a tokenizer end each sequence with its end token, unless it already puts something there."""
+    """Make a tokenizer append its end token to each sequence, unless it already appends special tokens."""
     from tokenizers import Tokenizer, processors
 
     special = read_special_tokens(folder)
@@ -98,23 +101,26 @@ def append_eos(folder: Path) -> None:
 
 
 def use_transcript_template(folder: Path) -> None:
-    """Let the tokenizer that `train_bpe` has written open each sequence as a transcript, and be Whisper's for transformers."""
+    """Make a tokenizer of `train_bpe` frame each sequence as a transcript, as a WhisperTokenizer of transformers."""
     from tokenizers import AddedToken, Tokenizer, processors
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TRANSCRIPT])
-    start, framed = TRANSCRIPT[0], [(token, tokenizer.token_to_id(token)) for token in (TRANSCRIPT[0], END)]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TRANSCRIPT_TOKENS])
+    start, framed = (
+        TRANSCRIPT_TOKENS[0],
+        [(token, tokenizer.token_to_id(token)) for token in (TRANSCRIPT_TOKENS[0], END)],
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {END}", pair=f"{start} $A $B {END}", special_tokens=framed
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     file = folder / "tokenizer_config.json"
-    described = json.loads(file.read_text()) | {"tokenizer_class": "WhisperTokenizer", "predict_timestamps": True}
-    file.write_text(json.dumps(described, indent=2) + "\n")
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "WhisperTokenizer", "predict_timestamps": True}
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Say whether a folder holds a tokenizer."""
+    """Return whether a folder holds a tokenizer."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
 
 
@@ -124,7 +130,7 @@ def load_tokenizer(folder: Path | str) -> Any:
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"data.tokenizer={folder} is no folder: give the folder of a Hugging Face tokenizer")
+        raise UserError(f"data.tokenizer={folder} is not a folder: give the folder of a Hugging Face tokenizer")
     bare_gpt2 = {"vocab.json", "merges.txt"} <= {p.name for p in folder.iterdir()} and not (
         (folder / "tokenizer.json").exists() or (folder / "config.json").exists()
     )
@@ -150,7 +156,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
     """Return the special ids of a folder with a tokenizer.json. Raises UserError for a tokenizer without an end token."""
-    backend = _backend(folder)
+    backend = load_backend(folder)
     named: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -181,12 +187,12 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
 
 
 def fast_encoder(folder: Path, sample: Iterable[str] = (), threads: int | None = None) -> Encoder:
-    """Return texts -> ids (integer arrays), without special tokens; a special token spelled out in a text is plain text.
+    """Return a function of texts -> ids (integer arrays), without special tokens; those spelled out in a text are plain text.
 
-    A byte-level BPE with GPT-2's pattern is run by tiktoken, on threads (None: one a core), from the very same
-    merges (3 to 5 times the tokens/s) once its ids of `sample` equal those of `tokenizers`; any other tokenizer is run by `tokenizers`.
+    A byte-level BPE with GPT-2's pattern is run by tiktoken, on threads (None: one a core), from the same merges (3 to 5
+    times the tokens/s), provided that its ids of `sample` equal those of `tokenizers`; others are run by `tokenizers`.
     """
-    backend = _backend(folder)
+    backend = load_backend(folder)
     backend.encode_special_tokens = True
     threads = threads or num_cores()
 
@@ -199,18 +205,18 @@ def fast_encoder(folder: Path, sample: Iterable[str] = (), threads: int | None =
 
     import tiktoken
 
-    encoding = tiktoken.Encoding("manta", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={NEVER: 2**31})
+    encoding = tiktoken.Encoding("manta", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={UNUSED: 2**31})
     pool = ThreadPoolExecutor(threads)
 
-    def some(texts: list[str]) -> list[np.ndarray]:
+    def encode_group(texts: list[str]) -> list[np.ndarray]:
         return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def fast(texts: list[str]) -> list[np.ndarray]:
-        if any(MAYBE_LONG_BLANK.search(text[::500]) and LONG_BLANK.search(text) for text in texts):
+        if any(MAYBE_LONG_WHITESPACE.search(text[::500]) and LONG_WHITESPACE.search(text) for text in texts):
             return exact(texts)
         if threads == 1 or len(texts) == 1:
-            return some(texts)
-        return [ids for group in pool.map(some, _groups(texts, 4 * threads)) for ids in group]
+            return encode_group(texts)
+        return [ids for group in pool.map(encode_group, _groups(texts, 4 * threads)) for ids in group]
 
     probe = [*sample, "It's 12 naïve\t tests,\n\n  isn't it?\r\n \u3000\U0001f600 <|endoftext|> aaaaaaaaaaa" + " " * 9]
     same = all(np.array_equal(a, b) for a, b in zip(fast(probe), exact(probe)))
@@ -218,24 +224,25 @@ def fast_encoder(folder: Path, sample: Iterable[str] = (), threads: int | None =
 
 
 def _groups(texts: list[str], count: int) -> list[list[str]]:
-    """Cut a list into about `count` runs of like size in characters."""
+    """Split a list into about `count` runs of similar size in characters."""
     ends = np.cumsum([len(text) for text in texts])
     at = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
     bounds = sorted({0, *at.tolist(), len(texts)})
     return [texts[a:b] for a, b in pairwise(bounds)]
 
 
-def _backend(folder: Path) -> Any:
+def load_backend(folder: Path) -> Any:
+    """Load a folder's tokenizer as `tokenizers` has it, without truncation and padding."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.no_truncation()  # a saved tokenizer may cut at 128 tokens and pad
+    backend.no_truncation()  # a saved tokenizer may truncate at 128 tokens and pad
     backend.no_padding()
     return backend
 
 
 def _ranks(saved: dict[str, Any]) -> dict[bytes, int] | None:
-    """Return {token bytes: id} where ids rise in the order of the merges (what tiktoken needs), else None."""
+    """Return {token bytes: id} where ids ascend in the order of merges, as tiktoken needs it, else None."""
     model, splitter = saved["model"], saved.get("pre_tokenizer") or {}
     plain = (
         splitter.get("type") == "ByteLevel" and not splitter.get("add_prefix_space") and splitter.get("use_regex", True)

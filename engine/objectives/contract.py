@@ -264,11 +264,17 @@ def concat_scores(parts: Iterable[Scores]) -> Scores:
 
 def check_data(task: str, data: DataConfig, whose: str = "objective") -> None:
     """Raise UserError, before anything is prepared, where data options aren't for a task; `whose`: its owner, a bundle's name say."""
-    wanted, given = kind_class(objective_class(task).data_kind), matching_kinds(data)
+    objective = objective_class(task)
+    wanted, given = kind_class(objective.data_kind), matching_kinds(data)
     if not any(isinstance(kind, wanted) and kind.name == wanted.name for kind in given):
         raise UserError(
             f"{whose} is for {task}, which reads {wanted.description}, and the data are "
             f"{' or '.join(kind.description for kind in given)}: {wanted.hint}"
+        )
+    if (data.packing != "end_to_end" or data.within_documents) and not objective.supports_packing:
+        supporting = " and ".join(objectives_with("supports_packing"))
+        raise UserError(
+            f"data.packing and data.within_documents are for objective={supporting}: leave them out for {task}"
         )
 
 
@@ -277,6 +283,11 @@ def objective_names() -> list[str]:
     import engine.objectives as package
 
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "contract")
+
+
+def objectives_with(declaration: str) -> list[str]:
+    """Return the names of the objectives that declare a capability, `supports_packing` say."""
+    return [name for name in objective_names() if getattr(objective_class(name), declaration)]
 
 
 def objective_for_architecture(architecture: str) -> str | None:

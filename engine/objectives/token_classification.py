@@ -85,7 +85,9 @@ class TokenClassification(contract.Objective):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Sum the cross-entropy, in nats, over the labeled tokens."""
         logits_BLC = model(**batch.inputs).logits.float()
-        total = F.cross_entropy(logits_BLC.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_LABEL, reduction="sum")
+        total = F.cross_entropy(
+            logits_BLC.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_LABEL, reduction="sum"
+        )
         return Loss(total, batch.count)
 
     @torch.no_grad()

@@ -61,6 +61,7 @@ class DataKind(ABC):
     hint: ClassVar[str]  # how to ask for it
     has_text: ClassVar[bool] = True  # whether there are tokens, and so a tokenizer
     has_preprocessor: ClassVar[bool] = False  # whether an image processor or a feature extractor makes arrays of it
+    has_sliceable_rows: ClassVar[bool] = False  # a row of a prepared split is one input row, known by its text
     uses_tokenizer_template: ClassVar[bool] = True  # rows get the tokenizer's own special tokens; else one end token
 
     @classmethod

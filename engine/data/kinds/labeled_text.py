@@ -28,6 +28,7 @@ class LabeledText(DataKind):
     name = "labelled"
     description = "texts with labels"
     hint = "say which column holds the labels with data.label_column=..."
+    has_sliceable_rows = True
 
     @classmethod
     def matches(cls, config: DataConfig) -> bool:

@@ -104,7 +104,7 @@ def test_a_large_object_comes_piece_by_piece(
 
     texts = [f"text {i} " + "word " * 2000 for i in range(2400)]
     s3.filesystem.pipe(f"{s3.address}/large.jsonl", lines(texts))
-    monkeypatch.setattr("engine.data.filesystems.FETCHED", 2**20)
+    monkeypatch.setattr("engine.data.filesystems.READ_AHEAD_BYTES", 2**20)
     fetched: list[int] = []
     fetch = s3fs.core.S3File._fetch_range
 

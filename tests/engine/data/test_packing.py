@@ -14,7 +14,7 @@ from engine.data.shards import Split
 from engine.errors import UserError
 from engine.models.build import transformers_config
 from engine.models.document_mask import check_document_mask
-from engine.objectives.contract import Objective, objective_class
+from engine.objectives.contract import Objective, check_data, objective_class
 from tests.engine.data.test_shards import write
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -249,14 +249,15 @@ def test_sources_are_packed_apart(tmp_path: Path, documents: list[np.ndarray]) -
         pack(split, 2000, Packing(weights={"books": 1.0, "web": 3.0}), overlap=1)
 
 
-def test_packing_is_told_to_be_for_text(tiny: Config) -> None:
-    for values, told in (
-        ({"objective.name": "classification", "data.packing": "best_fit"}, "are for objective=causal_lm and masked_lm"),
+def test_packing_is_refused_where_it_does_not_apply(tiny: Config, tiny_functions: Config) -> None:
+    with pytest.raises(UserError, match="are for objective=causal_lm and masked_lm"):
+        check_data("classification", with_values(tiny_functions, {"data.packing": "best_fit"}).data)
+    for values, message in (
         ({"data.within_documents": True, "model.attention": "flash_attention_2"}, "use model.attention=sdpa"),
         (
             {"data.within_documents": True, "objective.name": "masked_lm", "model.attention": "eager"},
             "need model.attention=sdpa",
         ),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             with_values(tiny, values)
