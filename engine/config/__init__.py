@@ -17,7 +17,6 @@ from engine.config.config import Config, declared, keys_with
 from engine.config.data import (
     DataConfig,
     content_options,
-    data_kind,
     per_source_options,
     source_configs,
     source_options,
@@ -80,7 +79,6 @@ __all__ = [
     "current_keys",
     "current_override",
     "current_tree",
-    "data_kind",
     "declared",
     "fingerprint",
     "flatten",

@@ -83,12 +83,7 @@ def _check_model(c: Config) -> None:
 
 
 def _check_packing(c: Config) -> None:
-    """Check that packed documents are for the objective and for the attention."""
-    packs = c.data.packing != "end_to_end" or c.data.within_documents
-    if packs and c.objective.name not in ("causal_lm", "masked_lm"):
-        raise UserError(
-            f"data.packing and data.within_documents are for objective=causal_lm and masked_lm: leave them out for {c.objective.name}"
-        )
+    """Check that the attention supports packed documents; `check_data` of engine/objectives checks that the objective does."""
     if c.data.within_documents and c.model.attention == "flash_attention_2":
         raise UserError(
             "data.within_documents needs an attention with a mask, and flash_attention_2 takes none: use model.attention=sdpa"

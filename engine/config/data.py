@@ -211,19 +211,6 @@ def content_options(data: DataConfig) -> dict[str, Any]:
     return options
 
 
-def data_kind(data: DataConfig) -> str:
-    """Name what these options prepare.
-
-    text: documents, to be packed; labelled: texts with a label; images: with a label where data.label_column is set;
-    captioned: images with a text each; speech: recordings with their transcripts.
-    """
-    if data.audio_column:
-        return "speech"
-    if data.image_column:
-        return "captioned" if data.caption else "images"
-    return "labelled" if data.label_column or data.source == "python_functions" else "text"
-
-
 def _check_sources(data: DataConfig) -> None:
     """Check data.sources, whose options are those of DataConfig."""
     fields, hints = {f.name: f for f in dataclasses.fields(DataConfig)}, get_type_hints(DataConfig)
