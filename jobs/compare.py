@@ -1,8 +1,8 @@
 """Compare two bundles on the same examples, by the paired bootstrap: manta compare A B.
 
-The examples are the test split of the data that A was trained on, and B must be trained on the same; or they are those
-that data=... names. The exit code says how A does against B: 0 it is better, 3 it is worse, 4 they are not told apart;
-2 is a mistake in the command, as of any other.
+The examples are the test split of the data that A was trained on, and B must be trained on the same data; or they are
+those that data=... names. Exit codes: 0 A is better, 3 A is worse, 4 no significant difference; 2 a mistake in the
+command, as for all commands.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from engine.config import Config
 from engine.errors import UserError
 from jobs.entry import run_job, sets_data
 
-CODES = {"better": 0, "worse": 3, "not told apart": 4}
+EXIT_CODES = {"better": 0, "worse": 3, "not told apart": 4}  # by the comparison's verdict
 
 
 def compare(config: Config, data_given: bool) -> int:
-    """Compare; return the exit code of the verdict."""
+    """Compare config.bundle with config.evaluate.against; return the exit code of the verdict."""
     names = [name for name in (config.bundle, config.evaluate.against) if name]
     if len(names) < 2:
         raise UserError("compare needs two bundles: manta compare A B")
@@ -33,13 +33,13 @@ def compare(config: Config, data_given: bool) -> int:
     if not data_given:
         check_same_data(a, b, names)
         config = with_training_data(config, a, names[0])
-    found = run_evaluation(config)
-    assert found is not None
-    return CODES[found.verdict]
+    comparison = run_evaluation(config)
+    assert comparison is not None
+    return EXIT_CODES[comparison.verdict]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
+    """Parse the command line and run the job."""
     words = list(sys.argv[1:] if argv is None else argv)
     return run_job("compare", lambda config: compare(config, sets_data(words)), words, ("bundle", "evaluate.against"))
 

@@ -1,4 +1,4 @@
-"""The whole life of a model: prepare, pretrain, sweep, evaluate, deploy, and a report of all of it."""
+"""The whole pipeline: prepare, pretrain, sweep, evaluate, deploy, and a report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from jobs.entry import compose, ray_session, run_job, training_session
 
 
 def demo(config: Config) -> None:
-    """Run every stage, each as the command of its name would, and show what came of it."""
+    """Run every stage, each as the command of its name would, and write a report."""
     from rich.table import Table
 
     from engine.bundles.alias import Alias
     from engine.bundles.bundle import Bundle
     from engine.bundles.registry import Registry
-    from engine.evaluate.bootstrap import compare_paired
+    from engine.evaluate.bootstrap import INCONCLUSIVE, compare_paired
     from engine.evaluate.environment import machine_info, package_versions
     from engine.evaluate.evaluate import evaluate_bundle
     from engine.evaluate.metrics import classification_details
@@ -41,7 +41,7 @@ def demo(config: Config) -> None:
         pretrained = train(pretraining)
 
     sweeping = compose("sweep", [*config.demo.sweep, *shared, f"name={config.name}", f"bundle={pretrained.run.bundle}"])
-    # The winner's training once more, from fresh weights: nothing is frozen, since fresh weights must be trained.
+    # The best trial's training again, from random weights; no layer is frozen, since random weights must be trained.
     with ray_session(sweeping):
         with stages("sweep"):
             swept = sweep(sweeping)
@@ -54,47 +54,47 @@ def demo(config: Config) -> None:
         with stages("scratch"):
             scratch = train(from_scratch)
 
-    winner = RunFolder(sweeping.run_dir).bundle
+    finetuned_bundle = RunFolder(sweeping.run_dir).bundle
     with stages("evaluate"):
-        measuring = compose("evaluate", [*config.demo.evaluate, *shared])
+        evaluation = compose("evaluate", [*config.demo.evaluate, *shared])
         on_functions = with_values(
-            sweeping, {f"evaluate.{k}": v for k, v in vars(measuring.evaluate).items() if k[0] != "_"}
+            sweeping, {f"evaluate.{k}": v for k, v in vars(evaluation.evaluate).items() if k[0] != "_"}
         )
-        tuned = evaluate_bundle(winner, on_functions)
-        plain = evaluate_bundle(scratch.run.bundle, on_functions)
-        language = evaluate_bundle(
-            pretrained.run.bundle, replace(pretraining, evaluate__resamples=measuring.evaluate.resamples)
+        finetuned_result = evaluate_bundle(finetuned_bundle, on_functions)
+        scratch_result = evaluate_bundle(scratch.run.bundle, on_functions)
+        pretrained_result = evaluate_bundle(
+            pretrained.run.bundle, replace(pretraining, evaluate__resamples=evaluation.evaluate.resamples)
         )
-        paid = compare_paired(
-            Bundle.open(winner).objective(), tuned.scores, plain.scores,
-            confidence=measuring.evaluate.confidence, resamples=measuring.evaluate.resamples, seed=config.seed,
+        gain = compare_paired(
+            Bundle.open(finetuned_bundle).objective(), finetuned_result.scores, scratch_result.scores,
+            confidence=evaluation.evaluate.confidence, resamples=evaluation.evaluate.resamples, seed=config.seed,
         )  # fmt: skip
 
     from engine.serve.deploy import deploy
 
-    bundles = {config.name: winner, f"{config.name}-pretrain": pretrained.run.bundle}
+    bundles = {config.name: finetuned_bundle, f"{config.name}-pretrain": pretrained.run.bundle}
     registry = Registry(config.tracking_uri, config.registry_dir)
     champion = Alias(registry, config.name, config.tracking.alias)
     with ray_session(config):
         with stages("deploy"):
             for name, folder in bundles.items():
                 version = registry.register(Bundle.open(folder), name)
-                if name == config.name and (start := champion.current()) != version.number:
-                    champion.move("promote", start, version.number, "the demo's winner")
+                if name == config.name and (current := champion.current()) != version.number:
+                    champion.move("promote", current, version.number, "the best trial of the demo")
             endpoint = deploy(config, bundles)
-            requests = ask(endpoint.url, config.name)
-        facts: dict[str, Any] = {
+            requests = send_requests(endpoint.url, config.name)
+        summary: dict[str, Any] = {
             "name": config.name,
             "seconds": stages.seconds | {"total": sum(stages.seconds.values())},
             "accuracy": {
-                "finetuned": tuned.metrics["accuracy"].to_dict(),
-                "scratch": plain.metrics["accuracy"].to_dict(),
-                "majority": tuned.majority.to_dict() if tuned.majority else None,
+                "finetuned": finetuned_result.metrics["accuracy"].to_dict(),
+                "scratch": scratch_result.metrics["accuracy"].to_dict(),
+                "majority": finetuned_result.majority.to_dict() if finetuned_result.majority else None,
             },
-            "details": classification_details(tuned.objective, tuned.scores),
-            "perplexity": language.metrics["perplexity"].to_dict(),
+            "details": classification_details(finetuned_result.objective, finetuned_result.scores),
+            "perplexity": pretrained_result.metrics["perplexity"].to_dict(),
             "pretraining_paid": {
-                "verdict": paid.verdict, "difference": paid.difference, "low": paid.low, "high": paid.high,
+                "verdict": gain.verdict, "difference": gain.difference, "low": gain.low, "high": gain.high,
             },
             "trials": [
                 {"name": t.name, "config": t.params, "steps": t.steps, "accuracy": t.value,
@@ -104,40 +104,39 @@ def demo(config: Config) -> None:
             ],
             "endpoint": {"url": endpoint.url, "requests": requests},
             "hashes": {
-                "data (text)": tree_hash(pretrained.run.bundle), "data (functions)": tree_hash(winner),
+                "data (text)": data_hash(pretrained.run.bundle), "data (functions)": data_hash(finetuned_bundle),
                 **{f"bundle {name}": Bundle.open(folder).hash for name, folder in bundles.items()},
             },
             "versions": package_versions(),
             "machine": machine_info(),
         }  # fmt: skip
         home = sweeping.run_dir
-        (home / "summary.json").write_text(json.dumps(facts, indent=1))
-        page = write_report(home, facts | {"curves": {"pretrain": list(pretrained.run.metrics())}})
+        (home / "summary.json").write_text(json.dumps(summary, indent=1))
+        page = write_report(home, summary | {"curves": {"pretrain": list(pretrained.run.metrics())}})
 
         table = Table("stage", "seconds", title=f"{config.name}: from raw text to an endpoint", title_justify="left")
-        for stage, seconds in facts["seconds"].items():
+        for stage, seconds in summary["seconds"].items():
             table.add_row(stage, f"{seconds:.1f}")
         console.print(table)
-        for name, value in facts["accuracy"].items():
+        for name, value in summary["accuracy"].items():
             console.print(
                 f"accuracy {name:<10} {value['value']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]", markup=False
             )
-        console.print(
-            f"pre-training {'paid' if paid.verdict == 'better' else 'did not pay'} ({paid.verdict} than from scratch)"
-        )
+        result = "no significant difference from" if gain.verdict == INCONCLUSIVE else f"{gain.verdict} than"
+        console.print(f"pre-training: {result} training from scratch")
         console.print(f"report   {page}\nsummary  {home / 'summary.json'}\n")
         for request in requests:
             console.print(request["curl"])
         if config.demo.keep:
-            console.print(f"\nthe endpoint is up at {endpoint.url} until Ctrl-C")
+            console.print(f"\nthe endpoint runs at {endpoint.url} until Ctrl-C")
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
         else:
-            console.print("\nthe endpoint is down again: `make demo KEEP=1` leaves it up")
+            console.print("\nthe endpoint was stopped: `make demo KEEP=1` keeps it running")
         endpoint.stop()
 
 
 class Stages:
-    """Names the stages as they come, and times them."""
+    """Prints the name of each stage and records its time."""
 
     def __init__(self, console: Any) -> None:
         self.console = console
@@ -145,14 +144,14 @@ class Stages:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage."""
+        """Print the stage's name, and record its seconds."""
         self.console.rule(f"[bold]{len(self.seconds) + 1}. {stage}", align="left")
-        began = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - began
+        self.seconds[stage] = time.perf_counter() - started
 
 
-def tree_hash(bundle: Path) -> str:
+def data_hash(bundle: Path) -> str:
     """Return the hash of the data that a bundle was trained on."""
     from engine.bundles.bundle import Bundle
 
@@ -162,8 +161,8 @@ def tree_hash(bundle: Path) -> str:
     return manifest.data["hash"]
 
 
-def ask(url: str, name: str) -> list[dict[str, Any]]:
-    """Ask the endpoint three things over HTTP: a classification, a completion, a streamed completion."""
+def send_requests(url: str, name: str) -> list[dict[str, Any]]:
+    """Send three requests to the endpoint: a classification, a completion, a streamed completion."""
     import httpx
 
     code = "def get(self, url, timeout=None):\n    request = self.open(url)\n    return request.read()\n"
@@ -175,10 +174,10 @@ def ask(url: str, name: str) -> list[dict[str, Any]]:
             ("completion", "/v1/completions", prompt),
             ("streamed completion", "/v1/completions", prompt | {"stream": True}),
         ):
-            began = time.perf_counter()
+            started = time.perf_counter()
             response = client.post(path, json=body)
             response.raise_for_status()
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - started
             if body.get("stream"):
                 events = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
                 answer = "".join(
@@ -197,7 +196,7 @@ def ask(url: str, name: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
+    """Parse the command line and run the job."""
     return run_job("demo", demo, argv)
 
 

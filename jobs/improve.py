@@ -1,9 +1,8 @@
-"""Learn from what an endpoint recorded of a bundle: manta improve NAME.
+"""Improve a bundle from the requests and feedback that an endpoint recorded: manta improve NAME.
 
-Requests that clients let be kept and what they said of the answers are compared with what the bundle was trained on. Where
-something has drifted, improve.apply=true trains on the corrections and some of the old data, compares the two on examples
-that were held back, and registers the new version if it is better. The exit code is 3 where it is not. With
-improve.every_s=SECONDS it looks again and again.
+Recorded requests and feedback are compared with the data that the bundle was trained on. If there is drift,
+improve.apply=true trains on the corrections and some of the old data, compares the two versions on held-out examples, and
+registers the new one if it is better. The exit code is 3 if it is not. With improve.every_s=SECONDS this is repeated.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from jobs.entry import run_job, training_session
 
 
 def improve(config: Config) -> int:
-    """Look, and act if asked to."""
+    """Measure drift, and with improve.apply train; return the exit code."""
     if not config.bundle:
         raise UserError("improve needs a bundle: manta improve NAME")
     from engine.improve.improve import improve
@@ -26,7 +25,7 @@ def improve(config: Config) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
+    """Parse the command line and run the job."""
     return run_job("improve", improve, argv, ("bundle",))
 
 

@@ -1,7 +1,8 @@
-"""Show where a bundle came from and where it went: manta lineage NAME.
+"""Show the lineage of a bundle: manta lineage NAME.
 
-Data, training, trial, evaluations, registered versions, endpoints: as a tree here, and as a page with a picture in
-<runs_dir>/<name>/lineage.html. The exit code is 0 where the lineage is whole, 3 where something is lacking or was changed.
+Data, training run, trial, evaluations, registered versions and deployments: as a tree in the terminal, and as a page with a
+diagram in <runs_dir>/<name>/lineage.html. The exit code is 0 if the lineage is complete, 3 if anything is missing or was
+changed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from engine.config import Config
 from engine.errors import UserError
 from jobs.entry import run_job
 
-NOT_WHOLE = 3
+INCOMPLETE = 3
 
 
-def lineage(config: Config) -> int:
-    """Trace config.bundle, show the tree and write the page."""
+def show_lineage(config: Config) -> int:
+    """Trace config.bundle, print the tree and write the page."""
     if not config.bundle:
         raise UserError("lineage needs a bundle: manta lineage NAME")
     from rich.console import Console
@@ -33,17 +34,19 @@ def lineage(config: Config) -> int:
 
     runs_dir = Path(config.runs_dir)
     bundle = Bundle.open(find_bundle(config.bundle, runs_dir, config.tracking_uri))
-    life = trace_lineage(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
-    Console(width=max(console.width, 160), soft_wrap=True, highlight=False).print(lineage_tree(life))  # a line a box
-    for fault in life.all_problems():
-        console.print(f"not whole: {escape(fault)}")
-    console.print(f"page  {write_lineage_page(config.run_dir / 'lineage.html', life)}")
-    return NOT_WHOLE if life.all_problems() else 0
+    lineage = trace_lineage(bundle, config.bundle, runs_dir, Registry(config.tracking_uri, config.registry_dir))
+    Console(width=max(console.width, 160), soft_wrap=True, highlight=False).print(
+        lineage_tree(lineage)
+    )  # each node on one line
+    for problem in lineage.all_problems():
+        console.print(f"incomplete: {escape(problem)}")
+    console.print(f"page  {write_lineage_page(config.run_dir / 'lineage.html', lineage)}")
+    return INCOMPLETE if lineage.all_problems() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job that the command line asks for."""
-    return run_job("lineage", lineage, argv, ("bundle",))
+    """Parse the command line and run the job."""
+    return run_job("lineage", show_lineage, argv, ("bundle",))
 
 
 if __name__ == "__main__":

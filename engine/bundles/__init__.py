@@ -1,1 +1,1 @@
-"""The only thing that leaves training and the only thing that serving accepts."""
+"""Bundles (the model folders that training exports and serving loads), their registry and lineage."""

@@ -1,1 +1,1 @@
-"""From what clients sent and said to the next version: is it other than what was learnt, and does learning it help?"""
+"""Learn from recorded requests and feedback: measure drift, train on corrections, register a better version."""

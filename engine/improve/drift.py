@@ -1,39 +1,43 @@
-"""Whether what comes in differs from what a model was made for, by more than chance.
+"""Test whether recent requests differ from the reference by more than chance.
 
-A measure has drifted where the difference is both large enough to matter and too large for chance, with as many tests as
-there are measures (Bonferroni). Sizes are population stability indices (PSI): the sum over bins of (p - q) ln(p / q), the
-symmetric divergence of Jeffreys 1946; 0.1 and 0.25 are its customary marks of a moderate and a large shift (Siddiqi 2006,
-"Credit Risk Scorecards"). With n and m samples in B bins and nothing changed it is about (1/n + 1/m) times a chi-square of
+A measure has drifted if the difference is both large enough to matter and significant, with a Bonferroni correction for the
+number of measures. Effect sizes are population stability indices (PSI): the sum over bins of (p - q) ln(p / q), the
+symmetric divergence of Jeffreys 1946; 0.1 and 0.25 are its customary thresholds of a moderate and a large shift (Siddiqi
+2006, "Credit Risk Scorecards"). With n and m samples in B bins and no change it is about (1/n + 1/m) times a chi-square of
 B - 1 degrees of freedom (Yurdakul & Naranjo 2020, "Statistical properties of the population stability index", Journal of
-Risk Model Validation 14): this gives its p-value. Ratings are compared by Fisher's exact test, one-sided.
+Risk Model Validation 14), which gives its p-value. Ratings are compared by Fisher's exact test, one-sided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 BINS = 10
-MIN_BIN_COUNT = 5  # samples that a bin of both together must have, or it is joined to its neighbour
+MIN_BIN_COUNT = 5  # samples of both sides together; a smaller bin is merged with its neighbor
+MEASURES = ("lengths", "tokens", "confidence", "labels", "bad")
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What is measured of some requests; a measure that doesn't apply is empty."""
+    """The measures of some requests; a measure that does not apply is empty."""
 
     lengths: Sequence[float]  # tokens of each input
-    tokens: Sequence[int]  # the inputs' tokens, in a row
-    confidence: Sequence[float]  # probability of each answer; of a text, the geometric mean of its tokens'
-    labels: Sequence[str]  # that were answered
-    bad: Sequence[bool]  # of each rating, whether it is bad
+    tokens: Sequence[int]  # of all inputs, concatenated
+    confidence: Sequence[
+        float
+    ]  # probability of each output; of a text, the geometric mean of its tokens' probabilities
+    labels: Sequence[str]  # predicted
+    bad: Sequence[bool]  # whether each rating is bad
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One measure, then and now."""
+    """One measure, in the reference and in the recent requests."""
 
     measure: str
     before: float  # mean; of labels and tokens: the share of the class (bin) that changed most
@@ -43,58 +47,75 @@ class Drift:
     is_drift: bool
     num_samples: tuple[int, int]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, with the keys of drift.json."""
+        return {
+            "measure": self.measure,
+            "before": self.before,
+            "after": self.after,
+            "size": self.effect_size,
+            "p": self.p_value,
+            "real": self.is_drift,
+            "samples": self.num_samples,
+        }
 
-def measure_drift(reference: RequestStats, recent: RequestStats, least_psi: float, least_bad: float, significance: float) -> list[Drift]:
-    """Compare each measure that both have enough of. A real drift is `least_psi` (ratings: `least_bad`) at least."""
-    found = []
-    names = [name for name in ("lengths", "tokens", "confidence", "labels", "bad") if len(getattr(reference, name)) and len(getattr(recent, name))]  # fmt: skip
-    for name in names:
+
+def measure_drift(
+    reference: RequestStats, recent: RequestStats, min_psi: float, min_bad_increase: float, significance: float
+) -> list[Drift]:
+    """Compare each measure that both sides have; a drift is significant, and at least `min_psi` or `min_bad_increase` large."""
+    measures = [name for name in MEASURES if len(getattr(reference, name)) and len(getattr(recent, name))]
+    drifts = []
+    for name in measures:
         old, new = getattr(reference, name), getattr(recent, name)
         if name == "bad":
-            size, p = bad_rating_increase(old, new)
-            before, after, least = float(np.mean(old)), float(np.mean(new)), least_bad
+            effect_size, p_value = bad_rating_increase(old, new)
+            before, after, min_size = float(np.mean(old)), float(np.mean(new)), min_bad_increase
         else:
-            numeric = name in ("lengths", "confidence")
-            bins = numeric_bins(old, new) if numeric else class_bins(old, new)
-            # The tokens of one text come together, so that a text counts as one draw.
+            is_numeric = name in ("lengths", "confidence")
+            bins = numeric_bins(old, new) if is_numeric else class_bins(old, new)
+            # The tokens of one text are not independent, so each text counts as one draw.
             draws = (len(reference.lengths), len(recent.lengths)) if name == "tokens" else (len(old), len(new))
-            size, p = psi(*bins, draws)
-            before, after = (float(np.mean(old)), float(np.mean(new))) if numeric else largest_change(*bins)
-            least = least_psi
-        real = size >= least and p < significance / len(names)
-        found.append(Drift(name, before, after, size, p, real, (len(old), len(new))))
-    return found
+            effect_size, p_value = psi(*bins, draws)
+            before, after = (float(np.mean(old)), float(np.mean(new))) if is_numeric else largest_change(*bins)
+            min_size = min_psi
+        is_drift = effect_size >= min_size and p_value < significance / len(measures)
+        drifts.append(Drift(name, before, after, effect_size, p_value, is_drift, (len(old), len(new))))
+    return drifts
 
 
 def psi(old: np.ndarray, new: np.ndarray, draws: tuple[int, int]) -> tuple[float, float]:
-    """Return the index of two histograms (counts) and its p-value; half a sample is added to each bin, so that none is empty."""
+    """Return the PSI of two histograms (counts) and its p-value; half a sample is added to each bin, so that none is empty."""
     p, q = (old + 0.5) / (old + 0.5).sum(), (new + 0.5) / (new + 0.5).sum()
-    size = float(((p - q) * np.log(p / q)).sum())
+    value = float(((p - q) * np.log(p / q)).sum())
     scale = 1 / draws[0] + 1 / draws[1]
-    return size, float(stats.chi2.sf(size / scale, max(len(old) - 1, 1)))
+    return value, float(stats.chi2.sf(value / scale, max(len(old) - 1, 1)))
 
 
 def numeric_bins(old: Sequence[float], new: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Count both in the deciles of the old ones."""
+    """Count both sides by the deciles of the old one."""
     edges = np.unique(np.quantile(np.asarray(old, dtype=float), np.arange(1, BINS) / BINS))
-    counts = [np.bincount(np.searchsorted(edges, np.asarray(it, dtype=float), side="right"), minlength=len(edges) + 1) for it in (old, new)]  # fmt: skip
+    counts = [
+        np.bincount(np.searchsorted(edges, np.asarray(values, dtype=float), side="right"), minlength=len(edges) + 1)
+        for values in (old, new)
+    ]
     return merge_small_bins(counts[0], counts[1])
 
 
 def class_bins(old: Sequence[object], new: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
-    """Count both by class, the most frequent ones of the old apart and all others together."""
+    """Count both sides by class: the most frequent classes of the old side, and all others in one bin."""
     names, totals = np.unique(np.asarray(old), return_counts=True)
     kept = names[np.argsort(-totals, kind="stable")][: BINS - 1]
     counts = []
-    for it in (old, new):
-        values = np.asarray(it)
+    for side in (old, new):
+        values = np.asarray(side)
         each = [int((values == name).sum()) for name in kept]
         counts.append(np.array([*each, len(values) - sum(each)]))
     return merge_small_bins(counts[0], counts[1])
 
 
 def merge_small_bins(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Join each bin that has too few samples to the one before it."""
+    """Merge each bin that has too few samples with the previous one."""
     pairs: list[list[int]] = []
     for a, b in zip(old.tolist(), new.tolist(), strict=True):
         if pairs and (a + b < MIN_BIN_COUNT or sum(pairs[-1]) < MIN_BIN_COUNT):
@@ -105,13 +126,13 @@ def merge_small_bins(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def largest_change(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
-    """Return the shares, then and now, of the bin that changed most."""
+    """Return the old and the new share of the bin that changed most."""
     p, q = old / old.sum(), new / new.sum()
-    most = int(np.argmax(np.abs(p - q)))
-    return float(p[most]), float(q[most])
+    changed_most = int(np.argmax(np.abs(p - q)))
+    return float(p[changed_most]), float(q[changed_most])
 
 
 def bad_rating_increase(old: Sequence[bool], new: Sequence[bool]) -> tuple[float, float]:
-    """Return by how much the share of bad ratings has grown, and the p-value of Fisher's test that it has."""
+    """Return the increase of the share of bad ratings, and the p-value of Fisher's one-sided test for it."""
     table = [[sum(new), len(new) - sum(new)], [sum(old), len(old) - sum(old)]]
     return float(np.mean(new) - np.mean(old)), float(stats.fisher_exact(table, alternative="greater").pvalue)

@@ -1,4 +1,4 @@
-"""Intervals that cover, verdicts that hold, and a report with every figure."""
+"""Bootstrap intervals and comparisons, evaluation of a bundle, and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.config import Config, ObjectiveConfig, with_values
 from engine.data.prepare import prepare
 from engine.data.shards import Split
 from engine.errors import UserError
-from engine.evaluate.bootstrap import bootstrap_intervals, compare_paired
+from engine.evaluate.bootstrap import INCONCLUSIVE, WORSE, bootstrap_intervals, compare_paired
 from engine.evaluate.environment import machine_info, package_versions
 from engine.evaluate.evaluate import evaluate_bundle, map_classes
 from engine.evaluate.job import run_evaluation
@@ -25,11 +25,15 @@ from tests.engine.bundles.small_bundles import fresh_bundle
 OBJECTIVE = SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b"])
 
 
-def scores(right: np.ndarray) -> dict[str, np.ndarray]:
-    return {"nll": np.where(right, 0.1, 2.0), "label": np.zeros(len(right), int), "predicted": np.where(right, 0, 1)}
+def scores(correct: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "nll": np.where(correct, 0.1, 2.0),
+        "label": np.zeros(len(correct), int),
+        "predicted": np.where(correct, 0, 1),
+    }
 
 
-def test_the_interval_of_a_share_is_near_the_normal_one() -> None:
+def test_bootstrap_interval_of_a_proportion_is_near_the_normal_interval() -> None:
     right = np.arange(500) < 300
     found = bootstrap_intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"]
     half = 1.96 * np.sqrt(0.6 * 0.4 / 500)
@@ -38,7 +42,7 @@ def test_the_interval_of_a_share_is_near_the_normal_one() -> None:
     assert bootstrap_intervals(OBJECTIVE.summarize, scores(right), 0.95, 2000, 0)["accuracy"] == found
 
 
-def test_a_paired_difference_is_told_where_separate_intervals_overlap() -> None:
+def test_paired_comparison_is_significant_where_separate_intervals_overlap() -> None:
     a, b = np.arange(400) < 250, np.arange(400) < 232
     assert compare_paired(OBJECTIVE, scores(a), scores(b), 0.95, 1000, 0).verdict == "better"
     assert compare_paired(OBJECTIVE, scores(b), scores(a), 0.95, 1000, 0).verdict == "worse"
@@ -47,7 +51,7 @@ def test_a_paired_difference_is_told_where_separate_intervals_overlap() -> None:
         compare_paired(OBJECTIVE, scores(a), scores(a[:5]), 0.95, 100, 0)
 
 
-def test_an_evaluation_is_the_direct_computation(tiny_functions: Config, tmp_path: Path) -> None:
+def test_evaluation_equals_the_direct_computation(tiny_functions: Config, tmp_path: Path) -> None:
     bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
     config = with_values(tiny_functions, {"evaluate.resamples": 100, "evaluate.batch": 7})
     found = evaluate_bundle(bundle.folder, config)
@@ -66,7 +70,7 @@ def test_an_evaluation_is_the_direct_computation(tiny_functions: Config, tmp_pat
     assert found.majority.value == pytest.approx(float((split.labels == frequent).mean()))
 
 
-def test_other_labels_are_refused(tiny_functions: Config, tmp_path: Path) -> None:
+def test_unknown_labels_are_refused(tiny_functions: Config, tmp_path: Path) -> None:
     bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
     rows = "\n".join(f'{{"text": "some words of text {i}", "label": "{"xy"[i % 2]}"}}' for i in range(60))
     (tmp_path / "other.jsonl").write_text(rows)
@@ -78,7 +82,7 @@ def test_other_labels_are_refused(tiny_functions: Config, tmp_path: Path) -> Non
         evaluate_bundle(bundle.folder, other)
 
 
-def facts() -> dict[str, Any]:
+def summary() -> dict[str, Any]:
     value = {"value": 0.5, "low": 0.4, "high": 0.6}
     return {
         "name": "demo",
@@ -117,9 +121,9 @@ def facts() -> dict[str, Any]:
     }
 
 
-def test_the_report_is_one_page_with_every_figure_and_nothing_from_elsewhere(tmp_path: Path) -> None:
-    page = write_report(tmp_path, facts()).read_text()
-    for figure in (
+def test_report_is_self_contained_and_shows_every_value(tmp_path: Path) -> None:
+    page = write_report(tmp_path, summary()).read_text()
+    for value in (
         "0.500",
         "0.400 to 0.600",
         "0.310",
@@ -131,22 +135,24 @@ def test_the_report_is_one_page_with_every_figure_and_nothing_from_elsewhere(tmp
         "63 seconds",
         "+19.0 points",
     ):
-        assert figure in page, figure
-    assert "Pre-training paid" in page
+        assert value in page, value
+    assert "Pre-training improved the accuracy" in page
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert not [part for part in page.split("http")[1:] if not part.startswith("_")]
     assert page.count("<svg") == 4
 
 
-@pytest.mark.parametrize(("word", "says"), [("worse", "did harm"), ("not told apart", "cannot be told")])
-def test_the_verdict_is_plain_whatever_it_is(word: str, says: str) -> None:
-    told = facts()
-    told["pretraining_paid"]["verdict"] = word
-    assert says in pretraining_conclusion(told)
+@pytest.mark.parametrize(
+    ("verdict", "statement"), [(WORSE, "reduced the accuracy"), (INCONCLUSIVE, "no significant difference")]
+)
+def test_conclusion_states_the_verdict(verdict: str, statement: str) -> None:
+    content = summary()
+    content["pretraining_paid"]["verdict"] = verdict
+    assert statement in pretraining_conclusion(content)
 
 
-def test_data_of_another_task_are_refused_before_they_are_prepared(
+def test_data_of_another_objective_are_refused_before_they_are_prepared(
     tiny: Config, tiny_functions: Config, tmp_path: Path
 ) -> None:
     bundle = fresh_bundle(tiny_functions, tmp_path / "b" / "bundle")
@@ -157,22 +163,24 @@ def test_data_of_another_task_are_refused_before_they_are_prepared(
         evaluate_bundle(bundle.folder, tiny)
 
 
-def test_classes_are_the_bundles_whatever_the_order_of_the_datas() -> None:
+def test_classes_are_mapped_to_the_order_of_the_bundle() -> None:
     assert map_classes(Path("b/bundle"), ["cat", "dog"], ["dog", "fox", "cat"]).tolist() == [2, 0]
 
 
-def test_what_is_shown_and_kept(tiny_functions: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_printed_and_saved(
+    tiny_functions: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a = fresh_bundle(tiny_functions, tmp_path / "a" / "bundle")
     config = with_values(
         tiny_functions,
         {"name": "measured", "bundle": str(a.folder), "evaluate.against": str(a.folder), "evaluate.resamples": 100},
     )
     run_evaluation(config)
-    kept = json.loads((config.run_dir / "evaluation.json").read_text())
-    assert [found["hash"] for found in kept["bundles"]] == [a.hash, a.hash]
-    assert kept["comparison"] == {
+    saved = json.loads((config.run_dir / "evaluation.json").read_text())
+    assert [record["hash"] for record in saved["bundles"]] == [a.hash, a.hash]
+    assert saved["comparison"] == {
         "metric": "accuracy", "difference": 0.0, "low": 0.0, "high": 0.0, "verdict": "not told apart",
     }  # fmt: skip
-    assert "is not told apart from" in capsys.readouterr().out
+    assert "no significant difference between" in capsys.readouterr().out
     with pytest.raises(UserError, match="say which with bundle="):
         run_evaluation(with_values(config, {"bundle": None}))

@@ -1,4 +1,4 @@
-"""EleutherAI's harness on a bundle, with a task from this disk and no network."""
+"""EleutherAI's harness on a bundle, with a local task and no network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def task(tmp_path: Path) -> Path:
     return tmp_path / "right_word.yaml"
 
 
-def test_results_become_figures() -> None:
+def test_results_are_parsed() -> None:
     results = {
         "t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.25, "em_stderr,strict": "N/A"}
     }
@@ -50,12 +50,12 @@ def test_results_become_figures() -> None:
     }
 
 
-def test_suite_and_tasks_go_together(lives: Lives) -> None:
+def test_suite_requires_tasks(lives: Lives) -> None:
     with pytest.raises(UserError, match="go together"):
         with_values(lives.text, {"evaluate.suite": "lm_eval"})
 
 
-def test_without_the_package_it_is_told_how_to_get_it(
+def test_error_without_the_package_says_how_to_install_it(
     lives: Lives, task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.evaluate.harness.find_spec", lambda name: None)
@@ -66,7 +66,7 @@ def test_without_the_package_it_is_told_how_to_get_it(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_installed(), reason="lm-eval[hf] is not installed: pip install 'manta-train[lm-eval]'")
-def test_the_harness_and_the_direct_computation_agree(lives: Lives, task: Path, tmp_path: Path) -> None:
+def test_harness_equals_the_direct_computation(lives: Lives, task: Path, tmp_path: Path) -> None:
     bundle = lives.bundle("base")
     config = with_values(
         lives.text,
@@ -90,8 +90,8 @@ def test_the_harness_and_the_direct_computation_agree(lives: Lives, task: Path, 
     assert found["metrics"]["right_word acc"]["value"] == pytest.approx(sum(right) / 3)
     assert sum(right) == 2
     assert found["hash"] == bundle.hash
-    for tasks, said in ((["right_wrod"], "no task right_wrod"), ([str(tmp_path / "no.yaml")], "is not there")):
-        with pytest.raises(UserError, match=said):
+    for tasks, message in ((["right_wrod"], "no task right_wrod"), ([str(tmp_path / "no.yaml")], "does not exist")):
+        with pytest.raises(UserError, match=message):
             run_harness(bundle, with_values(config, {"evaluate.tasks": tasks}).evaluate, 0)
-    with pytest.raises(UserError, match="asks language models"):
+    with pytest.raises(UserError, match="needs a causal language model"):
         run_harness(lives.bundle("good"), config.evaluate, 0)

@@ -1,4 +1,4 @@
-"""The quick figures are the libraries'; bits per byte counts the text's own bytes."""
+"""Metrics computed from counts equal those of the libraries; bits per byte counts the bytes of the text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.lives import Lives
 OBJECTIVE = SequenceClassification(ObjectiveConfig("classification"), None, 8, ["a", "b", "c", "d"])
 
 
-def drawn(seed: int, count: int = 300, classes: int = 4) -> dict[str, np.ndarray]:
+def random_scores(seed: int, count: int = 300, classes: int = 4) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed)
     label = draw.integers(classes, size=count)
     predicted = np.where(draw.random(count) < 0.6, label, draw.integers(classes, size=count))
@@ -39,21 +39,21 @@ def drawn(seed: int, count: int = 300, classes: int = 4) -> dict[str, np.ndarray
 @pytest.mark.parametrize(
     "scores",
     [
-        drawn(0),
-        drawn(1, classes=2),  # two of the four classes never occur
-        drawn(2, count=3),
-        drawn(3) | {"predicted": np.zeros(300, int)},  # always the same class
-        drawn(4) | {"label": np.ones(300, int)},
+        random_scores(0),
+        random_scores(1, classes=2),  # two of the four classes never occur
+        random_scores(2, count=3),
+        random_scores(3) | {"predicted": np.zeros(300, int)},  # always the same class
+        random_scores(4) | {"label": np.ones(300, int)},
     ],
 )
-def test_quick_figures_are_the_libraries(scores: dict[str, np.ndarray]) -> None:
-    mine, theirs = compute_metrics(OBJECTIVE, scores), reference_values(OBJECTIVE, scores)
-    assert set(theirs) == {"accuracy", "macro_f1", "weighted_f1", "matthews", "calibration_error"}
-    for name, value in theirs.items():
-        assert mine[name] == pytest.approx(value, abs=1e-6), name
+def test_computed_metrics_equal_the_libraries(scores: dict[str, np.ndarray]) -> None:
+    computed, reference = compute_metrics(OBJECTIVE, scores), reference_values(OBJECTIVE, scores)
+    assert set(reference) == {"accuracy", "macro_f1", "weighted_f1", "matthews", "calibration_error"}
+    for name, value in reference.items():
+        assert computed[name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_figures_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     scores = {
         "nll": np.zeros(4),
         "label": np.array([0, 0, 1, 1]),
@@ -67,9 +67,9 @@ def test_figures_by_hand() -> None:
     assert found["matthews"] == pytest.approx(2 / math.sqrt(2 * 2 * 1 * 3))
     # three at 0.9, all right (0.1 off); one at 0.5, wrong (0.5 off)
     assert found["calibration_error"] == pytest.approx((3 * 0.1 + 0.5) / 4, abs=1e-6)
-    told = classification_details(OBJECTIVE, scores)
-    assert [bin["examples"] for bin in told["reliability"]] == [1, 3]
-    assert told["classes"][1] == {
+    result = classification_details(OBJECTIVE, scores)
+    assert [bin["examples"] for bin in result["reliability"]] == [1, 3]
+    assert result["classes"][1] == {
         "label": "b",
         "precision": 2 / 3,
         "recall": 1.0,
@@ -78,7 +78,7 @@ def test_figures_by_hand() -> None:
     }
 
 
-def test_the_bytes_of_the_targets_are_those_of_the_text(lives: Lives, tmp_path: Path) -> None:
+def test_byte_counter_counts_the_bytes_of_the_text(lives: Lives, tmp_path: Path) -> None:
     folder = prepare(lives.text)
     split, tokenizer = Split.open(folder, "test"), load_tokenizer(folder / "tokenizer")
     stream = split.token_range(0, split.num_tokens).astype(np.int64)
@@ -88,11 +88,11 @@ def test_the_bytes_of_the_targets_are_those_of_the_text(lives: Lives, tmp_path: 
     blocks.reshape(-1)[: len(stream)] = stream
     assert count(blocks).sum() == len(text.encode())
     ids = np.array([tokenizer("né 漢字")["input_ids"]])
-    assert count(ids)[0] == len("né 漢字".encode())  # each byte once, although the block's edges may cut a character
+    assert count(ids)[0] == len("né 漢字".encode())  # each byte once, although a block's edge may split a character
     assert sum(int(count(ids[:, i : i + 1])[0]) for i in range(ids.shape[1])) == len("né 漢字".encode())
 
 
-def test_other_tokenizers_targets_are_decoded() -> None:
+def test_byte_counter_decodes_targets_of_other_tokenizers() -> None:
     class Words:
         all_special_ids = (0,)
         backend_tokenizer = type("Backend", (), {"decoder": "WordPiece"})
@@ -103,7 +103,7 @@ def test_other_tokenizers_targets_are_decoded() -> None:
     assert ByteCounter(Words())(np.array([[1, 2, 0], [2, -100, -100]])).tolist() == [5, 2]
 
 
-def test_a_language_models_figures_are_the_direct_computation(lives: Lives) -> None:
+def test_language_model_metrics_equal_the_direct_computation(lives: Lives) -> None:
     config = with_values(lives.text, {"evaluate.resamples": 100})
     found = evaluate_bundle(lives.bundle("base").folder, config)
     bundle = lives.bundle("base")

@@ -1,4 +1,4 @@
-"""A champion is whole, known back to its data, and better than the one before, or there is a reason."""
+"""Promotion requires a valid bundle, a complete lineage and a better result, or a reason; comparison; lineage page."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ BETTER = Comparison("accuracy", 0.2, 0.1, 0.3, "better")
 
 
 @pytest.mark.parametrize(
-    ("compared", "reason", "promoted", "why"),
+    ("comparison", "reason", "promoted", "message"),
     [
         (None, None, True, "the first champion of this name"),
         (None, "a trial", True, "a trial"),
         (BETTER, None, True, r"a is better than b: accuracy differs by \+0.2000"),
-        (Comparison("accuracy", 0.01, -0.1, 0.1, "not told apart"), None, False, "a is not told apart from b.*promote.reason="),
+        (Comparison("accuracy", 0.01, -0.1, 0.1, "not told apart"), None, False, "no significant difference between a and b.*promote.reason="),
         (Comparison("accuracy", -0.2, -0.3, -0.1, "worse"), None, False, "a is worse than b"),
         (Comparison("accuracy", -0.2, -0.3, -0.1, "worse"), "it is smaller", True, "it is smaller .a is worse than b"),
     ],
 )  # fmt: skip
-def test_who_is_promoted(compared: Comparison | None, reason: str | None, promoted: bool, why: str) -> None:
-    decision = decide_promotion(compared, ("a", "b"), reason)
+def test_promotion_decision(comparison: Comparison | None, reason: str | None, promoted: bool, message: str) -> None:
+    decision = decide_promotion(comparison, ("a", "b"), reason)
     assert decision.promote is promoted
-    with pytest.raises(UserError, match=why):
+    with pytest.raises(UserError, match=message):
         raise UserError(decision.reason)
 
 
 @pytest.fixture(scope="module")
 def home(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A copy of the lives with a registry of its own; the data stay where they are."""
+    """A copy of the trained runs with a registry of its own; the data stay where they are."""
     runs = Path(shutil.copytree(lives.runs_dir, tmp_path_factory.mktemp("home") / "runs"))
     return with_values(lives.labelled, {"runs_dir": str(runs)})
 
@@ -57,7 +57,7 @@ def asking(home: Config, name: str, **values: str) -> Config:
     return with_values(home, {"bundle": name, "name": "asking", **{k.replace("__", "."): v for k, v in values.items()}})
 
 
-def test_a_life_from_promotion_to_rollback(home: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_promotion_and_rollback(home: Config, capsys: pytest.CaptureFixture[str]) -> None:
     runs = Path(home.runs_dir)
     first = promote(asking(home, "poor", promote__model="demo"), False)
     assert (first.number, str(first)) == (1, "demo/1")
@@ -72,11 +72,11 @@ def test_a_life_from_promotion_to_rollback(home: Config, capsys: pytest.CaptureF
     assert find_bundle("demo@champion", runs, home.tracking_uri) == first.folder
     roll_back(asking(home, "demo", promote__reason="the drill is over"))
     assert find_bundle("demo@champion", runs, home.tracking_uri) == second.folder
-    with pytest.raises(UserError, match="nobody is no registered name"):
+    with pytest.raises(UserError, match="nobody is not a registered name"):
         roll_back(asking(home, "nobody"))
 
 
-def test_a_comparison_has_an_exit_code(home: Config) -> None:
+def test_comparison_exit_codes(home: Config) -> None:
     pair = {"evaluate__against": "poor"}
     assert compare(asking(home, "good", **pair), False) == 0
     assert compare(asking(home, "poor", evaluate__against="good"), False) == 3
@@ -88,7 +88,7 @@ def test_a_comparison_has_an_exit_code(home: Config) -> None:
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
-    """Alter a manifest so well that its own hash is right again."""
+    """Alter a manifest, and its own hash with it."""
     import dataclasses
 
     manifest = Bundle.open(folder).manifest
@@ -96,10 +96,12 @@ def change_manifest(folder: Path, **changes: object) -> None:
     altered = dataclasses.replace(manifest, **changes)  # type: ignore[arg-type]
     altered = dataclasses.replace(altered, hash=altered.content_hash())
     (folder / "manta.json").write_text(json.dumps(dataclasses.asdict(altered)))
-    (folder / "README.md").write_bytes(original_card(folder / "README.md"))  # what was added to the card fits no more
+    (folder / "README.md").write_bytes(
+        original_card(folder / "README.md")
+    )  # the evaluations on the card no longer match
 
 
-def test_bundles_of_other_data_are_refused_until_the_data_are_named(home: Config, tmp_path: Path) -> None:
+def test_bundles_of_different_data_need_named_data(home: Config, tmp_path: Path) -> None:
     from engine.data.prepare import prepare
 
     rows = "\n".join(json.dumps({"text": f"words {i} {'bright' if i % 2 else 'dull'}", "label": "good" if i % 2 else "bad"}) for i in range(200))  # fmt: skip
@@ -148,9 +150,7 @@ def tamper_answers(folder: Path) -> None:
         (tamper_answers, "does not reproduce its golden outputs"),
     ],
 )
-def test_a_tampered_bundle_is_refused_and_named(
-    home: Config, tmp_path: Path, tamper: Callable[[Path], None], named: str
-) -> None:
+def test_tampered_bundle_is_refused(home: Config, tmp_path: Path, tamper: Callable[[Path], None], named: str) -> None:
     folder = Path(shutil.copytree(Path(home.runs_dir) / "good" / "bundle", tmp_path / "t" / "bundle"))
     tamper(folder)
     with pytest.raises(UserError, match=named):
@@ -159,7 +159,7 @@ def test_a_tampered_bundle_is_refused_and_named(
 
 
 @pytest.mark.parametrize(("tamper", "named"), [(tamper_tensor, r"model\.safetensors"), (tamper_tokenizer, r"tokenizer\.json"), (tamper_manifest, r"manta\.json")])  # fmt: skip
-def test_a_tampered_bundle_is_not_served(
+def test_tampered_bundle_is_not_served(
     ray: None, home: Config, tmp_path: Path, tamper: Callable[[Path], None], named: str
 ) -> None:
     folder = Path(shutil.copytree(Path(home.runs_dir) / "good" / "bundle", tmp_path / "t" / "bundle"))
@@ -168,33 +168,33 @@ def test_a_tampered_bundle_is_not_served(
         deploy(with_values(home, {"serve.port": 18997}), {"t": folder})
 
 
-def test_a_lineage_with_a_gap_is_refused(home: Config, tmp_path: Path) -> None:
+def test_incomplete_lineage_is_refused(home: Config, tmp_path: Path) -> None:
     registry = Registry(home.tracking_uri, home.registry_dir)
     runs = Path(shutil.copytree(home.runs_dir, tmp_path / "runs"))
 
-    def faults() -> str:
+    def problems() -> str:
         bundle = Bundle.open(runs / "good" / "bundle")
         return "; ".join(trace_lineage(bundle, "good", runs, registry).all_problems())
 
-    assert faults() == ""
+    assert problems() == ""
     (runs / "base" / "bundle").rename(tmp_path / "aside")
-    assert "the bundle that good was trained from" in faults()
-    assert "was not found" in faults()
+    assert "the bundle that good was trained from" in problems()
+    assert "was not found" in problems()
     (tmp_path / "aside").rename(runs / "base" / "bundle")
     lines = (runs / "good" / "metrics.jsonl").read_text()
     (runs / "good" / "metrics.jsonl").write_text(lines.replace('"samples_hash": "', '"samples_hash": "0'))
-    assert "no run 'good' in" in faults()
-    with pytest.raises(UserError, match="the lineage of good is not whole: no run 'good'"):
+    assert "no run 'good' in" in problems()
+    with pytest.raises(UserError, match="the lineage of good is incomplete: no run 'good'"):
         promote(with_values(asking(home, "good"), {"runs_dir": str(runs), "tracking.uri": home.tracking_uri}), False)
     (runs / "good" / "metrics.jsonl").write_text(lines)
     change_manifest(runs / "good" / "bundle", config_hash="0")
-    assert "does not match its recorded hash" in faults()
+    assert "does not match its recorded hash" in problems()
     change_manifest(runs / "good" / "bundle", training=None, data=None, run=None)
-    assert "does not say what data" in faults()
-    assert "does not say which run trained it" in faults()
+    assert "does not say what data" in problems()
+    assert "does not say which run trained it" in problems()
 
 
-def test_changed_data_break_the_lineage(lives: Lives, home: Config, tmp_path: Path) -> None:
+def test_changed_data_are_a_lineage_problem(lives: Lives, home: Config, tmp_path: Path) -> None:
     manifest = lives.bundle("good").manifest
     assert manifest is not None
     assert manifest.data is not None
@@ -206,11 +206,11 @@ def test_changed_data_break_the_lineage(lives: Lives, home: Config, tmp_path: Pa
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     registry = Registry(home.tracking_uri, home.registry_dir)
-    (fault,) = trace_lineage(Bundle.open(folder), "b", Path(home.runs_dir), registry).all_problems()
-    assert f"{shard} was changed" in fault
+    (problem,) = trace_lineage(Bundle.open(folder), "b", Path(home.runs_dir), registry).all_problems()
+    assert f"{shard} was changed" in problem
 
 
-def test_the_lineage_is_drawn_from_data_to_deployment(home: Config, tmp_path: Path) -> None:
+def test_lineage_page_shows_data_to_deployment(home: Config, tmp_path: Path) -> None:
     runs = Path(home.runs_dir)
     sweep = runs / "search" / "trials"
     sweep.mkdir(parents=True)
@@ -225,17 +225,17 @@ def test_the_lineage_is_drawn_from_data_to_deployment(home: Config, tmp_path: Pa
     promote(asking(home, "search"), False)
     record_deployment(runs / "live", "http://127.0.0.1:9", {"search": runs / "search" / "bundle"})
     registry = Registry(home.tracking_uri, home.registry_dir)
-    life = trace_lineage(Bundle.open(find_bundle("search", runs, home.tracking_uri)), "search", runs, registry)
-    assert life.all_problems() == []
+    lineage = trace_lineage(Bundle.open(find_bundle("search", runs, home.tracking_uri)), "search", runs, registry)
+    assert lineage.all_problems() == []
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
-    console.print(lineage_tree(life))
+    console.print(lineage_tree(lineage))
     shown = console.export_text()
     order = ["data rows-", "pretrain base", "bundle base", "sweep search", "trial trial-7", "bundle search", "evaluation test of",
              "version search/1", "champion", "deployment search at http://127.0.0.1:9", "down"]  # fmt: skip
     places = [shown.index(word) for word in order]
     assert places == sorted(places)
-    page = write_lineage_page(tmp_path / "lineage.html", life).read_text()
-    for word in ("trial-7", "search/1", "rows-", life.bundle.hash[:12], "Whole: each step was found"):
+    page = write_lineage_page(tmp_path / "lineage.html", lineage).read_text()
+    for word in ("trial-7", "search/1", "rows-", lineage.bundle.hash[:12], "Complete: every step was found"):
         assert word in page
     assert page.count("<svg") == 1
     assert page.count("<rect") == page.count("<tr>") - 1

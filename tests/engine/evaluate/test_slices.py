@@ -1,4 +1,4 @@
-"""Figures by group, a bias check over pairs, written text against references; and the page that shows them."""
+"""Metrics by group, the bias check over pairs, generated text against references, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAIRS = [
 ]
 
 
-def test_the_groups_are_those_of_the_rows(lives: Lives) -> None:
+def test_groups_are_those_of_the_rows(lives: Lives) -> None:
     folder = lives.bundle("good").folder
     split = Split.open(prepare(lives.labelled, folder), "test")
     tokenizer = lives.bundle("good").objective().tokenizer
@@ -43,10 +43,12 @@ def test_the_groups_are_those_of_the_rows(lives: Lives) -> None:
     with pytest.raises(UserError, match=r"no column 'regoin' .* did you mean 'region'"):
         read_slice_values(lives.labelled.data, "regoin", split, tokenizer)
     with pytest.raises(UserError, match="has no columns"):
-        read_slice_values(with_values(lives.labelled, {"data.source": "python_stdlib"}).data, "region", split, tokenizer)
+        read_slice_values(
+            with_values(lives.labelled, {"data.source": "python_stdlib"}).data, "region", split, tokenizer
+        )
 
 
-def test_rows_without_a_group_are_told(lives: Lives, tmp_path: Path) -> None:
+def test_rows_without_a_group_are_refused(lives: Lives, tmp_path: Path) -> None:
     rows = [row if i % 2 else {**row, "region": None} for i, row in enumerate(lives.rows)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     config = with_values(lives.labelled, {"data.path": str(tmp_path / "rows.jsonl")})
@@ -59,7 +61,9 @@ def test_slices_are_the_figures_of_their_rows_and_their_gaps(lives: Lives) -> No
     config = with_values(lives.labelled, {"evaluate.slice_column": "region", "evaluate.resamples": 300})
     found = evaluate_bundle(lives.bundle("good").folder, config)
     right = found.scores["label"] == found.scores["predicted"]
-    groups = np.array(read_slice_values(config.data, "region", Split.open(found.data, "test"), found.objective.tokenizer))
+    groups = np.array(
+        read_slice_values(config.data, "region", Split.open(found.data, "test"), found.objective.tokenizer)
+    )
     assert [one.group for one in found.slices] == ["north", "south"]
     for one in found.slices:
         inside = groups == one.group
@@ -90,7 +94,9 @@ def test_pairs_show_what_a_model_makes_of_a_word(lives: Lives, tmp_path: Path) -
     assert found.metrics["shift good"].value == pytest.approx(-found.metrics["shift bad"].value, abs=1e-6)
     assert found.metrics["flipped"].value == np.mean([a["label"] != b["label"] for a, b in zip(*answers)])
     assert found.metrics["shift good"].low > 0
-    same = evaluate_pairs(bundle, model, pairs_file(tmp_path, [{"a": p["a"], "b": p["a"]} for p in PAIRS]), 0.95, 200, 0)
+    same = evaluate_pairs(
+        bundle, model, pairs_file(tmp_path, [{"a": p["a"], "b": p["a"]} for p in PAIRS]), 0.95, 200, 0
+    )
     assert {name: value.value for name, value in same.metrics.items()} == {
         "flipped": 0,
         "shift bad": 0,
@@ -106,11 +112,11 @@ def test_pairs_of_a_language_model(lives: Lives, tmp_path: Path) -> None:
     assert found.metrics["shift"].value > 0.5
     same = evaluate_pairs(bundle, bundle.model(), pairs_file(tmp_path, [{"a": "x y", "b": "x y"}]), 0.95, 100, 0)
     assert same.metrics["preferred_a"].value == 0.5
-    with pytest.raises(UserError, match=r'line 2 of .* is no pair: write \{"a"'):
+    with pytest.raises(UserError, match=r'line 2 of .* is not a pair: write \{"a"'):
         evaluate_pairs(bundle, bundle.model(), pairs_file(tmp_path, [{"a": "x", "b": "y"}, {"a": "x"}]), 0.95, 100, 0)
 
 
-def test_bleu_chrf_and_rouge_are_the_libraries() -> None:
+def test_bleu_chrf_and_rouge_equal_the_libraries() -> None:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -122,10 +128,12 @@ def test_bleu_chrf_and_rouge_are_the_libraries() -> None:
     scorer = RougeScorer(["rougeL"])
     each = [scorer.score(t, w)["rougeL"].fmeasure for t, w in zip(targets, written)]
     assert found["rouge_l"] == pytest.approx(np.mean(each))
-    assert summarize_statistics(text_statistics(targets, targets)) == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 1})
+    assert summarize_statistics(text_statistics(targets, targets)) == pytest.approx(
+        {"bleu": 100, "chrf": 100, "rouge_l": 1}
+    )
 
 
-def test_written_text_is_measured(lives: Lives, tmp_path: Path) -> None:
+def test_generated_text_is_evaluated(lives: Lives, tmp_path: Path) -> None:
     bundle = fresh_bundle(lives.text, tmp_path / "writer" / "bundle")
     model, objective = bundle.model(), bundle.objective()
     starts = ["the film a", "an actor of"]
@@ -147,7 +155,7 @@ def test_written_text_is_measured(lives: Lives, tmp_path: Path) -> None:
         evaluate_generation(lives.bundle("good"), model, options, 0)
 
 
-def test_an_evaluation_is_on_the_page_in_the_file_and_on_the_card(lives: Lives, tmp_path: Path) -> None:
+def test_evaluation_is_on_the_page_in_the_file_and_on_the_card(lives: Lives, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(lives.bundle("good").folder, tmp_path / "mine" / "bundle"))
     config = with_values(
         lives.labelled,

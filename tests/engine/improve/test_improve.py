@@ -1,4 +1,4 @@
-"""What an endpoint recorded becomes a better version, where it should."""
+"""Recorded requests and feedback become a better version if there is drift."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from engine.bundles.registry import Registry
 from engine.config import Config, with_values
 from engine.errors import UserError
 from engine.improve import improve as improving
-from engine.improve.examples import RecordedRequest, Example, Feedback, examples_from_feedback, read_requests_and_feedback
+from engine.improve.examples import (
+    Example,
+    Feedback,
+    RecordedRequest,
+    examples_from_feedback,
+    read_requests_and_feedback,
+)
 from engine.serve.http.feedback_store import Recorder
 from engine.train.launch import TrainResult
 from engine.train.run_folder import RunFolder
 from tests.lives import Lives, run
 
-GOOD, BAD = ["splendid", "sunny", "tender"], ["bleak", "rotten", "vile"]  # words that nobody has shown it
+GOOD, BAD = ["splendid", "sunny", "tender"], ["bleak", "rotten", "vile"]  # words that are not in the training data
 
 
 def record(
@@ -80,7 +86,7 @@ def trained_here(config: Config) -> TrainResult:
 
 
 @pytest.mark.slow
-def test_new_words_are_learnt(
+def test_drift_leads_to_a_better_version(
     lives: Lives, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = lives.bundle("good")
@@ -90,10 +96,10 @@ def test_new_words_are_learnt(
     assert improving.improve(config, lambda _: nullcontext()) == 0
     said = capsys.readouterr().out
     assert "300 requests and feedback on 300" in said
-    assert "drifted, and 300 examples to learn from: improve.apply=true trains, tests and registers" in said
+    assert "drift, and 300 examples to train on: improve.apply=true trains, tests and registers" in said
     assert not (tmp_path / "improve" / "examples").exists()
     found = json.loads((tmp_path / "improve" / "drift.json").read_text())
-    assert {it["measure"]: it["real"] for it in found["drift"]}["tokens"] is True
+    assert {drift["measure"]: drift["real"] for drift in found["drift"]}["tokens"] is True
 
     monkeypatch.setattr(improving, "train", trained_here)
     assert improving.improve(with_values(config, {"improve.apply": True}), lambda _: nullcontext()) == 0
@@ -110,17 +116,17 @@ def test_new_words_are_learnt(
     assert len(set(learnt) - set(right)) > 300  # of what was learnt before, all that there is
 
 
-def test_the_usual_words_are_no_drift(
+def test_training_vocabulary_is_no_drift(
     lives: Lives, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(1)
     rows = [(row["text"], row["label"]) for row in draw.sample(lives.rows, 150)]
     record(tmp_path / "feedback", lives.bundle("good"), rows, lambda text: "good", told=False)
     assert improving.improve(with_values(config, {"improve.apply": True}), lambda _: nullcontext()) == 0
-    assert "nothing has drifted: nothing to do" in capsys.readouterr().out
+    assert "no drift: nothing to do" in capsys.readouterr().out
 
 
-def test_on_a_schedule_it_learns_once_from_what_is_new(
+def test_repeated_rounds_train_once_on_new_examples(
     lives: Lives, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = sentences(300, GOOD, BAD)
@@ -149,17 +155,17 @@ def test_on_a_schedule_it_learns_once_from_what_is_new(
     assert "0 requests of" in said
     assert [name[:10] for name in trained] == ["improve-20"]
     assert "no room" in said
-    assert said.endswith("drifted, and 0 examples to learn from are less than improve.min_examples 50: more corrections are needed (POST /v1/feedback, of requests sent with store=true)")  # fmt: skip
+    assert said.endswith("drift, and 0 new examples to train on, fewer than improve.min_examples 50: more corrections are needed (POST /v1/feedback, for requests sent with store=true)")  # fmt: skip
 
 
-def test_too_little_is_told(config: Config) -> None:
+def test_too_few_requests_are_refused(config: Config) -> None:
     with pytest.raises(
         UserError, match=r"0 requests of .* are recorded in .*feedback, and improve.min_requests is 100"
     ):
         improving.improve(config, lambda _: nullcontext())
 
 
-def test_what_was_said_becomes_examples() -> None:
+def test_feedback_becomes_examples() -> None:
     asked = [
         RecordedRequest("1", "one", "a", 0.9),
         RecordedRequest("2", "two", "a", 0.9),
@@ -173,7 +179,7 @@ def test_what_was_said_becomes_examples() -> None:
     assert examples_from_feedback(asked, texts, []) == ([Example("one better"), Example("twoa")], 0)
 
 
-def test_the_last_word_on_a_request_holds(tmp_path: Path) -> None:
+def test_last_feedback_on_a_request_counts(tmp_path: Path) -> None:
     async def write() -> None:
         recorder = Recorder(tmp_path, "feedback")
         who = {"time": datetime.now(UTC), "model": "m", "key": "", "comment": None, "text": None}
@@ -187,4 +193,7 @@ def test_the_last_word_on_a_request_holds(tmp_path: Path) -> None:
             await recorder.write(who | {"request": request, "version": version, "rating": rating, "label": None})
 
     asyncio.run(write())
-    assert read_requests_and_feedback([tmp_path], "abcdef") == ([], [Feedback("2", False, None, None), Feedback("1", True, None, None)])
+    assert read_requests_and_feedback([tmp_path], "abcdef") == (
+        [],
+        [Feedback("2", False, None, None), Feedback("1", True, None, None)],
+    )
