@@ -1,1 +1,1 @@
-"""Hydra groups; each YAML states only what differs from the defaults in engine/config/."""
+"""Config files of jobs; each YAML states only what differs from the defaults in engine/config/."""
