@@ -55,12 +55,20 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.count("warning") == 1
 
 
-def test_in_a_sources_options_and_in_a_search_space() -> None:
-    config = compose("sweep", ["data.sources={a:{path:x,licence:MIT}}", "sweep.space={data.licence:{choice:[a,b],when:{data.licence:a}}}"])  # fmt: skip
+def test_in_the_options_of_a_source() -> None:
+    config = compose("pretrain", ["data=files", "data.sources={a:{path:x,licence:MIT}}"])
     assert config.data.sources == {"a": {"path": "x", "license": "MIT"}}
-    assert config.sweep.space == {"data.license": {"choice": ["a", "b"], "when": {"data.license": "a"}}}
-    nested = compose("sweep", ["+data.sources.a.path=x", "+data.sources.a.licence=MIT"])
-    assert nested.data.sources == {"a": {"path": "x", "license": "MIT"}}
+    config = compose("pretrain", ["data=files", "+data.sources.a.path=x", "+data.sources.a.licence=MIT"])
+    assert config.data.sources == {"a": {"path": "x", "license": "MIT"}}
+
+
+def test_in_a_search_space() -> None:
+    space = "{data.licence:{choice:[a,b],when:{data.licence:a}},data:{licence:{choice:[c]}}}"
+    config = compose("sweep", [f"sweep.space={space}"])
+    assert config.sweep.space == {
+        "data.license": {"choice": ["a", "b"], "when": {"data.license": "a"}},
+        "data": {"license": {"choice": ["c"]}},
+    }
 
 
 def test_in_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
