@@ -205,7 +205,7 @@ class Replica:
     def _embed(self, rows: list[list[int]]) -> list[list[float]]:
         self._count_forwards(1, len(rows))
         padded = pad_rows(rows, self.objective.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        ids_BL, mask_BL = (tensor.to(self.model.device) for tensor in padded)
+        ids_BL, mask_BL = (tensor.to(self.model.device) for tensor in padded)  # type: ignore[arg-type]
         hidden_BLD = self.model.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state.float()  # type: ignore[operator]
         mean_BD = (hidden_BLD * mask_BL[:, :, None]).sum(1) / mask_BL.sum(1, keepdim=True)
         vectors: list[list[float]] = F.normalize(mean_BD, dim=1).tolist()

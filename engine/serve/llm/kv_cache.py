@@ -31,7 +31,7 @@ class CacheShape:
 class Slot:
     """What is in a slot."""
 
-    tokens: np.ndarray  # whose keys and values it holds, in order
+    tokens: np.ndarray  # in order, of which it holds keys and values
     after_prefill: np.ndarray  # those that it will hold once its sequence's prompt is computed; else the same
     busy: bool
     last_used: int  # step
@@ -40,7 +40,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class SlotAllocation:
-    """The slot of a new sequence, and the slot whose first tokens it shares; the same one where they are in place."""
+    """The slot of a new sequence, and the slot that holds its cached prefix; the same one where no copy is needed."""
 
     slot: int
     source: int
@@ -51,7 +51,7 @@ class CacheStorage(Protocol):
     """Keys and values in slots."""
 
     def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
-        """Allocate the cache anew; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
+        """Reallocate the cache; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
 
     def assign_slot(self, slot: int, source: int, num_tokens: int) -> None:
         """Give a slot to a new sequence, whose first tokens are those of slot `source`: copy them unless it is the same."""
@@ -87,7 +87,7 @@ class KVCacheManager:
     def allocate(self, sequence: Sequence) -> SlotAllocation | None:
         """Give a sequence a slot, with what is cached of its prompt; None: it has to wait.
 
-        Where no slot is free or large enough, the cache is divided anew if that helps.
+        Where no slot is free or large enough, the cache is reshaped if that helps.
         """
         if sequence.max_total_tokens > self.shape.capacity or len(self._sequences) >= self.shape.num_slots:
             lengths = [other.max_total_tokens for other in (*self._sequences, sequence)]
@@ -112,7 +112,7 @@ class KVCacheManager:
         self._free_slots[sequence.slot] = Slot(tokens, tokens, False, step, sequence.adapter)
 
     def _reshape(self, shape: CacheShape) -> None:
-        """Divide the cache anew: sequences that have a slot keep their tokens, cached prefixes are evicted."""
+        """Reshape the cache: sequences that have a slot keep their tokens, cached prefixes are evicted."""
         keep = [(sequence.slot, sequence.num_computed_tokens) for sequence in self._sequences]
         for storage in self.storages:
             storage.reshape(shape.num_slots, shape.capacity, keep)

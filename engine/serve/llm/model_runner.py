@@ -61,7 +61,7 @@ class ModelRunner(Protocol):
         """Bytes of the KV cache for one token; 0: not known."""
 
     def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
-        """Allocate the cache anew; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
+        """Reallocate the cache; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
 
     def assign_slot(self, slot: int, source: int, num_tokens: int) -> None:
         """Give a slot to a new sequence, whose first tokens are those of slot `source`: copy them unless it is the same."""
@@ -121,7 +121,7 @@ class BatchedRunner:
         return sum(cache.shape[1] * cache.shape[3] * cache.element_size() for cache in self._caches())
 
     def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
-        """Allocate the cache anew, a layer at a time."""
+        """Reallocate the cache, a layer at a time."""
         kept = list(keep)
         for caches in (self._keys, self._values):
             for layer, old in caches.items():

@@ -41,7 +41,7 @@ class Proposer(Protocol):
         """Return draft tokens of each sequence, no more than it may get."""
 
     def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
-        """Allocate the cache anew; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
+        """Reallocate the cache; `keep` are (slot, tokens) that become slots 0, 1, ... of the new one."""
 
     def assign_slot(self, slot: int, source: int, num_tokens: int) -> None:
         """Give a slot to a new sequence, whose first tokens are those of slot `source`."""
@@ -93,7 +93,7 @@ class DraftModel:
         return self.runner.cache_bytes_per_token
 
     def reshape(self, num_slots: int, capacity: int, keep: Iterable[tuple[int, int]] = ()) -> None:
-        """Allocate the cache anew; how many tokens of a slot are kept is what the draft model has computed of it."""
+        """Reallocate the cache; how many tokens of a slot are kept is what the draft model has computed of it."""
         kept = [(slot, self._num_computed[slot]) for slot, _ in keep]
         self.runner.reshape(num_slots, capacity, kept)
         self._num_computed = [num_tokens for _, num_tokens in kept] + [0] * (num_slots - len(kept))

@@ -35,7 +35,7 @@ class GrammarCompiler:
             if not error_message:  # some fail only at their first token
                 self.mask(grammar).allowed_tokens(1)
         except RuntimeError as error:
-            raise InvalidSchema("no JSON can be begun by it") from error
+            raise InvalidSchema("it allows no first token") from error
         except (ValueError, TypeError) as error:
             raise InvalidSchema(str(error)) from error
         if error_message:

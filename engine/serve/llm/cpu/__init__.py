@@ -1,1 +1,1 @@
-"""Kernels in C++ for a processor, and the models that run through them."""
+"""C++ kernels for CPUs, and the layers and models that run by them."""
