@@ -48,7 +48,9 @@ def _check_parameter_group(pattern: str, changes: Any) -> None:
     known = ("lr", "weight_decay")
     for key, value in changes.items() if isinstance(changes, dict) else [(str(changes), None)]:
         if key not in known:
-            raise UserError(f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{did_you_mean(key, known)}")
+            raise UserError(
+                f"optim.groups: {pattern}: {key} is not one of {', '.join(known)}{did_you_mean(key, known)}"
+            )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise UserError(f"optim.groups: {pattern}: {key}={value} is not a number of 0 or more")
 

@@ -55,17 +55,33 @@ class ServeConfig(Frozen):
         2048, "queued and running tokens per replica that the autoscaler aims at; the larger of the two numbers of replicas applies",
         least=1, affects=REPLICA,
     )  # fmt: skip
-    scale_look_s: float = option(
-        1.0, "seconds between two measurements of the load; the autoscaler averages three", above=0, affects=REPLICA
+    metrics_interval_s: float = option(
+        1.0,
+        "seconds between two measurements of the load; the autoscaler averages three",
+        above=0,
+        formerly="scale_look_s",
+        affects=REPLICA,
     )
-    scale_up_s: float = option(
-        5.0, "seconds that a higher load must last before replicas are added", least=0, affects=REPLICA
+    upscale_delay_s: float = option(
+        5.0,
+        "seconds that a higher load must last before replicas are added",
+        least=0,
+        formerly="scale_up_s",
+        affects=REPLICA,
     )
-    scale_down_s: float = option(
-        60.0, "seconds that a lower load must last before a replica is removed", least=0, affects=REPLICA
+    downscale_delay_s: float = option(
+        60.0,
+        "seconds that a lower load must last before a replica is removed",
+        least=0,
+        formerly="scale_down_s",
+        affects=REPLICA,
     )
-    scale_to_zero_s: float = option(
-        300.0, "min_replicas=0: seconds without requests before the last replica is removed", least=0, affects=REPLICA
+    downscale_to_zero_delay_s: float = option(
+        300.0,
+        "min_replicas=0: seconds without requests before the last replica is removed",
+        least=0,
+        formerly="scale_to_zero_s",
+        affects=REPLICA,
     )
     max_replicas_per_node: Optional[int] = option(
         None, "maximum number of replicas of a bundle on one node: 1 spreads them (Ray Serve's limit: 100)", least=1, most=100, affects=REPLICA

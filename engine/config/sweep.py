@@ -21,8 +21,9 @@ class SweepConfig(Frozen):
     trials: int = option(
         8, "samples drawn from the search space (times the size of its grid); pbt and pb2: size of the population", least=1
     )  # fmt: skip
-    concurrent: Optional[int] = option(
-        None, "maximum number of concurrent trials; None: as many as the cluster has room for", least=1, identity=False
+    max_concurrent_trials: Optional[int] = option(
+        None, "maximum number of concurrent trials; None: as many as the cluster has room for", least=1, identity=False,
+        formerly="concurrent",
     )  # fmt: skip
     searcher: str = option(
         "random",
@@ -38,17 +39,23 @@ class SweepConfig(Frozen):
         choices=("asha", "hyperband", "median", "pbt", "pb2", "none"),
     )
     grace_steps: Optional[int] = option(
-        None, "steps that every trial takes before the first rung; None: max_steps / reduction squared", least=1
+        None, "steps that every trial takes before the first rung; None: max_steps / reduction_factor squared", least=1
     )
-    reduction: int = option(
-        3, "asha, hyperband, bohb: reduction factor; 1 in this many continues at each rung", least=2
+    reduction_factor: int = option(
+        3,
+        "asha, hyperband, bohb: reduction factor; 1 in this many continues at each rung",
+        least=2,
+        formerly="reduction",
     )
-    interval: Optional[int] = option(None, "pbt, pb2: perturbation interval, in steps; None: max_steps / 5", least=1)
-    quantile: float = option(
+    perturbation_interval: Optional[int] = option(
+        None, "pbt, pb2: perturbation interval, in steps; None: max_steps / 5", least=1, formerly="interval"
+    )
+    quantile_fraction: float = option(
         0.25,
         "pbt, pb2: quantile fraction of the population that is replaced by copies of the best ones (Jaderberg et al. 2017)",
         above=0,
         most=0.5,
+        formerly="quantile",
     )
     metric: Optional[str] = option(
         None, "validation metric; None: the objective's own; with searcher=tpe several: accuracy+ece (the first one stops trials and chooses the bundle)",

@@ -76,11 +76,11 @@ def autoscaling_config(options: ServeConfig) -> dict[str, Any]:
         "initial_replicas": max(options.min_replicas, 1),  # at least one, to verify and replay the bundle
         "max_replicas": options.max_replicas,
         "target_ongoing_requests": options.target_ongoing_requests,
-        "metrics_interval_s": options.scale_look_s,
-        "look_back_period_s": 3 * options.scale_look_s,
-        "upscale_delay_s": options.scale_up_s,
-        "downscale_delay_s": options.scale_down_s,
-        "downscale_to_zero_delay_s": options.scale_to_zero_s,
+        "metrics_interval_s": options.metrics_interval_s,
+        "look_back_period_s": 3 * options.metrics_interval_s,
+        "upscale_delay_s": options.upscale_delay_s,
+        "downscale_delay_s": options.downscale_delay_s,
+        "downscale_to_zero_delay_s": options.downscale_to_zero_delay_s,
         "policy": {
             "policy_function": f"{InFlightWorkPolicy.__module__}:{InFlightWorkPolicy.__name__}",
             "policy_kwargs": targets,

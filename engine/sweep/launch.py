@@ -310,7 +310,7 @@ def trial_share(config: Config, cluster: dict[str, float]) -> tuple[int, dict[st
 
     A trial gets the resources that its workers request; without train.cpus_per_worker, concurrent trials share the cores.
     """
-    workers, concurrent = config.train.workers, config.sweep.concurrent
+    workers, concurrent = config.train.workers, config.sweep.max_concurrent_trials
     requested = worker_resources(config, cluster)
     fits = {kind: int(cluster[kind] / (each * workers) + 1e-6) for kind, each in requested.items()}
     if config.train.cpus_per_worker is not None:

@@ -113,7 +113,7 @@ class PopulationBasedTraining:
             if self.state.interval != self._interval or self.state.trials[0].budget != self._max_steps:
                 raise UserError(
                     f"the models of sweep '{config.name}' are trained for {self.state.trials[0].budget:,} steps in rounds of "
-                    f"{self.state.interval:,}: use another name, or these train.max_steps and sweep.interval"
+                    f"{self.state.interval:,}: use another name, or these train.max_steps and sweep.perturbation_interval"
                 )
         else:
             sampled = [sample_params(space, config, config.seed, index) for index in range(self.total)]
@@ -184,7 +184,7 @@ class PopulationBasedTraining:
             return
         state.rounds.append(Round(state.params, state.before, after))
         params, before = list(state.params), list(after)
-        for member, donor in select_exploits(after, self._mode, self._config.sweep.quantile, self._seed(step)):
+        for member, donor in select_exploits(after, self._mode, self._config.sweep.quantile_fraction, self._seed(step)):
             generator = np.random.default_rng([*self._seed(step), member])
             chosen = [e.params for e in state.exploits if e.step == step]
             params[member] = self._explore(state.rounds, state.params[donor], chosen, generator)
@@ -214,7 +214,7 @@ class PopulationBasedTraining:
 
 def perturbation_interval(config: Config) -> int:
     """Return the number of steps of a round."""
-    return config.sweep.interval or max(1, config.train.max_steps // 5)
+    return config.sweep.perturbation_interval or max(1, config.train.max_steps // 5)
 
 
 def select_exploits(

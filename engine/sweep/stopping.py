@@ -47,7 +47,7 @@ class MedianStoppingRule(StoppingRule):
 
 def grace_steps(config: Config) -> int:
     """Return the number of steps that every trial may take."""
-    return config.sweep.grace_steps or max(1, config.train.max_steps // config.sweep.reduction**2)
+    return config.sweep.grace_steps or max(1, config.train.max_steps // config.sweep.reduction_factor**2)
 
 
 def rungs(config: Config) -> list[int]:
@@ -55,7 +55,7 @@ def rungs(config: Config) -> list[int]:
     steps, step = [], grace_steps(config)
     while step < config.train.max_steps:
         steps.append(step)
-        step *= config.sweep.reduction
+        step *= config.sweep.reduction_factor
     return steps
 
 

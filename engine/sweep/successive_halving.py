@@ -34,7 +34,7 @@ class SuccessiveHalving(IndependentTrials):
         rungs: Sequence[int],
     ) -> None:  # fmt: skip
         """Start, or resume with the trials whose records are in `folder`; `rungs`: steps, ascending, below the budget."""
-        self._reduction, self._num_winners = config.sweep.reduction, config.sweep.soup or 1
+        self._reduction, self._num_winners = config.sweep.reduction_factor, config.sweep.soup or 1
         brackets = min(MAX_BRACKETS, len(rungs) + 1) if config.sweep.scheduler == "hyperband" else 1
         self._rungs = [list(rungs[bracket:]) for bracket in range(brackets)]
         super().__init__(config, folder, metrics, searcher, StoppingRule(mode), place_trial)

@@ -144,7 +144,7 @@ def main() -> None:
                values={"ours": [ours], "plain": [theirs]}, apart=max_difference)  # fmt: skip
 
         run_command(
-            "sweep", folder, *options, "name=alone", "sweep.scheduler=none", "sweep.concurrent=1", "sweep.trials=8"
+            "sweep", folder, *options, "name=alone", "sweep.scheduler=none", "sweep.max_concurrent_trials=1", "sweep.trials=8"
         )
         overhead_s = overhead(folder, "alone")
         print(f"overhead per trial after the first: {overhead_s:.2f} s, target 2")
@@ -158,7 +158,7 @@ def main() -> None:
             "sweep.metric=loss",
             "sweep.mode=min",
         ]
-        stopping = ["sweep.scheduler=asha", "sweep.reduction=4", "sweep.grace_steps=6"]
+        stopping = ["sweep.scheduler=asha", "sweep.reduction_factor=4", "sweep.grace_steps=6"]
         run_command("sweep", folder, *long, "name=full", "sweep.scheduler=none")
         run_command("sweep", folder, *long, "name=asha", *stopping)
         full, asha = read_results(folder, "full"), read_results(folder, "asha")

@@ -32,6 +32,14 @@ RENAMED = {
     "serve.speculate": "serve.num_speculative_tokens",
     "serve.draft": "serve.draft_model",
     "improve.go": "improve.apply",
+    "serve.scale_look_s": "serve.metrics_interval_s",
+    "serve.scale_up_s": "serve.upscale_delay_s",
+    "serve.scale_down_s": "serve.downscale_delay_s",
+    "serve.scale_to_zero_s": "serve.downscale_to_zero_delay_s",
+    "sweep.concurrent": "sweep.max_concurrent_trials",
+    "sweep.reduction": "sweep.reduction_factor",
+    "sweep.interval": "sweep.perturbation_interval",
+    "sweep.quantile": "sweep.quantile_fraction",
 }
 
 

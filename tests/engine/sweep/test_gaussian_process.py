@@ -15,7 +15,7 @@ from tests.engine.sweep.test_population import SPACE, configured, simulate
 
 
 def test_pb2_finds_the_params_that_improve_most(tiny: Config, tmp_path: Path) -> None:
-    config = configured(tiny, scheduler="pb2", trials=8, space={"optim.lr": SPACE["optim.lr"]}, interval=1)
+    config = configured(tiny, scheduler="pb2", trials=8, space={"optim.lr": SPACE["optim.lr"]}, perturbation_interval=1)
     space = parse_search_space(config)
     simulated = simulate(config, tmp_path, 11, pb2_explore(space, "max"))
     late = [abs(np.log10(e.params["optim.lr"]) + 2) for e in simulated.state.exploits if e.step > 5]

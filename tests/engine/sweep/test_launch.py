@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[3]
 
 def of(config: Config, name: str, **values: Any) -> Config:
     """Configure a sweep of four trials of six steps."""
-    options = {"name": name, "job": "sweep", "sweep.space": SPACE, "sweep.trials": 4, "sweep.concurrent": 2,
+    options = {"name": name, "job": "sweep", "sweep.space": SPACE, "sweep.trials": 4, "sweep.max_concurrent_trials": 2,
              "sweep.grace_steps": 2, "train.max_steps": 6, "sweep.metric": "loss", "sweep.mode": "min"}  # fmt: skip
     return with_values(config, options | {key.replace("__", "."): value for key, value in values.items()})
 
@@ -69,7 +69,7 @@ def check_result(config: Config, result: SweepResult) -> None:
 
 def test_the_cores_are_shared_among_trials(tiny: Config) -> None:
     assert trial_share(tiny, {"CPU": 4.0}) == (4, {"CPU": 1.0})
-    assert trial_share(with_values(tiny, {"sweep.concurrent": 2}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
+    assert trial_share(with_values(tiny, {"sweep.max_concurrent_trials": 2}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
     assert trial_share(with_values(tiny, {"train.workers": 2}), {"CPU": 4.0}) == (2, {"CPU": 1.0})
     assert trial_share(with_values(tiny, {"train.cpus_per_worker": 2.0}), {"CPU": 4.0}) == (2, {"CPU": 2.0})
 
@@ -104,7 +104,7 @@ def test_a_sweep_stops_bad_trials_and_keeps_the_best(ray: None, tiny_functions: 
 
 def test_a_failed_or_refused_trial_does_not_affect_the_others(ray: None, tiny_functions: Config) -> None:
     config = of(
-        tiny_functions, "part", sweep__scheduler="none", sweep__searcher="grid", optim__clip=0.0, sweep__concurrent=1,
+        tiny_functions, "part", sweep__scheduler="none", sweep__searcher="grid", optim__clip=0.0, sweep__max_concurrent_trials=1,
         sweep__space={"optim.lr": {"choice": [1e30, 1e-3]}, "train.micro_batch": {"choice": [4, 16]},
                       "train.global_batch": {"choice": [8]}},
         sweep__metric=None, sweep__mode=None,
@@ -130,7 +130,7 @@ def test_a_trial_that_runs_out_of_memory_does_not_affect_the_others(
     monkeypatch.setattr(
         launch.MemoryCheck, "fit_micro_batch", lambda self, config: (config, "")
     )  # which would refuse it
-    config = of(tiny_functions, "large", sweep__scheduler="none", sweep__searcher="grid", sweep__concurrent=1,
+    config = of(tiny_functions, "large", sweep__scheduler="none", sweep__searcher="grid", sweep__max_concurrent_trials=1,
                 sweep__space={"model.intermediate_size": {"choice": [10**13, 64]}})  # fmt: skip
     result = sweep(config)
     assert [trial.state for trial in result.trials] == ["failed", "finished"]
@@ -150,8 +150,8 @@ def lineage(pbt: PopulationBasedTraining, member: int) -> list[dict[str, Any]]:
 
 
 def test_a_member_that_exploits_resumes_from_the_donors_checkpoint(ray: None, tiny_functions: Config) -> None:
-    config = of(tiny_functions, "pbt", sweep__scheduler="pbt", sweep__interval=2, train__micro_batch=4,
-                sweep__concurrent=None, train__cpus_per_worker=1.0)  # fmt: skip
+    config = of(tiny_functions, "pbt", sweep__scheduler="pbt", sweep__perturbation_interval=2, train__micro_batch=4,
+                sweep__max_concurrent_trials=None, train__cpus_per_worker=1.0)  # fmt: skip
     run, space = RunFolder.create_or_resume(config), parse_search_space(config)
     base = base_job(config, run)
     base = type(base)(
@@ -290,7 +290,7 @@ def test_a_killed_sweep_repeats_nothing(killed: tuple[Config, int], ray: None) -
 @pytest.mark.slow
 def test_ranks_of_a_trial_are_reused_and_stop_together(ray: None, tiny_functions: Config) -> None:
     config = of(
-        tiny_functions, "wide", sweep__searcher="grid", train__workers=2, zero__stage=2, sweep__concurrent=1,
+        tiny_functions, "wide", sweep__searcher="grid", train__workers=2, zero__stage=2, sweep__max_concurrent_trials=1,
         sweep__space={"optim.lr": {"choice": [3e-3, 1e-6]}, "data.vocab_size": {"choice": [512, 400]}},
     )  # fmt: skip
     result = sweep(config)
@@ -302,7 +302,7 @@ def test_ranks_of_a_trial_are_reused_and_stop_together(ray: None, tiny_functions
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{"sweep__searcher": "bohb", "sweep__scheduler": "hyperband"}, {"sweep__scheduler": "median"},
-                                  {"sweep__scheduler": "pb2", "sweep__interval": 2}])  # fmt: skip
+                                  {"sweep__scheduler": "pb2", "sweep__perturbation_interval": 2}])  # fmt: skip
 def test_other_searchers_and_schedulers(ray: None, tiny_functions: Config, more: dict[str, Any]) -> None:
     name = "-".join(str(value) for value in more.values())
     config = of(tiny_functions, f"by-{name}", sweep__trials=6, **more)

@@ -58,7 +58,7 @@ def test_trials_share_gpus_and_cores(tiny: Config) -> None:
     assert share(None, {"CPU": 4.0, "GPU": 1.0}) == (1, {"CPU": 4.0, "GPU": 1.0})
     assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__trials=40) == (16, {"CPU": 1.0, "GPU": 0.25})
     assert share(0.25, {"CPU": 16.0, "GPU": 4.0}) == (8, {"CPU": 2.0, "GPU": 0.25})  # limited by the number of trials
-    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__concurrent=2) == (2, {"CPU": 8.0, "GPU": 0.25})
+    assert share(0.25, {"CPU": 16.0, "GPU": 4.0}, sweep__max_concurrent_trials=2) == (2, {"CPU": 8.0, "GPU": 0.25})
     assert share(0.1, {"CPU": 2.0, "GPU": 1.0}) == (4, {"CPU": 0.5, "GPU": 0.1})  # half a core each
     assert share(1.0, {"CPU": 16.0, "GPU": 4.0}, train__workers=2) == (2, {"CPU": 4.0, "GPU": 1.0})
     assert share(0.5, {"CPU": 4.0, "GPU": 1.0}, train__cpus_per_worker=3.0) == (1, {"CPU": 3.0, "GPU": 0.5})
@@ -74,7 +74,7 @@ def test_trials_with_several_workers_need_whole_gpus(tiny: Config) -> None:
 @pytest.mark.slow
 def test_two_trials_with_half_a_gpu_each_run_concurrently_on_the_same_gpu(tiny_functions: Config) -> None:
     config = of(
-        tiny_functions, "halves", sweep__trials=4, sweep__concurrent=None, sweep__scheduler="none", train__max_steps=60,
+        tiny_functions, "halves", sweep__trials=4, sweep__max_concurrent_trials=None, sweep__scheduler="none", train__max_steps=60,
         train__gpus_per_worker=0.5, cluster__cpus=2,
     )  # fmt: skip
     prepare(config)

@@ -81,7 +81,7 @@ def simulate(config: Config, folder: Path, rounds: int, explore: Any = None) -> 
 
 
 def configured(tiny: Config, **sweep: Any) -> Config:
-    values = {"space": SPACE, "trials": 6, "scheduler": "pbt", "interval": 2, **sweep}
+    values = {"space": SPACE, "trials": 6, "scheduler": "pbt", "perturbation_interval": 2, **sweep}
     return with_values(tiny, {"train.max_steps": 12, **{f"sweep.{key}": value for key, value in values.items()}})
 
 
@@ -118,7 +118,7 @@ def test_an_interrupted_exploit_is_repeated(tiny: Config, tmp_path: Path) -> Non
 def test_resuming_a_population_with_another_round_length_is_refused(tiny: Config, tmp_path: Path) -> None:
     simulate(configured(tiny), tmp_path, 1)
     with pytest.raises(UserError, match="trained for 12 steps in rounds of 2"):
-        simulate(configured(tiny, interval=3), tmp_path, 1)
+        simulate(configured(tiny, perturbation_interval=3), tmp_path, 1)
 
 
 def test_a_failed_member_is_replaced_and_a_population_without_members_ends(tiny: Config, tmp_path: Path) -> None:

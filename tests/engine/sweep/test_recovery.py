@@ -107,7 +107,7 @@ def curves(config: Config, result: SweepResult) -> list[list[dict[str, Any]]]:
 def test_a_trial_resumes_after_one_of_its_workers_was_killed(
     ray: None, tiny_functions: Config, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    config = of(tiny_functions, f"shot{rank}", sweep__trials=2, sweep__concurrent=1)
+    config = of(tiny_functions, f"shot{rank}", sweep__trials=2, sweep__max_concurrent_trials=1)
     name = f"shot{rank}-000"
     with kill_ranks(config, {name: (rank, 4)}) as killed:
         result = sweep(config)
@@ -123,7 +123,7 @@ def test_a_trial_resumes_after_one_of_its_workers_was_killed(
 
 @pytest.mark.slow
 def test_a_trial_that_is_lost_too_often_fails_and_others_are_unaffected(ray: None, tiny_functions: Config) -> None:
-    config = of(tiny_functions, "doomed", sweep__trials=2, sweep__concurrent=2, train__max_failures=1)
+    config = of(tiny_functions, "doomed", sweep__trials=2, sweep__max_concurrent_trials=2, train__max_failures=1)
     with kill_ranks(config, {"doomed-000": (1, 0)}, times=2):
         result = sweep(config)
     assert [trial.state for trial in result.trials] == ["failed", "finished"]

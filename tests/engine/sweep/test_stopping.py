@@ -18,7 +18,7 @@ def test_the_median_rule_compares_with_the_means_of_trials_at_the_same_step() ->
 
 
 def test_the_config_selects_the_rule(tiny: Config) -> None:
-    config = with_values(tiny, {"train.max_steps": 27, "sweep.reduction": 3})
+    config = with_values(tiny, {"train.max_steps": 27, "sweep.reduction_factor": 3})
     assert rungs(config) == [3, 9]
     assert rungs(with_values(config, {"sweep.grace_steps": 1})) == [1, 3, 9]
     rules = {"median": MedianStoppingRule, "none": StoppingRule}

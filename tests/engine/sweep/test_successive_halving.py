@@ -18,7 +18,7 @@ from engine.sweep.trial_record import PAUSED, TrialTask
 
 def make_halving(config: Config, folder: Path, trials: int, mode: str = "min", **values: Any) -> SuccessiveHalving:
     """Return a search over `trials` trials of 64 steps with rungs at 4 and 16."""
-    options = {"sweep.scheduler": "asha", "sweep.reduction": 4, "sweep.grace_steps": 4, "train.max_steps": 64}
+    options = {"sweep.scheduler": "asha", "sweep.reduction_factor": 4, "sweep.grace_steps": 4, "train.max_steps": 64}
     config = with_values(config, options | {f"sweep.{name}": value for name, value in values.items()})
     params = [{"optim.lr": 1e-3} for _ in range(trials)]
     return SuccessiveHalving(config, folder, ["loss"], ListSearcher(params), mode, lambda p: (p, folder), rungs(config))

@@ -52,7 +52,7 @@ def test_endpoint_scales_up_and_to_zero(ray: None, tiny: Config, tmp_path: Path)
     bundle = fresh_bundle(tiny, tmp_path / "writer" / "bundle")
     values: dict[str, Any] = {
         "serve.port": free_port(), "serve.min_replicas": 0, "serve.max_replicas": 2, "serve.target_tokens": 40,
-        "serve.scale_look_s": 0.5, "serve.scale_up_s": 0.5, "serve.scale_down_s": 1.0, "serve.scale_to_zero_s": 1.0,
+        "serve.metrics_interval_s": 0.5, "serve.upscale_delay_s": 0.5, "serve.downscale_delay_s": 1.0, "serve.downscale_to_zero_delay_s": 1.0,
         "name": "scaling",
     }  # fmt: skip
     up = deploy(with_values(tiny, values), {"writer": bundle.folder})
