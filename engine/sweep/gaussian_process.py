@@ -17,11 +17,8 @@ from engine.sweep.population import Explore, Round, perturb_value
 from engine.sweep.search_space import SearchSpace
 
 NUM_CANDIDATES = 1000
-LENGTH_SCALES, FORGETTING, NOISES = (
-    (0.1, 0.3, 1.0),
-    (0.0, 0.1, 0.4),
-    (0.01, 0.1),
-)  # the combination of maximum likelihood is used
+# hyperparameters to choose from, by maximum likelihood
+LENGTH_SCALES, FORGETTING, NOISES = (0.1, 0.3, 1.0), (0.0, 0.1, 0.4), (0.01, 0.1)
 
 
 def pb2_explore(space: SearchSpace, mode: str) -> Explore:

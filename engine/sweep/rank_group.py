@@ -49,10 +49,10 @@ class RankGroup:
         """
         self.is_intact = True  # whether all ranks can train another trial
         world_size, placement_group = job.config.train.workers, ray.util.get_current_placement_group()
-        actor: Any = ray.remote(RankActor)
+        actor_class: Any = ray.remote(RankActor)
         assert placement_group is not None
         self._actors = [
-            actor.options(
+            actor_class.options(
                 num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group, placement_group_bundle_index=rank

@@ -33,9 +33,8 @@ from engine.train.checkpoint import Checkpoint
 from engine.train.job import TrainJob
 from engine.train.process_group import ProcessGroup
 
-ModelFactory = Callable[
-    [TrainJob, Objective], Any
-]  # makes the base model, before parts are added (LoRA, head) or frozen
+# makes the base model, before parts are added (LoRA, head) or frozen
+ModelFactory = Callable[[TrainJob, Objective], Any]
 
 
 def start_model(

@@ -30,9 +30,8 @@ from engine.train.run_folder import RunFolder, RunStatus, adapter_folder, now
 from engine.train.run_monitor import RunMonitor
 
 SPARE_KEEP_S = 7 * 24 * 3600  # how long a spare process waits at most
-StartSpares = Callable[
-    ..., None
-]  # (count, env_vars=..., nested=..., node_id=..., keep_s=...): starts worker processes on a node in advance
+# (count, env_vars=..., nested=..., node_id=..., keep_s=...): starts worker processes on a node in advance
+StartSpares = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def check_job(job: TrainJob) -> None:
     if job.start_bundle:
         from engine.models.build import load_or_make_config
 
-        shape = load_or_make_config(job.start_bundle, config.model, None, {})
-        text = shape.get_text_config() if hasattr(shape, "get_text_config") else shape
-        positions = getattr(text, "max_position_embeddings", None)
+        model_config = load_or_make_config(job.start_bundle, config.model, None, {})
+        text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+        positions = getattr(text_config, "max_position_embeddings", None)
         if positions and config.data.sequence_length > positions:
             raise UserError(
                 f"sequence length {config.data.sequence_length:,} is over the {positions:,} positions of "
@@ -91,11 +90,14 @@ def check_job(job: TrainJob) -> None:
         from engine.models.document_mask import check_document_mask
         from engine.train.sequence_parallel import check_sequence_parallel
 
-        shape = shape if job.start_bundle else make_config(config.model, objective.processor, options)
+        if not job.start_bundle:
+            model_config = make_config(config.model, objective.processor, options)
         if config.data.within_documents:
-            check_document_mask(shape, objective.auto_class, config.model.attention, objective.is_causal)
+            check_document_mask(model_config, objective.auto_class, config.model.attention, objective.is_causal)
         if config.train.sequence_parallel > 1:
-            check_sequence_parallel(shape, type(objective), config.train.sequence_parallel, config.data.sequence_length)
+            check_sequence_parallel(
+                model_config, type(objective), config.train.sequence_parallel, config.data.sequence_length
+            )
 
 
 def packing_summary(samples: Any, config: Config) -> str:
@@ -112,8 +114,8 @@ def train(config: Config, start_spares: StartSpares | None = None) -> TrainResul
     if restore_from_mirror(config):
         console.print(f"the run was restored from {config.train.mirror}/{config.name}")
     run = RunFolder.create_or_resume(config)
-    done = run.status()
-    if done and done.state == "finished" and done.step >= config.train.max_steps and run.bundle.exists():
+    previous = run.status()
+    if previous and previous.state == "finished" and previous.step >= config.train.max_steps and run.bundle.exists():
         console.print(f"run '{config.name}' is finished already: {run.bundle}")
         return TrainResult(run, list(run.metrics())[-1])
     import ray
@@ -157,10 +159,8 @@ def run_workers(job: TrainJob, run: RunFolder, start_spares: StartSpares | None 
 
     for name in ("ray.train", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    resources, (_, rank_environment) = (
-        worker_resources(job.config, ray.cluster_resources()),
-        worker_environments(job.config),
-    )
+    resources = worker_resources(job.config, ray.cluster_resources())
+    _, rank_environment = worker_environments(job.config)
     failed = run.logs / "failed.txt"
     failed.unlink(missing_ok=True)
     train = job.config.train

@@ -348,7 +348,9 @@ class ZeroModel:
         zero_optimizer = self.engine.optimizer
         flat: Tensor
         if self.stage == 3:
-            flat = zero_optimizer.fp32_partitioned_groups_flat[zero_optimizer.grad_position[zero_optimizer.get_param_id(p)][0]]
+            flat = zero_optimizer.fp32_partitioned_groups_flat[
+                zero_optimizer.grad_position[zero_optimizer.get_param_id(p)][0]
+            ]
         else:
             flat = self.optimizer.param_groups[p._hp_mapping.param_group_index]["params"][0]
         return flat
