@@ -176,9 +176,9 @@ def test_a_member_that_exploits_resumes_from_the_donors_checkpoint(ray: None, ti
         )
         assert donor.state == member_checkpoint.state
         for name in donor.shapes:
-            mine, theirs = member_checkpoint.tensors(name), donor.tensors(name)
-            assert list(mine) == list(theirs)
-            assert all(torch.equal(mine[kind], theirs[kind]) for kind in mine)
+            actual, expected = member_checkpoint.tensors(name), donor.tensors(name)
+            assert list(actual) == list(expected)
+            assert all(torch.equal(actual[kind], expected[kind]) for kind in actual)
         at = exploit.step // 2
         assert (
             exploit.params == pbt.state.params[exploit.member]
@@ -225,9 +225,9 @@ def test_a_soup_is_kept_only_if_it_is_better(ray: None, tiny_functions: Config) 
     )
     result = sweep(config)
     assert len(result.trials) == 3
-    alone, kept = result.best.value, result.bundle
-    assert alone is not None
-    assert kept["value"] < alone if kept["name"] == "soup-soup" else kept["value"] == alone
+    best_value, bundle = result.best.value, result.bundle
+    assert best_value is not None
+    assert bundle["value"] < best_value if bundle["name"] == "soup-soup" else bundle["value"] == best_value
     check_result(config, result)
 
 

@@ -31,11 +31,11 @@ def test_memory_is_shared_by_concurrent_trials_and_their_workers(tiny: Config) -
     assert alone.worker_memory_bytes is not None
     assert four.worker_memory_bytes is not None
     assert abs(alone.worker_memory_bytes / four.worker_memory_bytes - 4) < 0.2
-    whole, half = (
+    full, half = (
         MemoryCheck(with_values(tiny, {"plan.device": "v100_32gb"}), slots=2, gpus=gpus) for gpus in (1.0, 0.5)
     )
-    assert whole.worker_memory_bytes is not None
-    assert half.worker_memory_bytes == whole.worker_memory_bytes / 2
-    assert 26e9 < whole.worker_memory_bytes < 34.4e9
+    assert full.worker_memory_bytes is not None
+    assert half.worker_memory_bytes == full.worker_memory_bytes / 2
+    assert 26e9 < full.worker_memory_bytes < 34.4e9
     if not torch.cuda.is_available():
         assert MemoryCheck(tiny, slots=2, gpus=0.5).worker_memory_bytes is None  # unknown: it may be on another machine

@@ -98,9 +98,9 @@ def kill_ranks(config: Config, targets: dict[str, tuple[int, int]], times: int =
 
 def curves(config: Config, result: SweepResult) -> list[list[dict[str, Any]]]:
     """Return each trial's logged metrics that do not depend on time."""
-    kept = ("step", "loss", "tokens", "samples_hash", "gradient_norm", "validation_loss")
+    keys = ("step", "loss", "tokens", "samples_hash", "grad_norm", "validation_loss")
     folders = [RunFolder(config.run_dir / "trials" / trial.name) for trial in result.trials]
-    return [[{k: line[k] for k in kept if k in line} for line in folder.metrics()] for folder in folders]
+    return [[{k: line[k] for k in keys if k in line} for line in folder.metrics()] for folder in folders]
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])

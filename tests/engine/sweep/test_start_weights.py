@@ -26,9 +26,9 @@ def check_equal(job: TrainJob, state: StartState) -> None:
     assert made.training == copied.training
     assert made.config.to_dict() == copied.config.to_dict()
     for kind in ("named_parameters", "named_buffers"):
-        mine, theirs = dict(getattr(made, kind)()), dict(getattr(copied, kind)())
-        assert list(mine) == list(theirs)
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        actual, expected = dict(getattr(made, kind)()), dict(getattr(copied, kind)())
+        assert list(actual) == list(expected)
+        assert all(torch.equal(actual[name], expected[name]) for name in actual)
     for parameter in copied.parameters():
         parameter.data.add_(1)  # its own memory
 

@@ -129,9 +129,9 @@ STEADY = [2.0 + 0.1 * (i % 2) for i in range(8)]  # mean 2.05, standard deviatio
 )
 def test_check_loss(loss: float, recent: list[float], sigma: float | None, fault: str) -> None:
     train = TrainConfig(spike_sigma=sigma, spike_window=8)
-    found = guards.check_loss(loss, recent, train)
-    assert fault in found
-    assert bool(fault) == bool(found)
+    message = guards.check_loss(loss, recent, train)
+    assert fault in message
+    assert bool(fault) == bool(message)
 
 
 @pytest.mark.parametrize(

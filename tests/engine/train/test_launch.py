@@ -101,13 +101,13 @@ def assert_same_as_uninterrupted(config: Config, lines: list[dict[str, object]])
     own = list(RunFolder(config.run_dir).metrics())
     for name in ("step", "loss", "grad_norm", "samples_hash", "tokens"):
         assert [line[name] for line in own] == [line[name] for line in lines], name
-    ours, theirs = (
+    actual, expected = (
         Checkpoint(step_folders(folder / "checkpoints")[0])
         for folder in (config.run_dir, config.run_dir.parent / "two")
     )
-    assert ours.state == theirs.state
-    for name, weight in ours.weights().items():
-        assert torch.equal(weight, theirs.weights()[name]), name
+    assert actual.state == expected.state
+    for name, weight in actual.weights().items():
+        assert torch.equal(weight, expected.weights()[name]), name
 
 
 def two_workers(tiny: Config, name: str, **changes: object) -> Config:

@@ -124,12 +124,12 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tiny: Config) -> Non
     ]
     results = run_ranks([TrainJob(config, data) for config in (straight, *halves)], 1)
     assert losses(results[0]) == losses(results[2])
-    ours, theirs = (
+    actual, expected = (
         Checkpoint(step_folders(Path(tiny.runs_dir) / name / "checkpoints")[0]) for name in ("straight", "halves")
     )
-    assert ours.state == theirs.state == dataclasses.replace(ours.state, step=6)
-    for name, weight in ours.weights().items():
-        assert torch.equal(weight, theirs.weights()[name]), name
+    assert actual.state == expected.state == dataclasses.replace(actual.state, step=6)
+    for name, weight in actual.weights().items():
+        assert torch.equal(weight, expected.weights()[name]), name
 
 
 def test_masking_does_not_depend_on_the_layout(tiny: Config) -> None:

@@ -72,9 +72,9 @@ def test_resume_is_bit_equal_and_the_bundle_has_the_merged_adapter(tuned: TrainJ
         for name, steps in (("straight", 6), ("halves", 3), ("halves", 6))
     )
     run_here([straight, *halves])
-    ours, theirs = weights(straight), weights(halves[1])
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    actual, expected = weights(straight), weights(halves[1])
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
     folder = straight.config.run_dir
     bundle = Bundle.open(folder / "bundle")
     bundle.verify()

@@ -215,10 +215,10 @@ def test_any_checkpoint_converts_to_a_bundle(tmp_path: Path, tiny: Config, monke
     folder = convert_and_show(convert_config)
     assert folder == run.path / "bundle-00000002"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    kept = Checkpoint(step_folder(run.checkpoints, 2)).weights()
+    weights = Checkpoint(step_folder(run.checkpoints, 2)).weights()
     last = Checkpoint(step_folder(run.checkpoints, 4)).weights()
     for name, weight in model.named_parameters():
-        assert torch.equal(weight, kept[name])
+        assert torch.equal(weight, weights[name])
         assert not torch.equal(weight, last[name])
     manifest = json.loads((folder / "manta.json").read_text())
     assert manifest["run"]["step"] == 2
