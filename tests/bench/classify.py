@@ -1,9 +1,9 @@
-"""Classification over HTTP: what a call costs beside its model's bare forward, and how many calls a second 32 clients get.
+"""Classification over HTTP: the overhead of a call over the model's forward, and the calls per second of 32 clients.
 
-bert_5m with fresh weights, texts of about 30 tokens, an endpoint with a key. The bare forward is the same `predict` on the
-same threads in this process; both medians are of calls that take turns, one at a time. Target: 3 ms or less between them.
-The throughput is beside that of `fastapi_pipeline` with one thread of torch's and with as many as there are cores, on the
-same bundle; the clients are the same, and the endpoints take turns. Target: twice as many.
+bert_5m with untrained weights, texts of about 30 tokens, an endpoint with an API key. The forward is the same `predict` on
+as many threads in this process; both medians are of alternating calls, one at a time. Target: an overhead of 3 ms at most.
+The throughput is compared with `fastapi_pipeline` on the same bundle, with one torch thread and with one per core; the
+clients are the same, and the endpoints are measured in turns. Target: twice the calls.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import Any
 import httpx
 import torch
 
-from cluster.environment import quiet_environment
+from cluster.environment import set_default_environment
 from cluster.session import connect
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
 from engine.serve.http.api_keys import new_key
 from tests.bench.calls import Caller
 from tests.bench.interleaved import interleave, record, show
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.ports import free_port
 
 CALLS = 400
 WARM_UP = 60
 TARGET_MS = 3.0
 CLIENTS = 32
-SECONDS = 5.0  # of a turn
+TURN_S = 5.0
 OURS, TARGET = "endpoint, 32 clients", 2.0
 MODEL = {
     "model.type": "bert", "model.hidden_size": 256, "model.num_hidden_layers": 5, "model.num_attention_heads": 8,
@@ -48,62 +48,60 @@ MODEL = {
 }  # fmt: skip
 
 
-def text(dice: random.Random) -> str:
-    """Return an input."""
-    return f"def area_{dice.randrange(1000)}(w, h):\n    return w * h + {dice.randrange(1000)}\n"
+def random_input(rng: random.Random) -> str:
+    """Return a short function as text."""
+    return f"def area_{rng.randrange(1000)}(w, h):\n    return w * h + {rng.randrange(1000)}\n"
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    """Return how long it takes."""
-    began = time.perf_counter()
+def elapsed_ms(work: Callable[[], object]) -> float:
+    """Return the duration of a call."""
+    started_at = time.perf_counter()
     work()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - started_at)
 
 
-def alone(url: str, secret: str, predict: Callable[[str], object]) -> None:
-    """Print both medians and their difference."""
-    dice, served, bare = random.Random(0), [], []
+def compare_latency(url: str, secret: str, predict: Callable[[str], object]) -> None:
+    """Print the medians of calls and forwards, and their difference."""
+    rng, call_times, forward_times = random.Random(0), [], []
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=60) as client:
         for call in range(WARM_UP + CALLS):
-            asked = text(dice)
-            took = milliseconds(
-                lambda asked=asked: client.post("/v1/classify", json={"input": asked}).raise_for_status()
-            )  # type: ignore[misc]
-            took_bare = milliseconds(lambda asked=asked: predict(asked))  # type: ignore[misc]
+            text = random_input(rng)
+            call_ms = elapsed_ms(lambda text=text: client.post("/v1/classify", json={"input": text}).raise_for_status())  # type: ignore[misc]
+            forward_ms = elapsed_ms(lambda text=text: predict(text))  # type: ignore[misc]
             if call >= WARM_UP:
-                served.append(took)
-                bare.append(took_bare)
-    over = statistics.median(served) - statistics.median(bare)
-    for name, values in (("classify call", served), ("bare forward", bare)):
-        tenths = statistics.quantiles(values, n=10)
+                call_times.append(call_ms)
+                forward_times.append(forward_ms)
+    overhead_ms = statistics.median(call_times) - statistics.median(forward_times)
+    for name, values in (("classify call", call_times), ("bare forward", forward_times)):
+        deciles = statistics.quantiles(values, n=10)
         print(
-            f"{name:<14} {statistics.median(values):6.2f} ms  ({tenths[0]:.2f} to {tenths[-1]:.2f}, nine of ten and one)"
+            f"{name:<14} {statistics.median(values):6.2f} ms  (10th to 90th percentile: {deciles[0]:.2f} to {deciles[-1]:.2f})"
         )
-    print(f"the call costs {over:.2f} ms more, target {TARGET_MS:.0f} ms")
-    record(ours="classify call", against="bare forward", unit="ms", difference=over, target=TARGET_MS, repeats=CALLS)
+    print(f"overhead of a call: {overhead_ms:.2f} ms, target {TARGET_MS:.0f} ms")
+    record(ours="classify call", against="bare forward", unit="ms", difference=overhead_ms, target=TARGET_MS, repeats=CALLS)
 
 
-async def calls_a_second(port: int, secret: str) -> float:
-    """Return how many answers `CLIENTS` clients get a second."""
-    dice, until = random.Random(0), time.perf_counter() + SECONDS
+async def calls_per_second(port: int, secret: str) -> float:
+    """Return the rate of responses to `CLIENTS` clients."""
+    rng, deadline = random.Random(0), time.perf_counter() + TURN_S
 
-    async def ask() -> int:
+    async def send_calls() -> int:
         count = 0
         async with Caller(port, secret) as caller:
-            while time.perf_counter() < until:
-                answer = await caller.post("/v1/classify", {"input": text(dice)})
-                assert answer["data"][0]["scores"]
+            while time.perf_counter() < deadline:
+                response = await caller.post("/v1/classify", {"input": random_input(rng)})
+                assert response["data"][0]["scores"]
                 count += 1
         return count
 
-    began = time.perf_counter()
-    answered = sum(await asyncio.gather(*(ask() for _ in range(CLIENTS))))
-    return answered / (time.perf_counter() - began)
+    started_at = time.perf_counter()
+    completed = sum(await asyncio.gather(*(send_calls() for _ in range(CLIENTS))))
+    return completed / (time.perf_counter() - started_at)
 
 
 @contextlib.contextmanager
 def peer(folder: Path, threads: int) -> Iterator[int]:
-    """Serve a bundle by the peer; give its port."""
+    """Serve a bundle with `fastapi_pipeline`; yield its port."""
     port = free_port()
     command = [sys.executable, "-m", "tests.bench.fastapi_pipeline", str(folder), str(port), str(threads)]
     with subprocess.Popen(command) as process:
@@ -121,22 +119,22 @@ def peer(folder: Path, threads: int) -> Iterator[int]:
             process.kill()
 
 
-def together(port: int, secret: str, folder: Path) -> None:
-    """Print calls a second at `CLIENTS` clients, ours and theirs."""
+def compare_throughput(port: int, secret: str, folder: Path) -> None:
+    """Print the calls per second of `CLIENTS` clients, with each endpoint."""
     with contextlib.ExitStack() as stack:
         threads = sorted({1, os.cpu_count() or 1})
         ports = {OURS: port} | {f"FastAPI + pipeline, threads {n}": stack.enter_context(peer(folder, n)) for n in threads}  # fmt: skip
 
         def measure(port: int) -> Callable[[], float]:
-            return lambda: asyncio.run(calls_a_second(port, secret))
+            return lambda: asyncio.run(calls_per_second(port, secret))
 
-        found = interleave({name: measure(port) for name, port in ports.items()})
-    show(found, "calls/s", OURS, dict.fromkeys(list(ports)[1:], TARGET), f"{CLIENTS} clients")
+        rates = interleave({name: measure(port) for name, port in ports.items()})
+    show(rates, "calls/s", OURS, dict.fromkeys(list(ports)[1:], TARGET), f"{CLIENTS} clients")
 
 
 def main() -> None:
-    """Print both."""
-    quiet_environment()
+    """Print overhead and throughput."""
+    set_default_environment()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = with_values(Config(), MODEL | {"runs_dir": str(folder), "name": "bench", "serve.port": free_port()})
@@ -148,11 +146,11 @@ def main() -> None:
         endpoint = deploy(config, {"namer": bundle.folder})
         stack.callback(endpoint.stop)
 
-        def predict(asked: str) -> Any:
-            return objective.predict(model, [{"text": asked}])
+        def predict(text: str) -> Any:
+            return objective.predict(model, [{"text": text}])
 
-        alone(endpoint.url, secret, predict)
-        together(config.serve.port, secret, bundle.folder)
+        compare_latency(endpoint.url, secret, predict)
+        compare_throughput(config.serve.port, secret, bundle.folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The endpoint that many write first: FastAPI, a transformers pipeline and uvicorn, one process, a thread a request.
+"""The common simple endpoint: FastAPI, a transformers pipeline and uvicorn, one process, a thread per request.
 
-`python -m tests.bench.fastapi_pipeline FOLDER PORT THREADS` serves a bundle's model by `threads` of torch's.
+`python -m tests.bench.fastapi_pipeline FOLDER PORT THREADS` serves a bundle's model with THREADS torch threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import pipeline
 
 
 class Texts(BaseModel):
-    """A request."""
+    """The body of a request."""
 
     input: str
 
@@ -29,8 +29,9 @@ def main() -> None:
     app = FastAPI()
 
     @app.post("/v1/classify")
-    def answer(body: Texts) -> dict[str, Any]:
-        return {"data": [{"index": 0, "scores": {it["label"]: it["score"] for it in classify(body.input, top_k=None)}}]}
+    def respond(body: Texts) -> dict[str, Any]:
+        predictions = classify(body.input, top_k=None)
+        return {"data": [{"index": 0, "scores": {item["label"]: item["score"] for item in predictions}}]}
 
     uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", access_log=False)
 

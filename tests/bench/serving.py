@@ -1,10 +1,10 @@
-"""Tokens a second over HTTP: `manta deploy` beside `transformers serve` with its continuous batching, the same bundle.
+"""Tokens per second over HTTP: `manta deploy` compared with `transformers serve` and its continuous batching, same bundle.
 
-16 clients of /v1/completions, each with one request after the other: prompts of 4 to 32 words of two or three tokens, 16 to
-128 new tokens, llama_5m with fresh weights in fp32, greedy; whole answers and streams.
-The peer's cache and batch are sized by hand. Both are counted by the tokens that their answers tell. Target: 4x on a CPU,
-1.3x on a GPU. Where MANTA_VLLM_PYTHON names a Python that has vLLM, ours and ours with vLLM's generator are compared with
-`vllm serve` too: 0.9 and 1.0.
+16 clients of /v1/completions, each sending one request after the other: prompts of 4 to 32 words of two or three tokens,
+16 to 128 new tokens, llama_5m with untrained weights in fp32, greedy; whole responses and streams.
+The peer's cache and batch are sized by hand. Tokens are counted by the usage in the responses. Target: 4x on a CPU, 1.3x
+on a GPU. Where MANTA_VLLM_PYTHON names a Python with vLLM, our endpoint with our engine and with vLLM's is compared with
+`vllm serve` too; targets: 0.9 and 1.0.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pathlib import Path
 
 import httpx
 
-from cluster.environment import quiet_environment
+from cluster.environment import set_default_environment
 from cluster.session import connect
 from engine.config import Config, with_values
 from engine.serve.deploy import deploy
 from engine.serve.http.api_keys import new_key
 from tests.bench.calls import Caller
 from tests.bench.interleaved import interleave, show
-from tests.engine.bundles.making import fresh_bundle
+from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.ports import free_port
 
-CLIENTS, REQUESTS = 16, 4  # requests of each, one after the other
+CLIENTS, REQUESTS = 16, 4  # sequential requests of each client
 OURS, THEIRS = "manta deploy", "transformers serve"
-BY_VLLM, VLLM_SERVE = "manta deploy, vLLM", "vllm serve"
+VLLM_ENGINE, VLLM_SERVE = "manta deploy, vLLM", "vllm serve"
 TARGET = 4.0
 MODEL = {
     "model.hidden_size": 256, "model.num_hidden_layers": 5, "model.num_attention_heads": 8, "model.num_key_value_heads": 8,
@@ -43,40 +43,45 @@ MODEL = {
     "data.max_documents": 400, "data.vocab_size": 4096, "data.sequence_length": 512, "tracking.enabled": False,
     "serve.max_replicas": 1, "serve.precision": "fp32", "serve.cpus_per_replica": os.cpu_count(),
 }  # fmt: skip
-SIZED = ["--cb-num-blocks", "128", "--cb-max-batch-tokens", "256"]  # blocks of 32 tokens: 16 sequences fit
+CACHE_ARGS = ["--cb-num-blocks", "128", "--cb-max-batch-tokens", "256"]  # blocks of 32 tokens: room for 16 sequences
 
 
-VLLM = os.environ.get("MANTA_VLLM_PYTHON")  # a Python that has vLLM; without it vLLM takes no part
+VLLM = os.environ.get("MANTA_VLLM_PYTHON")  # a Python with vLLM; unset: vLLM is left out
 
 
 def transformers_serve(folder: Path, port: int) -> list[str]:
-    """Return the command of transformers' own endpoint."""
+    """Return the command of transformers' endpoint."""
     return [
-        str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--continuous-batching", *SIZED,
+        str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--continuous-batching", *CACHE_ARGS,
         "--device", "cpu", "--dtype", "float32", "--port", str(port), "--log-level", "error",
     ]  # fmt: skip
 
 
 def vllm_serve(folder: Path, port: int) -> list[str]:
-    """Return the command of vLLM's own endpoint, on all cores."""
-    alike = ["env", f"OMP_NUM_THREADS={os.cpu_count()}", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", "VLLM_CPU_KVCACHE_SPACE=1"]
+    """Return the command of vLLM's endpoint, on all cores."""
+    environment = [
+        "env",
+        f"OMP_NUM_THREADS={os.cpu_count()}",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU=0",
+        "VLLM_CPU_KVCACHE_SPACE=1",
+    ]
     return [
-        *alike, "VLLM_NO_USAGE_STATS=1", str(Path(VLLM or "").with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1",
+        *environment, "VLLM_NO_USAGE_STATS=1", str(Path(VLLM or "").with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CLIENTS),
     ]  # fmt: skip
 
 
 @contextlib.contextmanager
 def peer(command: Callable[[Path, int], list[str]], folder: Path) -> Iterator[int]:
-    """Run another endpoint; give its port."""
-    port, said = free_port(), folder.parent / f"{command.__name__}.log"
+    """Run another endpoint; yield its port."""
+    port, log_file = free_port(), folder.parent / f"{command.__name__}.log"
     with (
-        said.open("w") as log,
+        log_file.open("w") as log,
         subprocess.Popen(command(folder, port), stdout=log, stderr=log, start_new_session=True) as process,
     ):
         try:
             while True:
-                assert process.poll() is None, said.read_text()
+                assert process.poll() is None, log_file.read_text()
                 with contextlib.suppress(httpx.HTTPError):
                     httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).raise_for_status()
                     break
@@ -86,65 +91,67 @@ def peer(command: Callable[[Path, int], list[str]], folder: Path) -> Iterator[in
             os.killpg(process.pid, signal.SIGKILL)
 
 
-async def tokens_a_second(port: int, secret: str, model: str, dice: random.Random, stream: bool) -> float:
-    """Return how many tokens a second the clients get, from the first question to the last answer."""
+async def tokens_per_second(port: int, secret: str, model: str, rng: random.Random, stream: bool) -> float:
+    """Return the clients' tokens per second, from the first request to the last response."""
 
-    async def ask(caller: Caller) -> int:
-        return sum([await answered(caller) for _ in range(REQUESTS)])
+    async def run_client(caller: Caller) -> int:
+        return sum([await complete(caller) for _ in range(REQUESTS)])
 
-    async def answered(caller: Caller) -> int:
-        words = [f"v{dice.randrange(1000)}" for _ in range(dice.randrange(4, 33))]
-        body = {"model": model, "prompt": " ".join(words), "max_tokens": dice.randrange(16, 129), "temperature": 0, "stream": stream}  # fmt: skip
+    async def complete(caller: Caller) -> int:
+        words = [f"v{rng.randrange(1000)}" for _ in range(rng.randrange(4, 33))]
+        body = {"model": model, "prompt": " ".join(words), "max_tokens": rng.randrange(16, 129), "temperature": 0, "stream": stream}  # fmt: skip
         if stream:
             body["stream_options"] = {"include_usage": True}
-            answer = (await caller.stream("/v1/completions", body))[-1]
+            response = (await caller.stream("/v1/completions", body))[-1]
         else:
-            answer = await caller.post("/v1/completions", body)
-        count: int = answer["usage"]["completion_tokens"]
+            response = await caller.post("/v1/completions", body)
+        count: int = response["usage"]["completion_tokens"]
         return count
 
     async with contextlib.AsyncExitStack() as stack:
         callers = [await stack.enter_async_context(Caller(port, secret)) for _ in range(CLIENTS)]
-        began = time.perf_counter()
-        counts = await asyncio.gather(*map(ask, callers))
-        return sum(counts) / (time.perf_counter() - began)
+        started_at = time.perf_counter()
+        counts = await asyncio.gather(*map(run_client, callers))
+        return sum(counts) / (time.perf_counter() - started_at)
 
 
 def main() -> None:
     """Print the ratios."""
-    quiet_environment()
-    dice = random.Random(0)
+    set_default_environment()
+    rng = random.Random(0)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = with_values(Config(), MODEL | {"runs_dir": str(folder), "name": "bench", "serve.port": free_port()})
         bundle = fresh_bundle(config, folder / "writer" / "bundle")
         secret, _ = new_key(config.keys_file, "bench", 10**6, 10**9, None)
-        stack.enter_context(connect("local", 2 * (os.cpu_count() or 1), False, folder / "logs"))  # one works at a time
-        asked: dict[str, tuple[int, str, str]] = {}
+        stack.enter_context(
+            connect("local", 2 * (os.cpu_count() or 1), False, folder / "logs")
+        )  # one of two runs at a time
+        endpoints: dict[str, tuple[int, str, str]] = {}
 
         def rate(name: str, stream: bool) -> Callable[[], float]:
-            return lambda: asyncio.run(tokens_a_second(*asked[name], random.Random(dice.randrange(2**30)), stream))
+            return lambda: asyncio.run(tokens_per_second(*endpoints[name], random.Random(rng.randrange(2**30)), stream))
 
         def compare(ours: str, theirs: dict[str, float]) -> None:
-            for answers, stream in (("whole answers", False), ("streams", True)):
-                print(answers)
-                found = interleave({name: rate(name, stream) for name in (ours, *theirs)}, 7)
-                show(found, "tokens/s", ours, theirs, answers)
+            for mode, stream in (("whole responses", False), ("streams", True)):
+                print(mode)
+                rates = interleave({name: rate(name, stream) for name in (ours, *theirs)}, 7)
+                show(rates, "tokens/s", ours, theirs, mode)
 
         def theirs(command: Callable[[Path, int], list[str]]) -> tuple[int, str, str]:
             return stack.enter_context(peer(command, bundle.folder)), "", str(bundle.folder)
 
         endpoint = deploy(config, {"writer": bundle.folder})
-        asked[OURS] = (config.serve.port, secret, "writer")
-        asked[THEIRS] = theirs(transformers_serve)
+        endpoints[OURS] = (config.serve.port, secret, "writer")
+        endpoints[THEIRS] = theirs(transformers_serve)
         compare(OURS, {THEIRS: TARGET})
         if VLLM:
             by_vllm = with_values(config, {"serve.generator": "vllm", "serve.vllm_python": VLLM})
             deploy(by_vllm, {"by-vllm": bundle.folder})
-            asked[BY_VLLM] = (config.serve.port, secret, "by-vllm")
-            asked[VLLM_SERVE] = theirs(vllm_serve)
+            endpoints[VLLM_ENGINE] = (config.serve.port, secret, "by-vllm")
+            endpoints[VLLM_SERVE] = theirs(vllm_serve)
             compare(OURS, {VLLM_SERVE: 0.9})
-            compare(BY_VLLM, {VLLM_SERVE: 1.0})
+            compare(VLLM_ENGINE, {VLLM_SERVE: 1.0})
         endpoint.stop()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.atomic_write import write_atomically
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 PREFIX = "sk-manta-"
 KEYS_VARIABLE = "MANTA_KEYS"  # environment variable with the content of a keys file
@@ -164,7 +164,9 @@ def revoke_key(file: Path, name: str) -> ApiKey:
         keys = read_keys(file)
         active = [key for key in keys if key.state(now) == "active"]
         if name not in [key.name for key in active]:
-            raise UserError(f"there is no active key '{name}' in {file}{nearest(name, [key.name for key in active])}")
+            raise UserError(
+                f"there is no active key '{name}' in {file}{did_you_mean(name, [key.name for key in active])}"
+            )
         changed = [
             ApiKey(**asdict(key) | {"revoked": now}) if key in active and key.name == name else key for key in keys
         ]

@@ -103,7 +103,7 @@ class GenerationRequest(Body):
         """Return the stop texts."""
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
-    def schema_json(self) -> str | None:
+    def output_schema(self) -> str | None:
         """Return the JSON Schema that the texts have to follow; None: any text."""
         if isinstance(self.response_format, SchemaFormat):
             return json.dumps(self.response_format.json_schema.schema_)
@@ -155,7 +155,7 @@ class CompletionRequest(GenerationRequest):
         """Return the job for a replica."""
         return GenerationJob(
             prompts=self.prompts(), messages=None, max_tokens=self.max_tokens, sampling=self.sampling_params(), n=self.n,
-            stop=self.stops(), seed=self.seed, logprobs=self.logprobs, echo=self.echo, json_schema=self.schema_json(),
+            stop=self.stops(), seed=self.seed, logprobs=self.logprobs, echo=self.echo, json_schema=self.output_schema(),
             stream=self.stream, client=self.client(key_name), adapter=adapter,
         )  # fmt: skip
 
@@ -205,7 +205,7 @@ class ChatRequest(GenerationRequest):
         return GenerationJob(
             prompts=[], messages=[message.as_dict() for message in self.messages], max_tokens=self.requested_tokens,
             sampling=self.sampling_params(), n=self.n, stop=self.stops(), seed=self.seed,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None, json_schema=self.schema_json(),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None, json_schema=self.output_schema(),
             stream=self.stream, client=self.client(key_name), adapter=adapter,
         )  # fmt: skip
 

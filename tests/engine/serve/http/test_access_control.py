@@ -25,7 +25,7 @@ from engine.serve.http.api_keys import new_key, revoke_key
 from engine.serve.http.feedback_store import read_records
 from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
-from tests.engine.serve.llm.test_structured_output import SCHEMA, form
+from tests.engine.serve.llm.test_structured_output import SCHEMA, json_schema_format
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[4]
@@ -305,7 +305,7 @@ def test_options_of_openais_client(endpoint: GuardedEndpoint) -> None:
 def test_structured_output_follows_its_schema(endpoint: GuardedEndpoint) -> None:
     api = endpoint.openai()
     messages: Any = [{"role": "user", "content": "a cat, please"}]
-    response_format: Any = form(SCHEMA)
+    response_format: Any = json_schema_format(SCHEMA)
     create: Callable[..., Any] = api.chat.completions.create
     whole = create(model="writer", messages=messages, max_tokens=100, temperature=1.0, seed=5, n=2, response_format=response_format)  # fmt: skip
     for choice in whole.choices:
@@ -315,7 +315,7 @@ def test_structured_output_follows_its_schema(endpoint: GuardedEndpoint) -> None
     streamed = "".join(part.choices[0].delta.content or "" for part in parts)
     assert streamed == whole.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="cannot be followed") as caught:
-        create(model="writer", messages=messages, response_format=form({"type": "objekt"}))
+        create(model="writer", messages=messages, response_format=json_schema_format({"type": "objekt"}))
     assert caught.value.param == "response_format"
     text = create(model="writer", messages=messages, max_tokens=3, temperature=0, response_format={"type": "text"})
     assert text.choices[0].message.content

@@ -41,7 +41,7 @@ def endpoint(ray: None, tiny: Config, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def downtime_s(requests: list[CompletedRequest], killed: float) -> float:
-    """Return the seconds from a kill to the first response to a request that started_at after it, or to the last failure."""
+    """Return the seconds from a kill to the first response to a request that began after it, or to the last failure."""
     failures = [it.finished_at for it in requests if it.status != 200]
     recovered_at = min(it.finished_at for it in requests if it.status == 200 and it.started_at > killed)
     return max([recovered_at, *failures]) - killed
