@@ -27,9 +27,9 @@ from engine.errors import UserError
 LICENSE = "PSF-2.0"
 MIN_FUNCTION_LINES = 4  # lines, after masking
 MASK = "_"
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 WORD = re.compile(r"[^\W\d]\w*")
-PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+WORD_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 KEPT_WORDS = frozenset(keyword.kwlist) | frozenset(dir(builtins))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -41,15 +41,15 @@ def stdlib_folder() -> Path:
 
 def source_paths() -> list[Path]:
     """Return its source files, sorted, without tests and third-party packages. Raises UserError where there are none."""
-    found = []
-    for folder, below, names in os.walk(stdlib_folder()):
-        below[:] = [name for name in below if name not in SKIPPED_FOLDERS]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not found:
+    paths = []
+    for folder, subfolders, names in os.walk(stdlib_folder()):
+        subfolders[:] = [name for name in subfolders if name not in EXCLUDED_FOLDERS]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not paths:
         raise UserError(
             f"this Python has no source of its standard library in {stdlib_folder()}: use data=files data.path=..."
         )
-    return sorted(found)
+    return sorted(paths)
 
 
 def list_files() -> list[InputFile]:
@@ -111,23 +111,23 @@ def read_functions(config: DataConfig, seed: int, counts: Counter[str]) -> Itera
     Each removed word is replaced by `_`. The same words are removed whatever the function's own package is, so a mask
     leaks nothing either. A function with fewer than four lines left is dropped. Raises UserError for fewer than two packages.
     """
-    found: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # package -> (file, own name, text)
+    bodies: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # package -> (file, function name, text)
     module_names: dict[str, set[str]] = defaultdict(set)
-    trained: set[str] = set()
+    in_training: set[str] = set()
     for name, text in _sources(counts, packages_only=True):
         package = name.split("/")[0]
         module_names[package].add(Path(name).stem)
         try:
-            here = [(name, own, body) for own, body in _function_texts(text)]
+            functions = [(name, own_name, body) for own_name, body in _function_texts(text)]
         except (SyntaxError, ValueError, RecursionError):
             counts["not valid Python"] += 1
             continue
-        found[package] += here
-        if here and split_of(f"python:{name}", seed, config) == "train":
-            trained.add(package)
+        bodies[package] += functions
+        if functions and split_of(f"python:{name}", seed, config) == "train":
+            in_training.add(package)
 
-    sizes = {package: len(bodies) for package, bodies in found.items() if len(module_names[package]) > 1}
-    ranked = sorted(trained.intersection(sizes), key=lambda package: (-sizes[package], package))
+    sizes = {package: len(group) for package, group in bodies.items() if len(module_names[package]) > 1}
+    ranked = sorted(in_training.intersection(sizes), key=lambda package: (-sizes[package], package))
     chosen = ranked[: config.packages]
     if len(chosen) < 2:
         raise UserError(
@@ -136,8 +136,8 @@ def read_functions(config: DataConfig, seed: int, counts: Counter[str]) -> Itera
         )
     leaks = leaks_label(set(chosen).union(*(module_names[package] for package in chosen)))
     for package in sorted(chosen):
-        for name, own, body in found[package]:
-            text = _masked(body, own, leaks)
+        for name, own_name, body in bodies[package]:
+            text = _mask_words(body, own_name, leaks)
             if text.count("\n") + 1 < MIN_FUNCTION_LINES:
                 counts[f"function of less than {MIN_FUNCTION_LINES} lines"] += 1
             else:
@@ -149,31 +149,31 @@ def balance_labels(labels: Sequence[str | None]) -> list[int]:
     by_label: dict[str | None, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         by_label[label].append(i)
-    most = int(1.5 * statistics.median(len(group) for group in by_label.values())) if by_label else 0
-    return sorted(group[i] for group in by_label.values() for i in evenly_spaced(len(group), most))
+    max_count = int(1.5 * statistics.median(len(group) for group in by_label.values())) if by_label else 0
+    return sorted(group[i] for group in by_label.values() for i in evenly_spaced(len(group), max_count))
 
 
 def leaks_label(names: Iterable[str]) -> Callable[[str], bool]:
     """Return a test of a word: does it contain one of these package or module names? (`read_functions` has the rule.)"""
-    plain = {_plain(name) for name in names if not name.startswith("__")} - {""}
-    inside = re.compile("|".join(sorted(map(re.escape, (name for name in plain if len(name) >= 4)))) or r"(?!)")
-    known: dict[str, bool] = {}
+    normalized = {_normalize(name) for name in names if not name.startswith("__")} - {""}
+    inside = re.compile("|".join(sorted(map(re.escape, (name for name in normalized if len(name) >= 4)))) or r"(?!)")
+    cache: dict[str, bool] = {}
 
     def test(word: str) -> bool:
-        if word not in known:
-            parts = {part.lower() for part in PART.findall(word)} | {_plain(word)}
-            known[word] = word not in KEPT_WORDS and bool(parts & plain or inside.search(_plain(word)))
-        return known[word]
+        if word not in cache:
+            parts = {part.lower() for part in WORD_PART.findall(word)} | {_normalize(word)}
+            cache[word] = word not in KEPT_WORDS and bool(parts & normalized or inside.search(_normalize(word)))
+        return cache[word]
 
     return test
 
 
-def _masked(text: str, own: str, leaks: Callable[[str], bool]) -> str:
-    return WORD.sub(lambda word: MASK if word[0] == own or leaks(word[0]) else word[0], text)
+def _mask_words(text: str, own_name: str, leaks: Callable[[str], bool]) -> str:
+    return WORD.sub(lambda word: MASK if word[0] == own_name or leaks(word[0]) else word[0], text)
 
 
-def _plain(word: str) -> str:
-    return word.replace("_", "").lower()
+def _normalize(word: str) -> str:
+    return word.rebyte_range("_", "").lower()
 
 
 def _sources(
@@ -201,7 +201,7 @@ def _function_texts(source: str) -> Iterator[tuple[str, str]]:
     for line in content.split(b"\n"):
         starts.append(starts[-1] + len(line) + 1)
 
-    def place(node: ast.stmt | ast.expr) -> tuple[int, int]:
+    def byte_range(node: ast.stmt | ast.expr) -> tuple[int, int]:
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
@@ -209,13 +209,13 @@ def _function_texts(source: str) -> Iterator[tuple[str, str]]:
     for function in _outermost(tree):
         if (function.end_lineno or 0) - function.lineno + 1 < MIN_FUNCTION_LINES:
             continue
-        start, end = place(function)
+        start, end = byte_range(function)
         pieces, last = [], start
-        for cut_start, cut_end, instead in sorted(_cuts(function, content, place)):
-            pieces += [content[last:cut_start], instead]
+        for cut_start, cut_end, replacement in sorted(_cuts(function, content, byte_range)):
+            pieces += [content[last:cut_start], replacement]
             last = cut_end
         text = b"".join([*pieces, content[last:end]]).decode()
-        yield function.name, _flush_left(text, function.col_offset)
+        yield function.name, _dedent(text, function.col_offset)
 
 
 def _outermost(node: ast.AST) -> Iterator[Function]:
@@ -227,12 +227,12 @@ def _outermost(node: ast.AST) -> Iterator[Function]:
 
 
 def _cuts(
-    function: Function, content: bytes, place: Callable[[ast.stmt | ast.expr], tuple[int, int]]
+    function: Function, content: bytes, byte_range: Callable[[ast.stmt | ast.expr], tuple[int, int]]
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield (start, end, replacement), in bytes, of every docstring, import and inner decorator."""
     for node in ast.walk(function):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield *place(node), b"pass"
+            yield *byte_range(node), b"pass"
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             first = node.body[0]
             if (
@@ -240,13 +240,13 @@ def _cuts(
                 and isinstance(first.value, ast.Constant)
                 and isinstance(first.value.value, str)
             ):
-                yield *place(first), b"" if len(node.body) > 1 else b"pass"
+                yield *byte_range(first), b"" if len(node.body) > 1 else b"pass"
             for decorator in node.decorator_list if node is not function else ():
-                start, end = place(decorator)
+                start, end = byte_range(decorator)
                 yield content.rindex(b"@", 0, start), end, b""
 
 
-def _flush_left(text: str, indent: int) -> str:
+def _dedent(text: str, indent: int) -> str:
     """Remove blank lines and the function's own indentation."""
     first, *rest = (line.rstrip() for line in text.split("\n"))
     return "\n".join([first, *(line if line[:indent].strip() else line[indent:] for line in rest if line)])

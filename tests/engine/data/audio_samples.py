@@ -1,4 +1,4 @@
-"""Hummed speech: each word is a tone of its own, so that a small model can learn to tell them apart."""
+"""Synthetic speech: each word is a tone of its own, so that a small model can learn to distinguish them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def documents(config: DataConfig, seed: int, counts: Counter[str]) -> list[Docum
 
 @pytest.fixture
 def configured(tmp_path: Path) -> Callable[..., Config]:
-    """Return a function of data options -> a config whose runs are in the test's own folder."""
+    """Return a function of data options -> a config with runs_dir in the test's temporary folder."""
     return lambda **options: replace(
         Config(), runs_dir=str(tmp_path / "runs"), **{f"data__{key}": value for key, value in options.items()}
     )

@@ -45,7 +45,7 @@ def test_every_format_gives_the_same_rows(configured: Callable[..., Config], tmp
         assert {d.split for d in found} == {"train", "validation", "test"}
 
 
-def test_a_split_stays_when_the_folder_moves(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_splits_do_not_depend_on_the_folder(configured: Callable[..., Config], tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         jsonl(tmp_path / name / "a.jsonl", ROWS)
@@ -55,7 +55,9 @@ def test_a_split_stays_when_the_folder_moves(configured: Callable[..., Config], 
     assert one == two == glob
 
 
-def test_own_validation_and_test_come_whole_and_first(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_explicit_validation_and_test_files_are_complete_and_first(
+    configured: Callable[..., Config], tmp_path: Path
+) -> None:
     train, validation, test = (
         jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in zip("abc", [ROWS, ROWS[:20], ROWS[190:]])
     )
@@ -78,7 +80,7 @@ def test_lists_globs_and_folders(configured: Callable[..., Config], tmp_path: Pa
     assert texts(f"{folder}/x.py, {folder}/deep/*.rs") == {"text 0", "text 2"}
 
 
-def test_object_storage_is_read_alike(configured: Callable[..., Config]) -> None:
+def test_object_storage_gives_the_same_documents(configured: Callable[..., Config]) -> None:
     import fsspec
 
     storage = fsspec.filesystem("memory")
@@ -89,14 +91,16 @@ def test_object_storage_is_read_alike(configured: Callable[..., Config]) -> None
         assert {d.text for d in found} == {"Some prose.", *(str(r["text"]) for r in ROWS)}
         folder = prepare(configured(path="memory://bucket/in/*.jsonl", vocab_size=300))
         assert sum(split["documents"] for split in Manifest.load(folder).splits.values()) == 200
-        with pytest.raises(UserError, match=r"memory://bucket/in/c\.txt is not there; did you mean 'b\.txt'"):
+        with pytest.raises(UserError, match=r"memory://bucket/in/c\.txt does not exist; did you mean 'b\.txt'"):
             read(configured(path="memory://bucket/in/c.txt"))
     finally:
         storage.rm("/bucket", recursive=True)
 
 
 @pytest.mark.parametrize("where", ["memory://packed", "file://{tmp_path}", "{tmp_path}"])
-def test_packed_files_are_read_from_anywhere(configured: Callable[..., Config], tmp_path: Path, where: str) -> None:
+def test_compressed_files_are_read_from_any_filesystem(
+    configured: Callable[..., Config], tmp_path: Path, where: str
+) -> None:
     from fsspec.core import url_to_fs
 
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -122,16 +126,16 @@ def test_packed_files_are_read_from_anywhere(configured: Callable[..., Config], 
         filesystem.rm(place, recursive=True)
 
 
-def test_a_packed_file_that_is_cut_short(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_truncated_compressed_file_raises(configured: Callable[..., Config], tmp_path: Path) -> None:
     content = pa.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode(), "zstd", asbytes=True)
     (tmp_path / "a.jsonl.zst").write_bytes(content[: len(content) // 2])
     (tmp_path / "b.jsonl.zst").write_bytes(b"no zstd at all")
     for name in "ab":
-        with pytest.raises(UserError, match=rf"cannot read .*{name}\.jsonl\.zst .*mend it or leave it out"):
+        with pytest.raises(UserError, match=rf"cannot read .*{name}\.jsonl\.zst .*repair it or leave it out"):
             read(configured(path=str(tmp_path / f"{name}.jsonl.zst")))
 
 
-def test_large_files_are_read_in_pieces(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_large_files_are_split_into_pieces(configured: Callable[..., Config], tmp_path: Path) -> None:
     rows = [{"text": f"row {i} é " + "x" * (i % 97)} for i in range(2000)]
     jsonl(tmp_path / "a.jsonl", rows)
     table = pa.table({"text": [r["text"] for r in rows]})
@@ -156,22 +160,22 @@ def test_large_files_are_read_in_pieces(configured: Callable[..., Config], tmp_p
         assert [d.text for d in read(config)[0]] == [r["text"] for r in lines]
 
 
-def test_mistakes_are_told_before_anything_is_prepared(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_check_input_raises_before_anything_is_prepared(configured: Callable[..., Config], tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", ROWS)
-    for options, told in (
-        ({"path": str(tmp_path / "b.jsonl")}, r"b\.jsonl is not there; did you mean 'a\.jsonl'"),
+    for options, message in (
+        ({"path": str(tmp_path / "b.jsonl")}, r"b\.jsonl does not exist; did you mean 'a\.jsonl'"),
         (
             {"path": str(tmp_path / "a.jsonl"), "text_column": "txt"},
             r"no column 'txt' \(data\.text_column\).*did you mean 'text'",
         ),
         ({"path": str(tmp_path / "a.jsonl"), "label_column": "lab"}, r"no column 'lab' \(data\.label_column\)"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             check_input(configured(**options).data)
     check_input(configured(path=str(tmp_path / "a.jsonl"), label_column="label").data)
 
 
-def test_what_is_left_out_is_counted(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_skipped_documents_are_counted(configured: Callable[..., Config], tmp_path: Path) -> None:
     contents = {
         "latin.txt": "café".encode("latin-1"),
         "image.png": b"\x89PNG\0\1",
@@ -186,7 +190,7 @@ def test_what_is_left_out_is_counted(configured: Callable[..., Config], tmp_path
     assert counts == {"not UTF-8": 1, "binary": 1, "empty": 1, "duplicate": 1}
 
 
-def test_bad_rows_are_counted(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_malformed_rows_are_counted(configured: Callable[..., Config], tmp_path: Path) -> None:
     lines = ['{"text": "a", "label": "x"}', "not json", '{"text": "b"}', "[1]", '{"text": 5, "label": "x"}']
     lines += ['{"text": "\\ud83d", "label": "x"}', '{"text": "c", "label": null}', "", '{"text": "d", "label": 2.0}']
     (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
@@ -195,7 +199,7 @@ def test_bad_rows_are_counted(configured: Callable[..., Config], tmp_path: Path)
     assert counts == {"malformed line": 3, "without text": 2, "without a label": 2}
 
 
-def test_tables_of_other_types(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_column_types(configured: Callable[..., Config], tmp_path: Path) -> None:
     texts = [str(row["text"]) for row in ROWS]
     for name, column in {
         "large": pa.array(texts, pa.large_string()),
@@ -207,18 +211,18 @@ def test_tables_of_other_types(configured: Callable[..., Config], tmp_path: Path
             with pa.ipc.new_file(out, table.schema) as writer:
                 writer.write_table(table)
         assert [d.text for d in read(configured(path=str(tmp_path / f"{name}.arrow")))[0]] == texts
-    for name, labels, told in (
+    for name, labels, names in (
         ("floats", [1.0, 2.5, float("nan"), None], ["1", "2.5"]),
         ("bytes", [b"a", b"", b"\xff", None], ["a", "\\xff"]),
         ("bools", [True, False, None, True], ["True", "False", "True"]),
     ):
         pq.write_table(pa.table({"text": texts[:4], "label": labels}), tmp_path / f"{name}.parquet")
         found, counts = read(configured(path=str(tmp_path / f"{name}.parquet"), label_column="label"))
-        assert [d.label for d in found] == told
-        assert counts == {"without a label": 4 - len(told)}
+        assert [d.label for d in found] == names
+        assert counts == {"without a label": 4 - len(names)}
 
 
-def test_names_and_lines_of_any_kind(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_unusual_file_names_and_line_endings(configured: Callable[..., Config], tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for i, name in enumerate([b"caf\xe9.txt", b"new\nline.txt", b"[x]*?.txt", b"A.TXT.GZ"]):
@@ -228,11 +232,11 @@ def test_names_and_lines_of_any_kind(configured: Callable[..., Config], tmp_path
     config = configured(path=str(folder), vocab_size=300)
     assert sorted(d.text for d in read(config)[0]) == [f"Text {i}.\nSecond line.\n" for i in range(4)]
     made = prepare(config)
-    told = {file["path"] for file in Manifest.load(made).read_sources(made)}
-    assert told == {str(path) for path in folder.iterdir()}
+    paths = {file["path"] for file in Manifest.load(made).read_sources(made)}
+    assert paths == {str(path) for path in folder.iterdir()}
 
 
-def test_a_line_over_several_pieces_is_one_document(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_line_across_pieces_is_one_document(configured: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word " * 20_000 + "\nlast")
     config = configured(path=str(tmp_path / "a.txt"), shard_tokens=4096)
     found, counts = read(config)
@@ -241,7 +245,7 @@ def test_a_line_over_several_pieces_is_one_document(configured: Callable[..., Co
     assert not +counts
 
 
-def test_one_long_text_is_cut_at_paragraphs(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_long_text_is_split_at_paragraphs(configured: Callable[..., Config], tmp_path: Path) -> None:
     text = "".join(f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(400))
     (tmp_path / "book.txt").write_text(text)
     found, _ = read(configured(path=str(tmp_path / "book.txt")))
@@ -251,7 +255,7 @@ def test_one_long_text_is_cut_at_paragraphs(configured: Callable[..., Config], t
     assert all(d.text.startswith("Paragraph") for d in found)
 
 
-def test_three_files_have_one_in_each_split(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_three_files_fill_each_split(configured: Callable[..., Config], tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.py").write_text(f"x = {i}\n")
     found, _ = read(configured(path=str(tmp_path)))
@@ -287,13 +291,13 @@ def test_sentiment(shared: Callable[[str], Path], configured: Callable[..., Conf
     ("options", "message"),
     [
         ({}, r"data\.path is not set"),
-        ({"path": "{d}/trian.jsonl"}, r"data\.path=.*trian\.jsonl is not there; did you mean 'train\.jsonl'\?"),
+        ({"path": "{d}/trian.jsonl"}, r"data\.path=.*trian\.jsonl does not exist; did you mean 'train\.jsonl'\?"),
         ({"path": "{d}/*.csv"}, r"data\.path='.*\*\.csv' matches no file"),
-        ({"path": "{d}/train.jsonl", "test_path": "{d}/x/y"}, r"data\.test_path=.*y is not there"),
+        ({"path": "{d}/train.jsonl", "test_path": "{d}/x/y"}, r"data\.test_path=.*y does not exist"),
         ({"path": "{d}/train.jsonl", "text_column": "txt"}, r"no column 'txt' \(data\.text_column\), only text, label; did you mean 'text'"),
         ({"path": "{d}/train.jsonl", "label_column": "topic"}, r"no column 'topic' \(data\.label_column\), only text, label: set"),
         ({"path": "{d}/train.parquet", "text_column": "body"}, r"no column 'body' \(data\.text_column\), only text, label"),
-        ({"path": "{d}/bad.jsonl"}, r"no line of .*bad\.jsonl is a JSON object \(the first bad one is line 1\)"),
+        ({"path": "{d}/bad.jsonl"}, r"no line of .*bad\.jsonl is a JSON object \(the first malformed one is line 1\)"),
         ({"path": "{d}/bad.parquet"}, r"bad\.parquet is no parquet file"),
         ({"path": "{d}/array.jsonl"}, r"no line of .*array\.jsonl is a JSON object .*jq -c '\.\[\]' does it to an array"),
         ({"path": "{d}/rows.json"}, r"rows\.json may hold rows or be a text itself: say which with data\.format=jsonl"),
@@ -306,18 +310,18 @@ def test_sentiment(shared: Callable[[str], Path], configured: Callable[..., Conf
         ({"path": "{d}/empty.txt"}, r"empty\.txt holds no text to train on \(left out: 1 empty\): give other files"),
         ({"path": "{d}/latin.txt"}, r"latin\.txt holds no text to train on \(left out: 1 not UTF-8\)"),
         ({"path": "{d}/unlabelled.jsonl", "label_column": "label"}, r"column 'label' of .*unlabelled\.jsonl is empty in all 20 rows: check data\.label_column"),
-        ({"path": "{d}/one.jsonl", "label_column": "label"}, r"has 1 label in column 'label', and a classification needs two"),
+        ({"path": "{d}/one.jsonl", "label_column": "label"}, r"has 1 label in column 'label', and two or more are needed"),
         ({"path": "{d}/prose.txt", "label_column": "label"}, r"prose\.txt is plain text and has no column 'label'"),
         ({"path": "{d}/prose.txt"}, r"none of the 1 documents is for validation: raise data\.validation_fraction"),
         ({"path": "{d}/train.jsonl", "test_path": "{d}/empty.txt"}, r"none of the 200 documents is for test \(left out: 1 empty\)"),
         ({"path": "{d}/train.jsonl", "validation_path": "{d}/train.jsonl", "test_fraction": 0.0}, r"no document is left for training \(left out: 200 dup"),
-        ({"path": "{d}/train.jsonl", "tokenizer": "{d}/none"}, r"data\.tokenizer=.*none is no folder"),
+        ({"path": "{d}/train.jsonl", "tokenizer": "{d}/none"}, r"data\.tokenizer=.*none is not a folder"),
         ({"path": "{d}/train.jsonl", "tokenizer": "{d}/hollow"}, r"has no tokenizer that transformers can load"),
         ({"path": "nowhere://bucket/x"}, r"data\.path=nowhere://bucket/x cannot be opened"),
         ({"path": "{d}/train.jsonl", "name": "a/b"}, r"data\.name='a/b' cannot name a folder"),
     ],
 )  # fmt: skip
-def test_bad_input_gets_one_sentence(
+def test_bad_input_raises_a_one_line_error(
     options: dict[str, object], message: str, configured: Callable[..., Config], tmp_path: Path
 ) -> None:
     jsonl(tmp_path / "train.jsonl", ROWS)

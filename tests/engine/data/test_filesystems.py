@@ -48,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("store", ["s3", "gs"])
-def test_a_bucket_gives_the_bytes_that_a_folder_gives(
+def test_bucket_and_folder_give_the_same_bytes(
     store: str, request: pytest.FixtureRequest, configured: Callable[..., Config], corpus: Path
 ) -> None:
     bucket: Bucket = request.getfixturevalue(store)
@@ -58,14 +58,14 @@ def test_a_bucket_gives_the_bytes_that_a_folder_gives(
     there = verify(folder)
     assert there.hash == here.hash
     assert there.skipped == here.skipped == {"duplicate": 60}
-    told = {file["path"]: (file["sha256"], file["bytes"]) for file in there.read_sources(folder)}
+    message = {file["path"]: (file["sha256"], file["bytes"]) for file in there.read_sources(folder)}
     [origin] = here.origins.values()
     assert origin["files"] == 6
     near = {
         file["path"].replace(str(corpus), f"{bucket.address}/in"): (file["sha256"], file["bytes"])
         for file in here.read_sources(prepare(configured(path=str(corpus), vocab_size=300)))
     }
-    assert told == near
+    assert message == near
     assert SECRET not in "".join(file.read_text() for file in folder.glob("*.json*"))
 
 
@@ -88,7 +88,7 @@ def test_globs_single_files_and_lists(
         assert sum(split["documents"] for split in manifest.splits.values()) == documents + 20
 
 
-def test_a_changed_object_is_other_data(s3: Bucket, configured: Callable[..., Config]) -> None:
+def test_a_changed_object_changes_the_folder(s3: Bucket, configured: Callable[..., Config]) -> None:
     config = configured(path=f"{s3.address}/in/a.jsonl", vocab_size=300)
     s3.filesystem.pipe(f"{s3.address}/in/a.jsonl", lines(ROWS))
     first = prepare(config)
@@ -97,7 +97,7 @@ def test_a_changed_object_is_other_data(s3: Bucket, configured: Callable[..., Co
     assert prepare(config) != first
 
 
-def test_a_large_object_comes_piece_by_piece(
+def test_large_objects_are_fetched_in_ranges(
     s3: Bucket, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import s3fs
@@ -127,26 +127,26 @@ def test_a_large_object_comes_piece_by_piece(
     assert sum(fetched) < 2.5 * size  # for its hash and for its texts; the end of a piece is fetched for nothing
 
 
-def test_what_can_be_wrong_is_one_sentence(
+def test_store_errors_are_one_line(
     s3: Bucket, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s3.filesystem.pipe(f"{s3.address}/in/a.jsonl", lines(ROWS))
 
-    def told(path: str) -> str:
+    def message(path: str) -> str:
         with pytest.raises(UserError) as error:
             check_input(configured(path=path).data)
         assert "\n" not in str(error.value)
         assert SECRET not in str(error.value)
         return str(error.value)
 
-    assert told("s3://corpora/in/b.jsonl") == (
-        "data.path=s3://corpora/in/b.jsonl is not there; did you mean 'a.jsonl'?"
+    assert message("s3://corpora/in/b.jsonl") == (
+        "data.path=s3://corpora/in/b.jsonl does not exist; did you mean 'a.jsonl'?"
     )
-    assert "data.path=s3://elsewhere/in is not there" in told("s3://elsewhere/in")
-    assert "matches no file" in told("s3://corpora/in/*.txt")
+    assert "data.path=s3://elsewhere/in does not exist" in message("s3://elsewhere/in")
+    assert "matches no file" in message("s3://corpora/in/*.txt")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     forget()
-    gone = told("s3://corpora/in/a.jsonl")
+    gone = message("s3://corpora/in/a.jsonl")
     assert gone.startswith("data.path=s3://corpora/in/a.jsonl cannot be read (Could not connect")
     assert "check the address, and your credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID" in gone
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -154,7 +154,7 @@ def test_what_can_be_wrong_is_one_sentence(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nowhere")
     forget()
-    assert "cannot be read (Unable to locate credentials)" in told("s3://corpora/in/a.jsonl")
+    assert "cannot be read (Unable to locate credentials)" in message("s3://corpora/in/a.jsonl")
 
 
 @pytest.mark.parametrize(("address", "module", "extra"), [("s3://b/x", "s3fs", "s3"), ("gs://b/x", "gcsfs", "gs")])
@@ -172,7 +172,7 @@ def test_a_missing_package_is_named(
         check_input(configured(path=address).data)
 
 
-def test_a_password_in_an_address_is_refused_and_not_said(configured: Callable[..., Config]) -> None:
+def test_a_password_in_an_address_is_refused_and_not_printed(configured: Callable[..., Config]) -> None:
     for options in (
         {"data.path": f"s3://someone:{SECRET}@bucket/in"},
         {"data.test_path": f"https://someone:{SECRET}@host/in"},
@@ -185,7 +185,7 @@ def test_a_password_in_an_address_is_refused_and_not_said(configured: Callable[.
         assert SECRET not in str(error.value)
 
 
-def test_a_store_that_goes_away_leaves_what_was_read(
+def test_progress_is_kept_when_a_store_fails(
     s3: Bucket, configured: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(6):
@@ -210,7 +210,7 @@ def test_a_store_that_goes_away_leaves_what_was_read(
     assert verify(prepare(config)).hash == whole.hash
 
 
-def test_images_beside_their_table(
+def test_images_in_files_beside_their_table(
     s3: Bucket, configured: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
@@ -239,7 +239,7 @@ def test_images_beside_their_table(
 
 
 @pytest.mark.parametrize("store", ["s3", "gs", "folder"])
-def test_prepared_data_are_made_once_and_fetched_shard_by_shard(
+def test_prepared_data_are_uploaded_once_and_downloaded_by_shard(
     store: str, request: pytest.FixtureRequest, configured: Callable[..., Config], corpus: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -280,7 +280,7 @@ def test_a_changed_shard_in_a_store_is_refused(
         Split.open(fetched, "train").document(0)
 
 
-def test_no_bucket_is_made_by_mistake(s3: Bucket, configured: Callable[..., Config], corpus: Path) -> None:
+def test_a_mistyped_bucket_is_not_created(s3: Bucket, configured: Callable[..., Config], corpus: Path) -> None:
     config = configured(path=str(corpus), vocab_size=300, store="s3://elsewhere/prepared")
     with pytest.raises(
         TransientError,
@@ -291,7 +291,7 @@ def test_no_bucket_is_made_by_mistake(s3: Bucket, configured: Callable[..., Conf
     assert verify(prepare(with_values(config, {"data.store": None})))  # what was made is there
 
 
-def test_an_interrupted_upload_is_taken_up_again(
+def test_an_interrupted_upload_continues(
     s3: Bucket, configured: Callable[..., Config], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(path=str(corpus), vocab_size=300, store="s3://corpora/prepared")

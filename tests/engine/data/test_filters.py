@@ -44,7 +44,7 @@ def test_each_rule(text: str, reason: str) -> None:
     assert reason in found
 
 
-def test_lengths_and_own_filters() -> None:
+def test_length_and_user_filters() -> None:
     rule = make_filter(DataConfig(min_characters=5, max_characters=10))
     assert rule is not None
     assert [rule("x" * n) for n in (4, 5, 10, 11)] == [
@@ -68,7 +68,7 @@ def test_language() -> None:
         make_filter(DataConfig(languages=["xx"]))
 
 
-def test_the_manifest_counts_what_was_left_out_and_masked(
+def test_manifest_counts_skipped_documents_and_masked_spans(
     configured: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [f"{PROSE} Number {i} was written to captain{i}@sea.org that day." for i in range(30)]
@@ -106,13 +106,13 @@ def test_the_manifest_counts_what_was_left_out_and_masked(
     assert prepare(config) != folder  # another filter under the same name
 
 
-def test_mistakes_are_told_before_anything_is_read(configured: Callable[..., Config]) -> None:
-    for options, told in (
+def test_invalid_filters_raise_before_anything_is_read(configured: Callable[..., Config]) -> None:
+    for options, message in (
         ({"mask": ["email"]}, r"data\.mask=email is not one of emails, secrets; did you mean 'emails'"),
         ({"filter": "nothing"}, "write 'module:function'"),
         ({"min_characters": 5, "max_characters": 4}, r"min_characters 5 is more than data\.max_characters 4"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             configured(**options)
     with pytest.raises(UserError, match=r"data\.filter=nothing:x cannot be imported"):
         prepare(replace(configured(source="python_stdlib"), data__filter="nothing:x"))

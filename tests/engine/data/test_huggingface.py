@@ -51,7 +51,7 @@ def texts(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_dataset_by_its_folder(configured: Callable[..., Config], dataset: Path, stream: bool) -> None:
+def test_dataset_folder(configured: Callable[..., Config], dataset: Path, stream: bool) -> None:
     config = configured(
         source="huggingface", path=str(dataset), text_column="body", test_split="test", stream=stream, vocab_size=300
     )
@@ -66,20 +66,20 @@ def test_a_dataset_by_its_folder(configured: Callable[..., Config], dataset: Pat
         assert prepare(replace(config, data__stream=None)) == folder
 
 
-def test_labels_have_their_names(configured: Callable[..., Config], dataset: Path) -> None:
+def test_class_labels_keep_their_names(configured: Callable[..., Config], dataset: Path) -> None:
     options = {"source": "huggingface", "path": str(dataset), "text_column": "body", "label_column": "stars"}
     found = documents(configured(**options, stream=False).data, 0, Counter())
     assert {d.text: d.label for d in found} == {f"review number {i}": ("bad", "good")[i % 2] for i in range(100)}
     assert found == documents(configured(**options, stream=False).data, 0, Counter())
 
 
-def test_another_subset(configured: Callable[..., Config], dataset: Path) -> None:
+def test_subset(configured: Callable[..., Config], dataset: Path) -> None:
     found = documents(configured(source="huggingface", path=str(dataset), subset="other").data, 0, Counter())
     assert {d.text for d in found} == {f"other {i}" for i in range(50)}
     assert {d.split for d in found} == {"train", "validation", "test"}
 
 
-def test_a_stream_is_not_fetched_twice(
+def test_a_stream_is_read_once(
     configured: Callable[..., Config], dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engine.data import huggingface
@@ -95,11 +95,11 @@ def test_a_stream_is_not_fetched_twice(
     assert len(texts(folder)) == 100
 
 
-def test_what_cannot_be_had(configured: Callable[..., Config], dataset: Path) -> None:
+def test_datasets_that_cannot_be_loaded(configured: Callable[..., Config], dataset: Path) -> None:
     from engine.data.corpus import check_input
 
     options = {"source": "huggingface", "path": str(dataset), "text_column": "body"}
-    for given, told in (
+    for given, message in (
         (
             options | {"path": "nobody/knows-it"},
             "can be neither found here nor fetched .*: check data.path, and HF_HUB_OFFLINE",
@@ -108,7 +108,7 @@ def test_what_cannot_be_had(configured: Callable[..., Config], dataset: Path) ->
         (options | {"split": "dev"}, r"cannot be loaded so .*check data\.subset and data\.split"),
         (options | {"text_column": "text"}, r"has no column 'text' \(data\.text_column\), only body, stars"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             check_input(configured(**given).data)
     with pytest.raises(UserError, match=r"data\.path is not set: name the dataset"):
         check_input(configured(source="huggingface").data)
@@ -141,7 +141,7 @@ def test_several_sources(configured: Callable[..., Config], dataset: Path, tmp_p
     assert sum(part.num_tokens for part in split.by_source().values()) == split.num_tokens
     other_weights = {name: own | {"weight": 1} for name, own in sources.items()}
     assert prepare(replace(config, data__sources=other_weights)) == folder
-    for wrong, told in (
+    for wrong, message in (
         (
             {"a": {"path": "x", "wieght": 2}},
             r"data\.sources\.a\.wieght is not an option of a source; did you mean 'weight'",
@@ -152,7 +152,7 @@ def test_several_sources(configured: Callable[..., Config], dataset: Path, tmp_p
         ({"a": "x"}, r"data\.sources\.a is not a source"),
         ({"a": {"source": "huggingface"}}, r"with data\.sources\.a\.path="),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             configured(sources=wrong)
     with pytest.raises(UserError, match="are for text without labels"):
         configured(sources=sources, label_column="stars")

@@ -33,7 +33,7 @@ def test_splitmix64_matches_the_reference() -> None:
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 10), (10, 3), (1000, 7), (257, 64)])
-def test_each_id_is_seen_once_an_epoch(size: int, batch: int) -> None:
+def test_each_id_is_seen_once_per_epoch(size: int, batch: int) -> None:
     order = DataOrder(size, batch, seed=3)
     seen = np.concatenate([order.sample_ids(step) for step in range(4 * size // batch + 1)])
     for epoch in range(4):
@@ -46,7 +46,7 @@ def test_samples_are_a_pure_function_of_the_step() -> None:
     assert not np.array_equal(DataOrder(1000, 8, 0).sample_ids(5), DataOrder(1000, 8, 1).sample_ids(5))
 
 
-def test_a_late_step_costs_what_the_first_does() -> None:
+def test_late_steps_cost_as_much_as_the_first() -> None:
     order = DataOrder(10**12, 256, 0)
 
     def seconds(step: int) -> float:

@@ -21,7 +21,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def one_by_one(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing as the textbook has it."""
+    """Best-fit-decreasing, one item at a time."""
     bins: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -38,7 +38,7 @@ def one_by_one(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("count", "capacity"), [(1, 8), (40, 8), (300, 33), (500, 100), (200, 1000)])
-def test_best_fit_is_that_of_the_textbook(count: int, capacity: int) -> None:
+def test_best_fit_equals_the_simple_algorithm(count: int, capacity: int) -> None:
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, capacity + 1, count)
         order, first = best_fit(lengths, capacity)
@@ -57,7 +57,7 @@ def test_best_fit_of_a_million_documents_takes_seconds() -> None:
     assert 1 - lengths.sum() / ((len(first) - 1) * 2049) < 0.001
 
 
-def test_cut_leaves_no_target_out() -> None:
+def test_split_documents_keeps_every_target() -> None:
     lengths = np.array([1, 2, 9, 10, 17, 18, 30])
     documents, offsets, sizes = split_documents(lengths, capacity=9, overlap=1)
     assert documents.tolist() == [1, 2, 3, 3, 4, 4, 5, 5, 5, 6, 6, 6, 6]
@@ -88,7 +88,7 @@ def test_bins_hold_every_document_once(tmp_path: Path, documents: list[np.ndarra
         Bins(Split.open(write(tmp_path, [np.array([5])] * 3), "train"), 65, overlap=1)
 
 
-def test_blocks_know_where_documents_begin(tmp_path: Path, documents: list[np.ndarray]) -> None:
+def test_blocks_have_document_starts(tmp_path: Path, documents: list[np.ndarray]) -> None:
     split = Split.open(write(tmp_path, documents), "train")
     blocks, begins = Blocks(split, 20, boundaries=True), np.cumsum([0, *map(len, documents)])[:-1]
     for i in range(len(blocks)):
@@ -124,7 +124,7 @@ def gradients(made: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "attention"), [(k, a) for k in ("llama", "gpt2") for a in ("sdpa", "eager")])
-def test_a_packed_document_learns_as_it_does_alone(kind: str, attention: str) -> None:
+def test_gradients_of_packed_documents_equal_those_of_single_ones(kind: str, attention: str) -> None:
     made, rng = model(kind, attention).double(), np.random.default_rng(0)  # so that rounding does not hide a leak
     texts = [rng.integers(2, 99, size) for size in (7, 2, 12, 5, 3)]
     packed = [
@@ -148,7 +148,7 @@ def test_a_packed_document_learns_as_it_does_alone(kind: str, attention: str) ->
     assert score["tokens"].tolist() == [7, 17]
 
 
-def test_a_masked_document_learns_as_it_does_alone() -> None:
+def test_gradients_of_masked_packed_documents_equal_those_of_single_ones() -> None:
     made, rng = model("bert", "sdpa", causal=False), np.random.default_rng(0)
     texts = [rng.integers(2, 99, size) for size in (9, 4, 12)]
     task = objective("masked_lm", Packing("best_fit", within_documents=True))
@@ -165,7 +165,7 @@ def test_a_masked_document_learns_as_it_does_alone() -> None:
         assert torch.allclose(alone[0], logits[row, start : start + len(text)], atol=1e-5)
 
 
-def test_without_the_option_attention_goes_on_but_no_target_is_anothers() -> None:
+def test_without_the_document_mask_no_target_is_of_another_document() -> None:
     task = objective("causal_lm", Packing("best_fit"))
     batch = task.collate([{"tokens": np.arange(2, 12), "starts": np.array([0, 4])}])
     assert set(batch.inputs) == {"input_ids"}
@@ -174,7 +174,7 @@ def test_without_the_option_attention_goes_on_but_no_target_is_anothers() -> Non
     assert (batch.count, batch.tokens) == (8, 9)
 
 
-def test_architectures_that_look_into_other_documents_are_refused() -> None:
+def test_architectures_that_attend_across_documents_are_refused() -> None:
     for kind, causal in (("llama", True), ("gpt2", True), ("bert", False)):
         auto = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
         check_document_mask(model(kind, "sdpa", causal).config, auto, "sdpa", causal)  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def test_architectures_that_look_into_other_documents_are_refused() -> None:
 
 
 class Numbered:
-    """Samples that say who they are."""
+    """Samples that hold their own number."""
 
     padding = 0.25
 
@@ -199,7 +199,7 @@ class Numbered:
         return self.name, i
 
 
-def test_weights_are_how_often_an_epoch_shows_a_sample() -> None:
+def test_weights_are_repetitions_per_epoch() -> None:
     mix = Mix([Numbered("a", 10), Numbered("b", 8), Numbered("c", 6)], [1.0, 2.0, 0.5])
     assert len(mix) == 10 + 16 + 3
     for epoch in range(4):
@@ -228,7 +228,7 @@ def test_a_mix_shows_each_virtual_sample_once() -> None:
     assert np.array_equal(order.sample_ids(17), DataOrder(len(mix), 3, seed=5, endless=True).sample_ids(17))
 
 
-def test_sources_are_packed_apart(tmp_path: Path, documents: list[np.ndarray]) -> None:
+def test_each_source_is_packed_by_itself(tmp_path: Path, documents: list[np.ndarray]) -> None:
     from engine.data.manifest import Manifest
 
     manifest = Manifest.load(write(tmp_path, documents))

@@ -28,14 +28,14 @@ KEYS = {
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_a_key_is_replaced_wherever_it_stands(kind: str) -> None:
+def test_secrets_are_masked_anywhere_in_a_text(kind: str) -> None:
     for before, after in (("", ""), ("key = '", "'\n"), ("(see ", ")."), ("export TOKEN=", "\nnext"), ('{"k":"', '"}')):
         counts: Counter[str] = Counter()
         assert mask_secrets(before + KEYS[kind] + after, counts) == f"{before}<secret>{after}"
         assert counts == {"secrets": 1}
 
 
-def test_what_stands_around_a_secret_is_kept() -> None:
+def test_text_around_a_secret_is_kept() -> None:
     counts: Counter[str] = Counter()
     text = f"""aws_secret_access_key = {LETTERS[:40]}
 Authorization: Bearer {LETTERS[:30]}
@@ -50,7 +50,7 @@ postgres://admin:<secret>@db.example.org/sales"""
     assert both("ftp://me:pass12word@host.org me@host.org", counts) == "ftp://me:<secret>@host.org <email>"
 
 
-def test_addresses() -> None:
+def test_email_addresses() -> None:
     counts: Counter[str] = Counter()
     text = "Write to jane.doe+list@mail.example.co.uk, <x_1@a-b.org> or mailto:bob@example.com. Not a@b, @pytest.fixture, a @ b.org."
     expected = "Write to <email>, <<email>> or mailto:<email>. Not a@b, @pytest.fixture, a @ b.org."
@@ -70,7 +70,7 @@ def test_addresses() -> None:
         "hf_model_name_or_path_for_the_embedding_x AIza npm_config_registry_and_other_settings_of_it_all",
     ],
 )  # fmt: skip
-def test_plain_text_stays_as_it_is(text: str) -> None:
+def test_plain_text_is_unchanged(text: str) -> None:
     counts: Counter[str] = Counter()
     assert mask_emails(mask_secrets(text, counts), counts) == text
     assert not counts
@@ -78,7 +78,7 @@ def test_plain_text_stays_as_it_is(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["a" * 300_000 + "@", "a.b-" * 100_000 + "@", "eyJ" * 100_000 + "://", "sk-" * 100_000,
                                   "http://a:" * 30_000, "-----BEGIN PRIVATE KEY-----" * 300, "secret = " * 30_000, "xoxb-a-" * 50_000])  # fmt: skip
-def test_no_text_takes_long(text: str) -> None:
+def test_masking_time_is_linear(text: str) -> None:
     began = time.process_time()
     mask_emails(mask_secrets(text, Counter()), Counter())
     assert time.process_time() - began < 5

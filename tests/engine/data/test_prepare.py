@@ -26,10 +26,10 @@ SCRIPT = """
 import os, signal, sys
 from engine.config import Config, replace
 from engine.data.prepare import prepare
-def say(stage, done, total):
+def on_progress(stage, done, total):
     if stage == sys.argv[3]: os.kill(os.getpid(), signal.SIGKILL)
 config = replace(Config(), runs_dir=sys.argv[1], data__path=sys.argv[2], data__vocab_size=300)
-print(prepare(config, progress=say))
+print(prepare(config, progress=on_progress))
 """
 
 
@@ -47,7 +47,7 @@ def start(tmp_path: Path, corpus: Path, die_at: str = "never") -> "subprocess.Po
     return subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE)
 
 
-def test_the_shards_hold_the_documents(configured: Callable[..., Config], corpus: Path) -> None:
+def test_shards_hold_the_documents(configured: Callable[..., Config], corpus: Path) -> None:
     stages: list[tuple[str, int, int]] = []
     folder = prepare(
         configured(path=str(corpus), vocab_size=300, shard_tokens=2048), progress=lambda *s: stages.append(s)
@@ -76,7 +76,7 @@ def test_the_shards_hold_the_documents(configured: Callable[..., Config], corpus
     assert {stage for stage, _, _ in stages} == {"read", "tokenizer", "tokenize"}
 
 
-def test_the_folder_is_named_by_its_content(configured: Callable[..., Config], corpus: Path) -> None:
+def test_folder_name_depends_on_content(configured: Callable[..., Config], corpus: Path) -> None:
     config = configured(path=str(corpus), vocab_size=300)
     folder = prepare(config)
     before = (folder / "manifest.json").stat().st_mtime_ns
@@ -109,7 +109,7 @@ def test_a_corpus_too_large_for_memory_gives_the_same_bytes(
     assert streamed.skipped == held.skipped == {"duplicate": 1}
 
 
-def test_a_folder_that_is_not_whole_is_made_again(configured: Callable[..., Config], corpus: Path) -> None:
+def test_an_incomplete_folder_is_rebuilt(configured: Callable[..., Config], corpus: Path) -> None:
     config = configured(path=str(corpus), vocab_size=300)
     folder = prepare(config)
     digest = Manifest.load(folder).hash
@@ -118,7 +118,7 @@ def test_a_folder_that_is_not_whole_is_made_again(configured: Callable[..., Conf
     assert verify(folder).hash == digest
 
 
-def test_a_tokenizer_of_ones_own_is_kept(configured: Callable[..., Config], corpus: Path) -> None:
+def test_a_given_tokenizer_is_copied(configured: Callable[..., Config], corpus: Path) -> None:
     first = prepare(configured(path=str(corpus), vocab_size=300))
     config = configured(path=str(corpus), vocab_size=4096)
     by_argument, by_option = (
@@ -130,7 +130,7 @@ def test_a_tokenizer_of_ones_own_is_kept(configured: Callable[..., Config], corp
     assert Manifest.load(by_argument).hash == Manifest.load(first).hash
 
 
-def test_the_bpe_learns_from_training_documents_only(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_bpe_is_trained_on_training_documents_only(configured: Callable[..., Config], tmp_path: Path) -> None:
     for name, word in [("train", "seen"), ("test", "heldout")]:
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{word * 5} {i}"}}\n' for i in range(50)))
     config = configured(path=str(tmp_path / "train.jsonl"), test_path=str(tmp_path / "test.jsonl"), vocab_size=300)
@@ -139,7 +139,7 @@ def test_the_bpe_learns_from_training_documents_only(configured: Callable[..., C
     assert not {"he", "ld", "out", "held"} & set(vocabulary)
 
 
-def test_a_test_label_unknown_to_training_is_left_out(configured: Callable[..., Config], tmp_path: Path) -> None:
+def test_labels_missing_from_training_are_skipped(configured: Callable[..., Config], tmp_path: Path) -> None:
     rows = [f'{{"text": "t{i}", "label": "{label}"}}\n' for i, label in enumerate(["10", "9"] * 20)]
     (tmp_path / "train.jsonl").write_text("".join(rows))
     (tmp_path / "test.jsonl").write_text('{"text": "x", "label": "9"}\n{"text": "y", "label": "11"}\n')
@@ -155,7 +155,7 @@ def test_a_test_label_unknown_to_training_is_left_out(configured: Callable[..., 
     assert load_tokenizer(folder / "tokenizer").decode(test.document(0)) == "x"
 
 
-def test_packages_are_prepared_with_labels(configured: Callable[..., Config]) -> None:
+def test_python_functions_have_labels(configured: Callable[..., Config]) -> None:
     folder = prepare(configured(source="python_functions", max_documents=400, vocab_size=512))
     manifest, split = Manifest.load(folder), Split.open(folder, "train")
     assert len(manifest.labels) >= 12
@@ -167,7 +167,7 @@ def test_packages_are_prepared_with_labels(configured: Callable[..., Config]) ->
 
 
 @pytest.mark.parametrize("stage", ["read", "tokenizer", "tokenize"])
-def test_a_kill_leaves_nothing_half(
+def test_a_kill_leaves_no_incomplete_folder(
     stage: str, tmp_path: Path, corpus: Path, configured: Callable[..., Config]
 ) -> None:
     process = start(tmp_path, corpus, die_at=stage)
@@ -179,17 +179,17 @@ def test_a_kill_leaves_nothing_half(
     assert [p.name for p in folder.parent.iterdir() if not p.name.endswith(".lock")] == [folder.name]
 
 
-def test_ctrl_c_leaves_nothing_under_the_name(tmp_path: Path, corpus: Path, configured: Callable[..., Config]) -> None:
-    def say(stage: str, done: int, total: int) -> None:
+def test_ctrl_c_leaves_no_folder(tmp_path: Path, corpus: Path, configured: Callable[..., Config]) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if stage == "tokenize":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(configured(path=str(corpus), vocab_size=300), progress=say)
+        prepare(configured(path=str(corpus), vocab_size=300), progress=on_progress)
     assert sorted(p.suffix for p in (tmp_path / "runs" / "data").iterdir()) == [".lock", ".partial"]
 
 
-def test_two_at_once_make_one(tmp_path: Path, corpus: Path) -> None:
+def test_concurrent_calls_make_one_folder(tmp_path: Path, corpus: Path) -> None:
     processes = [start(tmp_path, corpus) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
@@ -205,14 +205,14 @@ from engine.data.prepare import prepare
 calls, last = 0, int(sys.argv[3])
 if sys.argv[4] == "processes": parallel_map.PROCESS_START_S, prepare_module.MAX_CACHED_BYTES = 0, 0
 else: parallel_map.PROCESS_START_S = float("inf")
-def say(stage, done, total):
+def on_progress(stage, done, total):
     global calls
     calls += 1
     if calls == last: os.kill(os.getpid(), signal.SIGKILL)
 config = replace(
     Config(), runs_dir=sys.argv[1], data__path=sys.argv[2], data__vocab_size=300, data__shard_tokens=1024, data__mask=["emails"]
 )
-print(prepare(config, progress=say), calls)
+print(prepare(config, progress=on_progress), calls)
 """
 
 
@@ -224,14 +224,14 @@ def _is_ours(process: psutil.Process) -> bool:
 
 
 def killed_after(calls: int, runs: Path, corpus: Path, processes: bool = False) -> str | None:
-    """Prepare in a process that is killed at its so many-th word of progress; return what it printed, if it lived."""
+    """Prepare in a process that is killed at the given call of `progress`; return what it printed, if it survived."""
     command = [sys.executable, "-c", KILLED, str(runs), str(corpus), str(calls), "processes" if processes else "alone"]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], text=True, capture_output=True, timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.stdout if done.returncode == 0 else None
 
 
-def test_killed_again_and_again_no_token_is_lost_or_doubled(
+def test_repeated_kills_lose_and_duplicate_no_token(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config]
 ) -> None:
     for i in range(40, 120):
@@ -291,7 +291,7 @@ def test_processes_give_the_same_bytes(
     assert not worker_processes()
 
 
-def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
+def test_a_killed_worker_process_raises_one_line_and_keeps_progress(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.data.prepare.is_connected_to_ray", lambda: False)
@@ -306,28 +306,26 @@ def test_a_process_that_is_killed_is_one_sentence_and_what_was_done_is_kept(
         process.kill()
         return process
 
-    def say(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if stage == "tokenize":
             monkeypatch.setattr("engine.data.parallel_map.subprocess.Popen", killed)
 
     with pytest.raises(TransientError, match=r"was killed .* give the same command again"):
-        prepare(config, progress=say)
+        prepare(config, progress=on_progress)
     [partial] = (tmp_path / "runs" / "data").glob(".*.partial")
     assert list(partial.glob("part-*"))
     monkeypatch.setattr("engine.data.parallel_map.PROCESS_START_S", math.inf)
     assert verify(prepare(config)).hash == verify(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere")))).hash
 
 
-def test_a_damaged_piece_of_unfinished_work_is_done_again(
-    tmp_path: Path, corpus: Path, configured: Callable[..., Config]
-) -> None:
-    def say(stage: str, done: int, total: int) -> None:
+def test_damaged_cache_files_are_recomputed(tmp_path: Path, corpus: Path, configured: Callable[..., Config]) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         if stage == "tokenize" and done >= 30:
             raise KeyboardInterrupt
 
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
     with pytest.raises(KeyboardInterrupt):
-        prepare(config, progress=say)
+        prepare(config, progress=on_progress)
     [partial] = (tmp_path / "runs" / "data").glob(".*.partial")
     shards, surveys = sorted(partial.glob("train-*")), sorted(partial.glob("survey-*"))
     shards[0].write_bytes(shards[0].read_bytes()[:-9])
@@ -338,9 +336,7 @@ def test_a_damaged_piece_of_unfinished_work_is_done_again(
     assert verify(folder).hash == verify(prepare(replace(config, runs_dir=str(tmp_path / "elsewhere")))).hash
 
 
-def test_the_cluster_gives_the_same_bytes(
-    ray: None, tmp_path: Path, corpus: Path, configured: Callable[..., Config]
-) -> None:
+def test_ray_gives_the_same_bytes(ray: None, tmp_path: Path, corpus: Path, configured: Callable[..., Config]) -> None:
     (corpus / "zz.txt").write_text((corpus / "20.txt").read_text())
     config = configured(path=str(corpus), vocab_size=300, shard_tokens=1024)
     here = verify(prepare(config))
@@ -352,7 +348,7 @@ def test_the_cluster_gives_the_same_bytes(
         prepare(replace(config, runs_dir=str(tmp_path / "elsewhere"), cluster__address="auto"))
 
 
-def test_a_filter_that_changes_its_mind_is_found_out(
+def test_an_inconsistent_filter_raises(
     tmp_path: Path, corpus: Path, configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fickle.py").write_text(
@@ -364,7 +360,7 @@ def test_a_filter_that_changes_its_mind_is_found_out(
         prepare(configured(path=str(corpus), vocab_size=300, filter="fickle:keep"))
 
 
-def test_a_full_disk_is_one_sentence(
+def test_a_full_disk_raises_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Path, configured: Callable[..., Config]
 ) -> None:
     def full(self: ShardWriter) -> None:

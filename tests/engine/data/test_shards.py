@@ -42,7 +42,7 @@ def documents() -> list[np.ndarray]:
     return [rng.integers(2, 5000, size) for size in [3, 40, 57, 1, 99, 100, 250, 12, 7, 88, 31]]
 
 
-def test_stream_is_the_documents_end_to_end(tmp_path: Path, documents: list[np.ndarray]) -> None:
+def test_token_range_concatenates_the_documents(tmp_path: Path, documents: list[np.ndarray]) -> None:
     split = Split.open(write(tmp_path, documents), "train")
     whole = np.concatenate(documents)
     assert len(split.manifest.splits["train"]["shards"]) == 6
@@ -59,7 +59,7 @@ def test_stream_is_the_documents_end_to_end(tmp_path: Path, documents: list[np.n
         split.document(11)
 
 
-def test_inside_a_shard_nothing_is_copied(tmp_path: Path, documents: list[np.ndarray]) -> None:
+def test_reads_within_a_shard_do_not_copy(tmp_path: Path, documents: list[np.ndarray]) -> None:
     split = Split.open(write(tmp_path, documents), "train")
     assert np.shares_memory(split.token_range(0, 50), split.token_range(0, 100))
     assert not split.token_range(0, 50).flags.writeable
@@ -74,7 +74,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     assert split.token_range(0, 3).tolist() == [70_000, 2, 131_071]
 
 
-def test_blocks_overlap_by_the_target(tmp_path: Path, documents: list[np.ndarray]) -> None:
+def test_blocks_overlap_by_one_target(tmp_path: Path, documents: list[np.ndarray]) -> None:
     split, whole = Split.open(write(tmp_path, documents), "train"), np.concatenate(documents)
     blocks = Blocks(split, 64)
     assert len(blocks) == 687 // 64 == 10
@@ -124,7 +124,7 @@ def test_a_missing_or_short_shard_is_named(tmp_path: Path, documents: list[np.nd
         Manifest.load(folder)
 
 
-def test_other_folders_and_splits(tmp_path: Path, documents: list[np.ndarray]) -> None:
+def test_missing_folders_and_splits(tmp_path: Path, documents: list[np.ndarray]) -> None:
     with pytest.raises(UserError, match="holds no prepared data"):
         Split.open(tmp_path, "train")
     with pytest.raises(UserError, match=r"no test documents: .*data\.test_path"):

@@ -24,7 +24,7 @@ def folder(sources: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_bpe_gives_back_what_it_encodes(folder: Path, sources: list[str]) -> None:
+def test_bpe_round_trip(folder: Path, sources: list[str]) -> None:
     tokenizer = load_tokenizer(folder)
     for text in [*sources[:20], "naïve 東京 \U0001f600\t x\r\n\n   y", "It's  all\u3000right "]:
         ids = tokenizer.encode(text)
@@ -34,13 +34,13 @@ def test_bpe_gives_back_what_it_encodes(folder: Path, sources: list[str]) -> Non
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
 
 
-def test_bpe_loads_alike_beside_a_llama_config(folder: Path, sources: list[str], tmp_path: Path) -> None:
+def test_bpe_loads_the_same_beside_a_llama_config(folder: Path, sources: list[str], tmp_path: Path) -> None:
     copy_tokenizer(folder, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 1024}))
     assert load_tokenizer(tmp_path).encode(sources[3]) == load_tokenizer(folder).encode(sources[3])
 
 
-def test_tiktoken_gives_the_ids_of_tokenizers(folder: Path, sources: list[str]) -> None:
+def test_tiktoken_ids_equal_those_of_tokenizers(folder: Path, sources: list[str]) -> None:
     from tokenizers import Tokenizer
 
     encode = fast_encoder(folder, sources[:4])
@@ -54,7 +54,7 @@ def test_a_special_token_in_a_text_is_plain_text(folder: Path) -> None:
     assert all(not {0, 1} & set(row.tolist()) for row in ids)
 
 
-def test_a_foreign_tokenizer_falls_back_and_frames_its_rows(tmp_path: Path) -> None:
+def test_other_tokenizers_fall_back_and_frame_rows(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "film"])}
@@ -88,7 +88,7 @@ def test_the_real_gpt2_tokenizer(shared: Callable[[str], Path], tmp_path: Path, 
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         load_tokenizer(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"needs a tokenizer\.json"):
         load_tokenizer(tmp_path)

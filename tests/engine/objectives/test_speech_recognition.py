@@ -145,7 +145,7 @@ def test_bundle_is_evaluated_by_word_error_rate(curves: Curves, family: Callable
     assert wer.value == pytest.approx(jiwer.wer(references, hypotheses))
     assert wer.low <= wer.value <= wer.high
     assert curves[TASK, "two"][-1]["validation_wer"] > 0
-    with pytest.raises(UserError, match="which reads speech with its words, and the data are text"):
+    with pytest.raises(UserError, match="which reads speech with transcripts, and the data are text"):
         evaluate_bundle(folder, with_values(family(TASK), {"data.audio_column": None}))
 
 
@@ -200,7 +200,7 @@ def test_prepared_folder_depends_on_the_feature_extractor(family: Callable[..., 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.type": "llama", "model.options": {}}, "model.type=llama hears no speech"),
+        ({"model.type": "llama", "model.options": {}}, "model.type=llama has no feature extractor"),
         ({"data.sequence_length": 17}, "are over the model's 16 positions: use data.sequence_length=16"),
         ({"data.audio_column": "sound"}, r"no column 'sound' \(data.audio_column\)"),
         ({"data.text_column": "spoken"}, r"no column 'spoken' \(data.text_column\)"),
