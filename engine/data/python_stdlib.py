@@ -173,7 +173,7 @@ def _mask_words(text: str, own_name: str, leaks: Callable[[str], bool]) -> str:
 
 
 def _normalize(word: str) -> str:
-    return word.rebyte_range("_", "").lower()
+    return word.replace("_", "").lower()
 
 
 def _sources(
