@@ -166,7 +166,7 @@ class Replica:
         )
 
     def load_stats(self) -> dict[str, Any]:
-        """Return the figures of this replica: those of `metrics.REPLICA`, its id, version and device."""
+        """Return the figures of this replica: those of `metrics.REPLICA_METRICS`, its id, version and device."""
         stats = self.engine.stats if self.engine else {}
         return stats | {
             "replica": replica_id(), "version": self.bundle.hash[:VERSION_DIGITS], "device": self.device,

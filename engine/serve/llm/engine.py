@@ -58,7 +58,7 @@ class LLMEngine(Protocol):
 
     @property
     def stats(self) -> dict[str, int]:
-        """Load and totals since the start: those figures of `metrics.REPLICA` that the engine knows."""
+        """Load and totals since the start: those of `metrics.REPLICA_METRICS` that the engine knows."""
 
 
 class TransformersEngine:

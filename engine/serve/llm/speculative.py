@@ -67,7 +67,7 @@ class NgramProposer:
 class DraftModel:
     """Proposes tokens by a smaller model with the same tokenizer, for all sequences at once, with slots of its own.
 
-    It samples as the sequence itself will: greedily, or with the random numbers that the sequence's generator will give,
+    It samples as the sequence itself will: greedily, or with the random numbers that the sequence's random generator will give,
     so that the two models agree where their distributions do. It computes a prompt once its sequence has its first token.
     """
 
@@ -246,7 +246,7 @@ def check_draft_model(bundle: Bundle, folder: str) -> None:
 
 
 def lookahead_rng(sequence: Sequence) -> random.Random:
-    """Return a generator of the numbers that a sequence's own will give, which it leaves as it is."""
+    """Return a random generator that gives the numbers which the sequence's own will give, and leaves that as it is."""
     if not sequence.sampling.temperature:
         return sequence.rng  # no number is drawn
     rng = random.Random()
