@@ -26,7 +26,7 @@ from engine.errors import UserError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from engine.serve.llm.engine import Sequence  # imports torch, which the ingress does not need
+    from engine.serve.llm.sequence import Sequence  # imports torch, which the ingress does not need
 
 NO_SPAN = INVALID_SPAN
 EXPORT_INTERVAL_MS = 1000  # shorter than a replica lives after its last request
