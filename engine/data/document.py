@@ -27,7 +27,7 @@ class Document:
     source: str  # the input file, as `corpus.listed_name` names it
     label: str | None = None
     signal: np.ndarray | None = None  # of an image: uint8 [S, S, 3]; of a sound: int16 [samples]
-    spans: tuple[Span, ...] = ()  # labelled parts of the text, in its order
+    spans: tuple[Span, ...] = ()  # labeled parts of the text, in its order
 
 
 @dataclass(frozen=True)

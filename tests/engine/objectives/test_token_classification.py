@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engine.bundles.bundle import Bundle
 from engine.config import Config, with_values
