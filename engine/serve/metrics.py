@@ -21,25 +21,25 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 TOKEN_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 # Key of a replica's stats -> name and help of its metric; names in _total are counters.
 REPLICA_METRICS = {
-    "waiting": ("manta_replica_waiting", "completions that wait for a place"),
-    "running": ("manta_replica_running", "completions that share the forwards"),
-    "cached_tokens": ("manta_replica_cached_tokens", "tokens of running completions in the key/value cache"),
-    "cache_tokens": ("manta_replica_cache_tokens", "tokens that the cache has room for"),
-    "steps": ("manta_replica_forwards_total", "forwards run"),
+    "waiting": ("manta_replica_waiting", "sequences that wait for a slot"),
+    "running": ("manta_replica_running", "sequences in the batch"),
+    "cached_tokens": ("manta_replica_cached_tokens", "tokens of running sequences in the KV cache"),
+    "cache_tokens": ("manta_replica_cache_tokens", "capacity of the KV cache in tokens"),
+    "steps": ("manta_replica_forwards_total", "forward passes"),
     "by_lanes": (
         "manta_replica_lane_requests_total",
-        "requests that an ingress on the same node sent by the short way (engine/serve/routing/ipc.py)",
+        "requests that an ingress on the same node sent by socket (engine/serve/routing/ipc.py)",
     ),
-    "rows": ("manta_replica_rows_total", "sequences in all forwards: over the forwards, the mean batch"),
-    "guessed_tokens": ("manta_replica_guessed_tokens_total", "tokens guessed ahead (serve.num_speculative_tokens)"),
-    "right_tokens": ("manta_replica_right_tokens_total", "of these, tokens that the model would have written itself"),
-    "draft_forwards": ("manta_replica_draft_forwards_total", "forwards of the draft (serve.draft_model)"),
+    "rows": ("manta_replica_rows_total", "sequences in all forward passes; divided by these: the mean batch size"),
+    "guessed_tokens": ("manta_replica_guessed_tokens_total", "draft tokens proposed (serve.num_speculative_tokens)"),
+    "right_tokens": ("manta_replica_right_tokens_total", "draft tokens accepted"),
+    "draft_forwards": ("manta_replica_draft_forwards_total", "forward passes of the draft model (serve.draft_model)"),
     "adapters": ("manta_replica_adapters", "LoRA adapters in memory"),
     "adapter_loads": (
         "manta_replica_adapter_loads_total",
-        "adapters loaded: many more than there are, and serve.max_adapters is small",
+        "loads of adapters: if far more than there are adapters, serve.max_adapters is too small",
     ),
-    "reused_tokens": ("manta_replica_reused_tokens_total", "tokens of prompts that were in the cache already"),
+    "reused_tokens": ("manta_replica_reused_tokens_total", "prompt tokens found in the prefix cache"),
 }
 
 
@@ -50,32 +50,32 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "manta_requests",
-            "requests answered; 499: the client left",
+            "requests by status; 499: the client hung up",
             ["path", *LABELS, "status"],
             registry=self.registry,
         )
-        self.in_flight = Gauge("manta_requests_in_flight", "requests being answered", registry=self.registry)
+        self.in_flight = Gauge("manta_requests_in_flight", "requests in flight", registry=self.registry)
         self.latency = self._histogram(
-            "manta_request_seconds", "time to the whole answer", ["path", *LABELS], LATENCY_BUCKETS_S
+            "manta_request_seconds", "time to the end of the response", ["path", *LABELS], LATENCY_BUCKETS_S
         )
         self.queue_time = self._histogram(
-            "manta_queue_seconds", "time that a completion waited for a place", LABELS, LATENCY_BUCKETS_S
+            "manta_queue_seconds", "time that a sequence waited for a slot", LABELS, LATENCY_BUCKETS_S
         )
         self.first_token_time = self._histogram(
             "manta_first_token_seconds", "time from queue to first token", LABELS, LATENCY_BUCKETS_S
         )
         self.inter_token_time = self._histogram(
             "manta_between_tokens_seconds",
-            "time between two tokens, a completion's mean",
+            "time between two tokens, mean of a sequence",
             LABELS,
             TOKEN_LATENCY_BUCKETS_S,
         )
         self.tokens = Counter(
-            "manta_tokens", "tokens by kind: prompt (read), cached (of these, not read again), completion (written)",
+            "manta_tokens", "tokens by kind: prompt, cached (of these, found in the prefix cache), completion",
             [*LABELS, "kind"], registry=self.registry,
         )  # fmt: skip
         self.feedback = Counter(
-            "manta_feedback", "answers rated", ["model", "version", "rating"], registry=self.registry
+            "manta_feedback", "ratings of responses", ["model", "version", "rating"], registry=self.registry
         )
         self.records = Counter("manta_records_failed", "records that could not be written", ["kind"], registry=self.registry)  # fmt: skip
         self.replica_stats: dict[str, list[dict[str, Any]]] = {}  # model -> the latest stats of its replicas

@@ -78,7 +78,9 @@ def compare_latency(url: str, secret: str, predict: Callable[[str], object]) -> 
             f"{name:<14} {statistics.median(values):6.2f} ms  (10th to 90th percentile: {deciles[0]:.2f} to {deciles[-1]:.2f})"
         )
     print(f"overhead of a call: {overhead_ms:.2f} ms, target {TARGET_MS:.0f} ms")
-    record(ours="classify call", against="bare forward", unit="ms", difference=overhead_ms, target=TARGET_MS, repeats=CALLS)
+    record(
+        ours="classify call", against="bare forward", unit="ms", difference=overhead_ms, target=TARGET_MS, repeats=CALLS
+    )
 
 
 async def calls_per_second(port: int, secret: str) -> float:

@@ -62,7 +62,7 @@ def access_options(config: Config, keys_text: str) -> AccessOptions:
     if not (keys.required or options.open or is_loopback(options.host)):
         raise UserError(
             f"serve.host={options.host} is open to the network and there are no keys: make one with `manta key new name=ALICE`, "
-            "or say serve.open=true if whoever reaches the address may ask"
+            "or set serve.open=true to allow requests from anyone who can reach the address"
         )
     run_folder = config.run_dir.absolute()
     return AccessOptions(
@@ -164,11 +164,11 @@ class AccessControl:
             return
         kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         if kind.lower() != "bearer" or not secret.strip():
-            raise ApiError(401, "this endpoint wants a key: send Authorization: Bearer KEY", code="missing_api_key")
+            raise ApiError(401, "this endpoint requires an API key: send Authorization: Bearer KEY", code="missing_api_key")
         now = time.time()
         key = self.keys.find(secret.strip(), now)
         if key is None:
-            raise ApiError(401, "this key is not known here: check it, or ask for a new one", code="invalid_api_key")
+            raise ApiError(401, "this key is unknown here: check it, or ask for a new one", code="invalid_api_key")
         context.key = key
         if (state := key.state(now)) != "active":
             raise ApiError(401, f"the key '{key.name}' is {state}: ask for a new one", code="invalid_api_key")

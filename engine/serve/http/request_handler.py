@@ -172,7 +172,7 @@ class RequestHandler:
             await self.record_writers[kind].write(common | record)
         except Exception as error:
             self.metrics.records.labels(kind).inc()
-            raise ApiError(503, f"this could not be kept: {error}") from error
+            raise ApiError(503, f"this could not be stored: {error}") from error
 
     def find_answered(self, request_id: str) -> AnsweredRequest | None:
         """Return the request that this ingress has answered, by its id or its response's id."""

@@ -37,7 +37,7 @@ class Body(Strict):
         try:
             json.dumps(body, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("a text ends within a character: a \\ud800 to \\udfff stands alone") from error
+            raise ValueError("a text has a lone surrogate, \\ud800 to \\udfff, which is no character") from error
         except RecursionError as error:
             raise ValueError("this is nested too deeply") from error
         return body
@@ -140,7 +140,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_has_output(self) -> CompletionRequest:
         if not self.max_tokens and not self.echo:
-            raise ValueError("max_tokens 0 leaves nothing to answer: use 1 or more, or echo")
+            raise ValueError("max_tokens 0 leaves nothing to return: use 1 or more, or echo")
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -251,7 +251,7 @@ class ImageRequest(Body):
     @classmethod
     def _check_response_format(cls, response_format: str | None) -> str | None:
         if response_format == "url":
-            raise ValueError("images come within the answer, and no address has them: use b64_json")
+            raise ValueError("images are returned in the response and not stored at a URL: use b64_json")
         return response_format
 
 
@@ -267,7 +267,7 @@ class Feedback(Body):
     @model_validator(mode="after")
     def _check_not_empty(self) -> Feedback:
         if not (self.rating or self.label or self.text or self.comment):
-            raise ValueError("nothing is said: give a rating, a label, a text or a comment")
+            raise ValueError("the feedback is empty: give a rating, a label, a text or a comment")
         return self
 
 

@@ -170,7 +170,7 @@ def test_other_tasks_are_refused(api: openai.OpenAI) -> None:
         api.images.generate(model="dall-e-3", prompt="cat")
     with pytest.raises(openai.BadRequestError, match="model 'painter' does images, not completion"):
         api.completions.create(model="painter", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="it embeds no texts"):
+    with pytest.raises(openai.BadRequestError, match="it does not embed texts"):
         api.embeddings.create(model="painter", input="x")
 
 

@@ -106,7 +106,7 @@ async def feedback(request: Request, body: Feedback) -> Response:
     if answered is None:
         answered = AnsweredRequest(without_prefix(body.request), "", "", key_name)
     if answered.key != key_name:
-        raise ApiError(404, f"this key has asked no request {body.request}", "request")
+        raise ApiError(404, f"this key has sent no request {body.request}", "request")
     record = {"rating": RATINGS[body.rating], "label": body.label, "text": body.text, "comment": body.comment}
     await handler.store("feedback", answered, record)
     if body.rating:

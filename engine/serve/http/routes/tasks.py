@@ -90,7 +90,7 @@ async def transcriptions(request: Request) -> Response:
     """Write down what is said in an audio file, sent as a form (multipart/form-data), as OpenAI's transcriptions are."""
     body, audio = await read_form(request)
     handler = handler_of(request)
-    await handler.require_task("transcription", "hears speech")
+    await handler.require_task("transcription", "transcribes speech")
 
     async def respond(context: RequestContext) -> Response:
         info = handler.info(context)
@@ -138,9 +138,9 @@ async def embed(handler: RequestHandler, context: RequestContext, inputs: Sequen
     """Return the embedding of each input, of length 1. Raises ApiError for what the model can't embed."""
     name, info = context.model, handler.info(context)
     if context.adapter:
-        raise ApiError(400, f"adapters write, and '{name}' embeds without them: ask for model '{name}'", "model")
+        raise ApiError(400, f"adapters do not apply to embeddings: request model '{name}'", "model")
     if not info.can_embed:
-        raise ApiError(400, f"model '{name}' does {info.task}, it embeds no texts", "model")
+        raise ApiError(400, f"model '{name}' does {info.task}, it does not embed texts", "model")
     if len(inputs) > MAX_INPUTS:
         raise ApiError(400, f"{len(inputs)} inputs are over this endpoint's {MAX_INPUTS}: send fewer", param)
     handler.check_token_ids(context, inputs, param)

@@ -112,7 +112,7 @@ def test_requests_need_a_valid_key(endpoint: GuardedEndpoint) -> None:
     assert "'dave' is expired" in httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.header("dave")).text
     assert httpx.get(f"{endpoint.url}/v1/models", headers=endpoint.header()).status_code == 200
     assert httpx.post(f"{endpoint.url}/v1/completions", content=b"{").status_code == 401
-    with pytest.raises(openai.AuthenticationError, match="not known here"):
+    with pytest.raises(openai.AuthenticationError, match="unknown here"):
         openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="sk-manta-other", max_retries=0).models.list()
 
 
@@ -325,7 +325,7 @@ def test_a_task_without_a_model_is_named(endpoint: GuardedEndpoint) -> None:
     api = endpoint.openai()
     with pytest.raises(openai.NotFoundError, match="no model here makes images; there are namer"):
         api.images.generate(model="writer", prompt="a cat")
-    with pytest.raises(openai.NotFoundError, match="no model here hears speech"):
+    with pytest.raises(openai.NotFoundError, match="no model here transcribes speech"):
         api.audio.transcriptions.create(model="writer", file=("a.wav", b"RIFF"))
 
 
@@ -500,7 +500,7 @@ def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(endpoint.url)
-    wait_until("document.getElementById('state').textContent.includes('wants a key')")
+    wait_until("document.getElementById('state').textContent.includes('requires an API key')")
     assert errors.pop().count("401")  # the console's line for the refused request
     assert not errors
     page.fill("#key", endpoint.secrets["alice"])
@@ -546,6 +546,6 @@ def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser
     page.fill("#key", "sk-manta-wrong")
     page.click("#send")
     page.wait_for_selector("article:first-child .output.error")
-    assert "not known here" in page.text_content("article .output")
+    assert "unknown here" in page.text_content("article .output")
     assert all(url.startswith((endpoint.url, "data:")) for url in urls)
     assert all("401" in line for line in errors)

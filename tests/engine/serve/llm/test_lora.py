@@ -433,7 +433,7 @@ def test_endpoint_counts_and_checks_adapters(client: httpx.Client, bundle: Bundl
         assert (refused.status_code, error["param"], error["code"]) == (404, "model", "model_not_found")
         assert error["message"].endswith("there are writer, writer:clerk, writer:judge, writer:poet")
     refused = client.post("/v1/embeddings", json={"model": "writer:poet", "input": "x"})
-    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "adapters write, and 'writer' embeds without them: ask for model 'writer'")  # fmt: skip
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "adapters do not apply to embeddings: request model 'writer'")  # fmt: skip
     answer = client.post(
         "/v1/completions", json={"model": "writer:poet", "prompt": "x", "max_tokens": 2, "temperature": 0}
     )
