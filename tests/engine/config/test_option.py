@@ -137,6 +137,6 @@ def test_an_option_without_a_required_flag_is_refused() -> None:
         flag_values(Group, "affects")
 
 
-def test_the_data_kind_of_a_config_is_not_changed_by_its_copy() -> None:
+def test_the_config_of_a_source_has_no_sources() -> None:
     config = with_values(Config(), {"data.sources": {"a": {"path": "x"}}})
     assert source_configs(config.data)["a"].sources == {}
