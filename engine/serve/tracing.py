@@ -97,18 +97,20 @@ class Tracing:
         def epoch_ns(moment: float) -> int:
             return int((moment + offset) * 1e9)
 
-        for index, it in enumerate(work.sequences):
-            over = it.finished_at or now  # 0 where it was aborted
+        for index, sequence in enumerate(work.sequences):
+            end = sequence.finished_at or now  # 0: still running when its reader stopped
             phases = [
-                ("queue", it.queued_at, it.scheduled_at, {}),
-                ("prefill", it.scheduled_at, it.first_token_at, {"gen_ai.usage.input_tokens": len(it.prompt), "manta.cached_tokens": it.num_cached_tokens}),
-                ("generation", it.first_token_at, over, {"gen_ai.usage.output_tokens": len(it.tokens)}),
+                ("queue", sequence.queued_at, sequence.scheduled_at, {}),
+                ("prefill", sequence.scheduled_at, sequence.first_token_at, {"gen_ai.usage.input_tokens": len(sequence.prompt), "manta.cached_tokens": sequence.num_cached_tokens}),
+                ("generation", sequence.first_token_at, end, {"gen_ai.usage.output_tokens": len(sequence.tokens)}),
             ]  # fmt: skip
-            for name, began, ended, attributes in phases:
-                if began:
-                    span = tracer.start_span(name, context, attributes=attributes | {"manta.choice": index}, start_time=epoch_ns(began))  # fmt: skip
-                    span.end(epoch_ns(ended or over))
-        if first := min((it.first_token_at for it in work.sequences if it.first_token_at), default=0.0):
+            for name, start, stop, attributes in phases:
+                if start:
+                    span = tracer.start_span(name, context, attributes=attributes | {"manta.choice": index}, start_time=epoch_ns(start))  # fmt: skip
+                    span.end(epoch_ns(stop or end))
+        if first := min(
+            (sequence.first_token_at for sequence in work.sequences if sequence.first_token_at), default=0.0
+        ):
             work.span.add_event(FIRST_TOKEN, timestamp=epoch_ns(first))
 
 

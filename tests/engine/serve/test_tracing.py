@@ -65,7 +65,7 @@ class ReceivedSpan:
 
 
 def plain(attributes: Any) -> dict[str, Any]:
-    return {it.key: getattr(it.value, it.value.WhichOneof("value")) for it in attributes}
+    return {attribute.key: getattr(attribute.value, attribute.value.WhichOneof("value")) for attribute in attributes}
 
 
 @dataclass
@@ -85,19 +85,19 @@ class Collector:
         self.headers.append(headers)
         for of_process in ExportTraceServiceRequest.FromString(body).resource_spans:
             process = plain(of_process.resource.attributes)
-            for it in (span for scope in of_process.scope_spans for span in scope.spans):
+            for span in (sent for scope in of_process.scope_spans for sent in scope.spans):
                 self.spans.append(
                     ReceivedSpan(
-                        it.name, it.trace_id.hex(), it.span_id.hex(), it.parent_span_id.hex(), it.kind, it.start_time_unix_nano,
-                        it.end_time_unix_nano, plain(it.attributes), process, {e.name: e.time_unix_nano for e in it.events},
-                        it.status.code,
+                        span.name, span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(), span.kind, span.start_time_unix_nano,
+                        span.end_time_unix_nano, plain(span.attributes), process, {event.name: event.time_unix_nano for event in span.events},
+                        span.status.code,
                     )
                 )  # fmt: skip
 
     def trace(self, trace: str, spans: int) -> list[ReceivedSpan]:
         """Wait for a number of spans of a trace; return them, oldest first."""
-        wait_for(lambda: sum(it.trace == trace for it in self.spans) >= spans)
-        return sorted((it for it in self.spans if it.trace == trace), key=lambda it: it.started_at)
+        wait_for(lambda: sum(span.trace == trace for span in self.spans) >= spans)
+        return sorted((span for span in self.spans if span.trace == trace), key=lambda span: span.started_at)
 
 
 @contextlib.contextmanager
@@ -111,7 +111,7 @@ def collecting() -> Iterator[Collector]:
             collector.responsive.wait()
             collector.receive(
                 self.path,
-                {key.lower(): it for key, it in self.headers.items()},
+                {key.lower(): value for key, value in self.headers.items()},
                 self.rfile.read(int(self.headers["Content-Length"])),
             )
             response = ExportTraceServiceResponse().SerializeToString()
@@ -140,8 +140,8 @@ def collecting() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    with collecting() as it:
-        yield it
+    with collecting() as collector:
+        yield collector
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +182,9 @@ def test_a_trace_has_spans_of_ingress_replica_and_each_sequence(
     assert response.status_code == 200
     usage = response.json()["usage"]
     spans = collector.trace(trace, 8)
-    (request,) = [it for it in spans if it.parent == CLIENT]
-    (replica,) = [it for it in spans if it.parent == request.id]
-    phases = [it for it in spans if it.parent == replica.id]
+    (request,) = [span for span in spans if span.parent == CLIENT]
+    (replica,) = [span for span in spans if span.parent == request.id]
+    phases = [span for span in spans if span.parent == replica.id]
     assert (request.name, request.kind, request.status) == ("POST /v1/completions", Sent.SPAN_KIND_SERVER, Status.STATUS_CODE_UNSET)  # fmt: skip
     version = bundles["writer"].hash[:12]
     assert request.attributes == {
@@ -196,17 +196,17 @@ def test_a_trace_has_spans_of_ingress_replica_and_each_sequence(
     assert (replica.process["manta.version"], replica.process["service.name"]) == (version, "manta")
     assert replica.process["service.instance.id"]
     for choice in (0, 1):
-        queue, prefill, generation = [it for it in phases if it.attributes["manta.choice"] == choice]
-        assert [it.name for it in (queue, prefill, generation)] == ["queue", "prefill", "generation"]
+        queue, prefill, generation = [span for span in phases if span.attributes["manta.choice"] == choice]
+        assert [span.name for span in (queue, prefill, generation)] == ["queue", "prefill", "generation"]
         assert request.started_at < replica.started_at < queue.started_at
         assert queue.ended_at == prefill.started_at
         assert prefill.ended_at == generation.started_at
         assert generation.ended_at < replica.ended_at < request.ended_at
         assert prefill.attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
         assert generation.attributes["gen_ai.usage.output_tokens"] == 8
-    cached_tokens = [it.attributes["manta.cached_tokens"] for it in phases if it.name == "prefill"]
+    cached_tokens = [span.attributes["manta.cached_tokens"] for span in phases if span.name == "prefill"]
     assert sum(cached_tokens) == usage["prompt_tokens_details"]["cached_tokens"]
-    assert replica.events == {"first token": min(it.started_at for it in phases if it.name == "generation")}
+    assert replica.events == {"first token": min(span.started_at for span in phases if span.name == "generation")}
     assert len(spans) == len(phases) + 2 == 8
     lines = [json.loads(line) for line in (config.run_dir / "logs" / "access.jsonl").read_text().splitlines()]
     assert [line["trace"] for line in lines if line["request"] == "asked-1"] == [trace]
@@ -223,7 +223,7 @@ def test_a_streams_span_has_the_first_token_event(client: httpx.Client, collecto
         "chat",
         6,
     )
-    assert [it.name for it in phases] == ["queue", "prefill", "generation"]
+    assert [span.name for span in phases] == ["queue", "prefill", "generation"]
     assert request.started_at < replica.events["first token"] < request.events["first token"] < request.ended_at
 
 
@@ -264,13 +264,13 @@ def test_the_clients_sampling_decision_holds_and_get_is_not_traced(client: httpx
     sampled, header = client_trace(10)
     assert client.post("/v1/completions", json=body, headers=header).status_code == 200
     assert len(collector.trace(sampled, 5)) == 5
-    assert not [it for it in collector.spans if it.trace in (unsampled, read_only)]
+    assert not [span for span in collector.spans if span.trace in (unsampled, read_only)]
     before = len(collector.spans)
     assert client.post("/v1/completions", json=body, headers={"traceparent": "nonsense"}).status_code == 200
     wait_for(lambda: len(collector.spans) >= before + 5)
     own = collector.spans[before:]
-    assert len({it.trace for it in own}) == 1
-    assert sorted(it.parent == "" for it in own) == [False, False, False, False, True]
+    assert len({span.trace for span in own}) == 1
+    assert sorted(span.parent == "" for span in own) == [False, False, False, False, True]
 
 
 def test_a_hanging_collector_does_not_affect_clients(client: httpx.Client, collector: Collector) -> None:
@@ -323,7 +323,7 @@ def test_aborted_and_failed_jobs_are_marked(tmp_path: Path, bundles: dict[str, B
             True,
             Status.STATUS_CODE_UNSET,
         )
-        assert [it.name for it in phases] == ["queue", "prefill", "generation"]
+        assert [span.name for span in phases] == ["queue", "prefill", "generation"]
         for number, error in ((21, RuntimeError(WORD)), (22, JobRejected(WORD, status=503)), (23, JobRejected(WORD))):
             with contextlib.suppress(type(error)), replica.tracing.replica_span("complete", client_trace(number)[1]):
                 raise error

@@ -213,7 +213,7 @@ def test_metrics_of_requests_and_replicas(endpoint: GuardedEndpoint) -> None:
         return endpoint.sum(name, *labels) - old
 
     wait_for(lambda: increase("manta_requests_total", *names, 'path="/v1/completions"', 'status="200"') == 3)
-    generated = sum(it["completion_tokens"] for it in usages) * 3 / 2
+    generated = sum(usage["completion_tokens"] for usage in usages) * 3 / 2
     assert increase("manta_tokens_total", *names, 'kind="completion"') == generated
     assert increase("manta_tokens_total", *names, 'kind="prompt"') == 9
     assert increase("manta_tokens_total", *names, 'kind="cached"') >= 4
@@ -237,9 +237,9 @@ def test_metrics_of_requests_and_replicas(endpoint: GuardedEndpoint) -> None:
 
     def versions() -> set[tuple[str, str]]:
         replicas = httpx.get(f"{endpoint.url}/v1/replicas", headers=endpoint.header()).json()["data"]
-        return {(it["model"], it["version"]) for it in replicas}
+        return {(replica["model"], replica["version"]) for replica in replicas}
 
-    wait_for(lambda: versions() == {(it["id"], it["hash"][:12]) for it in models})
+    wait_for(lambda: versions() == {(model["id"], model["hash"][:12]) for model in models})
 
 
 def test_the_dashboard_queries_existing_metrics(endpoint: GuardedEndpoint) -> None:
@@ -248,7 +248,7 @@ def test_the_dashboard_queries_existing_metrics(endpoint: GuardedEndpoint) -> No
     series = families | {f"{name}{end}" for name in families for end in ("_bucket", "_count", "_sum", "_total")}
     dashboard = json.loads((ROOT / "engine/serve/dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    queries += [it["query"] for it in dashboard["templating"]["list"] if it["type"] == "query"]
+    queries += [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
     queried = {name for query in queries for name in re.findall(r"manta_\w+", query)}
     assert len(queried) > 12
     assert queried <= series
@@ -339,7 +339,7 @@ def test_feedback_and_storable_requests_are_stored(endpoint: GuardedEndpoint) ->
     parts = list(stream)
     output = "".join(part.choices[0].delta.content or "" for part in parts)
     records = read_records(folder, "requests").to_pylist()
-    assert [it["path"] for it in records] == ["/v1/classify", "/v1/chat/completions"]
+    assert [record["path"] for record in records] == ["/v1/classify", "/v1/chat/completions"]
     assert records[0]["request"] == stored["id"]
     assert json.loads(records[0]["output"])[0]["label"] == stored["data"][0]["label"]
     assert json.loads(records[1]["output"])[0]["text"] == output
@@ -350,7 +350,7 @@ def test_feedback_and_storable_requests_are_stored(endpoint: GuardedEndpoint) ->
     endpoint.post("/v1/feedback", request=parts[0].id, rating="up")
     endpoint.post("/v1/feedback", request="from-before-a-restart", text="better")
     feedback = read_records(folder, "feedback").to_pylist()
-    assert [(it["model"], it["rating"], it["label"], it["text"]) for it in feedback] == [
+    assert [(record["model"], record["rating"], record["label"], record["text"]) for record in feedback] == [
         ("namer", -1, "json", None), ("writer", 1, None, None), ("", None, None, "better"),
     ]  # fmt: skip
     assert f"chatcmpl-{feedback[1]['request']}" == parts[0].id
@@ -379,7 +379,7 @@ def test_aborted_requests_free_their_slots(endpoint: GuardedEndpoint) -> None:
 
 def memory_of(name: str) -> int:
     """Return the resident bytes of the Serve processes with a name."""
-    return sum(it.memory_info().rss for it in processes(name))
+    return sum(process.memory_info().rss for process in processes(name))
 
 
 def test_idle_and_slow_clients_do_not_block_others(endpoint: GuardedEndpoint) -> None:
@@ -527,8 +527,8 @@ def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser
     page.wait_for_selector('article .up[aria-pressed="true"]')
     request = page.get_attribute("article", "data-request").removeprefix("chatcmpl-")
     assert (request, 1) in {
-        (it["request"], it["rating"])
-        for it in read_records(endpoint.config.run_dir / "feedback", "feedback").to_pylist()
+        (record["request"], record["rating"])
+        for record in read_records(endpoint.config.run_dir / "feedback", "feedback").to_pylist()
     }
 
     page.check('input[value="completion"]')

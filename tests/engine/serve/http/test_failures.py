@@ -57,7 +57,7 @@ def endpoint(ray: None, tiny: Config, bundle: Bundle) -> Iterator[Endpoint]:
 def count_requests(endpoint: Endpoint, status: int) -> float:
     labels = ("manta_requests_total{", 'model="writer"', 'path="/v1/completions"', f'status="{status}"')
     lines = metrics_at_rest(endpoint.url)
-    return sum(float(line.rpartition(" ")[2]) for line in lines if all(it in line for it in labels))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if all(label in line for label in labels))
 
 
 def test_a_full_queue_returns_429_with_retry_after(endpoint: Endpoint) -> None:
@@ -104,7 +104,7 @@ def test_a_lost_replica_is_replaced(endpoint: Endpoint) -> None:
         if response.status_code != 200:
             assert response.json()["error"]["message"]
         seen.add(response.status_code)
-        return response.status_code == 200 and lost.pid not in {it.pid for it in processes("bundle-writer")}
+        return response.status_code == 200 and lost.pid not in {process.pid for process in processes("bundle-writer")}
 
     wait_for(replaced)
     assert seen == {200}
@@ -174,7 +174,7 @@ def test_an_abort_frees_the_slots(bundle: Bundle) -> None:
             await asyncio.sleep(0.01)
         with held(engine, after=5):
             task = asyncio.create_task(replica.complete(job(stream=False)))
-            while not any(it.tokens for it in engine.running):
+            while not any(sequence.tokens for sequence in engine.running):
                 await asyncio.sleep(0.01)
             aborted += engine.running
             task.cancel()

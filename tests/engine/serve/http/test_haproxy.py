@@ -101,7 +101,7 @@ def balanced(
 
 
 def haproxies() -> list[psutil.Process]:
-    return [it for it in processes("haproxy.cfg") if it.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in processes("haproxy.cfg") if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def ingresses() -> list[psutil.Process]:
@@ -116,7 +116,7 @@ def test_openais_client(balanced: BalancedEndpoint) -> None:
     assert full.usage
     assert full.usage.completion_tokens == 120
     assert len(parts) > 1
-    assert "".join(it.choices[0].text for it in parts) == full.choices[0].text
+    assert "".join(part.choices[0].text for part in parts) == full.choices[0].text
     with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
         api.completions.create(model="other", **REQUEST)
     with pytest.raises(openai.AuthenticationError):
@@ -154,8 +154,10 @@ def test_feedback_finds_requests_of_either_ingress(balanced: BalancedEndpoint) -
         response = balanced.post("/v1/feedback", "alice", body)
         assert (response.status_code, response.json()["model"]) == (200, "writer")
     records = read_records(balanced.config.run_dir / "feedback", "feedback").to_pylist()
-    assert sorted(it["request"] for it in records) == sorted(it.removeprefix("cmpl-") for it in ids)
-    assert {(it["model"], it["version"], it["key"]) for it in records} == {
+    assert sorted(record["request"] for record in records) == sorted(
+        request_id.removeprefix("cmpl-") for request_id in ids
+    )
+    assert {(record["model"], record["version"], record["key"]) for record in records} == {
         ("writer", balanced.bundle.hash[:12], "alice")
     }
     rated = balanced.counts("manta_feedback_total", 'rating="down"')
@@ -181,14 +183,22 @@ def test_either_ingress_returns_all_metrics_once(balanced: BalancedEndpoint) -> 
 def test_nothing_listens_beyond_loopback(balanced: BalancedEndpoint) -> None:
     (haproxy,) = haproxies()
     port = balanced.config.serve.port
-    listens = [it.laddr for it in haproxy.net_connections("inet") if it.status == psutil.CONN_LISTEN]
+    listens = [
+        connection.laddr for connection in haproxy.net_connections("inet") if connection.status == psutil.CONN_LISTEN
+    ]
     assert listens == [("127.0.0.1", port)]
-    assert not haproxy.net_connections("unix") or all(not it.laddr for it in haproxy.net_connections("unix"))
+    assert not haproxy.net_connections("unix") or all(
+        not connection.laddr for connection in haproxy.net_connections("unix")
+    )
     assert listened([haproxy, *processes("ServeReplica")]) == {"127.0.0.1"}
     folder = Path(haproxy.cmdline()[-1]).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     for process in ingresses():
-        assert port not in {it.laddr.port for it in process.net_connections("inet") if it.status == psutil.CONN_LISTEN}
+        assert port not in {
+            connection.laddr.port
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
 
 
 def test_large_and_slow_bodies_get_error_bodies(balanced: BalancedEndpoint) -> None:
@@ -234,7 +244,7 @@ def test_a_hang_up_aborts_a_request_at_once(balanced: BalancedEndpoint, stream: 
 def running(balanced: BalancedEndpoint) -> float:
     """Return how many sequences the replicas run or queue."""
     replicas = httpx.get(f"{balanced.url}/v1/replicas", headers=balanced.header("alice")).json()["data"]
-    return sum(it["running"] + it["waiting"] for it in replicas)
+    return sum(replica["running"] + replica["waiting"] for replica in replicas)
 
 
 def test_a_thousand_idle_connections_reach_no_ingress(balanced: BalancedEndpoint) -> None:
@@ -242,7 +252,7 @@ def test_a_thousand_idle_connections_reach_no_ingress(balanced: BalancedEndpoint
         for _ in range(1000):
             stack.enter_context(socket.create_connection(("127.0.0.1", balanced.config.serve.port)))
         assert balanced.post("/v1/completions", "alice", REQUEST).status_code == 200
-        assert sum(len(it.net_connections("unix")) for it in ingresses()) < 200
+        assert sum(len(process.net_connections("unix")) for process in ingresses()) < 200
 
 
 def test_changed_options_reach_both_ingresses(balanced: BalancedEndpoint) -> None:
@@ -251,7 +261,7 @@ def test_changed_options_reach_both_ingresses(balanced: BalancedEndpoint) -> Non
         body = {"prompt": "x" * 30_000}
         assert {balanced.post("/v1/completions", "alice", body).status_code for _ in range(8)} == {413}
         wait_for(lambda: len(requests) > 10)
-    assert {it.status for it in requests} == {401}  # from an ingress: no connection was refused
+    assert {request.status for request in requests} == {401}  # from an ingress: no connection was refused
     deploy(balanced.config, {"writer": balanced.bundle.folder})
     for options, message in (({"serve.ingresses": 3}, "serve.ingresses=2"), ({"serve.haproxy": False, "serve.ingresses": 1}, "serve.haproxy=true"), ({"serve.body_timeout_s": 9.0}, "serve.body_timeout_s=2.0")):  # fmt: skip
         with pytest.raises(UserError, match=f"has {message}, which can't change while it is up"):
@@ -289,10 +299,12 @@ def test_no_request_is_lost_with_an_ingress(balanced: BalancedEndpoint) -> None:
         wait_for(lambda: len(requests) > 60)
         lost = ingresses()[0]
         lost.kill()
-        results = [it.result() for it in pending]
-    assert {status for _, status, _ in results} == {200}, [it for it in results if it[1] != 200][:3]
-    print(f"an ingress killed: none of {len(results)} lost, the slowest took {max(it[0] for it in results):.2f} s")
-    wait_for(lambda: len(ingresses()) == 2 and lost.pid not in {it.pid for it in ingresses()})
+        results = [future.result() for future in pending]
+    assert {status for _, status, _ in results} == {200}, [result for result in results if result[1] != 200][:3]
+    print(
+        f"an ingress killed: none of {len(results)} lost, the slowest took {max(result[0] for result in results):.2f} s"
+    )
+    wait_for(lambda: len(ingresses()) == 2 and lost.pid not in {process.pid for process in ingresses()})
     wait_for(lambda: balanced.post("/v1/completions", "dave", REQUEST).status_code == 200 and len(balanced.counts("manta_requests_in_flight")) == 2)  # fmt: skip
 
 
@@ -360,16 +372,16 @@ def test_no_process_is_left_of_a_deployment(program: str, tiny: Config, tmp_path
             output = read_until(process, "Ctrl-C ends it")
             assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
             children = psutil.Process(process.pid).children(recursive=True)
-            assert [it.name() for it in children].count("haproxy") == 1
+            assert [process.name() for process in children].count("haproxy") == 1
         finally:
             process.send_signal(end)
         output += process.communicate(timeout=120)[0] or ""
     assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL), output
     assert "Traceback" not in output
     if end == signal.SIGKILL:  # Ray's own agents end later
-        children = [it for it in children if it.name() == "haproxy" or "Serve" in it.name()]
+        children = [process for process in children if process.name() == "haproxy" or "Serve" in process.name()]
         assert len(children) >= 6
     _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive, [it.cmdline()[:3] for it in alive]
+    assert not alive, [process.cmdline()[:3] for process in alive]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)

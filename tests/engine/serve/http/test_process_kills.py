@@ -42,8 +42,10 @@ def endpoint(ray: None, tiny: Config, tmp_path_factory: pytest.TempPathFactory) 
 
 def downtime_s(requests: list[CompletedRequest], killed: float) -> float:
     """Return the seconds from a kill to the first response to a request that began after it, or to the last failure."""
-    failures = [it.finished_at for it in requests if it.status != 200]
-    recovered_at = min(it.finished_at for it in requests if it.status == 200 and it.started_at > killed)
+    failures = [request.finished_at for request in requests if request.status != 200]
+    recovered_at = min(
+        request.finished_at for request in requests if request.status == 200 and request.started_at > killed
+    )
     return max([recovered_at, *failures]) - killed
 
 
@@ -53,12 +55,12 @@ def test_no_request_is_lost_with_a_replica(endpoint: Endpoint) -> None:
         lost = process("bundle-writer")
         killed = time.monotonic()
         lost.kill()
-        asked = len(requests)
-        wait_for(lambda: len(requests) > asked + 60)
-    assert {it.status for it in requests} == {200}
-    slowest = max(it.finished_at - it.started_at for it in requests if it.finished_at > killed)
+        num_requests = len(requests)
+        wait_for(lambda: len(requests) > num_requests + 60)
+    assert {request.status for request in requests} == {200}
+    slowest = max(request.finished_at - request.started_at for request in requests if request.finished_at > killed)
     print(f"a replica killed: no request lost of {len(requests)}, the slowest took {slowest:.2f} s")
-    assert len({it.body["choices"][0]["text"] for it in requests}) == 1
+    assert len({request.body["choices"][0]["text"] for request in requests}) == 1
     wait_for(lambda: replicas() == 2)
 
 
@@ -87,22 +89,22 @@ def test_streams_of_a_lost_replica_get_an_error_event_and_queued_ones_are_retrie
         reading = [pool.submit(read, i) for i in range(40)]
         wait_for(lambda: len(set(started)) >= 20)
         lost.kill()
-        streams = [it.result() for it in reading]
+        streams = [future.result() for future in reading]
     assert all(lines[-1] == "[DONE]" for lines in streams)
     events = [[json.loads(line) for line in lines[:-1]] for lines in streams]
-    complete = [it for it in events if "error" not in it[-1]]
-    cut = [it for it in events if "error" in it[-1]]
+    complete = [stream_events for stream_events in events if "error" not in stream_events[-1]]
+    cut = [stream_events for stream_events in events if "error" in stream_events[-1]]
     assert complete
     assert cut
     texts = {
-        "".join(choice["text"] for event in it for choice in event["choices"] if choice["index"] == 0)
-        for it in complete
+        "".join(choice["text"] for event in stream_events for choice in event["choices"] if choice["index"] == 0)
+        for stream_events in complete
     }
     assert len(texts) == 1
-    for it in cut:
-        assert it[-1]["error"]["type"] == "server_error"
-        assert "the replica was lost" in it[-1]["error"]["message"]
-        assert any("choices" in event for event in it), "nothing was streamed: it should have been retried"
+    for stream_events in cut:
+        assert stream_events[-1]["error"]["type"] == "server_error"
+        assert "the replica was lost" in stream_events[-1]["error"]["message"]
+        assert any("choices" in event for event in stream_events), "nothing was streamed: it should have been retried"
     print(f"of 40 streams {len(cut)} ended with an error event, {len(complete)} were complete")
     wait_for(lambda: replicas() == 2)
 
@@ -127,9 +129,9 @@ def test_serves_controller_is_killed_without_effect(endpoint: Endpoint) -> None:
 
         wait_for(is_back)
         recovery_s = time.monotonic() - killed
-        asked = len(requests)
-        wait_for(lambda: len(requests) > asked + 40)
-    assert {it.status for it in requests} == {200}
+        num_requests = len(requests)
+        wait_for(lambda: len(requests) > num_requests + 40)
+    assert {request.status for request in requests} == {200}
     print(f"the controller killed: no request lost of {len(requests)}; it was back after {recovery_s:.1f} s")
 
 
@@ -143,13 +145,13 @@ def test_the_ingress_is_killed_and_replaced(endpoint: Endpoint) -> None:
         lost.kill()
         with ThreadPoolExecutor(8) as pool:
             texts = set(pool.map(lambda i: api.completions.create(**REQUEST, user=str(i)).choices[0].text, range(24)))  # type: ignore[call-overload]
-        asked = len(requests)
-        wait_for(lambda: [it.status for it in requests[asked:]].count(200) > 40)
+        num_requests = len(requests)
+        wait_for(lambda: [request.status for request in requests[num_requests:]].count(200) > 40)
     assert len(texts) == 1
-    refused = [it for it in requests if it.status != 200]
+    refused = [request for request in requests if request.status != 200]
     print(f"the ingress killed: {len(refused)} of {len(requests)} requests without a retry were lost; recovered {downtime_s(requests, killed):.1f} s later")  # fmt: skip
     assert downtime_s(requests, killed) < 60
-    assert {it.status for it in requests if it.started_at > killed + 60} <= {200}
+    assert {request.status for request in requests if request.started_at > killed + 60} <= {200}
 
 
 @pytest.mark.timeout(900)
@@ -159,7 +161,7 @@ def test_memory_stays_flat(endpoint: Endpoint) -> None:
     names = ("ServeReplica", "ServeController")
 
     def resident_bytes() -> dict[int, int]:
-        return {it.pid: it.memory_info().rss for name in names for it in processes(name)}
+        return {process.pid: process.memory_info().rss for name in names for process in processes(name)}
 
     def send_mixed_requests() -> None:
         with httpx.Client(base_url=endpoint.url, timeout=60) as client:
@@ -177,9 +179,11 @@ def test_memory_stays_flat(endpoint: Endpoint) -> None:
         while time.monotonic() < started_at + seconds:
             send_mixed_requests()
         now = resident_bytes()
-    assert {it.status for it in requests} == {200}
+    assert {request.status for request in requests} == {200}
     growth = {process_id: now[process_id] - warm[process_id] for process_id in warm if process_id in now}
     hours = 0.7 * seconds / 3600
-    print(f"{len(requests)} requests; growth in MiB: {sorted(round(it / 2**20, 1) for it in growth.values())}")
+    print(f"{len(requests)} requests; growth in MiB: {sorted(round(size / 2**20, 1) for size in growth.values())}")
     assert len(growth) == len(warm) >= 4
-    assert max(growth.values()) < 32 * 2**20, {it: round(size / hours / 2**20) for it, size in growth.items()}
+    assert max(growth.values()) < 32 * 2**20, {
+        process_id: round(size / hours / 2**20) for process_id, size in growth.items()
+    }

@@ -106,7 +106,9 @@ def test_batching_does_not_change_transcripts(endpoint: SpeechEndpoint) -> None:
     contents = list(SPEECH.values()) * 4
     with ThreadPoolExecutor(len(contents)) as pool:
         responses = list(pool.map(endpoint.post, contents))
-    assert [response.json()["text"] for response in responses] == [it["text"] for it in endpoint.expected(*contents)]
+    assert [response.json()["text"] for response in responses] == [
+        transcript["text"] for transcript in endpoint.expected(*contents)
+    ]
 
     def metric(name: str) -> float:
         page = httpx.get(f"{endpoint.server.url}/metrics", timeout=30).text.splitlines()
@@ -124,7 +126,7 @@ def test_batching_does_not_change_transcripts(endpoint: SpeechEndpoint) -> None:
 def test_the_only_speech_model_is_the_default(endpoint: SpeechEndpoint) -> None:
     assert endpoint.post().json()["text"] == endpoint.expected(SPEECH["one"])[0]["text"]
     models = httpx.get(f"{endpoint.server.url}/v1/models", headers={"Authorization": f"Bearer {endpoint.secrets['free']}"})  # fmt: skip
-    assert {it["id"]: it["task"] for it in models.json()["data"]}["listener"] == "transcription"
+    assert {model["id"]: model["task"] for model in models.json()["data"]}["listener"] == "transcription"
     schema = httpx.get(f"{endpoint.server.url}/openapi.json").json()["paths"][PATH]["post"]["requestBody"]
     assert {"file", "model", "temperature"} <= schema["content"]["multipart/form-data"]["schema"]["properties"].keys()
 
