@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, Protocol
 
@@ -31,6 +32,16 @@ class TableReader(Protocol):
 
     def check_schema(self, address: str, schema: Any) -> None:
         """Raise UserError for columns of types that cannot be used."""
+
+
+@dataclass(frozen=True)
+class AnyColumns:
+    """A reader of columns of any type."""
+
+    columns: dict[str, str]
+
+    def check_schema(self, address: str, schema: Any) -> None:
+        """Accept every type."""
 
 
 def format_of(name: str) -> str:

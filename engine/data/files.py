@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from engine.config import DataConfig
 from engine.data.document import Document, Part, Piece, split_of
-from engine.data.file_formats import format_of, read_rows, read_texts, split_points
+from engine.data.file_formats import AnyColumns, format_of, read_rows, read_texts, split_points
 from engine.data.input_files import list_files, strip_compression_suffix
 from engine.data.kinds import DataKind, Row, kind_of, matching_kinds
 from engine.errors import UserError
@@ -82,18 +81,8 @@ def find_kind(config: DataConfig) -> DataKind:
     return kind_of(config, lambda: _first_rows(config))
 
 
-@dataclass(frozen=True)
-class _Untyped:
-    """Columns of any type, to look at the first rows."""
-
-    columns: dict[str, str]
-
-    def check_schema(self, address: str, schema: Any) -> None:
-        """Accept all."""
-
-
 def _first_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
-    reader = _Untyped(matching_kinds(config)[0].columns)
+    reader = AnyColumns(matching_kinds(config)[0].columns)
     for piece in list_pieces(config, 2**62):
         if piece.format != "text":
             yield from read_rows(piece, reader, Counter())

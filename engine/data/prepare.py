@@ -30,7 +30,7 @@ from engine.data.part_cache import PartCache
 from engine.data.part_tokenizer import PartTokenizer
 from engine.data.pipeline import Context, DocumentCache, Progress, scan_all, tokenize_all
 from engine.data.processor import PREPROCESSOR_FOLDER, write_processor
-from engine.data.remote_store import fetch, file_lock, publish
+from engine.data.remote_store import download, file_lock, upload
 from engine.data.scan import BPE_CHARACTERS, Selection, sample_sizes, sampled_texts, select_documents
 from engine.data.tokenizer import SpecialTokens, copy_tokenizer, has_tokenizer, read_special_tokens, train_bpe
 from engine.data.write_manifest import write_manifest
@@ -64,9 +64,9 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(folder.with_name(f".{folder.name}.lock")):
-            if _is_complete(folder) or (data.store and fetch(folder, data.store)):
+            if _is_complete(folder) or (data.store and download(folder, data.store)):
                 if data.store:
-                    publish(folder, data.store)
+                    upload(folder, data.store)
                 return folder
             partial.mkdir(exist_ok=True)  # it may be there from a run that was killed: this one goes on with it
             if preprocessor is not None:
@@ -77,7 +77,7 @@ def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | 
             shutil.rmtree(folder, ignore_errors=True)  # an incomplete one
             partial.rename(folder)
             if data.store:
-                publish(folder, data.store)
+                upload(folder, data.store)
     except TransientError:  # what was read so far is kept for another try
         raise
     except UserError:

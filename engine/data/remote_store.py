@@ -16,33 +16,30 @@ from engine.errors import UserError
 from engine.hashing import sha256_file
 
 
-def publish(folder: Path, store: str) -> None:
+def upload(folder: Path, store: str) -> None:
     """Upload a prepared folder to a store, under its own name, unless it is there. Raises UserError where that fails."""
-    filesystem, place = resolve_address(f"data.store={store}", _address(folder, store))
+    filesystem, root = resolve_address(f"data.store={store}", _address(folder, store))
     with remote_errors(f"data.store={store}", filesystem, "written"):
-        if filesystem.exists(f"{place}/{MANIFEST_FILE}"):
+        if filesystem.exists(f"{root}/{MANIFEST_FILE}"):
             return
         shards = [shard["file"] for shard in Manifest.load(folder).shards()]
         others = [path for path in _others(folder, shards) if path.name not in (MANIFEST_FILE, REMOTE_FILE)]
-        for path in [
-            *(local_shard(folder, shard) for shard in shards),
-            *others,
-            folder / MANIFEST_FILE,
-        ]:  # the manifest last
-            put_file(filesystem, path, f"{place}/{path.relative_to(folder).as_posix()}")
+        files = [*(local_shard(folder, shard) for shard in shards), *others, folder / MANIFEST_FILE]
+        for path in files:  # the manifest last: a folder with one is complete
+            put_file(filesystem, path, f"{root}/{path.relative_to(folder).as_posix()}")
 
 
-def fetch(folder: Path, store: str) -> bool:
+def download(folder: Path, store: str) -> bool:
     """Download a prepared folder without its shards; return whether the store has it."""
-    filesystem, place = resolve_address(f"data.store={store}", _address(folder, store))
+    filesystem, root = resolve_address(f"data.store={store}", _address(folder, store))
     with remote_errors(f"data.store={store}", filesystem):
-        if not filesystem.exists(f"{place}/{MANIFEST_FILE}"):
+        if not filesystem.exists(f"{root}/{MANIFEST_FILE}"):
             return False
-        facts: dict[str, Any] = json.loads(filesystem.cat_file(f"{place}/{MANIFEST_FILE}"))
+        facts: dict[str, Any] = json.loads(filesystem.cat_file(f"{root}/{MANIFEST_FILE}"))
         shards = {shard["file"] for split in facts["splits"].values() for shard in split["shards"]}
         with atomic_folder(folder) as part:
-            for path in filesystem.find(place):
-                name = path.removeprefix(place).lstrip("/")
+            for path in filesystem.find(root):
+                name = path.removeprefix(root).lstrip("/")
                 if name not in shards:
                     (part / name).parent.mkdir(parents=True, exist_ok=True)
                     filesystem.get_file(path, str(part / name))
@@ -60,7 +57,7 @@ def local_shard(folder: Path, shard: str) -> Path:
         return path
     with file_lock(folder / ".fetching.lock"):  # one of several processes downloads it
         if not path.exists():
-            _fetch_shard(path, json.loads((folder / REMOTE_FILE).read_text())["address"])
+            _download_shard(path, json.loads((folder / REMOTE_FILE).read_text())["address"])
     return path
 
 
@@ -90,13 +87,13 @@ def _changed(path: Path, folder: Path) -> UserError:
     return UserError(f"{path} was changed since it was prepared: delete {folder} and run `manta prepare` again")
 
 
-def _fetch_shard(path: Path, address: str) -> None:
+def _download_shard(path: Path, address: str) -> None:
     facts = json.loads((path.parent / MANIFEST_FILE).read_text("utf-8"))
     [digest] = [s["sha256"] for split in facts["splits"].values() for s in split["shards"] if s["file"] == path.name]
-    filesystem, place = resolve_address(address, f"{address}/{path.name}")
+    filesystem, root = resolve_address(address, f"{address}/{path.name}")
     with atomic_file(path) as part:
         with remote_errors(f"{address}/{path.name}", filesystem):
-            filesystem.get_file(place, str(part))
+            filesystem.get_file(root, str(part))
         if sha256_file(part) != digest:
             raise UserError(
                 f"{address}/{path.name} was changed since it was prepared: delete {address} and prepare again"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from engine.config import DataConfig
-from engine.data.input_files import InputFile, list_files, strip_compression_suffix
+from engine.data.document import Piece
+from engine.data.file_formats import AnyColumns, format_of, read_rows
+from engine.data.input_files import InputFile, list_files
 from engine.data.shards import Split
-from engine.errors import UserError, did_you_mean
+from engine.errors import UserError
 
 
 def read_slice_values(config: DataConfig, column: str, split: Split, tokenizer: Any) -> list[str]:
@@ -49,7 +51,9 @@ def _batches(
     """Yield (texts, values) of the rows of a file that have both."""
     texts: list[str] = []
     values: list[str] = []
-    for row in _rows(file, config, column):
+    reader = AnyColumns({config.text_column: "data.text_column", column: "evaluate.slice_column"})
+    file_format = format_of(file.name) if config.format == "auto" else config.format
+    for row in read_rows(Piece(file, file_format, 0, None, file.size), reader, Counter()):
         text, value = row.get(config.text_column), row.get(column)
         if isinstance(text, str) and value not in (None, ""):
             texts.append(text)
@@ -59,40 +63,3 @@ def _batches(
             texts, values = [], []
     if texts:
         yield texts, values
-
-
-def _rows(file: InputFile, config: DataConfig, column: str) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    name = strip_compression_suffix(file.name).lower()
-    with file.open() as opened:
-        if config.format == "parquet" or name.endswith(".parquet"):
-            table = pq.ParquetFile(opened)
-            _require_column(file, column, table.schema_arrow.names)
-            for batch in table.iter_batches(columns=[config.text_column, column]):
-                yield from batch.to_pylist()
-        elif config.format == "arrow" or name.endswith(".arrow"):
-            table = pa.ipc.open_file(opened).read_all()
-            _require_column(file, column, table.schema.names)
-            yield from table.select([config.text_column, column]).to_pylist()
-        else:
-            checked = False
-            for line in opened:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # skipped when the data were prepared, too
-                if not isinstance(row, dict):
-                    continue
-                if not checked:
-                    _require_column(file, column, list(row))
-                    checked = True
-                yield row
-
-
-def _require_column(file: InputFile, column: str, names: list[str]) -> None:
-    if column not in names:
-        raise UserError(
-            f"{file.address} has no column '{column}' (evaluate.slice_column), only {', '.join(names)}{did_you_mean(column, names)}"
-        )

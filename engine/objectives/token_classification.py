@@ -32,6 +32,8 @@ class TokenClassification(contract.Objective):
     architectures = ("ForTokenClassification",)
     metric = "entity_f1"
     mode = "max"
+    pipeline_tag = "token-classification"
+    intended_use = "labeling the words of texts like its training data"
     servable = False
     peft_task_type: ClassVar[str | None] = "TOKEN_CLS"
 
