@@ -40,7 +40,7 @@ def run_evaluation(config: Config) -> Comparison | None:
     if len(folders) == 2:
         check_comparable(*(Bundle.open(folder) for folder in folders))
     evaluations = [evaluate_bundle(folder, config) for folder in folders]
-    comparison = compare_evaluations(*evaluations, config) if config.evaluate.against else None
+    comparison = compare_evaluations(evaluations[0], evaluations[1], config) if config.evaluate.against else None
     console.print(metrics_table(names, evaluations, config))
     for name, evaluation in zip(names, evaluations, strict=True):
         if evaluation.slices:
