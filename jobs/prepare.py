@@ -21,6 +21,7 @@ def prepare(config: Config) -> None:
     from engine.data.manifest import Manifest
     from engine.data.packing import Packing, pack
     from engine.data.shards import Split
+    from engine.objectives.contract import objective_class
     from engine.progress import console
     from engine.train.launch import packing_summary, prepare_data
 
@@ -39,8 +40,8 @@ def prepare(config: Config) -> None:
         console.print(f"masked      {count:>9,} {kind}")
     if config.data.packing != "end_to_end":
         overlap = int(
-            config.objective.name != "masked_lm"
-        )  # the target of a sample's last token is the first token of the next sample
+            objective_class(config.objective.name).is_causal
+        )  # the target of a sample's last token is the next token
         samples = pack(
             Split.open(folder, "train"), config.data.sequence_length, Packing.from_config(config.data), overlap
         )

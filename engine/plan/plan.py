@@ -35,9 +35,8 @@ from engine.train.hardware import matmul_peak, precision
 
 WRITE_RATE = 1e9  # bytes per second of a worker: assumed, of one NVMe drive or a share of a parallel file system
 MALLOC_RESERVE = 0.2  # fraction of main memory for freed blocks that malloc doesn't return: measured
-RECOMPUTE_FACTOR = (
-    4 / 3
-)  # cost of a step with activation checkpointing, which runs the forward pass twice (Korthikanti et al. 2022)
+# Cost of a step with activation checkpointing, which runs the forward pass twice (Korthikanti et al. 2022).
+RECOMPUTE_FACTOR = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -69,33 +68,31 @@ class Plan:
 
 
 def plan(config: Config) -> Plan:
-    """Compute the plan of a config. A model without model.vocab_size is given data.vocab_size.
+    """Compute the plan of a config. Without model.vocab_size the model has data.vocab_size.
 
     Raises UserError for an unknown architecture, or for a sequence that is longer than the model's positions.
     """
-    shape = model_shape(config)
-    task = objective_class(config.objective.name)
-    positions = getattr(shape, "max_position_embeddings", None)
+    model_config = make_model_config(config)
+    objective = objective_class(config.objective.name)
+    positions = getattr(model_config, "max_position_embeddings", None)
     if positions and config.data.sequence_length > positions:
         raise UserError(
             f"sequence length {config.data.sequence_length:,} is over the model's {positions:,} positions: "
             f"use data.sequence_length={positions}"
         )
     model = meta_model(config)
-    sizes, kind = (
-        ModelSizes.from_model(model, config),
-        precision(config.train) if config.plan.device == "here" else "bf16",
-    )
-    peak, usable_bytes, devices = device_of(config, kind)
+    sizes = ModelSizes.from_model(model, config)
+    dtype = precision(config.train) if config.plan.device == "here" else "bf16"
+    peak, usable_bytes, devices = device_of(config, dtype)
     tokens = config.global_batch * sum(stack.tokens for stack in sizes.stacks)
 
     def bytes_needed(layout: Config) -> float:
-        need = peak_memory(layout, sizes, layout.zero.stage, kind)
+        need = peak_memory(layout, sizes, layout.zero.stage, dtype)
         return need.total + (need.host if runs_on_cpu(config) else 0)
 
     layout = fastest_layout(config, lambda layout: bytes_needed(layout) <= usable_bytes)
     recompute = RECOMPUTE_FACTOR if (layout or config).train.activation_checkpointing else 1.0
-    flops = task(config.objective, None, config.data.sequence_length).flops(model) * config.global_batch / tokens
+    flops = objective(config.objective, None, config.data.sequence_length).flops(model) * config.global_batch / tokens
     step_s = tokens * flops * recompute / (config.plan.mfu * peak * devices)
     steps = config.plan.tokens / tokens if config.plan.tokens else config.train.max_steps
     checkpoint = FP32 * (sizes.parameters + sizes.moment_elements + (sizes.trainable if config.train.ema else 0))
@@ -104,8 +101,8 @@ def plan(config: Config) -> Plan:
         sizes=sizes,
         flops_per_token=flops,
         tokens_per_step=tokens,
-        precision=kind,
-        stages={name: (c, peak_memory(c, sizes, c.zero.stage, kind)) for name, c in zero_layouts(config).items()},
+        precision=dtype,
+        stages={name: (c, peak_memory(c, sizes, c.zero.stage, dtype)) for name, c in zero_layouts(config).items()},
         peak_flops=peak,
         device_bytes=usable_bytes,
         layout=layout,
@@ -149,16 +146,16 @@ def write_rate(config: Config) -> float:
         return 4 * len(block) / (time.perf_counter() - started) / config.train.workers
 
 
-def device_of(config: Config, kind: str) -> tuple[float, float, int]:
+def device_of(config: Config, dtype: str) -> tuple[float, float, int]:
     """Return a device's FLOP/s and usable bytes, and the number of devices."""
     if config.plan.device != "here":
         device = DEVICES[config.plan.device]
         return device.flops, device.bytes * (1 - RESERVED_FRACTION), config.train.workers
     cuda = torch.cuda.is_available()
-    peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if kind == "bf16" else torch.float32)
+    peak = matmul_peak(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if dtype == "bf16" else torch.float32)
     if cuda:
         return peak, torch.cuda.get_device_properties(0).total_memory * (1 - RESERVED_FRACTION), config.train.workers
-    # The workers share the cores and the memory.
+    # On a CPU the workers share the cores and the memory.
     return peak, psutil.virtual_memory().total * (1 - MALLOC_RESERVE) / config.train.workers, 1
 
 
@@ -181,13 +178,13 @@ def fastest_layout(config: Config, fits: Callable[[Config], bool]) -> Config | N
 
 def meta_model(config: Config) -> Any:
     """Return the model of a config without weights, with its trainable parameters marked. Raises UserError if there is none."""
-    task, shape = objective_class(config.objective.name), model_shape(config)
+    objective, model_config = objective_class(config.objective.name), make_model_config(config)
     with torch.device("meta"):
-        model = model_from_config(shape, task.auto_class)
-        return select_trainable(model, config.objective, config.seed, train_head=not task.has_lm_head)
+        model = model_from_config(model_config, objective.auto_class)
+        return select_trainable(model, config.objective, config.seed, train_head=not objective.has_lm_head)
 
 
-def model_shape(config: Config) -> Any:
+def make_model_config(config: Config) -> Any:
     """Return the model's config, of config.bundle (a folder or a run), else of `model.*`. Raises UserError if it is neither a folder nor a run."""
     if config.bundle:
         candidates = (Path(config.bundle), Path(config.runs_dir) / config.bundle / "bundle")
