@@ -1,1 +1,1 @@
-"""The data room: raw text -> Arrow token shards and a manifest -> a data order -> packed samples."""
+"""Data: from raw files to Arrow token shards and a manifest, a data order, and packed samples."""
