@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ def test_the_status_follows_the_metrics_and_events_are_printed(
     run = RunFolder.create_or_resume(config)
     run.log_event("an event of an earlier command")
     with RunMonitor(run, config, RunStatus("pretrain", "running")) as monitor:
+        run.metrics_file.write_text(line(1) + line(2))
+        deadline = time.monotonic() + 60
+        while monitor.status.step < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         run.log_event("worker 1 was lost [signal 9]")
-        run.metrics_file.write_text(line(1) + line(2) + line(3, loss=None, fault="the loss is nan"))
+        with run.metrics_file.open("a") as file:
+            file.write(line(3, loss=None, fault="the loss is nan"))
     assert (monitor.status.step, monitor.status.loss) == (3, 0.5)  # the last loss of a step that was not skipped
     assert run.status() == monitor.status
     assert "warning: worker 1 was lost [signal 9]" in output.getvalue()
