@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 from engine.models.diffusers_model import (
     MODEL_CLASSES,
     create_diffusers_model,
@@ -83,7 +83,7 @@ def transformers_config(model: ModelConfig, processor: Any, options: dict[str, A
 
     if model.type not in CONFIG_MAPPING_NAMES:
         known = (*CONFIG_MAPPING_NAMES, *MODEL_CLASSES)
-        raise UserError(f"model.type={model.type} is no architecture of transformers{nearest(model.type, known)}")
+        raise UserError(f"model.type={model.type} is no architecture of transformers{did_you_mean(model.type, known)}")
     given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in NOT_IN_TRANSFORMERS}
     given = {name: value for name, value in given.items() if value is not None} | dict(model.options)
     config = _make_config(CONFIG_MAPPING[model.type], given, InputSpec.from_processor(processor), options)
@@ -96,7 +96,7 @@ def _make_config(config_class: Any, given: dict[str, Any], spec: InputSpec, opti
     for name in given:
         if name not in known:
             hint = f": {config_class.__name__} has them in model.options" if config_class.sub_configs else ""
-            raise UserError(f"model.{name} is no option of {config_class.__name__}{hint}{nearest(name, known)}")
+            raise UserError(f"model.{name} is no option of {config_class.__name__}{hint}{did_you_mean(name, known)}")
     for name, sub_class in config_class.sub_configs.items():
         given = given | {name: _make_config(sub_class, dict(given.get(name) or {}), spec, {})}
     from_spec = {name: value for name, value in vars(spec).items() if name in known and value is not None}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, did_you_mean
 
 MODEL_CLASSES = {"dit": "DiTTransformer2DModel"}  # model.type -> class of diffusers
 FIELD_NAMES = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_attention_heads"}  # ModelConfig -> DiT
@@ -55,7 +55,7 @@ def make_diffusers_config(model: ModelConfig, image_size: int | None, options: d
         fields["attention_head_dim"] = width // fields["num_attention_heads"]
     for name in (*given, *model.options):
         if name not in known:
-            raise UserError(f"model.{name} is no option of {class_name}{nearest(name, known)}")
+            raise UserError(f"model.{name} is no option of {class_name}{did_you_mean(name, known)}")
     if model.attention != "sdpa":
         raise UserError(f"model.attention={model.attention} is not for model.type={model.type}: leave it out")
     size = {"sample_size": image_size} if image_size else {}

@@ -144,7 +144,13 @@ def main() -> None:
                values={"ours": [ours], "plain": [theirs]}, apart=max_difference)  # fmt: skip
 
         run_command(
-            "sweep", folder, *options, "name=alone", "sweep.scheduler=none", "sweep.max_concurrent_trials=1", "sweep.trials=8"
+            "sweep",
+            folder,
+            *options,
+            "name=alone",
+            "sweep.scheduler=none",
+            "sweep.max_concurrent_trials=1",
+            "sweep.trials=8",
         )
         overhead_s = overhead(folder, "alone")
         print(f"overhead per trial after the first: {overhead_s:.2f} s, target 2")
