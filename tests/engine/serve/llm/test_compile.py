@@ -65,7 +65,7 @@ def test_compiled_model_generates_the_same(
 def test_what_cannot_be_compiled_is_refused(tiny: Config, tiny_functions: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"serve\.compile: this model can't be compiled"):
         make_runner(copy.deepcopy(model("bloom")), compiled=True)
-    with pytest.raises(UserError, match=r"serve\.compile and serve\.adapters can't go together"):
+    with pytest.raises(UserError, match=r"serve\.compile and serve\.adapters cannot be combined"):
         with_values(tiny, {"serve.compile": True, "serve.adapters": {"poet": "folder"}})
     namer = fresh_bundle(tiny_functions, tmp_path / "namer" / "bundle")
     with pytest.raises(UserError, match=r"serve\.compile is for bundles that generate text"):

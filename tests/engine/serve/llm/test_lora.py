@@ -355,7 +355,7 @@ def test_adapter_with_other_weights_is_another_version(tiny: Config, bundle: Bun
     pin = pin_adapters({"poet": str(tmp_path / "poet")})["poet"]
     save(tmp_path / "poet", bundle.model(), ("q_proj",), 1)
     assert version_id() != first
-    with pytest.raises(UserError, match="was changed since pin was deployed"):
+    with pytest.raises(UserError, match="was changed since it was deployed"):
         load_adapter("poet", pin, bundle.model())
 
 
