@@ -1,4 +1,4 @@
-"""Formats of input files: text, JSON lines, Parquet and Arrow, compressed or not, whole or from one point to another."""
+"""Formats of input files: text, JSON lines, Parquet and Arrow, compressed or not, complete or a range of one."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def split_points(file: InputFile, file_format: str, by_paragraph: bool, size: in
 
 
 def read_texts(piece: Piece, counts: Counter[str]) -> Iterator[str]:
-    """Yield a text file whole or in runs of paragraphs; count what is no text, by reason."""
+    """Yield a text file as one text or in runs of paragraphs; count what is no text, by reason."""
     if piece.file.name.lower().endswith(UNREADABLE_SUFFIXES):
         counts["packed, but not as .gz or .zst"] += 1
         return

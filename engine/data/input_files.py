@@ -100,10 +100,10 @@ def list_path(key: str, value: str | None, split: str | None) -> list[InputFile]
     with remote_errors(f"{key}={value}", filesystem):
         if "," in value and not filesystem.exists(root):
             return [file for item in value.split(",") if item.strip() for file in list_path(key, item.strip(), split)]
-        found, base = _find(key, value, filesystem, root)
+        info_of, base = _find(key, value, filesystem, root)
     files = [
         InputFile(path, path.removeprefix(base).lstrip("/"), split, info.get("size") or 0, _version(info), filesystem)
-        for path, info in sorted(found.items())
+        for path, info in sorted(info_of.items())
         if not path.endswith("/")  # an empty folder, as the consoles of some stores create it
     ]
     files = [f for f in files if not any(part.startswith((".", "__pycache__")) for part in f.name.split("/"))]
@@ -119,10 +119,10 @@ def _find(key: str, value: str, filesystem: Any, root: str) -> tuple[dict[str, A
     if filesystem.isdir(root):
         return filesystem.find(root, detail=True), root
     if set(root) & set("*?["):
-        found = {path: info for path, info in filesystem.glob(root, detail=True).items() if info["type"] == "file"}
-        if not found:
+        info_of = {path: info for path, info in filesystem.glob(root, detail=True).items() if info["type"] == "file"}
+        if not info_of:
             raise UserError(f"{key}='{value}' matches no file: check the pattern ('**' also goes into folders)")
-        return found, root[: min(i for i, letter in enumerate(root) if letter in "*?[")].rpartition("/")[0]
+        return info_of, root[: min(i for i, letter in enumerate(root) if letter in "*?[")].rpartition("/")[0]
     parent = str(PurePosixPath(root).parent)
     siblings = filesystem.ls(parent, detail=False) if parent != "." and filesystem.isdir(parent) else []
     hint = did_you_mean(PurePosixPath(root).name, [path.rstrip("/").rsplit("/", 1)[-1] for path in siblings])

@@ -43,7 +43,7 @@ PROBE_CHARACTERS = 2**17  # of the sample on which a fast encoder is compared to
 
 
 def prepare(config: Config, tokenizer: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the prepared folder <runs_dir>/data/<data.name>-<hash>, making it unless it is complete, there or in data.store.
+    """Return the prepared folder <runs_dir>/data/<data.name>-<hash>, making it unless a complete one exists, there or in data.store.
 
     The tokenizer is `tokenizer` (a bundle's folder, for fine-tuning), else data.tokenizer, else a BPE trained on the
     training documents alone. data.sequence_length, data.packing and the sources' weights don't matter: documents are packed

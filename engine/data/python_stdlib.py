@@ -67,8 +67,8 @@ def list_files() -> list[InputFile]:
 
 def list_pieces(config: DataConfig, size: int) -> list[Piece]:
     """Return the files as pieces; for `python_functions` of size 0, so that one part has them all: the choice depends on all."""
-    whole = config.source == "python_functions"
-    return [Piece(file, config.source, 0, None, 0 if whole else file.size) for file in list_files()]
+    is_one_part = config.source == "python_functions"
+    return [Piece(file, config.source, 0, None, 0 if is_one_part else file.size) for file in list_files()]
 
 
 def read(part: Part, seed: int, counts: Counter[str]) -> Iterator[Document]:

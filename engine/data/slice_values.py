@@ -32,12 +32,12 @@ def read_slice_values(config: DataConfig, column: str, split: Split, tokenizer: 
         for texts, values in _batches(file, config, column):
             for ids, value in zip(tokenizer(texts)["input_ids"], values, strict=True):
                 value_of.setdefault(_digest(ids, special), value)
-    found = [value_of.get(_digest(split.document(i), special)) for i in range(split.num_rows)]
-    if missing := sum(value is None for value in found):
+    slice_values = [value_of.get(_digest(split.document(i), special)) for i in range(split.num_rows)]
+    if missing := sum(value is None for value in slice_values):
         raise UserError(
             f"{missing:,} of the {split.num_rows:,} {split.name} rows have nothing in column '{column}': fill it, or leave them out"
         )
-    return [value for value in found if value is not None]
+    return [value for value in slice_values if value is not None]
 
 
 def _digest(ids: Sequence[int] | np.ndarray, special: np.ndarray) -> bytes:

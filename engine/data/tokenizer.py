@@ -162,26 +162,26 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         if (folder / name).exists():
             named |= json.loads((folder / name).read_text())
 
-    def find(*roles: str) -> int | None:
+    def find_id(*roles: str) -> int | None:
         for role in roles:
             token = named.get(role)
             content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str) and (found := backend.token_to_id(content)) is not None:
-                return found
+            if isinstance(content, str) and (token_id := backend.token_to_id(content)) is not None:
+                return token_id
         return None
 
-    eos = find("eos_token", "sep_token", "pad_token")
+    eos = find_id("eos_token", "sep_token", "pad_token")
     if eos is None:
         raise UserError(f"the tokenizer in {folder} names no eos_token in its tokenizer_config.json: add one")
-    pad = find("pad_token")
+    pad = find_id("pad_token")
     plain = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    framed = backend.encode("a", add_special_tokens=True).ids
+    start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
     return SpecialTokens(
         eos_id=eos,
         pad_id=eos if pad is None else pad,
-        opening=whole[:at],
-        closing=whole[at + len(plain) :],
+        opening=framed[:start],
+        closing=framed[start + len(plain) :],
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
     )
 

@@ -80,7 +80,7 @@ class LabeledText(DataKind):
 class LabeledRows:
     """The documents of a split with their labels.
 
-    Sample i is {"tokens": int64 [at most max_length], "label": int}. A longer one is cut, but keeps its closing special
+    Sample i is {"tokens": int64 [at most max_length], "label": int}. A longer one is truncated, but keeps its closing special
     tokens (BERT's [SEP]).
     """
 
@@ -99,7 +99,7 @@ class LabeledRows:
 
 
 def truncate(tokens: np.ndarray, max_length: int, closing: int) -> np.ndarray:
-    """Cut a row to at most `max_length` values, keeping its last `closing` ones."""
+    """Truncate a row to at most `max_length` values, keeping its last `closing` ones."""
     if len(tokens) <= max_length:
         return tokens
     return np.concatenate([tokens[: max_length - closing], tokens[len(tokens) - closing :]])
