@@ -58,10 +58,16 @@ def current_override(override: str) -> str:
 def current_tree(tree: dict[str, Any], file: str | None = None, prefix: str = "") -> dict[str, Any]:
     """Return the nested dicts of a config, or of its group at `prefix` ("serve."), by current names.
 
-    Warns of each former name; of those in a file, whose name is given, with one warning.
+    Warns of each former name; of those in a file, whose name is given, with one warning of the options that were set.
     """
     renamed: dict[str, str] = {}
     result = _current_tree(tree, prefix, renamed)
+    if file:  # a run's config.yaml has every option: warn only of those that were set
+        defaults = _defaults()
+        renamed = {
+            former: current for former, current in renamed.items()
+            if current not in defaults or _value_at(result, current.removeprefix(prefix)) != defaults[current]
+        }  # fmt: skip
     if renamed and file:
         names = ", ".join(f"{former} is now {current}" for former, current in renamed.items())
         warn_once(f"{file} has options by their former names, which are understood in this version only: {names}")
@@ -130,6 +136,17 @@ def _current_space(space: dict[str, Any], prefix: str, renamed: dict[str, str]) 
 @cache
 def _options() -> frozenset[str]:
     return frozenset(key for key, _, _ in declared())
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return {key: f.default for key, f, _ in declared()}
+
+
+def _value_at(tree: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
 
 
 def _is_option(key: str) -> bool:

@@ -92,6 +92,7 @@ def test_in_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(warning.splitlines()) == 1
     assert "config.yaml has options by their former names" in warning
     assert "serve.max_batch is now serve.max_num_seqs" in warning
+    assert "serve.draft" not in warning  # it has its default
     assert from_dict(read_tree(file)) == config
     assert capsys.readouterr().err == ""  # once for each file
 
