@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.config import Config, DataConfig, replace
@@ -25,6 +26,13 @@ def documents(config: DataConfig, seed: int, counts: Counter[str]) -> list[Docum
     counts.update(sum([*skipped.values(), *(scan.skipped for scan in scans)], Counter[str]()))
     numbered = zip(found, (int(number) for numbers in splits for number in numbers), strict=True)
     return [dataclasses.replace(document, split=SPLITS[number]) for document, number in numbered if number != DROPPED]
+
+
+@pytest.fixture
+def rows() -> list[np.ndarray]:
+    """Return tokens of eleven documents, 688 in all."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 5000, size) for size in [3, 40, 57, 1, 99, 100, 250, 12, 7, 88, 31]]
 
 
 @pytest.fixture

@@ -68,6 +68,20 @@ def test_split_documents_keeps_every_target() -> None:
     assert sizes.max() == 9
 
 
+def test_blocks_overlap_by_one_target(tmp_path: Path, rows: list[np.ndarray]) -> None:
+    split, whole = Split.open(write(tmp_path, rows), "train"), np.concatenate(rows)
+    blocks = Blocks(split, 64)
+    assert len(blocks) == 687 // 64 == 10
+    assert blocks[9]["tokens"].dtype == np.int64
+    assert np.array_equal(np.concatenate([blocks[i]["tokens"][:-1] for i in range(10)]), whole[:640])
+    assert all(blocks[i]["tokens"][-1] == whole[64 * (i + 1)] for i in range(10))
+    assert len(Blocks(split, 687)) == 1
+    with pytest.raises(IndexError):
+        blocks[10]
+    with pytest.raises(UserError, match=r"688 tokens, fewer than one block of 688 .*data\.sequence_length=687"):
+        Blocks(split, 688)
+
+
 @pytest.fixture
 def documents() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
