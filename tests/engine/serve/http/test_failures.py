@@ -35,7 +35,7 @@ from engine.serve.preflight import check_capacity
 from engine.serve.replica import Replica
 from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, read_until, wait_for
-from tests.engine.serve.llm.paused_engine import held
+from tests.engine.serve.llm.paused_engine import paused
 from tests.ports import free_port
 
 LONG: dict[str, Any] = {"prompt": "x", "max_tokens": 120, "n": 3, "logit_bias": {"0": -100}}  # one after the other
@@ -165,14 +165,14 @@ def test_an_abort_frees_the_slots(bundle: Bundle) -> None:
     assert isinstance(engine, TransformersEngine)
 
     async def hang_up() -> list[Sequence]:
-        with held(engine, after=50):
+        with paused(engine, after=50):
             messages = replica.stream(job(n=3))
             await anext(messages)
             aborted = list(engine.running)
             await messages.aclose()  # type: ignore[attr-defined]
         while engine.running:
             await asyncio.sleep(0.01)
-        with held(engine, after=5):
+        with paused(engine, after=5):
             task = asyncio.create_task(replica.complete(job(stream=False)))
             while not any(sequence.tokens for sequence in engine.running):
                 await asyncio.sleep(0.01)
@@ -206,7 +206,7 @@ def test_a_sequence_past_its_deadline_fails(bundle: Bundle) -> None:
     assert isinstance(engine, TransformersEngine)
 
     async def send_jobs() -> list[GenerationResult | Failure]:
-        with held(engine):
+        with paused(engine):
             first = asyncio.create_task(replica.complete(job(stream=False)))
             while not engine.running:
                 await asyncio.sleep(0.01)
