@@ -168,23 +168,23 @@ def test_an_abort_frees_the_slots(bundle: Bundle) -> None:
         with paused(engine, after=50):
             messages = replica.stream(job(n=3))
             await anext(messages)
-            aborted = list(engine.running)
+            aborted = list(engine.scheduler.running)
             await messages.aclose()  # type: ignore[attr-defined]
-        while engine.running:
+        while engine.scheduler.running:
             await asyncio.sleep(0.01)
         with paused(engine, after=5):
             task = asyncio.create_task(replica.complete(job(stream=False)))
-            while not any(sequence.tokens for sequence in engine.running):
+            while not any(sequence.tokens for sequence in engine.scheduler.running):
                 await asyncio.sleep(0.01)
-            aborted += engine.running
+            aborted += engine.scheduler.running
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         return aborted
 
     aborted = asyncio.run(hang_up())
-    wait_for(lambda: engine.load["running"] == 0)
-    assert engine.load["waiting"] == 0
+    wait_for(lambda: engine.stats["running"] == 0)
+    assert engine.stats["waiting"] == 0
     assert len(aborted) == 4
     assert all(seq.finish_reason == "abort" and 0 < len(seq.tokens) < 100 for seq in aborted)
 
@@ -208,7 +208,7 @@ def test_a_sequence_past_its_deadline_fails(bundle: Bundle) -> None:
     async def send_jobs() -> list[GenerationResult | Failure]:
         with paused(engine):
             first = asyncio.create_task(replica.complete(job(stream=False)))
-            while not engine.running:
+            while not engine.scheduler.running:
                 await asyncio.sleep(0.01)
             others = [asyncio.create_task(replica.complete(job(stream=False))) for _ in range(3)]
             await asyncio.sleep(2.5)
@@ -230,7 +230,7 @@ def test_a_failing_sequence_does_not_stop_others(bundle: Bundle) -> None:
     assert bad.finish_reason == "error"
     assert "index out of range" in bad.error
     assert good.finish_reason in ("length", "stop")
-    assert engine.alive
+    assert engine.is_alive
     with torch.inference_mode():
         alone = model.generate(
             torch.tensor([[10, 11, 12]]), attention_mask=torch.ones(1, 3), max_new_tokens=40, do_sample=False
