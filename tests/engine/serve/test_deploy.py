@@ -139,9 +139,7 @@ def test_good_canary_is_promoted_by_stages(
     endpoint: Endpoint, config: Config, bundles: dict[str, Bundle], capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = served_model(endpoint)["version"]
-    with background_load(
-        endpoint.url, REQUEST, clients=3
-    ) as requests:  # the latencies that the new version is compared with
+    with background_load(endpoint.url, REQUEST, clients=3) as requests:  # for latencies to compare with
         wait_for(lambda: len(requests) > 40)
     deploy(replace(config, serve__strategy="canary"), {"writer": bundles["two"].folder})
     trial = served_model(endpoint)["trial"]  # it stays until it has answered enough requests
@@ -154,6 +152,9 @@ def test_good_canary_is_promoted_by_stages(
         with background_load(endpoint.url, REQUEST, clients=3) as requests:
             assert following.result(120) == 0
     assert {request.status for request in requests} == {200}
+    wait_for(
+        lambda: served_model(endpoint)["trial"] is None
+    )  # the ingress follows the controller within a report period
     assert (served_model(endpoint)["hash"], served_model(endpoint)["version"]) == (bundles["two"].hash, new)
     in_share = {request.user for request in requests if hash_fraction(new, request.user) < 0.3}
     assert {request.version for request in requests if request.user in in_share} == {new}
