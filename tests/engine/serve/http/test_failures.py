@@ -125,7 +125,7 @@ def test_a_bundle_that_fails_its_replay_is_refused(
 def test_replicas_that_cannot_be_placed_are_refused(ray: None, tiny: Config, bundle: Bundle) -> None:
     options = ServeConfig(cpus_per_replica=500.0)
     with pytest.raises(UserError, match=r"1 replicas x 500 cores are needed, the cluster has 4 cores: use fewer"):
-        check_capacity(options, 1, beside=False)
+        check_capacity(options, 1, beside_others=False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
