@@ -19,7 +19,7 @@ PAPERS = sorted(
 @pytest.mark.parametrize("paper", sorted({*PAPERS}), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_a_paper_names_exist(paper: Path) -> None:
     text = paper.read_text()
-    named = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|yaml|h|cpp|sh|md))`", text)
+    named = re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|h|cpp|sh))`", text)
     named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     last = paper.parent
     for name in named:

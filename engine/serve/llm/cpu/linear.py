@@ -45,6 +45,13 @@ def pack_linear(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_packable(dtype: torch.dtype) -> bool:
+    """Return whether weights of this dtype can be packed on this machine: oneDNN's bf16 products need more than AVX2."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _pack(layer: nn.Module) -> PackedWeight | None:
     """Return a layer's packed weight; None for one that isn't packed."""
     if isinstance(layer, Int8Linear):
@@ -52,7 +59,7 @@ def _pack(layer: nn.Module) -> PackedWeight | None:
         return PackedWeight(layer.weight, layer.bias, layer.scale) if has_kernels else None
     if type(layer) not in (nn.Linear, Conv1D) or layer.weight.device.type != "cpu":
         return None
-    if layer.weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+    if not is_packable(layer.weight.dtype):
         return None
     weight_OI = (layer.weight if type(layer) is nn.Linear else layer.weight.T).detach()
     return PackedWeight(weight_OI, layer.bias)  # type: ignore[arg-type]
