@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from engine.config.option import Frozen, option
+from engine.config.option import Frozen, names_in, option
 from engine.errors import UserError, did_you_mean
 
 
@@ -59,7 +59,7 @@ def _check_parameter_group(pattern: str, changes: Any) -> None:
 class ScheduleConfig(Frozen):
     """Learning rate over steps: linear warm-up to optim.lr, then `kind` down to min_ratio of it."""
 
-    kind: str = option("cosine", "shape after the warm-up", choices=("cosine", "linear", "wsd", "constant"))
+    kind: str = option("cosine", "shape after the warm-up", choices=names_in("engine/train/schedules"))
     warmup_steps: Optional[int] = option(None, "warm-up steps; None: warmup_fraction of total_steps", least=0)
     warmup_fraction: float = option(0.1, "warm-up steps as a fraction of total_steps", least=0, most=1)
     total_steps: Optional[int] = option(None, "steps of the whole schedule; None: train.max_steps", least=1)

@@ -21,12 +21,19 @@ import math
 import types
 from collections.abc import Iterator
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from engine.errors import UserError, did_you_mean
 
 REPLICA, INGRESS, DEPLOYMENT = "replica", "ingress", "deployment"  # values of `affects`
 DEFAULTS = {"micro_batch": False, "parameter_count": False, "start_weights": False, "content_key": True, "per_source": False}  # fmt: skip
+
+
+def names_in(folder: str) -> tuple[str, ...]:
+    """Return the names of the modules of a folder of the project, without importing them: the choices of an option."""
+    files = (Path(__file__).parents[2] / folder).glob("*.py")
+    return tuple(sorted(file.stem for file in files if file.stem != "__init__"))
 
 
 def option(

@@ -164,7 +164,9 @@ class AccessControl:
             return
         kind, _, secret = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
         if kind.lower() != "bearer" or not secret.strip():
-            raise ApiError(401, "this endpoint requires an API key: send Authorization: Bearer KEY", code="missing_api_key")
+            raise ApiError(
+                401, "this endpoint requires an API key: send Authorization: Bearer KEY", code="missing_api_key"
+            )
         now = time.time()
         key = self.keys.find(secret.strip(), now)
         if key is None:

@@ -117,7 +117,9 @@ def test_author_texts_and_license_replace_the_defaults(lives: Lives, tmp_path: P
     manifest = lives.bundle("base").manifest
     assert manifest is not None
     fields = vars(manifest) | {"license": "Apache-2.0", "training": None}
-    write_card(tmp_path, CardContent(fields, 5, objective_class("causal_lm"), "Writing <!-- odd -->.", "Do not trust it."))
+    write_card(
+        tmp_path, CardContent(fields, 5, objective_class("causal_lm"), "Writing <!-- odd -->.", "Do not trust it.")
+    )
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.license, card.data.license_name) == ("apache-2.0", None)
     assert "Do not trust it." in card.text

@@ -25,7 +25,7 @@ from engine.improve.examples import (
     examples_from_feedback,
     read_requests_and_feedback,
 )
-from engine.serve.http.feedback_store import Recorder
+from engine.serve.http.feedback_store import RecordWriter
 from engine.train.launch import TrainResult
 from engine.train.run_folder import RunFolder
 from tests.lives import Lives, run
@@ -40,7 +40,7 @@ def record(
     answers = bundle.objective().predict(bundle.model(), [{"text": text} for text, _ in asked])
 
     async def write() -> None:
-        requests, feedback = Recorder(folder, "requests"), Recorder(folder, "feedback")
+        requests, feedback = RecordWriter(folder, "requests"), RecordWriter(folder, "feedback")
         for i, ((text, _), answer) in enumerate(zip(asked, answers, strict=True)):
             who = {"request": str(i), "time": datetime.now(UTC), "model": "m", "version": bundle.hash[:12], "key": ""}
             body = {"model": "m", "input": text}
@@ -181,7 +181,7 @@ def test_feedback_becomes_examples() -> None:
 
 def test_last_feedback_on_a_request_counts(tmp_path: Path) -> None:
     async def write() -> None:
-        recorder = Recorder(tmp_path, "feedback")
+        recorder = RecordWriter(tmp_path, "feedback")
         who = {"time": datetime.now(UTC), "model": "m", "key": "", "comment": None, "text": None}
         for request, version, rating in (
             ("1", "abc", 1),

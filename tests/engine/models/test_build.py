@@ -70,12 +70,12 @@ def test_gpt2_has_its_published_size_and_zero_stages_their_memory() -> None:
     size_plan = plan(config)
     n = size_plan.sizes.parameters
     assert n == 124_439_808
-    needs = [size_plan.need(with_values(config, {"zero.stage": stage})) for stage in range(4)]
+    needs = [size_plan.memory_of(with_values(config, {"zero.stage": stage})) for stage in range(4)]
     assert [need.weights for need in needs] == [2 * n, 2 * n, 2 * n, n / 2]
     assert [need.optimizer for need in needs] == [12 * n, 3 * n, 3 * n, 3 * n]
     assert size_plan.checkpoint_bytes == 12 * n
     single = with_values(config, {"train.precision": "fp32", "train.workers": 1, "zero.stage": 0})
-    assert plan(single).need(single).optimizer == 8 * n
+    assert plan(single).memory_of(single).optimizer == 8 * n
 
 
 @pytest.mark.parametrize(("kind", "auto_class"), [("gpt2", "AutoModelForCausalLM"), ("bert", "AutoModelForMaskedLM")])

@@ -124,5 +124,5 @@ def test_the_plan_counts_trained_parameters(tiny: Config, tmp_path: Path) -> Non
     full = plan(tiny).sizes
     lora = plan(with_values(tiny, {"job": "plan", "objective.lora.rank": 4})).sizes
     per_block = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
-    assert (lora.trained, lora.moments) == (2 * per_block, 4 * per_block)
+    assert (lora.trainable, lora.moment_elements) == (2 * per_block, 4 * per_block)
     assert lora.parameters == full.parameters + 2 * per_block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import Config, with_values
+from engine.config import Config, declared, with_values
 from engine.train.schedule import learning_rate
 
 
@@ -22,3 +22,8 @@ def test_learning_rates_of_each_schedule(kind: str, rates: list[float]) -> None:
     config = with_values(Config(), values | {"schedule.decay_fraction": 0.5})
     assert [learning_rate(config, step) for step in range(7)] == pytest.approx(rates)
     assert learning_rate(config, 100) == pytest.approx(rates[-1])
+
+
+def test_the_choices_are_the_files_of_the_folder() -> None:
+    choices = next(field.metadata["choices"] for key, field, _ in declared() if key == "schedule.kind")
+    assert choices == ("constant", "cosine", "linear", "wsd")
