@@ -34,7 +34,7 @@ test-all: check
 
 # The pictures of the README: the tests of the pages write them.
 screenshots: install
-	@MANTA_SCREENSHOTS=$(CURDIR)/.github/screenshots $(BIN)/pytest -k screenshot
+	@MANTA_SCREENSHOTS=$(CURDIR)/.github/screenshots $(BIN)/pytest -k 'screenshot or page_streams'
 
 # What only a peer needs lies apart: transformers imports accelerate wherever it finds it, which costs each of our ranks a second.
 .venv/peers: .venv/installed

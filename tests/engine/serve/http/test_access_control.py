@@ -23,6 +23,7 @@ from engine.config import Config, with_values
 from engine.serve.deploy import Endpoint, deploy
 from engine.serve.http.api_keys import new_key, revoke_key
 from engine.serve.http.feedback_store import read_records
+from tests.browser import screenshot
 from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import metrics_at_rest, processes, wait_for
 from tests.engine.serve.llm.test_structured_output import SCHEMA, json_schema_format
@@ -490,7 +491,7 @@ def test_no_valid_request_of_the_schema_gets_a_5xx(endpoint: GuardedEndpoint) ->
     } <= set(tested_paths)
 
 
-def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser_page: Any) -> None:
+def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser_page: Any, tmp_path: Path) -> None:
     page, urls, errors = browser_page, list[str](), list[str]()
 
     def wait_until(condition: str) -> None:  # the page's content policy forbids the driver's own wait, which uses eval
@@ -543,6 +544,7 @@ def test_the_page_streams_and_rates_responses(endpoint: GuardedEndpoint, browser
     expected = endpoint.post("/v1/classify", model="namer", input="def f(self):\n    return self.x").json()["data"][0]
     assert page.text_content("article .output") == expected["label"]
     assert page.locator("article:first-child .scores tr").count() == min(len(expected["scores"]), 5)
+    screenshot(page, "page", tmp_path)
     page.fill("#key", "sk-manta-wrong")
     page.click("#send")
     page.wait_for_selector("article:first-child .output.error")
