@@ -1,4 +1,4 @@
-"""A new objective or kind of data is found by its file: no list of their names is kept anywhere else."""
+"""A new objective, kind of data, searcher or schedule is found by its file: no list of names is kept anywhere else."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.config.option import names_in
 from engine.data.kinds import kind_classes
 from engine.objectives.contract import objective_names
 
 ROOT = Path(__file__).parents[1]
-OWN_FOLDERS = ("engine/objectives", "engine/data/kinds")
+OWN_FOLDERS = ("engine/objectives", "engine/data/kinds", "engine/sweep/searchers", "engine/train/schedules")
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -45,15 +46,17 @@ def collections_of(tree: ast.Module, names: set[str]) -> Iterator[tuple[int, set
             yield node.lineno, held
 
 
-def test_no_other_file_lists_objectives_or_kinds() -> None:
-    objectives, kinds = set(objective_names()), set(kind_classes())
+def test_no_other_file_lists_their_names() -> None:
+    groups = [set(objective_names()), set(kind_classes()), set(names_in("engine/sweep/searchers")), set(names_in("engine/train/schedules"))]  # fmt: skip
     found = [
         f"{name}:{line}: {sorted(held)}"
         for name, tree in sources()
-        for names in (objectives, kinds)
+        for names in groups
         for line, held in collections_of(tree, names)
     ]
-    assert not found, "declare it in the objective or the kind of data:\n" + "\n".join(found)
+    assert not found, "declare it in the objective, the kind of data, the searcher or the schedule:\n" + "\n".join(
+        found
+    )
 
 
 def test_no_sentence_lists_objectives() -> None:

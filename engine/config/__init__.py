@@ -26,9 +26,9 @@ from engine.config.former_names import current_keys, current_override, current_t
 from engine.config.jobs import ClusterConfig, ConvertConfig, DemoConfig, PlanConfig, TrackingConfig
 from engine.config.model import LoraConfig, ModelConfig, ObjectiveConfig
 from engine.config.optim import OptimConfig, ScheduleConfig
-from engine.config.option import DEPLOYMENT, INGRESS, REPLICA, Frozen, get, is_of, option, type_name
+from engine.config.option import DEPLOYMENT, INGRESS, REPLICA, Frozen, declared_in, get, is_of, option, type_name
 from engine.config.serve import ImproveConfig, KeyConfig, ServeConfig, options_affecting
-from engine.config.sweep import SweepConfig
+from engine.config.sweep import SEARCHERS, SweepConfig
 from engine.config.train import TrainConfig, ZeroConfig
 from engine.config.values import (
     close,
@@ -50,6 +50,7 @@ __all__ = [
     "DEPLOYMENT",
     "INGRESS",
     "REPLICA",
+    "SEARCHERS",
     "CardConfig",
     "ClusterConfig",
     "Config",
@@ -80,6 +81,7 @@ __all__ = [
     "current_override",
     "current_tree",
     "declared",
+    "declared_in",
     "fingerprint",
     "flatten",
     "from_dict",

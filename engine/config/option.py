@@ -16,6 +16,7 @@ and of the options of one group:
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 import types
@@ -34,6 +35,15 @@ def names_in(folder: str) -> tuple[str, ...]:
     """Return the names of the modules of a folder of the project, without importing them: the choices of an option."""
     files = (Path(__file__).parents[2] / folder).glob("*.py")
     return tuple(sorted(file.stem for file in files if file.stem != "__init__"))
+
+
+def declared_in(folder: str, name: str, constant: str, default: Any = None) -> Any:
+    """Return what the module folder/name.py assigns to a constant, without importing it; else the default."""
+    path = Path(__file__).parents[2] / folder / f"{name}.py"
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == constant for t in node.targets):
+            return ast.literal_eval(node.value)
+    return default
 
 
 def option(

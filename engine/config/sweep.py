@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from engine.config.option import Frozen, option
+from engine.config.option import Frozen, declared_in, names_in, option
 from engine.errors import UserError
+
+SEARCHERS = "engine/sweep/searchers"  # one module each
 
 
 @dataclass
@@ -29,7 +31,7 @@ class SweepConfig(Frozen):
         "random",
         "random; grid: every combination of choices, once; tpe: Optuna's (Watanabe 2023, https://arxiv.org/abs/2304.11127); "
         "bohb: TPE on the results at the largest budget with enough of them, with scheduler=hyperband (Falkner et al. 2018)",
-        choices=("random", "grid", "tpe", "bohb"),
+        choices=names_in(SEARCHERS),
     )
     scheduler: str = option(
         "asha",
@@ -80,11 +82,13 @@ class SweepConfig(Frozen):
                 f"sweep.metric has {len(metrics)} and sweep.mode {len(modes)} parts: give min or max for each, as in "
                 "sweep.metric=accuracy+loss sweep.mode=max+min"
             )
-        if len(metrics) > 1 and self.searcher not in ("tpe", "random", "grid"):
+        if len(metrics) > 1 and not declared_in(SEARCHERS, self.searcher, "HAS_SEVERAL_METRICS"):
             raise UserError(f"sweep.searcher={self.searcher} optimizes one metric: use sweep.searcher=tpe for several")
-        if self.searcher == "bohb" and self.scheduler != "hyperband":
+        required = declared_in(SEARCHERS, self.searcher, "REQUIRED_SCHEDULER", self.scheduler)
+        if self.scheduler != required:
             raise UserError(
-                f"sweep.searcher=bohb is TPE with HyperBand, and sweep.scheduler is {self.scheduler}: use sweep.scheduler=hyperband"
+                f"sweep.searcher={self.searcher} needs another scheduler, and sweep.scheduler is {self.scheduler}: "
+                f"use sweep.scheduler={required}"
             )
         if self.scheduler in ("pbt", "pb2") and self.searcher != "random":
             raise UserError(

@@ -20,12 +20,13 @@ from engine.progress import console
 from engine.sweep import winner as winners
 from engine.sweep.gaussian_process import pb2_explore
 from engine.sweep.memory_check import MemoryCheck
+from engine.sweep.optuna_trials import importances
 from engine.sweep.population import PopulationBasedTraining, pbt_explore, perturbation_interval
 from engine.sweep.progress_table import ProgressTable
 from engine.sweep.recovery import Recovery
 from engine.sweep.search_algorithm import IndependentTrials, PlaceTrial, SearchAlgorithm
 from engine.sweep.search_space import SearchSpace, num_trials, parse_search_space
-from engine.sweep.searchers import importances, make_searcher
+from engine.sweep.searchers import make_searcher
 from engine.sweep.start_weights import make_start_state
 from engine.sweep.stopping import grace_steps, make_stopping_rule, rungs
 from engine.sweep.successive_halving import SuccessiveHalving

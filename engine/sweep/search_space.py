@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import Config, declared, get, is_of, type_name, with_values
+from engine.config import SEARCHERS, Config, declared, declared_in, get, is_of, type_name, with_values
 from engine.errors import UserError, did_you_mean
 
 # kind of a domain -> number of values that it takes (None: any)
@@ -175,12 +175,14 @@ def _check_condition(key: str, domain: Domain, space: SearchSpace, config: Confi
 def _check_fits_search(space: SearchSpace, config: Config) -> None:
     """Raise UserError for domains that the searcher or the scheduler cannot use."""
     sweep = config.sweep
+    takes_grid = declared_in(SEARCHERS, sweep.searcher, "TAKES_GRID") and sweep.scheduler not in ("pbt", "pb2")
     for key, domain in space.items():
-        if sweep.searcher == "grid" and not domain.is_listed:
+        if declared_in(SEARCHERS, sweep.searcher, "NEEDS_LISTED_VALUES") and not domain.is_listed:
             raise UserError(
-                f"sweep.space.{key}: {domain.kind} has infinitely many values, and sweep.searcher=grid tries all: use choice"
+                f"sweep.space.{key}: {domain.kind} has infinitely many values, and sweep.searcher={sweep.searcher} tries all: "
+                "use choice"
             )
-        if domain.kind == "grid" and (sweep.searcher in ("tpe", "bohb") or sweep.scheduler in ("pbt", "pb2")):
+        if domain.kind == "grid" and not takes_grid:
             by = sweep.searcher if sweep.searcher != "random" else sweep.scheduler
             raise UserError(f"sweep.space.{key}: {by} chooses values itself and takes no grid: use choice")
         if sweep.scheduler in ("pbt", "pb2"):
@@ -244,6 +246,6 @@ def random_params(space: SearchSpace, config: Config, seed: int) -> list[dict[st
 
 def num_trials(space: SearchSpace, config: Config) -> int:
     """Return the number of trials of a sweep."""
-    if config.sweep.searcher == "grid":
+    if declared_in(SEARCHERS, config.sweep.searcher, "NEEDS_LISTED_VALUES"):
         return len(grid_params(space, config))
     return config.sweep.trials * math.prod(len(domain.values) for domain in space.values() if domain.kind == "grid")

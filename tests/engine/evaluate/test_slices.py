@@ -72,9 +72,9 @@ def test_slices_are_the_figures_of_their_rows_and_their_gaps(lives: Lives) -> No
         assert one.gaps["accuracy"].value == pytest.approx(right[inside].mean() - right[~inside].mean())
         assert one.gaps["accuracy"].low < one.gaps["accuracy"].value < one.gaps["accuracy"].high
     assert found.slices[0].gaps["accuracy"].low > 0  # the south's labels are wrong in three of ten cases
-    with pytest.raises(UserError, match=r"different values and groups need 2 to 50"):
+    with pytest.raises(UserError, match=r"different values, and 2 to 50 are supported"):
         evaluate_bundle(lives.bundle("good").folder, with_values(config, {"evaluate.slice_column": "text"}))
-    with pytest.raises(UserError, match="groups labelled texts"):
+    with pytest.raises(UserError, match="groups labeled texts"):
         evaluate_bundle(lives.bundle("base").folder, with_values(lives.text, {"evaluate.slice_column": "region"}))
 
 

@@ -231,7 +231,7 @@ def test_trained_fine_tuned_and_evaluated(config: Config, runs_dir: Path, senten
     tuned = with_values(long, {"name": "ner-tuned", "train.max_steps": 4, "optim.lr": 1e-3})
     run_ranks([TrainJob(tuned, prepare(tuned, folder), folder)], 2)
     measured = [
-        evaluate_bundle(runs_dir / name / "bundle", with_values(config, {"evaluate.resamples": 50}))
+        evaluate_bundle(runs_dir / name / "bundle", with_values(config, {"evaluate.resamples": 100}))
         for name in ("ner", "ner-tuned")
     ]
     for evaluation in measured:

@@ -9,8 +9,8 @@ import pytest
 
 from engine.config import Config, with_values
 from engine.errors import UserError
+from engine.sweep.list_searcher import ListSearcher
 from engine.sweep.search_algorithm import IndependentTrials, trial_name
-from engine.sweep.searchers import ListSearcher
 from engine.sweep.stopping import MedianStoppingRule, StoppingRule
 from engine.sweep.trial_record import TrialTask, read_trial
 

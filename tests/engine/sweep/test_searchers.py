@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 from engine.config import Config, with_values
+from engine.sweep.list_searcher import ListSearcher
+from engine.sweep.optuna_trials import importances
 from engine.sweep.search_space import SearchSpace, parse_search_space
-from engine.sweep.searchers import BohbSearcher, ListSearcher, TpeSearcher, importances, make_searcher, results_at
+from engine.sweep.searchers import make_searcher
+from engine.sweep.searchers.bohb import BohbSearcher, results_at
+from engine.sweep.searchers.tpe import TpeSearcher
 from engine.sweep.trial_record import Trial, pareto_front
 
 SPACE = {

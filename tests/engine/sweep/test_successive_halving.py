@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.config import Config, with_values
-from engine.sweep.searchers import ListSearcher
+from engine.sweep.list_searcher import ListSearcher
 from engine.sweep.stopping import rungs
 from engine.sweep.successive_halving import SuccessiveHalving
 from engine.sweep.trial_record import PAUSED, TrialTask
