@@ -165,7 +165,7 @@ def check_clock() -> Iterator[CheckResult]:
 def check_shared_memory_op() -> Iterator[CheckResult]:
     """Build DeepSpeed's shared-memory collective, which takes up to a minute the first time."""
     code = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
-    begun = time.monotonic()
+    start = time.monotonic()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
     try:
@@ -175,7 +175,7 @@ def check_shared_memory_op() -> Iterator[CheckResult]:
         built, last = done.returncode == 0, (done.stderr.strip().splitlines() or ["no message"])[-1]
     except subprocess.TimeoutExpired:
         built, last = False, "not finished after 300 s: a killed build leaves a lock in ~/.cache/torch_extensions"
-    found = f"built in {time.monotonic() - begun:.0f} s" if built else last
+    found = f"built in {time.monotonic() - start:.0f} s" if built else last
     yield check_result(
         "DeepSpeed's collective", built, found, "install g++ and ninja; remove ~/.cache/torch_extensions", "fail"
     )

@@ -1,4 +1,4 @@
-"""The one exception of this package for a mistake that the user can mend."""
+"""The one exception of this package for a mistake that the user can fix."""
 
 from __future__ import annotations
 

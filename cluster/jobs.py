@@ -126,9 +126,9 @@ def jobs_table(client: JobSubmissionClient) -> Table:
     table.add_column("command", overflow="fold", ratio=1)
     submitted = [j for j in client.list_jobs() if j.submission_id]
     for job in sorted(submitted, key=lambda j: j.start_time or 0, reverse=True):
-        begun = (job.start_time or 0) / 1000
-        seconds = (job.end_time / 1000 if job.end_time else time.time()) - begun
-        started = datetime.datetime.fromtimestamp(begun).strftime("%m-%d %H:%M")
+        start = (job.start_time or 0) / 1000
+        seconds = (job.end_time / 1000 if job.end_time else time.time()) - start
+        started = datetime.datetime.fromtimestamp(start).strftime("%m-%d %H:%M")
         code = "" if job.driver_exit_code is None else str(job.driver_exit_code)
         command = (job.metadata or {}).get("command") or job.entrypoint
         table.add_row(job.submission_id, job.status.value.lower(), code, started, f"{seconds:.0f}", command)

@@ -124,7 +124,7 @@ def wait_until_started(starting: list[subprocess.Popen[bytes]]) -> None:
 
 
 def wait_until_alive(cluster: state.ClusterState) -> None:
-    """Wait until the dashboard counts all nodes as alive. Raises ClusterError after START_S."""
+    """Wait until the dashboard counts all nodes as alive. Raises ClusterError after START_TIMEOUT_S."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
@@ -140,8 +140,8 @@ def count_alive_nodes(cluster: state.ClusterState) -> int:
     request = urllib.request.Request(
         f"{cluster.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
     )
-    with urllib.request.urlopen(request, timeout=5) as answer:
-        summary = json.load(answer)["data"]["summary"]
+    with urllib.request.urlopen(request, timeout=5) as response:
+        summary = json.load(response)["data"]["summary"]
     return sum(n.get("raylet", {}).get("state") == "ALIVE" for n in summary)
 
 
@@ -224,10 +224,10 @@ def run_up(options: argparse.Namespace, console: Console) -> int:
     for port in (options.port, options.dashboard_port):
         if not is_bindable(port):
             console.print(f"port {port} is held by {port_holder(port)}: taking the next free one")
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with console.status(f"starting {options.nodes} Ray node{'s' * (options.nodes != 1)}"):
         cluster = up(options.nodes, options.cpus_per_node, options.port, options.dashboard_port)
-    console.print(f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} alive after {time.monotonic() - begun:.1f} s")
+    console.print(f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} alive after {time.monotonic() - start_time:.1f} s")
     console.print(f"address    {cluster.address}")
     console.print(f"dashboard  {cluster.dashboard}   (asks for the token in {cluster.token_path})", soft_wrap=True)
     console.print(f"logs       {cluster.logs}", soft_wrap=True)

@@ -305,22 +305,22 @@ def object_store_bytes() -> int | None:
 def link_ray_logs(logs: Path, log_dir: Path) -> None:
     """Make `log_dir`/ray a symbolic link to Ray's logs."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    place = log_dir / "ray"
-    if place.is_symlink():
-        place.unlink()
-    elif place.exists():
-        shutil.rmtree(place)
-    place.symlink_to(logs)
+    link = log_dir / "ray"
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        shutil.rmtree(link)
+    link.symlink_to(logs)
 
 
 def keep_ray_logs(folder: Path, log_dir: Path) -> None:
     """Copy the logs of a stopped Ray from its temporary folder to `log_dir`/ray, and remove the folder."""
-    place = log_dir / "ray"
-    if place.is_symlink():
-        logs = place.resolve()
-        place.unlink()
+    link = log_dir / "ray"
+    if link.is_symlink():
+        logs = link.resolve()
+        link.unlink()
         if logs.exists():
-            shutil.copytree(logs, place, symlinks=True, ignore_dangling_symlinks=True)
+            shutil.copytree(logs, link, symlinks=True, ignore_dangling_symlinks=True)
     deadline = time.monotonic() + 4
     while folder.exists() and time.monotonic() < deadline:  # an exiting process may write once more
         shutil.rmtree(folder, ignore_errors=True)

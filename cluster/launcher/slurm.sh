@@ -22,7 +22,7 @@ head_ip=$(srun --nodes=1 --ntasks=1 -w "${nodes[0]}" hostname --ip-address | awk
 port=6379
 
 # symmetric-run starts Ray on every node, runs the command on the head once all are alive, and ends with `ray stop`,
-# which stops every Ray of yours on these nodes: hence --exclusive above
+# which stops all of your Ray processes on these nodes: therefore --exclusive above
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
   ray symmetric-run --address "$head_ip:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
   --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_PER_NODE:-0}" -- \

@@ -2,7 +2,7 @@
 
 The corpus is divided into parts, which are scanned and, once it is known which documents are kept, tokenized: each by
 itself, in this process or in others. What a part gave is cached in the unfinished folder, so that the same command goes
-on after a kill; the shards are the same bytes however often that happened and whoever did the work.
+on after a kill; the bytes of the shards depend neither on that nor on the number of processes.
 """
 
 from __future__ import annotations

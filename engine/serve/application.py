@@ -1,7 +1,7 @@
 """The endpoint's Serve applications: the ingress, the controller, and one for the replicas of each version of a model.
 
 A version has an application of its own, so that it is added and removed while all others go on. Serve can also build each
-from a config file (`engine.serve.export`), hence the builders take plain arguments.
+from a config file (`engine.serve.export`): therefore the builders take plain arguments.
 """
 
 from __future__ import annotations

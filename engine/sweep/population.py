@@ -29,7 +29,7 @@ from engine.train.checkpoint import step_folder
 from engine.train.run_folder import RunFolder
 
 STATE_FILE = "population.json"
-RESAMPLE_PROBABILITY = 0.25  # that a value is sampled anew instead of perturbed (Jaderberg et al. 2017)
+RESAMPLE_PROBABILITY = 0.25  # that a value is resampled instead of perturbed (Jaderberg et al. 2017)
 PERTURBATION_FACTORS = (0.8, 1.2)  # on a perturbed value (ibid.)
 
 
@@ -242,7 +242,7 @@ def copy_checkpoint(donor: RunFolder, member: RunFolder, step: int) -> None:
 
 
 def pbt_explore(space: SearchSpace) -> Explore:
-    """Return PBT's explore function (Jaderberg et al. 2017): each value is sampled anew, or multiplied by 0.8 or 1.2."""
+    """Return PBT's explore function (Jaderberg et al. 2017): each value is resampled, or multiplied by 0.8 or 1.2."""
 
     def explore(
         rounds: list[Round], params: dict[str, Any], chosen: list[dict[str, Any]], generator: np.random.Generator

@@ -59,7 +59,7 @@ def socket_path(folder: Path, number: int) -> str:
 
 
 def socket_paths(folder: Path, ingresses: int) -> list[str]:
-    """Return the socket_paths at which so many ingresses may listen."""
+    """Return the socket paths of this many ingresses."""
     return [socket_path(folder, number) for number in range(SOCKETS_PER_INGRESS * ingresses)]
 
 

@@ -114,7 +114,7 @@ class Link:
 
 
 class SetupRefused(Exception):
-    """The engine can't be made, for a reason that the user can mend."""
+    """The engine can't be made, for a reason that the user can fix."""
 
 
 class Worker:

@@ -273,7 +273,7 @@ class Router:
 
 
 class RoutedStream:
-    """The messages of a generation; another replica starts anew as long as the client has received no text."""
+    """The messages of a generation; restarted on another replica as long as the client has received no text."""
 
     def __init__(self, router: Router, name: str, job: GenerationJob) -> None:
         self.router, self.name, self.job = router, name, job
@@ -334,7 +334,7 @@ class RoutedStream:
         return self.router.replicas.stream(self.version, self.job, current_trace())
 
     async def _retry(self, error: Exception) -> bool:
-        """Start anew, if the client has received no text and another replica or the stable version can help."""
+        """Restart, if the client has received no text and another replica or the stable version is available."""
         if self._choices:
             return False
         if isinstance(error, RayActorError) and self._retries + 1 < self.router.replicas.max_tries:
@@ -345,7 +345,7 @@ class RoutedStream:
         return self._fall_back()
 
     def _fall_back(self) -> bool:
-        """Count a failure of the candidate and start anew on the stable version; return False where that has failed."""
+        """Count a failure of the candidate and restart on the stable version; return False if that has failed."""
         version = self.version
         if not self._restart_on_stable():
             return False
