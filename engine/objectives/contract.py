@@ -72,7 +72,7 @@ class ProcessGroup(Protocol):
 
     rank: int
 
-    def gather_rows(self, rows: Tensor) -> list[Tensor]:
+    def all_gather_rows(self, rows: Tensor) -> list[Tensor]:
         """All-gather rows, [n, ...] with another n on each rank; return those of each rank, in rank order."""
 
 

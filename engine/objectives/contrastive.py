@@ -132,7 +132,7 @@ class Contrastive(contract.Objective):
                 for (image_BD, text_BD, _), key in zip(embeddings, keys, strict=True)
             ]
         )
-        gathered = group.gather_rows(rows)
+        gathered = group.all_gather_rows(rows)
         all_rows = torch.cat(gathered)
         first = sum(len(rank_rows) for rank_rows in gathered[: group.rank])
         # The order of the global batch: by micro-batch, and by rank within it; micro-batches of weight 0 are no part of it.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine.evaluate.metrics import METRICS
+from engine.objectives import contract
 from engine.objectives.contract import objective_class, objective_names
+from engine.train.process_group import ProcessGroup
 
 ENDPOINT_TASKS = {
     "causal_lm": "completion",
@@ -36,3 +39,10 @@ def test_classifiers_declare_classification_metrics() -> None:
     for name in classifiers:
         metrics = objective_class(name).evaluation_metrics
         assert {"macro_f1", "weighted_f1", "matthews", "calibration_error"} <= set(metrics)
+
+
+def test_process_group_of_training_has_what_objectives_use() -> None:
+    group: contract.ProcessGroup = ProcessGroup(0, 1, torch.device("cpu"))  # mypy compares the signatures
+    rows = torch.ones(2, 3)
+    assert group.rank == 0
+    assert group.all_gather_rows(rows) == [rows]

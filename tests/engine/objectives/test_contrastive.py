@@ -33,7 +33,7 @@ class FakeRank:
     rank: int
     all_rows: list[torch.Tensor]
 
-    def gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+    def all_gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
         if self.rank < len(self.all_rows):
             return [rows if rank == self.rank else other for rank, other in enumerate(self.all_rows)]
         self.all_rows.append(rows)
@@ -88,7 +88,7 @@ def test_chunked_loss_equals_the_loss_in_one_chunk(
     image, text = (torch.nn.functional.normalize(torch.randn(10, 6), dim=1) for _ in range(2))
     scale = torch.tensor(7.0)
     in_one_chunk = contrastive.contrastive_loss_and_gradients(image, text, scale)
-    monkeypatch.setattr(contrastive, "CHUNK", 3)
+    monkeypatch.setattr(contrastive, "CHUNK_ROWS", 3)
     in_chunks = contrastive.contrastive_loss_and_gradients(image, text, scale)
     torch.testing.assert_close(in_chunks.loss_N, in_one_chunk.loss_N)
     torch.testing.assert_close(in_chunks.image_gradient_ND, in_one_chunk.image_gradient_ND)
