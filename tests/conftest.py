@@ -56,6 +56,7 @@ TINY = {  # about 60,000 parameters
 LONG_FIRST = ("engine/serve/", "engine/sweep/", "engine/train/", "test_", "jobs/", "cluster/")  # the rest is short
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep each file's tests in one process of a parallel run, and begin with the long files."""
     root = Path(__file__).parent
