@@ -28,6 +28,8 @@ from jobs.entry import compose
 from tests.conftest import TINY
 from tests.engine.train.ranks import run_ranks
 
+pytestmark = pytest.mark.xdist_group("local cluster")  # one at a time: it is recorded by user, and its ports are fixed
+
 ROOT = Path(__file__).parents[3]
 STEPS = 500
 LONG = {"train.max_steps": STEPS, "train.checkpoint_every": 1000, "optim.lr": 2e-4}
