@@ -24,7 +24,7 @@ check: install
 	@$(BIN)/mypy
 
 # Two at a time: one process waits for Ray while the other computes.
-PARALLEL := -n $(or $(JOBS),2) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(or $(JOBS),2) --dist loadfile --no-loadscope-reorder
 
 test: check
 	@$(BIN)/pytest -m "not slow" $(PARALLEL)

@@ -1,13 +1,14 @@
 """Shared by all tests: the environment, a small real corpus, one Ray a process, and a check for leftover processes.
 
-In a parallel run (`pytest -n 2 --dist loadgroup`) the tests of a file stay in one process, so that its fixtures are made
-once, and the long files start first. `pytest.mark.xdist_group` puts several files into one process: those that start a
-cluster with fixed ports.
+In a parallel run (`pytest -n 2 --dist loadfile`) the tests of a file stay in one process, so that its fixtures are made
+once, and the long files start first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,9 +57,8 @@ TINY = {  # about 60,000 parameters
 LONG_FIRST = ("engine/serve/", "engine/sweep/", "engine/train/", "test_", "jobs/", "cluster/")  # the rest is short
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file's tests in one process of a parallel run, and begin with the long files."""
+    """Begin with the long files, so that the processes of a parallel run end at about the same time."""
     root = Path(__file__).parent
 
     def rank(item: pytest.Item) -> int:
@@ -66,9 +66,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, prefix in enumerate(LONG_FIRST) if name.startswith(prefix)), len(LONG_FIRST))
 
     items.sort(key=rank)
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(root))))
+
+
+@pytest.fixture(scope="module")
+def only_local_cluster() -> Iterator[None]:
+    """Let one module at a time start a cluster with `manta cluster up`: processes of a parallel run share its ports."""
+    with open(Path(tempfile.gettempdir()) / "manta-tests-cluster.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

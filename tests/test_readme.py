@@ -17,7 +17,7 @@ import pytest
 
 from tests.ports import free_port
 
-pytestmark = pytest.mark.xdist_group("local cluster")  # one at a time: it is recorded by user, and its ports are fixed
+pytestmark = pytest.mark.usefixtures("only_local_cluster")
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["train.global_batch=8", "train.precision=fp32", "data.sequence_length=64", "optim.lr=2e-3"]

@@ -16,7 +16,7 @@ from cluster.errors import ClusterError
 from cluster.ports import free_port
 from tests.ports import listened
 
-pytestmark = pytest.mark.xdist_group("local cluster")  # one at a time: it is recorded by user, and its ports are fixed
+pytestmark = pytest.mark.usefixtures("only_local_cluster")
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = """

@@ -17,7 +17,7 @@ from tests.engine.bundles.small_bundles import fresh_bundle
 from tests.engine.serve.clients import background_load, wait_for
 from tests.ports import free_port
 
-pytestmark = pytest.mark.xdist_group("local cluster")  # one at a time: it is recorded by user, and its ports are fixed
+pytestmark = pytest.mark.usefixtures("only_local_cluster")
 
 ASK = {"model": "writer", "prompt": "import os", "max_tokens": 4, "temperature": 0}
 

@@ -28,7 +28,7 @@ from jobs.entry import compose
 from tests.conftest import TINY
 from tests.engine.train.ranks import run_ranks
 
-pytestmark = pytest.mark.xdist_group("local cluster")  # one at a time: it is recorded by user, and its ports are fixed
+pytestmark = pytest.mark.usefixtures("only_local_cluster")
 
 ROOT = Path(__file__).parents[3]
 STEPS = 500
