@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.bundles.bundle import Bundle
+from engine.evaluate.sweep_page import write_sweep_page
 from tests.browser import screenshot
 from tests.ports import free_port
 
@@ -67,8 +68,9 @@ def test_the_whole_life(demo: tuple[Path, subprocess.CompletedProcess[str]]) -> 
 def test_a_screenshot_shows_the_page(
     demo: tuple[Path, subprocess.CompletedProcess[str]], page: str, heading: str, browser_page: Any, tmp_path: Path
 ) -> None:
-    folder, _ = demo
-    browser_page.goto((folder / "runs" / "demo" / f"{page}.html").as_uri())
+    run = demo[0] / "runs" / "demo"
+    write_sweep_page(run, "demo", json.loads((run / "sweep.json").read_text()))
+    browser_page.goto((run / f"{page}.html").as_uri())
     assert browser_page.locator(heading).first.is_visible()
     assert browser_page.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
     assert screenshot(browser_page, page, tmp_path).stat().st_size > 10_000
