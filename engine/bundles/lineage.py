@@ -5,7 +5,6 @@ Everything is read from the files that the jobs wrote, and checked against the h
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from engine.bundles.bundle import Bundle, Manifest
 from engine.bundles.model_card import read_evaluations
 from engine.bundles.registry import Registry, Version
+from engine.config import identity_hash
 from engine.data.manifest import Manifest as DataManifest
 from engine.data.remote_store import verify as verify_data
 from engine.errors import UserError
@@ -124,7 +124,7 @@ def _trace_training(manifest: Manifest, name: str, runs_dir: Path, problems: lis
     config = training.get("config")
     if config is None:
         problems.append(f"{name} was written without the config of its run: train it again to promote it")
-    elif hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest() != manifest.config_hash:
+    elif identity_hash(config) != manifest.config_hash:
         problems.append(f"the config recorded in {name} does not match its recorded hash")
     folders = [runs_dir / run["name"], *sorted(runs_dir.glob(f"*/trials/{run['name']}"))]
     folder = next((folder for folder in folders if _has_step(folder, run)), None)

@@ -113,7 +113,12 @@ def identity(config: Config) -> dict[str, Any]:
 
 def fingerprint(config: Config) -> str:
     """Return the SHA-256 (hex) of a run's identity."""
-    return hashlib.sha256(json.dumps(by_former_names(identity(config)), sort_keys=True).encode()).hexdigest()
+    return identity_hash(identity(config))
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """Return the SHA-256 (hex) of {dotted key: value}, with today's or former names: a renamed option changes no hash."""
+    return hashlib.sha256(json.dumps(by_former_names(identity), sort_keys=True).encode()).hexdigest()
 
 
 def config_groups() -> list[tuple[str, list[str]]]:
