@@ -165,7 +165,7 @@ def test_rollback_restores_the_files_after_the_run_was_overwritten(
 def test_move_outside_of_manta_is_recorded_and_an_unapplied_move_is_applied(
     database: str, three: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.bundles.alias.UNFINISHED_S", 0.2)
+    monkeypatch.setattr("engine.bundles.alias.APPLY_TIMEOUT_S", 0.2)
     registry = Registry(database, tmp_path / "registry")
     for bundle in three:
         registry.register(bundle, "hand")
