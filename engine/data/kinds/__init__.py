@@ -107,8 +107,8 @@ class DataKind(ABC):
         return None
 
     def load_preprocessor(self, folder: str) -> Any:
-        """Return that preprocessor from a folder."""
-        raise NotImplementedError
+        """Return that preprocessor from a folder. A kind that makes one has this method, too."""
+        raise TypeError(f"data of the kind {self.name} have no preprocessor")
 
     def manifest_fields(self, processor: Path) -> dict[str, Any]:
         """Return the manifest's fields that only this kind has; `processor` is the prepared folder's processor."""

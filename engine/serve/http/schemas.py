@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
@@ -121,9 +122,9 @@ class GenerationRequest(Body):
         """Return the client that takes turns with others in a replica's queue: the end user, within an API key if there is one."""
         return f"{key_name} {self.user or ''}" if key_name else self.user or ""
 
+    @abstractmethod
     def job(self, adapter: str = "", key_name: str = "") -> GenerationJob:
         """Return the job for a replica."""
-        raise NotImplementedError
 
 
 class CompletionRequest(GenerationRequest):

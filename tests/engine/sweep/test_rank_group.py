@@ -1,12 +1,12 @@
-"""Ranks of a trial: where it may be stopped, and how errors of other ranks are reported. No Ray is started."""
+"""Ranks of a trial: where it may be stopped, and how errors of other ranks are reported."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from engine.config import Config, with_values
 from engine.sweep.rank_group import collect_errors, error_of, is_stop_point, raise_first
@@ -21,22 +21,26 @@ def test_a_trial_may_be_stopped_after_a_validation_but_the_last(tiny: Config) ->
     assert not is_stop_point({"step": 6, "validation_loss": 1.0}, job)
 
 
-def test_errors_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    cause = ValueError("step 3: no number")
+def test_errors_of_ranks(ray: None) -> None:
+    import ray as cluster
 
-    def get(result: str) -> Any:
-        if result == "lost":
-            raise ray.exceptions.RayActorError
-        if result == "failed":
-            raise ray.exceptions.RayTaskError("train", "traceback", cause)
+    class Rank:
+        def fail(self) -> None:
+            raise ValueError("step 3: no number")
 
-    monkeypatch.setattr(ray, "get", get)
-    results: list[Any] = ["done", "lost", "failed"]
+        def wait(self) -> None:
+            threading.Event().wait()
+
+    actors: list[Any] = [cluster.remote(num_cpus=0)(Rank).remote() for _ in range(2)]
+    lost, failed = actors[0].wait.remote(), actors[1].fail.remote()
+    cluster.kill(actors[0])
+    results = [cluster.put("done"), lost, failed]
     assert error_of(results[0], 1) is None
     errors = collect_errors(results, results)
     assert [type(error) for error in errors] == [WorkerLost, ValueError]
-    assert str(errors[0]) == "its worker 2 was lost"
-    assert collect_errors(results, results[2:]) == [cause]
+    assert [str(error) for error in errors] == ["its worker 2 was lost", "step 3: no number"]
+    assert [str(error) for error in collect_errors(results, results[2:])] == ["step 3: no number"]
+    cluster.kill(actors[1])
 
 
 def test_the_first_error_is_raised() -> None:
